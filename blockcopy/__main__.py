@@ -1,0 +1,6 @@
+"""`python -m blockcopy`."""
+
+from blockcopy.cli import main
+
+if __name__ == "__main__":
+    main()

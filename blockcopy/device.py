@@ -1,0 +1,193 @@
+"""A file or block device as an array of bytes: each read and write is of full length or an error.
+
+Nothing here keeps a position, so every method may be called from any thread at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from blockcopy.digests import Buffer
+from blockcopy.errors import DestinationRefusedError, DeviceError
+
+
+class Device:
+    """An open regular file or block device.
+
+    `path` is kept for messages only; all I/O goes through the descriptor.
+    """
+
+    def __init__(self, path: str, fd: int) -> None:
+        self.path = path
+        self._fd = fd
+        self._nowait = getattr(os, "RWF_NOWAIT", 0)
+        self.is_block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Equal for two paths that lead to the same device or file, whatever their names."""
+        status = os.fstat(self._fd)
+        return (0, status.st_rdev) if self.is_block_device else (status.st_dev, status.st_ino)
+
+    def lock(self) -> None:
+        """Lock the whole file for writing, as long as it is open. OSError where another program has it."""
+        fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def size(self) -> int:
+        """Bytes there are now."""
+        with self._errors("find the size of"):
+            return os.lseek(self._fd, 0, os.SEEK_END)
+
+    def grow(self, size: int) -> None:
+        """Make a regular file `size` bytes long, with a hole at its end."""
+        with self._errors(f"grow to {size} bytes the file"):
+            os.ftruncate(self._fd, size)
+
+    def read_up_to(self, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset`, or fewer only where the end comes before."""
+        pieces = []
+        with self._errors(f"read {length} bytes at {offset} of"):
+            while length:
+                piece = os.pread(self._fd, length, offset)
+                if not piece:
+                    break
+                pieces.append(piece)
+                offset += len(piece)
+                length -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset`. DeviceError where the device ends before."""
+        data = self.read_up_to(offset, length)
+        if len(data) != length:
+            raise DeviceError(f"cannot read {length} bytes at {offset} of {self.path}: it ends after {len(data)}")
+        return data
+
+    def read_cached(self, offset: int, length: int) -> bytes | None:
+        """As `read`, but only what the page cache holds: None where the read would wait."""
+        if not self._nowait:
+            return None
+        buffer = bytearray(length)
+        try:
+            if os.preadv(self._fd, [buffer], offset, self._nowait) == length:
+                return bytes(buffer)
+        except BlockingIOError:
+            pass  # not in the cache
+        except OSError:
+            # Refused by this file system, tmpfs among them; a real fault shows in the plain read.
+            self._nowait = 0
+        return None
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """All of `data` at `offset`."""
+        view = memoryview(data)
+        with self._errors(f"write {len(view)} bytes at {offset} of"):
+            while view:
+                written = os.pwrite(self._fd, view, offset)
+                offset += written
+                view = view[written:]
+
+    def sync(self) -> None:
+        """Return when all that was written is on stable storage."""
+        with self._errors("sync"):
+            os.fdatasync(self._fd)
+
+    @contextlib.contextmanager
+    def _errors(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DeviceError.of(action, self.path, error) from error
+
+
+def open_source(path: str) -> Device:
+    """`path` for reading; it has to be a regular file or a block device."""
+    return _open(path, os.O_RDONLY)
+
+
+def open_destination(path: str, *, force: bool = False, create: bool = False) -> Device:
+    """`path` for reading and writing, claimed for as long as it is open.
+
+    A block device is opened exclusively, so the kernel refuses one that is mounted, swapped on, or
+    part of a volume group or array, and refuses to mount it meanwhile. A regular file is locked
+    (fcntl, the kind QEMU heeds). With `force` neither claim has to succeed. `create` makes a
+    missing regular file, readable and writable by its owner.
+
+    DestinationRefusedError where the claim fails, DeviceError where it cannot be opened.
+    """
+    flags = os.O_RDWR | (os.O_CREAT if create else 0)
+    device = _open(path, flags, exclusive=not force)
+    try:
+        if not device.is_block_device and not force:
+            _claim_file(device)
+    except BaseException:
+        device.close()
+        raise
+    return device
+
+
+def _open(path: str, flags: int, *, exclusive: bool = False) -> Device:
+    try:
+        # Looked at before it is opened: the open of a FIFO waits for somebody at its other end.
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG  # created by the open, or it tells
+    except OSError as error:
+        raise DeviceError.of("open", path, error) from error
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise DeviceError(f"{path} is neither a regular file nor a block device")
+    if exclusive and stat.S_ISBLK(mode):
+        flags |= os.O_EXCL
+    try:
+        return Device(path, os.open(path, flags | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        if flags & os.O_EXCL and error.errno == errno.EBUSY:
+            raise DestinationRefusedError(
+                f"{path} is in use: mounted, swapped on, or held by LVM, RAID or another program. "
+                "Release it first (lsblk shows by what); --force writes all the same"
+            ) from error
+        raise DeviceError.of("open", path, error) from error
+
+
+def _claim_file(device: Device) -> None:
+    path = device.path
+    try:
+        device.lock()
+    except OSError as error:
+        raise DestinationRefusedError(
+            f"{path} is locked: another program, a virtual machine or another blockcopy, uses it "
+            "(lslocks shows which); --force writes all the same"
+        ) from error
+    loop = _loop_device_of(device)
+    if loop:
+        raise DestinationRefusedError(
+            f"{path} is attached to the loop device {loop}; detach it (losetup -d {loop}) or name "
+            f"{loop} as the destination; --force writes all the same"
+        )
+
+
+def _loop_device_of(device: Device) -> str | None:
+    """The loop device that has the file as its backing file, if one has."""
+    for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
+        try:
+            status = os.stat(entry.read_text().rstrip("\n"))
+        except OSError:
+            continue  # detached meanwhile, or its file was deleted: not ours then
+        if (status.st_dev, status.st_ino) == device.identity:
+            return f"/dev/{entry.parts[3]}"
+    return None

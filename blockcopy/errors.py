@@ -1,0 +1,77 @@
+"""Every error blockcopy can tell a user: what happened, to which path or host, what to do.
+
+The exit status is an attribute of the class. `cli` is the only place that prints one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+
+class BlockcopyError(Exception):
+    """Anything blockcopy can fail with. The message is one a user can act on."""
+
+    exit_code = 1
+
+
+class UsageError(BlockcopyError):
+    """The command line asks for something that cannot be meant."""
+
+    exit_code = 2
+
+
+class StreamError(BlockcopyError):
+    """A hash or block stream is cut short or is not one."""
+
+
+class TruncatedStreamError(StreamError):
+    """A stream ended without its `done`."""
+
+
+class OutputError(BlockcopyError):
+    """Whoever reads our output went away, or the output cannot be written."""
+
+
+class DeviceError(BlockcopyError):
+    """A local file or device cannot be opened, read, written or synced."""
+
+    errno: int | None = None
+
+    @classmethod
+    def of(cls, action: str, path: str, error: OSError) -> DeviceError:
+        """The error for `error`, met while doing `action` ("read 4096 bytes at 0 of", …) to `path`."""
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        made = cls(f"cannot {action} {path}: {reason}")
+        made.errno = error.errno
+        return made
+
+
+class DestinationRefusedError(DeviceError):
+    """The destination is in use, locked, mounted, too small or no fit place for a copy."""
+
+
+class SourceError(BlockcopyError):
+    """The source side refused, died, or sent what was not asked for."""
+
+    exit_code = 3
+
+
+class MountError(BlockcopyError):
+    """A mount cannot be made, found, asked or taken down."""
+
+    exit_code = 4
+
+
+class IncompleteError(BlockcopyError):
+    """The copy ended before it was complete (sysexits.h EX_TEMPFAIL: run it again)."""
+
+    exit_code = 75
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM. Not a BlockcopyError, so that nothing takes it for a failure."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum

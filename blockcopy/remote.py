@@ -1,0 +1,88 @@
+"""Where a source is, and the command that runs `retrieve` there."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from blockcopy.errors import UsageError
+
+DEFAULT_RSH = "ssh"
+
+
+class Source(NamedTuple):
+    """`[user@]host:/path`, or a local path where `host` is None."""
+
+    host: str | None
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.path}" if self.host else self.path
+
+
+def parse_source(text: str) -> Source:
+    """As rsync reads it: a colon before any slash parts host and path. UsageError for what is neither.
+
+    An IPv6 address stands in brackets. A local path with a colon in its first part is written `./a:b`.
+    """
+    if text.startswith("[") and "]:" in text:
+        host, path = text[1:].split("]:", 1)
+    else:
+        host, colon, path = text.partition(":")
+        if not colon or "/" in host:
+            if not text:
+                raise UsageError("SOURCE is empty; it is [user@]host:/path or a local path")
+            return Source(None, text)
+    if not host or not path:
+        raise UsageError(
+            f"SOURCE {text!r} has no {'path' if host else 'host'}; it is [user@]host:/path or a local path"
+        )
+    if host.startswith("-"):
+        raise UsageError(f"SOURCE {text!r}: a host does not begin with `-`")
+    return Source(host, path)
+
+
+class Command(NamedTuple):
+    """What to run to have a `retrieve` of `source`: arguments, and additions to the environment."""
+
+    source: Source
+    argv: list[str]
+    environment: dict[str, str]
+
+
+def retrieve_command(source: Source, rsh: str = DEFAULT_RSH, program: str | None = None) -> Command:
+    """The command whose standard input and output are a `retrieve` of `source`.
+
+    `rsh` and `program` are command lines: `ssh -p 2222`, `sudo blockcopy`. As rsync does with
+    --rsync-path, a remote `program` is left to the remote shell, so `~` and variables work there.
+    """
+    if source.host is None:
+        return _local_command(source, program)
+    argv = shlex.split(rsh)
+    if not argv:
+        raise UsageError("-e needs a command, such as `ssh -p 2222`")
+    if Path(argv[0]).name == "ssh":
+        argv.append("--")  # whatever the host is called, it is no option
+    words = (program or "blockcopy").split()
+    return Command(source, [*argv, source.host, *words, "retrieve", shlex.quote(_no_option(source.path))], {})
+
+
+def _local_command(source: Source, program: str | None) -> Command:
+    path = os.path.abspath(source.path)
+    if program is not None:
+        words = shlex.split(program)
+        if not words:
+            raise UsageError("--blockcopy-path is empty")
+        return Command(source, [*words, "retrieve", path], {})
+    # This very package, wherever it lies; -P, so that nothing in the working directory is taken for it.
+    package_root = str(Path(__file__).resolve().parent.parent)
+    python_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    argv = [sys.executable, "-P", "-m", "blockcopy", "retrieve", path]
+    return Command(source, argv, {"PYTHONPATH": python_path})
+
+
+def _no_option(path: str) -> str:
+    return f"./{path}" if path.startswith("-") else path

@@ -1,0 +1,110 @@
+"""Stage 2: the hash stream → what the source has and the destination does not. Reads; changes nothing.
+
+Answers come in the order asked, and as soon as nothing more is at hand to be asked: a mount asks
+a few blocks and waits. (The original answers when 16 are queued. The bytes are the same.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from blockcopy import wire, xz
+from blockcopy.device import Device
+from blockcopy.digests import Buffer, digest
+from blockcopy.errors import StreamError
+from blockcopy.geometry import BLOCK_SIZE
+from blockcopy.stages import PIECE_SIZE, InputStream, OutputStream, run_ordered
+
+
+class _Ask(NamedTuple):
+    position: int
+    size: int
+    digest: bytes | None  # None: send it whatever it is
+
+
+_MOST_ASKS = 64
+"""Asks in one item. Empty ones cost nothing to read, but each is answered."""
+
+
+def retrieve(source: Device, hashes: InputStream, output: OutputStream, *, compress: bool = False) -> None:
+    """Answer the hash stream from `source`, with xz where `compress` and where that is smaller.
+
+    A stream that is cut short is an error after all that arrived was answered. Errors: StreamError,
+    DeviceError, OutputError.
+    """
+    if compress:
+        xz.check_available()
+
+    def answer(asks: list[_Ask]) -> list[Buffer]:
+        buffers: list[Buffer] = []
+        for ask in asks:
+            data = source.read_up_to(ask.position, ask.size)
+            if ask.size and not data:
+                continue  # beyond the end of the source: there is nothing to send
+            if len(data) == ask.size and ask.digest is not None and digest(data) == ask.digest:
+                continue
+            buffers += _frame(ask.position, data, compress)
+        return buffers
+
+    run_ordered(_batches(_asks(source, hashes)), answer, output.write, wake=hashes.wake)
+    output.write([wire.encode(wire.Done())])
+
+
+def _frame(position: int, data: bytes, compress: bool) -> tuple[bytes, bytes]:
+    if compress:
+        packed = xz.compress(data)
+        if len(packed) < len(data):
+            return wire.frame_header(b"dlzm", position, len(packed)), packed
+    return wire.frame_header(b"data", position, len(data)), data
+
+
+def _asks(source: Device, hashes: InputStream) -> Iterator[_Ask | None]:
+    """What is asked, in order; None where nothing more is at hand for now."""
+    decoder = wire.Decoder(wire.HASH_STREAM)
+    position = 0  # where the last read of the source ended, for the old form
+    while True:
+        message = decoder.next()
+        if message is None:
+            yield None
+            data = hashes.read()
+            if not data:
+                decoder.end()
+                return
+            decoder.feed(data)
+        elif isinstance(message, wire.Hash):
+            yield _Ask(*message)
+            position = max(message.position, min(message.position + message.size, source.size()))
+        elif isinstance(message, wire.LegacyHash):
+            size = min(message.size, source.size() - position)
+            if size <= 0:
+                raise StreamError(f"`hash` asks beyond the end of {source.path}, at {position}")
+            yield _Ask(position, size, message.digest)
+            position += size
+        elif isinstance(message, wire.Rest):
+            end = source.size()
+            for position in range(message.offset, end, BLOCK_SIZE):
+                yield _Ask(position, min(BLOCK_SIZE, end - position), None)
+            position = max(message.offset, end)
+        else:
+            return
+
+
+def _batches(asks: Iterator[_Ask | None]) -> Iterator[list[_Ask]]:
+    """Asks in items of at most PIECE_SIZE bytes (or one ask), closed early where input runs dry."""
+    batch: list[_Ask] = []
+    size = 0
+    try:
+        for ask in asks:
+            if batch and (ask is None or size + ask.size > PIECE_SIZE or len(batch) == _MOST_ASKS):
+                yield batch
+                batch, size = [], 0
+            if ask is not None:
+                batch.append(ask)
+                size += ask.size
+    except StreamError:
+        if batch:  # all that arrived is answered before the error is told
+            yield batch
+        raise
+    if batch:
+        yield batch

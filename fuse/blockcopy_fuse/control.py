@@ -1,0 +1,102 @@
+"""A mount from outside: status, wait, umount. Talks to it through its own files, needs no pyfuse3."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from blockcopy.errors import IncompleteError, MountError
+from blockcopy_fuse import STATUS_NAME
+
+_POLL_SECONDS = 0.2
+
+
+def read_status(mountpoint: str) -> dict[str, Any]:
+    """The mount's snapshot. MountError where there is none, or none that answers."""
+    try:
+        snapshot = json.loads((Path(mountpoint) / STATUS_NAME).read_bytes())
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            raise MountError(dead_mount(mountpoint)) from error
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            raise MountError(f"no replica is mounted on {mountpoint}") from error
+        raise MountError(f"cannot ask the mount on {mountpoint}: {os.strerror(error.errno or 0)}") from error
+    except ValueError as error:
+        raise MountError(f"{mountpoint}/{STATUS_NAME} is not a replica's") from error
+    if not isinstance(snapshot, dict) or "source_needed" not in snapshot:
+        raise MountError(f"{mountpoint}/{STATUS_NAME} is not a replica's")
+    return snapshot
+
+
+def wait(mountpoint: str) -> dict[str, Any]:
+    """Return the snapshot when the copy is complete. IncompleteError where it will not be."""
+    snapshot = read_status(mountpoint)
+    while snapshot["state"] != "complete":
+        if snapshot["state"] == "failed":
+            raise IncompleteError(f"the copy on {mountpoint} cannot be completed: {snapshot['error']}")
+        time.sleep(_POLL_SECONDS)
+        try:
+            snapshot = read_status(mountpoint)
+        except MountError as error:
+            raise IncompleteError(f"{mountpoint} went away before the copy was complete: {error}") from error
+    return snapshot
+
+
+def umount(mountpoint: str) -> dict[str, Any] | None:
+    """Unmount, and return when the mount's program has synced the destination and ended.
+
+    The last snapshot; None where it was a dead mount. MountError where it cannot be unmounted.
+    """
+    snapshot: dict[str, Any] | None = None
+    try:
+        snapshot = read_status(mountpoint)
+    except MountError:
+        if not is_dead(mountpoint):
+            raise
+    with contextlib.ExitStack() as stack:
+        process = None
+        if snapshot is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process = os.pidfd_open(snapshot["pid"])
+                stack.callback(os.close, process)
+        _unmount(mountpoint)
+        if process is not None:
+            poll = select.poll()
+            poll.register(process, select.POLLIN)
+            poll.poll()
+    return snapshot
+
+
+def is_dead(mountpoint: str) -> bool:
+    """A mount is there, but nobody serves it any more."""
+    try:
+        os.stat(mountpoint)
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    return False
+
+
+def dead_mount(mountpoint: str) -> str:
+    """What to say of one."""
+    return f"{mountpoint} is a mount whose program died; clear it with: fusermount3 -uz {mountpoint}"
+
+
+def _unmount(mountpoint: str) -> None:
+    program = shutil.which("fusermount3")
+    if program is None:
+        raise MountError("fusermount3 is not installed (Debian: apt install fuse3)")
+    ended = subprocess.run([program, "-u", "--", mountpoint], capture_output=True, text=True, check=False)
+    if ended.returncode:
+        said = ended.stderr.strip().rpartition(": ")[2]
+        raise MountError(
+            f"cannot unmount {mountpoint}: {said}"
+            + (" (a program has a file open there)" if "busy" in said else "")
+        )

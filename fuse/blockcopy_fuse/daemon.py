@@ -1,0 +1,96 @@
+"""Going to the background: the command returns when the mount serves, or tells why it does not.
+
+The fork comes first, before threads, trio and ssh. Until it is ready the child keeps the terminal,
+so that ssh can ask for a password; then it leaves the session and its standard streams behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import logging.handlers
+import os
+import signal
+from collections.abc import Callable
+
+from blockcopy.errors import BlockcopyError, Interrupted, MountError
+
+logger = logging.getLogger(__name__)
+
+_READY = b"ready"
+
+
+def run_in_background(program: Callable[[Callable[[], None]], None]) -> bool:
+    """Run `program(ready)` in a child. True in the parent, once the child called `ready`; False in
+    the child, at its end.
+
+    What the child fails with before that is raised in the parent, with the child's exit code.
+    """
+    told, tell = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(tell)
+        _await_ready(child, told)
+        return True
+    os.close(told)
+    _run_child(program, tell)
+    return False
+
+
+def _await_ready(child: int, told: int) -> None:
+    try:
+        with open(told, "rb") as pipe:
+            message = pipe.read()
+    except Interrupted:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        raise
+    if message == _READY:
+        return
+    os.waitpid(child, 0)
+    if not message:
+        raise MountError("the mount's process died before it was ready")
+    failure = json.loads(message)
+    error = BlockcopyError(failure["message"])
+    error.exit_code = failure["exit_code"]
+    raise error
+
+
+def _run_child(program: Callable[[Callable[[], None]], None], tell: int) -> None:
+    is_ready = False
+
+    def ready() -> None:
+        nonlocal is_ready
+        is_ready = True
+        _leave_terminal()
+        os.write(tell, _READY)
+        os.close(tell)
+
+    try:
+        program(ready)
+    except BlockcopyError as error:
+        if is_ready:
+            logger.error("%s", error)
+        else:
+            os.write(tell, json.dumps({"message": str(error), "exit_code": error.exit_code}).encode())
+        raise
+
+
+def _leave_terminal() -> None:
+    os.setsid()
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    os.close(null)
+    root = logging.getLogger()
+    for each in root.handlers[:]:
+        root.removeHandler(each)
+    try:
+        log: logging.Handler = logging.handlers.SysLogHandler("/dev/log")
+    except OSError:
+        log = logging.NullHandler()  # no syslog here: `status` still tells the last error
+    log.setFormatter(logging.Formatter("blockcopy[%(process)d]: %(message)s"))
+    root.addHandler(log)

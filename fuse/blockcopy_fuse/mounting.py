@@ -1,0 +1,180 @@
+"""`blockcopy mount`: checks, the replica, the file system over it, and their end in order.
+
+    checks → open_replica → pyfuse3.init → serve … a signal, or the mount is taken away …
+           → waiters get EIO → terminate → close (unmounts) → destination synced, processes reaped
+
+Whichever way it ends, nothing stays mounted, no child is left, and the destination is synced. Only
+a death by SIGKILL leaves the mountpoint behind: then readers get ENOTCONN rather than an empty
+folder, and the next mount says how to clear it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import pyfuse3
+import trio
+
+from blockcopy.errors import Interrupted, MountError, UsageError
+from blockcopy.replica import bar
+from blockcopy.replica.engine import Plan, Replica, open_replica
+from blockcopy.replica.sync import SIGNALS
+from blockcopy_fuse import STATUS_NAME, control
+from blockcopy_fuse.operations import Operations
+
+logger = logging.getLogger(__name__)
+
+_TERMINATE_SECONDS = 5
+"""How long handlers in flight may take to end, once their waits have failed, before they are cancelled."""
+
+_MAX_HANDLERS = 256
+"""Requests being handled at once. When all of them wait, not even a lookup is answered."""
+
+_REFUSED_OPTIONS = {
+    "max_read": "it makes the mount vanish at once (a fault of libfuse's bindings)",
+    "max_background": "set /sys/fs/fuse/connections/*/max_background instead",
+    "rw": "the replica is read-only",
+}
+
+
+@dataclass(frozen=True)
+class MountPlan:
+    """Where and how the replica of `plan` is shown."""
+
+    plan: Plan
+    mountpoint: str
+    name: str
+    options: frozenset[str]
+    pid_file: str | None = None
+
+    @property
+    def shared(self) -> bool:
+        return "allow_other" in self.options
+
+
+def check(mount: MountPlan) -> None:
+    """Before anything is started: can it be mounted there, like this? MountError or UsageError."""
+    mountpoint = Path(mount.mountpoint)
+    if control.is_dead(mount.mountpoint):
+        raise MountError(control.dead_mount(mount.mountpoint))
+    try:
+        mode = mountpoint.stat().st_mode
+    except OSError as error:
+        raise MountError(f"cannot mount on {mountpoint}: {error.strerror}") from error
+    if not stat.S_ISDIR(mode):
+        raise MountError(f"cannot mount on {mountpoint}: it is no folder")
+    if os.path.ismount(mountpoint) and (mountpoint / STATUS_NAME).exists():
+        raise MountError(f"{mountpoint} has a replica mounted already (see: blockcopy status {mountpoint})")
+    if Path(mount.plan.destination).resolve().is_relative_to(mountpoint.resolve()):
+        raise UsageError(f"the mount on {mountpoint} would hide the destination {mount.plan.destination}")
+    if "/" in mount.name or mount.name in ("", ".", "..", STATUS_NAME):
+        raise UsageError(f"--name {mount.name!r} cannot be the name of the file")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise MountError("cannot use /dev/fuse: load it (modprobe fuse), or have the container given it")
+
+
+def parse_options(texts: list[str]) -> frozenset[str]:
+    """`-o a,b=c -o d` → the set of them. UsageError for those that cannot work."""
+    options = {option for text in texts for option in text.split(",") if option}
+    for option in options:
+        why_not = _REFUSED_OPTIONS.get(option.partition("=")[0])
+        if why_not:
+            raise UsageError(f"-o {option} is not possible: {why_not}")
+    return frozenset(options)
+
+
+async def serve(mount: MountPlan, ready: Callable[[], None], terminal: TextIO | None) -> None:
+    """Mount and serve until a signal or an unmount. `ready` is called once, when it is mounted.
+
+    `terminal` gets a progress bar. Raises, in exception groups, what `open_replica` does, MountError,
+    and Interrupted for a signal that came before it was mounted.
+    """
+    stop = trio.Event()
+    mounted = False
+
+    async def watch_signals() -> None:
+        async for signum in signals:
+            if not mounted:
+                raise Interrupted(signum)
+            logger.info("ending on %s", signal.Signals(signum).name)
+            stop.set()
+
+    with trio.open_signal_receiver(*SIGNALS) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch_signals)
+            async with open_replica(mount.plan) as replica:
+                _init(mount, replica)
+                mounted = True
+                try:
+                    with _pid_file(mount.pid_file):
+                        await _serve(replica, stop, ready, terminal)
+                finally:
+                    pyfuse3.close(unmount=True)
+            nursery.cancel_scope.cancel()
+
+
+@contextmanager
+def _pid_file(path: str | None) -> Iterator[None]:
+    """The file holds our process id as long as we serve."""
+    if path is None:
+        yield
+        return
+    file = Path(path)
+    try:
+        file.write_text(f"{os.getpid()}\n")
+    except OSError as error:
+        raise MountError(f"cannot write --pid-file {path}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def await_first_answer(mount: MountPlan) -> None:
+    """Return when the mount answers. For another process than the one that serves it."""
+    try:
+        (Path(mount.mountpoint) / mount.name).stat()
+    except OSError as error:
+        raise MountError(f"the mount on {mount.mountpoint} does not answer: {error.strerror}") from error
+
+
+def _init(mount: MountPlan, replica: Replica) -> None:
+    source = str(mount.plan.command.source).replace("\\", "\\\\").replace(",", "\\,")
+    options = {*pyfuse3.default_options, "ro", f"fsname={source}", "subtype=blockcopy", *mount.options}
+    operations = Operations(replica.volume, mount.name, replica.snapshot, shared=mount.shared)
+    try:
+        pyfuse3.init(operations, mount.mountpoint, options)
+    except RuntimeError as error:  # libfuse has printed the reason itself
+        raise MountError(f"cannot mount on {mount.mountpoint}: {error}") from error
+
+
+async def _serve(replica: Replica, stop: trio.Event, ready: Callable[[], None], terminal: TextIO | None) -> None:
+    """Take requests until `stop` is set or the mount is taken away."""
+
+    async def take_requests() -> None:
+        await pyfuse3.main(max_tasks=_MAX_HANDLERS)
+        ended.set()
+        stop.set()  # unmounted from outside, where nobody asked for it here
+
+    ended = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(take_requests)
+        if terminal is not None:
+            nursery.start_soon(bar.show, replica, terminal)
+        ready()
+        await stop.wait()
+        # A handler that waits for the source would keep terminate() waiting for ever: fail it first.
+        await replica.let_go()
+        if not ended.is_set():
+            pyfuse3.terminate()
+            with trio.move_on_after(_TERMINATE_SECONDS):
+                await ended.wait()
+        nursery.cancel_scope.cancel()
