@@ -1,0 +1,278 @@
+"""What the fixtures are made of: data, commands, mounts, an sshd, and the hunt for what is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockcopy.geometry import BLOCK_SIZE
+
+PYTHON = sys.executable
+BLOCKCOPY = [PYTHON, "-P", "-m", "blockcopy"]
+STANDINS = Path(__file__).resolve().parent.parent / "tools" / "standins"
+QUEUEING = f"{PYTHON} {STANDINS / 'queueing_retrieve'}"
+"""--blockcopy-path of the stand-in for the original's `retrieve`."""
+
+TEST_ID = "BLOCKCOPY_TEST_ID"
+"""Set for every process that a test starts, so that those left behind are found."""
+
+PATIENCE = 20
+"""Seconds that `until` waits for what has to happen."""
+
+
+# Data
+
+
+def noise(size: int, seed: int = 1) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def with_changes(data: bytes, blocks: list[int], block_size: int = BLOCK_SIZE) -> bytes:
+    """`data` with one byte changed in each of `blocks`."""
+    changed = bytearray(data)
+    for block in blocks:
+        changed[min(block * block_size + 7, len(data) - 1)] ^= 0xFF
+    return bytes(changed)
+
+
+# Commands
+
+
+def run(*args: object, input: bytes | None = None, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """A blockcopy command, to its end; the test looks at its status."""
+    return subprocess.run(
+        [*BLOCKCOPY, *map(str, args)], input=input, capture_output=True, timeout=PATIENCE, check=False, **options
+    )
+
+
+def output(*args: object) -> str:
+    """What another program prints; it has to succeed."""
+    done = subprocess.run([str(each) for each in args], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, f"{args}: {done.stderr}"
+    return done.stdout
+
+
+def until(condition: Callable[[], object], what: str = "it") -> None:
+    """Wait for what another process does and does not tell."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not happen"
+        time.sleep(0.01)
+
+
+# Requirements: a skip with its reason, but a failure where BLOCKCOPY_REQUIRE_FUSE=1 (as in CI)
+
+
+def require(present: bool, reason: str) -> None:
+    if present:
+        return
+    if os.environ.get("BLOCKCOPY_REQUIRE_FUSE") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def require_fuse() -> None:
+    require(os.access("/dev/fuse", os.R_OK | os.W_OK), "/dev/fuse cannot be used here")
+    require(shutil.which("fusermount3") is not None, "fusermount3 is not installed")
+
+
+def require_root() -> None:
+    require(os.geteuid() == 0, "loop devices need root")
+    require(os.path.exists("/dev/loop-control"), "there are no loop devices here")
+
+
+def require_sshd() -> None:
+    require(shutil.which("sshd", path="/usr/sbin:/usr/bin") is not None, "sshd is not installed")
+
+
+# Mounts
+
+
+class Mount:
+    """A replica mounted by the command, as a user does it; the file is `file`."""
+
+    def __init__(
+        self,
+        point: Path,
+        source: object,
+        destination: object,
+        *options: object,
+        program: str | None = None,
+        wait: bool = False,
+    ) -> None:
+        """`program` is the --blockcopy-path; AssertionError where the command fails."""
+        self.point = point
+        more = ["--blockcopy-path", program] if program else []
+        done = run("mount", *options, *more, source, destination, point)
+        assert done.returncode == 0, done.stderr.decode()
+        name = options[options.index("--name") + 1] if "--name" in options else Path(str(destination)).name
+        self.file = point / str(name)
+        if wait:
+            self.wait()
+
+    def status(self) -> dict[str, Any]:
+        return json.loads((self.point / "status.json").read_bytes())  # type: ignore[no-any-return]
+
+    def wait(self) -> None:
+        done = run("wait", self.point)
+        assert done.returncode == 0, done.stderr.decode()
+
+    def umount(self) -> None:
+        done = run("umount", self.point)
+        assert done.returncode == 0, done.stderr.decode()
+
+    def retrievers(self) -> list[int]:
+        """Process ids of the mount's retrieve processes."""
+        return children(self.status()["pid"])
+
+    def clear(self) -> None:
+        """After the test, whatever has become of it."""
+        pids = []
+        with contextlib.suppress(OSError, ValueError):
+            pids.append(self.status()["pid"])
+        if str(self.point) in fuse_mounts():
+            subprocess.run(["fusermount3", "-u", "-z", str(self.point)], check=False)
+        for pid in pids:
+            with contextlib.suppress(AssertionError):
+                until(lambda pid=pid: not alive(pid))  # type: ignore[misc]
+
+
+def fuse_mounts() -> set[str]:
+    lines = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
+    return {point for _, point, kind, *_ in lines if kind == "fuse.blockcopy"}
+
+
+def clear_mounts(points: set[str]) -> set[str]:
+    for point in points:
+        subprocess.run(["fusermount3", "-u", "-z", point], check=False)
+    return points
+
+
+# Processes and descriptors
+
+
+def alive(pid: int) -> bool:
+    """It runs; one that has ended and that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def children(pid: int) -> list[int]:
+    """Of all its threads; zombies left out."""
+    found = [
+        int(child)
+        for listed in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in listed.read_text().split()
+    ]
+    return [child for child in found if alive(child)]
+
+
+def peak_memory(pid: int) -> int:
+    """Bytes, as the kernel accounts them (VmHWM)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"no VmHWM of {pid}")
+
+
+def _marked(mark: str) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"{TEST_ID}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0") and alive(
+                int(entry.name)
+            ):
+                found.append(int(entry.name))
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def reap(mark: str) -> list[str]:
+    """Processes of this test that do not end by themselves; ended now."""
+    with contextlib.suppress(AssertionError):
+        end = time.monotonic() + 5
+        until(lambda: not _marked(mark) or time.monotonic() > end)
+    left = []
+    for pid in _marked(mark):
+        with contextlib.suppress(OSError):
+            left.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode())
+            os.kill(pid, signal.SIGKILL)
+    return left
+
+
+def descriptors() -> set[str]:
+    """Ours, by number and target; the one that lists them is gone again."""
+    found = set()
+    for entry in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            target = os.readlink(f"/proc/self/fd/{entry}")
+            # memfds and logs of the test runner itself come and go
+            found.add(f"{entry} → {target}")
+    return {each for each in found if "/proc/" not in each}
+
+
+# sshd
+
+
+class Sshd:
+    """A server for one user, one key and one port; `rsh` is what reaches it, `host` its name."""
+
+    host = "127.0.0.1"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with socket.socket() as free:
+            free.bind((self.host, 0))
+            self.port = free.getsockname()[1]
+        self.user = getpass.getuser()
+        self._log = folder / "log"
+
+    @property
+    def rsh(self) -> str:
+        return (
+            f"ssh -F none -p {self.port} -i {self._folder}/user -o BatchMode=yes "
+            f"-o UserKnownHostsFile={self._folder}/known -o StrictHostKeyChecking=accept-new -o LogLevel=ERROR"
+        )
+
+    def __enter__(self) -> Sshd:
+        folder = self._folder
+        for key in ("host", "user"):
+            output("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key)
+        shutil.copy(folder / "user.pub", folder / "authorized")
+        (folder / "config").write_text(
+            f"ListenAddress {self.host}\nPort {self.port}\nHostKey {folder}/host\nPidFile none\n"
+            f"AuthorizedKeysFile {folder}/authorized\nStrictModes no\nUsePAM no\n"
+            "PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\n"
+        )
+        if os.geteuid() == 0:
+            Path("/run/sshd").mkdir(exist_ok=True)
+        sshd = shutil.which("sshd", path="/usr/sbin:/usr/bin")
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen([str(sshd), "-D", "-e", "-f", str(folder / "config")], stderr=log)
+        until(self._answers, "sshd")
+        return self
+
+    def _answers(self) -> bool:
+        assert self._process.poll() is None, self._log.read_text()
+        with contextlib.suppress(OSError), socket.create_connection((self.host, self.port), timeout=1):
+            return True
+        return False
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.terminate()
+        self._process.wait()
