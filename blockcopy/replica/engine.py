@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,6 +204,8 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
                 search = SizeSearch(retrievers[0], connect)
                 size = await search.find(guess=existing.size() if existing else 0)
                 retrievers[0] = search.retriever
+                for retriever in retrievers:
+                    retriever.quiet = False
                 device = existing or devices.enter_context(
                     open_destination(plan.destination, force=plan.force, create=True)
                 )
@@ -230,12 +232,17 @@ def _open_existing(plan: Plan, devices: ExitStack) -> Device | None:
             raise DeviceError(f"cannot create {path}: there is no folder {path.parent} to write into")
         return None
     device = devices.enter_context(open_destination(plan.destination, force=plan.force))
-    source = plan.command.source
-    if source.host is None:
-        with suppress(DeviceError), open_source(source.path) as local:  # perhaps only sudo can read it
-            if local.identity == device.identity:
-                raise DestinationRefusedError(f"{plan.destination} is the source itself")
+    if plan.command.source.host is None and _is_same(plan.command.source.path, device):
+        raise DestinationRefusedError(f"{plan.destination} is the source itself")
     return device
+
+
+def _is_same(path: str, device: Device) -> bool:
+    try:
+        with open_source(path) as other:
+            return other.identity == device.identity
+    except DeviceError:
+        return False  # missing, which the retrieve process tells, or only sudo can read it
 
 
 def _make_room(device: Device, size: int) -> None:

@@ -91,8 +91,8 @@ class Retriever:
         self._old_fence: int | None = None  # of the batch that was settled last; more of them follow
         self.failure: SourceError | None = None
         """Why nothing can be asked any more; None while it can."""
-        self.probing = False
-        """It is asked what it may die of: what it says then is kept, and logged for developers only."""
+        self.quiet = True
+        """What it says, and dies of, is logged for developers only: as long as somebody else tells it."""
         self.sent_bytes = 0
         self.received_bytes = 0
 
@@ -268,7 +268,7 @@ class Retriever:
                 self._log(f"{self._command.source}: {text}")
 
     def _log(self, text: str) -> None:
-        logger.log(logging.DEBUG if self.probing else logging.WARNING, "%s", text)
+        logger.log(logging.DEBUG if self.quiet else logging.WARNING, "%s", text)
 
     def _describe_end(self, returncode: int | None) -> str:
         if returncode is None:

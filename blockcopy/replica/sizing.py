@@ -25,7 +25,6 @@ class SizeSearch:
 
     def __init__(self, retriever: Retriever, connect: Callable[[], Awaitable[Retriever]]) -> None:
         self.retriever = retriever
-        self.retriever.probing = True
         self._connect = connect
         self._low = 0  # it has at least so many bytes
         self._high = MAX_POSITION  # and at most so many
@@ -33,11 +32,6 @@ class SizeSearch:
 
     async def find(self, guess: int) -> int:
         """The size in bytes. `guess` is tried first. SourceError where the source does not tell."""
-        size = await self._search(guess)
-        self.retriever.probing = False
-        return size
-
-    async def _search(self, guess: int) -> int:
         if not (await self.retriever.reaches([0]))[0]:
             return 0
         self._low = 1
@@ -74,7 +68,6 @@ class SizeSearch:
             if self._high < self._low:
                 raise
             self.retriever = await self._connect()
-            self.retriever.probing = True
             return
         for position, reached in zip(positions, answers, strict=True):
             if reached:

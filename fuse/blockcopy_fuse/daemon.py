@@ -75,6 +75,7 @@ def _run_child(program: Callable[[Callable[[], None]], None], tell: int) -> None
             logger.error("%s", error)
         else:
             os.write(tell, json.dumps({"message": str(error), "exit_code": error.exit_code}).encode())
+            _leave_terminal()  # the parent is the one who says it there
         raise
 
 

@@ -1,0 +1,169 @@
+"""Who may import whom, and what product code may not do. Read from the sources, without running them."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from support import PYTHON
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+ROOTS = (CHECKOUT, CHECKOUT / "fuse")
+LEAVES = ("print", "exit", "quit", "sys.exit", "os._exit", "SystemExit")
+
+
+class Import(NamedTuple):
+    module: str
+    lazy: bool  # inside a function
+    typing_only: bool  # under `if TYPE_CHECKING`
+
+
+class Visitor(ast.NodeVisitor):
+    def __init__(self) -> None:
+        self.imports: list[Import] = []
+        self.calls: set[str] = set()
+        self.asserts: list[int] = []
+        self._functions = self._typing = 0
+
+    def _visit_function(self, node: ast.AST) -> None:
+        self._functions += 1
+        self.generic_visit(node)
+        self._functions -= 1
+
+    visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = _visit_function  # noqa: N815
+
+    def visit_If(self, node: ast.If) -> None:
+        typing_only = ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        self._typing += typing_only
+        for each in node.body:
+            self.visit(each)
+        self._typing -= typing_only
+        for each in (node.test, *node.orelse):
+            self.visit(each)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        for name in node.names:
+            self._add(name.name)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        assert node.level == 0, "imports are written in full here"
+        for name in node.names:
+            inner = f"{node.module}.{name.name}"
+            self._add(inner if inner in SOURCES else str(node.module))
+
+    def visit_Name(self, node: ast.Name) -> None:
+        self.calls.add(node.id)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        self.calls.add(ast.unparse(node))
+        self.generic_visit(node)
+
+    def visit_Assert(self, node: ast.Assert) -> None:
+        self.asserts.append(node.lineno)
+        self.generic_visit(node)
+
+    def _add(self, module: str) -> None:
+        self.imports.append(Import(module, self._functions > 0, self._typing > 0))
+
+
+def _sources() -> Iterator[tuple[str, Path]]:
+    for root, package in zip(ROOTS, ("blockcopy", "blockcopy_fuse"), strict=True):
+        for path in (root / package).rglob("*.py"):
+            name = ".".join(path.relative_to(root).with_suffix("").parts)
+            yield name.removesuffix(".__init__"), path
+
+
+SOURCES = dict(_sources())
+
+
+def read(module: str) -> Visitor:
+    visitor = Visitor()
+    visitor.visit(ast.parse(SOURCES[module].read_text()))
+    return visitor
+
+
+READ = {module: read(module) for module in SOURCES}
+CORE = sorted(module for module, path in SOURCES.items() if path.parent == CHECKOUT / "blockcopy")
+REPLICA = sorted(module for module in SOURCES if f"{module}.".startswith("blockcopy.replica."))
+
+
+def top(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_the_sources_are_found() -> None:
+    assert {"blockcopy", "blockcopy.cli", "blockcopy.wire"} <= set(CORE)
+    assert {"blockcopy.replica", "blockcopy.replica.engine"} <= set(REPLICA)
+    assert {"blockcopy_fuse", "blockcopy_fuse.mounting"} <= set(SOURCES)
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_the_stages_import_the_standard_library_and_each_other_only(module: str) -> None:
+    foreign = {
+        each.module
+        for each in READ[module].imports
+        if top(each.module) not in sys.stdlib_module_names and each.module not in CORE
+        # The command line knows every part, but loads the others only for the commands that need them.
+        and not (
+            module == "blockcopy.cli"
+            and (each.lazy or each.typing_only)
+            and (each.module in REPLICA or top(each.module) == "blockcopy_fuse")
+        )
+    }
+    assert not foreign
+
+
+def test_the_stages_load_without_any_installed_package() -> None:
+    lines = "\n".join(f"import {module}" for module in CORE)
+    done = subprocess.run(
+        [PYTHON, "-S", "-E", "-c", f"import sys; sys.path.insert(0, {str(CHECKOUT)!r})\n{lines}"],
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("module", REPLICA)
+def test_the_replica_knows_no_fuse_and_no_command_line(module: str) -> None:
+    imported = {each.module for each in READ[module].imports}
+    assert not {each for each in imported if top(each) in ("pyfuse3", "blockcopy_fuse")}
+    assert "blockcopy.cli" not in imported
+
+
+def importers(of: str) -> set[str]:
+    return {
+        module for module, seen in READ.items() if any(f"{each.module}.".startswith(f"{of}.") for each in seen.imports)
+    }
+
+
+def test_two_files_import_pyfuse3() -> None:
+    assert importers("pyfuse3") == {"blockcopy_fuse.operations", "blockcopy_fuse.mounting"}
+
+
+def test_only_the_program_imports_the_command_line() -> None:
+    assert importers("blockcopy.cli") == {"blockcopy.__main__"}
+
+
+def test_only_the_command_line_prints_or_exits() -> None:
+    assert {module for module, seen in READ.items() if seen.calls.intersection(LEAVES)} == {"blockcopy.cli"}
+
+
+def test_imports_have_no_cycle() -> None:
+    graph = {
+        module: {each.module for each in seen.imports if each.module in SOURCES and not each.typing_only}
+        for module, seen in READ.items()
+    }
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the cycle
+    assert set(order) == set(SOURCES)
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES))
+def test_product_code_does_not_assert(module: str) -> None:
+    """`python -O` leaves assertions out, so nothing may rest on one."""
+    assert not READ[module].asserts

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import support
+import trio
+
+from blockcopy.errors import SourceError
+from blockcopy.geometry import BLOCK_SIZE
+from blockcopy.remote import Source, retrieve_command
+from blockcopy.replica.retriever import Retriever
+from blockcopy.replica.sizing import SizeSearch
+
+SIZES = [0, 1, 2, 511, 512, 513, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 3 * BLOCK_SIZE + 77_777, 9_999_999]
+
+GUESSES = {
+    "right": lambda size: size,
+    "one too small": lambda size: size - 1,
+    "one too large": lambda size: size + 1,
+    "half": lambda size: size // 2,
+    "a sector more": lambda size: size + 512,
+    "far too large": lambda size: size * 1000 + 12345,
+    "none": lambda size: 0,
+}
+
+
+@pytest.fixture(params=["ours", "stand-in", "original"])
+def program(request: pytest.FixtureRequest) -> str | None:
+    """The --blockcopy-path of each `retrieve` there is."""
+    if request.param == "original":
+        return shlex.join(request.getfixturevalue("original"))
+    return support.QUEUEING if request.param == "stand-in" else None
+
+
+@contextlib.contextmanager
+def sparse_file(size: int, folder: Path) -> Iterator[Path]:
+    """In `folder`, or in memory where the file system of `folder` does not have files of that size."""
+    for each in (folder, Path("/dev/shm")):
+        if os.access(each, os.W_OK):
+            with tempfile.NamedTemporaryFile(dir=each) as file, contextlib.suppress(OSError):
+                os.truncate(file.name, size)
+                yield Path(file.name)
+                return
+    pytest.skip(f"no file system here has files of {size} bytes")
+
+
+def find(path: object, guesses: list[int], program: str | None) -> list[int]:
+    """What is found with each of the guesses, one after the other, of the process that is then alive."""
+    command = retrieve_command(Source(None, str(path)), program=program)
+    found = []
+
+    async def main() -> None:
+        connected: list[Retriever] = []
+        async with trio.open_nursery() as nursery:
+
+            async def connect() -> Retriever:
+                retriever = Retriever(command)
+                await nursery.start(retriever.run)
+                connected.append(retriever)
+                return retriever
+
+            try:
+                retriever = await connect()
+                with trio.fail_after(30):
+                    for guess in guesses:
+                        search = SizeSearch(retriever, connect)
+                        found.append(await search.find(guess))
+                        retriever = search.retriever
+                        assert retriever.failure is None
+            finally:
+                with trio.CancelScope(shield=True):
+                    for each in connected:
+                        await each.close()
+
+    trio.run(main)
+    return found
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_size_of_a_file_whatever_was_guessed(size: int, program: str | None, tmp_path: Path) -> None:
+    with sparse_file(size, tmp_path) as path:
+        guesses = [max(0, guess(size)) for guess in GUESSES.values()]
+        assert find(path, guesses, program) == [size] * len(guesses)
+
+
+@pytest.mark.parametrize("size", [2**40 + 12345, 5 * 2**40 + 777, 20 * 2**40, 20 * 2**40 + 1])
+@pytest.mark.parametrize("guess", ["none", "right", "one too small", "far too large"])
+def test_size_of_a_huge_sparse_file(size: int, guess: str, program: str | None, tmp_path: Path) -> None:
+    with sparse_file(size, tmp_path) as path:
+        assert find(path, [GUESSES[guess](size)], program) == [size]
+
+
+@pytest.mark.parametrize("guess", GUESSES)
+@pytest.mark.parametrize("sectors", [1, 3, 257, 8191])
+def test_size_of_a_block_device(
+    sectors: int, guess: str, program: str | None, tmp_path: Path, loop_device: Callable[[Path], str]
+) -> None:
+    size = sectors * 512
+    image = tmp_path / "image"
+    image.write_bytes(support.noise(size))
+    assert find(loop_device(image), [max(0, GUESSES[guess](size))], program) == [size]
+
+
+def test_size_of_a_huge_block_device(
+    program: str | None, tmp_path: Path, loop_device: Callable[[Path], str]
+) -> None:
+    image = tmp_path / "image"
+    image.touch()
+    os.truncate(image, 2**40 + 512)
+    assert find(loop_device(image), [12345], program) == [2**40 + 512]
+
+
+@pytest.mark.parametrize("guess", GUESSES)
+@pytest.mark.parametrize("answer", [1, 2, 3, 4])
+def test_a_source_that_dies_of_anything_has_its_right_size_or_none(answer: int, guess: str, tmp_path: Path) -> None:
+    """Each process dies at its Nth answer, so that a death does not tell of the end."""
+    size = 3 * BLOCK_SIZE + 1234
+    with sparse_file(size, tmp_path) as path:
+        try:
+            found = find(path, [GUESSES[guess](size)], f"{support.QUEUEING} --die-at {answer}")
+        except* SourceError:
+            found = [size]
+            died = True
+        else:
+            died = False
+        assert found == [size]
+        assert died or answer > 1
+
+
+@pytest.mark.parametrize("program", ["false", "true", "/no/such/program", f"{support.QUEUEING} --die-at 1"])
+def test_a_source_that_always_dies_has_no_size(program: str, tmp_path: Path) -> None:
+    with sparse_file(100_000, tmp_path) as path, pytest.raises(ExceptionGroup) as caught:
+        find(path, [100_000], program)
+    assert caught.group_contains(SourceError)
+
+
+@pytest.mark.parametrize("fault", ["garble", "misplace", "oversize", "short"])
+@pytest.mark.parametrize("answer", [1, 2, 3])
+def test_a_source_that_lies_has_its_right_size_or_none(fault: str, answer: int, tmp_path: Path) -> None:
+    size = 3 * BLOCK_SIZE + 1234
+    with sparse_file(size, tmp_path) as path:
+        found = []
+        with contextlib.suppress(ExceptionGroup):
+            found = find(path, [size // 2], f"{support.QUEUEING} --{fault}-at {answer}")
+        assert found in ([], [size])

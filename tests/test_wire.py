@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from blockcopy import wire
+from blockcopy.errors import StreamError, TruncatedStreamError
+from blockcopy.wire import (
+    BLOCK_STREAM,
+    HASH_STREAM,
+    MAX_BLOCK_SIZE,
+    MAX_POSITION,
+    Data,
+    Decoder,
+    Done,
+    Grammar,
+    Hash,
+    LegacyHash,
+    Message,
+    Rest,
+    XzData,
+    encode,
+)
+
+DIGEST = hashlib.sha3_512(b"Hello World!").digest()
+HASHES: list[Message] = [
+    Hash(0, 131072, DIGEST),
+    LegacyHash(12, DIGEST),
+    Hash(MAX_POSITION - 1, 1, DIGEST),
+    Hash(5, 0, bytes(64)),
+    Rest(0),
+    Rest(MAX_POSITION),
+    Done(),
+]
+BLOCKS: list[Message] = [
+    Data(0, b"Hello World!"),
+    Data(2**40, b""),
+    XzData(131072, b"\xfd7zXZ\x00 not looked into"),
+    Data(7, b"done"),
+    Data(0, bytes(MAX_BLOCK_SIZE)),
+    Done(),
+]
+STREAMS = pytest.mark.parametrize(("grammar", "messages"), [(HASH_STREAM, HASHES), (BLOCK_STREAM, BLOCKS)])
+
+
+def messages_of(decoder: Decoder) -> list[Message]:
+    return list(iter(decoder.next, None))
+
+
+@pytest.mark.parametrize(
+    ("message", "encoded"),
+    [
+        (Hash(1, 2, DIGEST), b"Hash" + bytes(7) + b"\x01" + bytes(3) + b"\x02" + DIGEST),
+        (LegacyHash(258, DIGEST), b"hash" + b"\x00\x00\x01\x02" + DIGEST),
+        (Rest(12), b"rest" + bytes(7) + b"\x0c"),
+        (Data(258, b"abc"), b"data" + bytes(6) + b"\x01\x02" + bytes(3) + b"\x03" + b"abc"),
+        (XzData(0, b"abcd"), b"dlzm" + bytes(8) + bytes(3) + b"\x04" + b"abcd"),
+        (Done(), b"done"),
+    ],
+)
+def test_bytes_are_as_the_format_has_them(message: Message, encoded: bytes) -> None:
+    assert encode(message) == encoded
+
+
+def test_a_frame_header_is_what_stands_before_the_payload() -> None:
+    assert wire.frame_header(b"data", 5, 3) + b"abc" == encode(Data(5, b"abc"))
+
+
+@STREAMS
+def test_what_is_encoded_is_decoded(grammar: Grammar, messages: list[Message]) -> None:
+    decoder = Decoder(grammar)
+    decoder.feed(b"".join(map(encode, messages)))
+    assert messages_of(decoder) == messages
+    assert decoder.done
+    decoder.end()
+
+
+@STREAMS
+def test_a_stream_may_be_split_anywhere(grammar: Grammar, messages: list[Message]) -> None:
+    short = [each for each in messages if len(encode(each)) < 1000]
+    stream = b"".join(map(encode, short))
+    for split in range(len(stream) + 1):
+        decoder = Decoder(grammar)
+        decoder.feed(stream[:split])
+        found = messages_of(decoder)
+        decoder.feed(stream[split:])
+        assert found + messages_of(decoder) == short, split
+        decoder.end()
+
+
+@STREAMS
+def test_a_stream_may_come_byte_by_byte(grammar: Grammar, messages: list[Message]) -> None:
+    """Each message is there with its last byte, and not before."""
+    decoder = Decoder(grammar)
+    for message in (each for each in messages if len(encode(each)) < 1000):
+        *first, last = encode(message)
+        for byte in first:
+            decoder.feed(bytes([byte]))
+            assert decoder.next() is None
+        decoder.feed(bytes([last]))
+        assert decoder.next() == message
+    assert decoder.done
+
+
+def test_a_decoder_takes_any_buffer_and_keeps_none_of_it() -> None:
+    buffer = bytearray(encode(Data(3, b"abc")))
+    decoder = Decoder(BLOCK_STREAM)
+    decoder.feed(memoryview(buffer))
+    buffer[:] = bytes(len(buffer))
+    assert decoder.next() == Data(3, b"abc")
+
+
+@pytest.mark.parametrize(
+    ("grammar", "stream"),
+    [
+        (HASH_STREAM, b"HASH"),
+        (HASH_STREAM, b"data" + bytes(12)),
+        (BLOCK_STREAM, b"Hash" + bytes(76)),
+        (BLOCK_STREAM, b"rest" + bytes(8)),
+        (BLOCK_STREAM, b"Last login: never"),
+        (BLOCK_STREAM, b"\0\0\0\0"),
+    ],
+)
+def test_an_unknown_command_is_told_with_what_came(grammar: Grammar, stream: bytes) -> None:
+    decoder = Decoder(grammar)
+    decoder.feed(stream)
+    with pytest.raises(StreamError) as caught:
+        decoder.next()
+    assert repr(stream[:17])[2:-1] in str(caught.value)
+    assert not isinstance(caught.value, TruncatedStreamError)
+
+
+def test_messages_before_an_unknown_command_are_delivered() -> None:
+    decoder = Decoder(BLOCK_STREAM)
+    decoder.feed(encode(Data(0, b"abc")) + b"junk")
+    assert decoder.next() == Data(0, b"abc")
+    with pytest.raises(StreamError):
+        decoder.next()
+
+
+def header(command: bytes, position: int, size: int) -> bytes:
+    """All that stands before the payload or the digest."""
+    if command == b"hash":
+        return command + size.to_bytes(4, "big")
+    if command == b"rest":
+        return command + position.to_bytes(8, "big")
+    return command + position.to_bytes(8, "big") + size.to_bytes(4, "big")
+
+
+OUT_OF_BOUNDS = [
+    (0, MAX_BLOCK_SIZE + 1),
+    (0, 2**32 - 1),
+    (MAX_POSITION + 1, 0),
+    (MAX_POSITION, 1),
+    (2**64 - 1, 0),
+    (2**64 - 1, 2**32 - 1),
+]
+
+
+@pytest.mark.parametrize("command", [b"data", b"dlzm"])
+@pytest.mark.parametrize(("position", "size"), OUT_OF_BOUNDS)
+def test_bounds_of_a_frame_are_checked_before_its_payload_comes(command: bytes, position: int, size: int) -> None:
+    decoder = Decoder(BLOCK_STREAM)
+    decoder.feed(header(command, position, size))
+    with pytest.raises(StreamError, match=command.decode()):
+        decoder.next()
+
+
+@pytest.mark.parametrize("command", [b"Hash", b"hash", b"rest"])
+@pytest.mark.parametrize(("position", "size"), OUT_OF_BOUNDS)
+def test_bounds_of_what_is_asked_are_checked(command: bytes, position: int, size: int) -> None:
+    if (command == b"hash" and size <= MAX_BLOCK_SIZE) or (command == b"rest" and position <= MAX_POSITION):
+        pytest.skip("it has no such field")
+    decoder = Decoder(HASH_STREAM)
+    decoder.feed(header(command, position, size) + (b"" if command == b"rest" else DIGEST))
+    with pytest.raises(StreamError, match=command.decode()):
+        decoder.next()
+
+
+@pytest.mark.parametrize("command", [b"data", b"dlzm"])
+@pytest.mark.parametrize(("position", "size"), [(0, MAX_BLOCK_SIZE), (MAX_POSITION, 0), (MAX_POSITION - 1, 1)])
+def test_what_is_just_inside_the_bounds_is_waited_for(command: bytes, position: int, size: int) -> None:
+    decoder = Decoder(BLOCK_STREAM)
+    decoder.feed(header(command, position, size))
+    if size:
+        assert decoder.next() is None
+        decoder.feed(bytes(size))
+    assert decoder.next() in (Data(position, bytes(size)), XzData(position, bytes(size)))
+
+
+@STREAMS
+def test_an_end_without_done_is_an_error_wherever_it_comes(grammar: Grammar, messages: list[Message]) -> None:
+    short = [each for each in messages if len(encode(each)) < 1000]
+    stream = b"".join(map(encode, short))
+    for length in range(len(stream)):
+        decoder = Decoder(grammar)
+        decoder.feed(stream[:length])
+        delivered = messages_of(decoder)
+        assert not decoder.done
+        with pytest.raises(TruncatedStreamError):
+            decoder.end()
+        assert b"".join(map(encode, delivered)) == stream[: len(b"".join(map(encode, delivered)))]
+
+
+def test_an_end_inside_a_message_is_told_apart() -> None:
+    whole, cut = Decoder(BLOCK_STREAM), Decoder(BLOCK_STREAM)
+    cut.feed(b"da")
+    with pytest.raises(TruncatedStreamError, match="without `done`"):
+        whole.end()
+    with pytest.raises(TruncatedStreamError, match="in the middle of a message, after 2 bytes"):
+        cut.end()
+
+
+def test_nothing_is_read_behind_done() -> None:
+    decoder = Decoder(BLOCK_STREAM)
+    decoder.feed(b"done" + encode(Data(0, b"abc")) + b"junk")
+    assert decoder.next() == Done()
+    assert decoder.next() is None
+    decoder.end()
