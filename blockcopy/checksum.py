@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 from blockcopy import wire
 from blockcopy.digests import digest
-from blockcopy.errors import DeviceError, UsageError
+from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.geometry import BLOCK_SIZE
 from blockcopy.progress import LineProgress
-from blockcopy.stages import PIECE_SIZE, OutputStream, run_ordered
+from blockcopy.stages import PIECE_SIZE, InputStream, OutputStream, run_ordered
 
 
 class _Piece(NamedTuple):
@@ -36,10 +36,12 @@ def checksum(
     """Write the hash stream of bytes `start` … `end` of `fd`, a file, device or pipe called `path`.
 
     Without `end`, what can tell its position (all but a pipe) is followed by `rest`, which asks the
-    source for all that it has beyond. Errors: DeviceError, OutputError, UsageError.
+    source for all that it has beyond. Errors: DeviceError, OutputError; BlockcopyError for a range that is none.
     """
-    if start < 0 or (end is not None and end <= start):
-        raise UsageError(f"--end {end} does not lie behind --start {start}" if start >= 0 else f"--start {start}")
+    if start < 0:
+        raise BlockcopyError(f"--start {start} does not lie in {path}")
+    if end is not None and end <= start:
+        raise BlockcopyError(f"--end {end} does not lie behind --start {start}")
     seekable = _seek(fd, path, start)
     reached = start
 
@@ -50,7 +52,11 @@ def checksum(
         if progress is not None:
             progress.update(reached - start, reached)
 
-    run_ordered(_pieces(fd, path, start, end), _hash, send)
+    if seekable:
+        run_ordered(_pieces(_device_reader(fd, path), start, end), _hash, send)
+    else:  # a pipe may be silent for ever, so its reader has to be woken where the writer fails
+        with InputStream(fd) as pipe:
+            run_ordered(_pieces(pipe.read, start, end), _hash, send, wake=pipe.wake)
     if end is not None and reached < end:
         raise DeviceError(f"{path} ends at {reached}, before the --end {end} that was asked for")
     tail = [wire.encode(wire.Done())]
@@ -85,31 +91,30 @@ def _seek(fd: int, path: str, start: int) -> bool:
     return True
 
 
-def _pieces(fd: int, path: str, start: int, end: int | None) -> Iterator[_Piece]:
+def _device_reader(fd: int, path: str) -> Callable[[int], bytes]:
+    def read(most: int) -> bytes:
+        try:
+            return os.read(fd, most)
+        except OSError as error:
+            raise DeviceError.of("read", path, error) from error
+
+    return read
+
+
+def _pieces(read: Callable[[int], bytes], start: int, end: int | None) -> Iterator[_Piece]:
     """What there is, as whole blocks but for the last, however little a pipe gives at once."""
     position = start
     while True:
         wanted = PIECE_SIZE if end is None else min(PIECE_SIZE, end - position)
-        data = _read_full(fd, path, wanted)
+        data = read(wanted)
+        while len(data) < wanted and (more := read(wanted - len(data))):
+            data += more
         if data:
             yield _Piece(position, data)
             position += len(data)
         if len(data) < wanted or not wanted:
             return
         del data
-
-
-def _read_full(fd: int, path: str, size: int) -> bytes:
-    data = b""
-    try:
-        while len(data) < size:
-            more = os.read(fd, size - len(data))
-            if not more:
-                break
-            data = data + more if data else more
-    except OSError as error:
-        raise DeviceError.of("read", path, error) from error
-    return data
 
 
 def _hash(piece: _Piece) -> _Hashes:

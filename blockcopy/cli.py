@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run a command and exit with its status; by the signal where one ended it."""
+    _fill_closed_streams()
     args = _parser().parse_args(argv)
     _setup_logging(bool(args.verbose or os.environ.get("DEBUG")))
     stages.raise_on_signals()
     try:
         args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BlockcopyError as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)
         _exit_with(args.command, error)
@@ -42,8 +44,15 @@ def main(argv: list[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
+def _fill_closed_streams() -> None:
+    """Where 0, 1 or 2 is closed, the next file to be opened would be taken for it, and written to."""
+    while (fd := os.open(os.devnull, os.O_RDONLY)) <= 2:
+        pass  # read-only: what is written to a closed output fails, as it should
+    os.close(fd)
+
+
 def _exit_with(command: str, error: BlockcopyError) -> NoReturn:
-    print(f"ERROR ({command}): {error}", file=sys.stderr)
+    _say(f"ERROR ({command}): {error}")
     sys.exit(error.exit_code)
 
 
@@ -115,7 +124,7 @@ def _save(args: argparse.Namespace) -> None:
 
 def _refuse_dash(path: str) -> None:
     if path == "-":
-        raise UsageError("FILE must be a file or device, not `-`: the stream takes standard input")
+        raise DeviceError("FILE must be a file or device, not `-`: the stream takes standard input")
 
 
 # The lazy replica
@@ -194,7 +203,8 @@ def _extra() -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # None where the program was started without one
+        print(text, file=sys.stderr, flush=True)
 
 
 # The parser

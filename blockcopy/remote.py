@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -28,8 +29,10 @@ def parse_source(text: str) -> Source:
 
     An IPv6 address stands in brackets. A local path with a colon in its first part is written `./a:b`.
     """
-    if text.startswith("[") and "]:" in text:
-        host, path = text[1:].split("]:", 1)
+    bracketed = re.match(r"((?:[^/:@]+@)?)\[([^/\]]*)\]:(.*)", text, re.DOTALL)
+    if bracketed:
+        user, address, path = bracketed.groups()
+        host = user + address
     else:
         host, colon, path = text.partition(":")
         if not colon or "/" in host:
@@ -61,27 +64,34 @@ def retrieve_command(source: Source, rsh: str = DEFAULT_RSH, program: str | None
     """
     if source.host is None:
         return _local_command(source, program)
-    argv = shlex.split(rsh)
-    if not argv:
-        raise UsageError("-e needs a command, such as `ssh -p 2222`")
+    argv = _words("-e", rsh)
     if Path(argv[0]).name == "ssh":
         argv.append("--")  # whatever the host is called, it is no option
-    words = (program or "blockcopy").split()
+    words = ["blockcopy"] if program is None else program.split()
+    if not words:
+        raise UsageError("--blockcopy-path is empty")
     return Command(source, [*argv, source.host, *words, "retrieve", shlex.quote(_no_option(source.path))], {})
 
 
 def _local_command(source: Source, program: str | None) -> Command:
     path = os.path.abspath(source.path)
     if program is not None:
-        words = shlex.split(program)
-        if not words:
-            raise UsageError("--blockcopy-path is empty")
-        return Command(source, [*words, "retrieve", path], {})
+        return Command(source, [*_words("--blockcopy-path", program), "retrieve", path], {})
     # This very package, wherever it lies; -P, so that nothing in the working directory is taken for it.
     package_root = str(Path(__file__).resolve().parent.parent)
     python_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     argv = [sys.executable, "-P", "-m", "blockcopy", "retrieve", path]
     return Command(source, argv, {"PYTHONPATH": python_path})
+
+
+def _words(option: str, command: str) -> list[str]:
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UsageError(f"{option} {command!r} is no command line: {error}") from error
+    if not words:
+        raise UsageError(f"{option} is empty")
+    return words
 
 
 def _no_option(path: str) -> str:

@@ -61,13 +61,13 @@ class InputStream:
         """From any thread: what is read from now on is the end of the stream."""
         os.write(self._wake_write, b"x")
 
-    def read(self) -> bytes:
-        """What has arrived, waiting for at least one byte; empty at the end of the stream."""
+    def read(self, most: int = PIPE_SIZE) -> bytes:
+        """What has arrived, up to `most` bytes, waiting for at least one; empty at the end of the stream."""
         try:
             ready = self._poll.poll()
             if any(fd == self._wake_read for fd, _ in ready):
                 return b""
-            return os.read(self._fd, PIPE_SIZE)
+            return os.read(self._fd, most)
         except OSError as error:
             raise StreamError(f"cannot read the input: {error.strerror}") from error
 

@@ -14,14 +14,21 @@ import support
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nothing_left_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     """A mount, process, thread or file descriptor that outlives its test fails it."""
     mark = uuid.uuid4().hex
     monkeypatch.setenv(support.TEST_ID, mark)
-    mounts, threads, descriptors = support.fuse_mounts(), set(threading.enumerate()), support.descriptors()
+    ours = tmp_path_factory.getbasetemp()
+    mounts, threads, descriptors = (
+        support.fuse_mounts(below=ours),
+        set(threading.enumerate()),
+        support.descriptors(),
+    )
     yield
     left = [f"process {each}" for each in support.reap(mark)]
-    left += [f"mount {each}" for each in support.clear_mounts(support.fuse_mounts() - mounts)]
+    left += [f"mount {each}" for each in support.clear_mounts(support.fuse_mounts(below=ours) - mounts)]
     # trio keeps idle threads for a while, for the next one who needs a thread.
     left += [
         f"thread {each.name}"

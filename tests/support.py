@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,43 @@ def until(condition: Callable[[], object], what: str = "it") -> None:
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen"
         time.sleep(0.01)
+
+
+# Destinations in use
+
+_HOLD = """
+import fcntl, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR | int(sys.argv[2]))
+if not int(sys.argv[2]):
+    fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held_by_another_process(path: object, flags: int = 0) -> Iterator[None]:
+    """Open with `flags`, or else locked, by a program that is not ours."""
+    command = [PYTHON, "-c", _HOLD, str(path), str(flags)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        yield
+        process.communicate()
+
+
+@contextlib.contextmanager
+def mounted(device: str, point: Path) -> Iterator[None]:
+    """A new ext4 on the device, mounted."""
+    output("mkfs.ext4", "-q", "-F", device)
+    point.mkdir()
+    output("mount", device, point)
+    try:
+        yield
+    finally:
+        output("umount", point)
 
 
 # Requirements: a skip with its reason, but a failure where BLOCKCOPY_REQUIRE_FUSE=1 (as in CI)
@@ -151,9 +188,9 @@ class Mount:
                 until(lambda pid=pid: not alive(pid))  # type: ignore[misc]
 
 
-def fuse_mounts() -> set[str]:
+def fuse_mounts(below: Path = Path("/")) -> set[str]:
     lines = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
-    return {point for _, point, kind, *_ in lines if kind == "fuse.blockcopy"}
+    return {point for _, point, kind, *_ in lines if kind == "fuse.blockcopy" and Path(point).is_relative_to(below)}
 
 
 def clear_mounts(points: set[str]) -> set[str]:

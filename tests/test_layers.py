@@ -36,7 +36,7 @@ class Visitor(ast.NodeVisitor):
         self.generic_visit(node)
         self._functions -= 1
 
-    visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = _visit_function  # noqa: N815
+    visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = _visit_function
 
     def visit_If(self, node: ast.If) -> None:
         typing_only = ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
@@ -108,7 +108,8 @@ def test_the_stages_import_the_standard_library_and_each_other_only(module: str)
     foreign = {
         each.module
         for each in READ[module].imports
-        if top(each.module) not in sys.stdlib_module_names and each.module not in CORE
+        if top(each.module) not in sys.stdlib_module_names
+        and each.module not in CORE
         # The command line knows every part, but loads the others only for the commands that need them.
         and not (
             module == "blockcopy.cli"
@@ -137,9 +138,8 @@ def test_the_replica_knows_no_fuse_and_no_command_line(module: str) -> None:
 
 
 def importers(of: str) -> set[str]:
-    return {
-        module for module, seen in READ.items() if any(f"{each.module}.".startswith(f"{of}.") for each in seen.imports)
-    }
+    names = {module: [f"{each.module}." for each in seen.imports] for module, seen in READ.items()}
+    return {module for module, imported in names.items() if any(name.startswith(f"{of}.") for name in imported)}
 
 
 def test_two_files_import_pyfuse3() -> None:

@@ -14,6 +14,7 @@ import shlex
 import signal
 import stat
 import subprocess
+import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def test_shows_the_replica_and_its_status_and_nothing_else(mount: Mounter, sourc
 
 def test_allow_other_lets_other_users_read(mount: Mounter, source: Path, destination: Path, tmp_path: Path) -> None:
     support.require_root()
-    mounted = mount("-o", "allow_other", source, destination)
+    mounted = mount(source, destination, "-o", "allow_other")
     assert stat.S_IMODE(mounted.file.stat().st_mode) == 0o444
     assert read_as_nobody(mounted, tmp_path).stdout == DATA
 
@@ -109,7 +110,7 @@ def read_as_nobody(mounted: Mount, folder: Path) -> subprocess.CompletedProcess[
 
 @pytest.mark.parametrize("name", ["disk", "mit Leerzeichen, Komma & ümlaut"])
 def test_name_names_the_file(mount: Mounter, source: Path, destination: Path, name: str) -> None:
-    mounted = mount("--name", name, source, destination)
+    mounted = mount(source, destination, "--name", name)
     assert sorted(os.listdir(mounted.point)) == sorted([name, "status.json"])
     assert mounted.file.read_bytes() == DATA
 
@@ -151,12 +152,8 @@ def test_tools_that_look_around_work(mount: Mounter, source: Path, destination: 
     assert room.f_bavail == 0
     assert room.f_flag & os.ST_RDONLY
     assert output("stat", "--format=%s %F", mounted.file).strip() == f"{SIZE} regular file"
-    assert {line.split()[-1] for line in output("ls", "-la", mounted.point).splitlines()[1:]} == {
-        ".",
-        "..",
-        "replica.img",
-        "status.json",
-    }
+    listed = {line.split()[-1] for line in output("ls", "-la", mounted.point).splitlines()[1:]}
+    assert listed - {".", ".."} == {"replica.img", "status.json"}
     assert output("find", mounted.point, "-type", "f", "-size", f"{SIZE}c").splitlines() == [str(mounted.file)]
     assert output("du", "-b", mounted.file).split()[0] == str(SIZE)
     assert "blockcopy" in output("df", "--output=fstype", mounted.point)
@@ -165,7 +162,8 @@ def test_tools_that_look_around_work(mount: Mounter, source: Path, destination: 
 def test_proc_mounts_names_the_source(mount: Mounter, tmp_path: Path) -> None:
     source = written(tmp_path / "a, b\\c, size=1", b"x" * 1000)
     mounted = mount(source, tmp_path / "copy")
-    [entry] = [line.split() for line in Path("/proc/mounts").open() if line.split()[1] == str(mounted.point)]
+    entries = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    [entry] = [entry for entry in entries if entry[1] == str(mounted.point)]
     assert entry[2] == "fuse.blockcopy"
     assert entry[0].replace("\\040", " ").replace("\\134", "\\") == str(source)
     assert "ro" in entry[3].split(",")
@@ -183,8 +181,6 @@ READERS = {
     " dd if={source} bs=128k skip=$i count=1 status=none; done | cmp - {folder}/backwards >&2",
     "cat": "cat {file} | sha256sum",
     "cmp": "cmp {file} {source} && sha256sum <{source}",
-    "cp": "cp {file} {folder}/copied && sha256sum <{folder}/copied",
-    "tail": "(head -c 1000 {source}; tail -c +1001 {file}) | sha256sum",
 }
 
 
@@ -192,13 +188,13 @@ READERS = {
 def test_readers_of_what_is_not_there_yet(
     mount: Mounter, source: Path, destination: Path, tmp_path: Path, reader: str
 ) -> None:
-    mounted = mount("--no-background", source, destination)
+    mounted = mount(source, destination, "--no-background")
     command = READERS[reader].format(file=mounted.file, source=source, folder=tmp_path)
     assert output("sh", "-ec", command).split()[0] == hashlib.sha256(DATA).hexdigest()
 
 
 def test_mmap_and_reads_at_random_offsets(mount: Mounter, source: Path, destination: Path, program: str) -> None:
-    mounted = mount("--no-background", source, destination, program=program)
+    mounted = mount(source, destination, "--no-background", program=program)
     choice = random.Random(5)
     with opened(mounted.file) as fd:
         for _ in range(30):
@@ -241,21 +237,19 @@ def test_a_file_system_inside_is_mounted_before_the_copy_is_complete(
     inside.mkdir()
     image = tmp_path / "ext4"
     output("mkfs.ext4", "-q", "-d", files, image, "16M")
-    mounted = mount("--no-background", image, tmp_path / "copy")
+    mounted = mount(image, tmp_path / "copy", "--no-background")
     device = loop_device(mounted.file, "--read-only")
     output("mount", "-o", "ro,noload", device, inside)
     try:
         assert (inside / "sub" / "text").read_bytes() == DATA[:200_000]
     finally:
         output("umount", inside)
-    output("losetup", "--detach", device)
     status = mounted.status()
     assert 0 < status["hydrated_bytes"] < status["size"]
-    loop_device(tmp_path / "ext4")  # for the fixture to detach
 
 
 def test_qemu_img_finds_its_size_and_contents(mount: Mounter, source: Path, destination: Path) -> None:
-    mounted = mount("--no-background", source, destination)
+    mounted = mount(source, destination, "--no-background")
     told = json.loads(output("qemu-img", "info", "--output=json", "-f", "raw", mounted.file))
     assert told["virtual-size"] == SIZE
     assert "identical" in output("qemu-img", "compare", "-f", "raw", "-F", "raw", mounted.file, source)
@@ -264,7 +258,7 @@ def test_qemu_img_finds_its_size_and_contents(mount: Mounter, source: Path, dest
 # Sizes
 
 
-@pytest.mark.parametrize("size", [0, 1, 511, BLOCK_SIZE - 1, BLOCK_SIZE + 1, 17 * BLOCK_SIZE + 4711])
+@pytest.mark.parametrize("size", [0, 1, 511, BLOCK_SIZE + 1, 17 * BLOCK_SIZE + 4711])
 @pytest.mark.parametrize("queueing", [False, True], ids=["ours", "queueing"])
 def test_sources_of_any_size(mount: Mounter, tmp_path: Path, size: int, queueing: bool) -> None:
     source = written(tmp_path / "source", DATA[:size])
@@ -278,7 +272,7 @@ def test_sources_of_any_size(mount: Mounter, tmp_path: Path, size: int, queueing
 
 def test_reads_at_and_past_the_end(mount: Mounter, tmp_path: Path) -> None:
     size = 2 * BLOCK_SIZE + 100
-    mounted = mount("--no-background", written(tmp_path / "source", DATA[:size]), tmp_path / "copy")
+    mounted = mount(written(tmp_path / "source", DATA[:size]), tmp_path / "copy", "--no-background")
     with opened(mounted.file) as fd:
         assert os.pread(fd, 1000, size - 10) == DATA[size - 10 : size]
         assert os.pread(fd, 10, size) == b""
@@ -323,15 +317,13 @@ def test_a_differing_block_is_right_at_once(
     mount: Mounter, source: Path, destination: Path, program: str | None
 ) -> None:
     written(destination, with_changes(DATA, [23]))
-    mounted = mount("--no-background", source, destination, program=program)
+    mounted = mount(source, destination, "--no-background", program=program)
     offset = 23 * BLOCK_SIZE
     assert read_at(mounted.file, offset, 4096) == DATA[offset : offset + 4096]
     assert mounted.status()["fetched_bytes"] == BLOCK_SIZE
 
 
-def test_only_what_differs_is_fetched(
-    mount: Mounter, source: Path, destination: Path, program: str | None
-) -> None:
+def test_only_what_differs_is_fetched(mount: Mounter, source: Path, destination: Path, program: str | None) -> None:
     written(destination, with_changes(DATA, [3, 39]))  # 5 %
     mounted = mount(source, destination, program=program, wait=True)
     status = mounted.status()
@@ -362,7 +354,7 @@ def drop_cache(path: Path) -> None:
 
 
 def test_without_background_only_what_is_read_is_stored(mount: Mounter, source: Path, destination: Path) -> None:
-    mounted = mount("--no-background", source, destination)
+    mounted = mount(source, destination, "--no-background")
     assert len(mounted.retrievers()) == 1
     assert read_at(mounted.file, 5 * BLOCK_SIZE + 10, 100) == DATA[5 * BLOCK_SIZE + 10 :][:100]
     assert (mounted.status()["state"], mounted.status()["hydrated_bytes"]) == ("paused", BLOCK_SIZE)
@@ -375,23 +367,21 @@ def test_without_background_only_what_is_read_is_stored(mount: Mounter, source: 
 def test_without_background_a_file_read_in_full_is_complete(
     mount: Mounter, source: Path, destination: Path
 ) -> None:
-    mounted = mount("--no-background", source, destination)
+    mounted = mount(source, destination, "--no-background")
     assert mounted.file.read_bytes() == DATA
     mounted.wait()
     assert mounted.retrievers() == []
     assert destination.read_bytes() == DATA
 
 
-def test_a_second_mount_of_the_same_pair_fetches_nothing(
-    mount: Mounter, source: Path, destination: Path
-) -> None:
+def test_a_second_mount_of_the_same_pair_fetches_nothing(mount: Mounter, source: Path, destination: Path) -> None:
     mount(source, destination, wait=True).umount()
     mounted = mount(source, destination, wait=True)
     assert (mounted.status()["fetched_bytes"], mounted.status()["same_bytes"]) == (0, SIZE)
 
 
 def test_fsync_through_the_mount_succeeds(mount: Mounter, source: Path, destination: Path) -> None:
-    mounted = mount("--no-background", source, destination)
+    mounted = mount(source, destination, "--no-background")
     with opened(mounted.file) as fd:
         os.pread(fd, 10, 0)
         os.fsync(fd)
@@ -417,8 +407,9 @@ def foreground(
                 process.terminate()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("complete", [True, False], ids=["complete", "incomplete"])
+@pytest.mark.parametrize(
+    ("signum", "complete"), [(signal.SIGTERM, True), (signal.SIGINT, False), (signal.SIGHUP, False)]
+)
 def test_foreground_serves_until_a_signal_and_ends_well(
     tmp_path: Path, source: Path, destination: Path, signum: signal.Signals, complete: bool
 ) -> None:
@@ -445,6 +436,7 @@ def test_foreground_ends_when_it_is_unmounted(tmp_path: Path, source: Path, dest
 def test_foreground_shows_progress_on_a_terminal(tmp_path: Path, source: Path, destination: Path) -> None:
     support.require_fuse()
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
     try:
         with foreground(tmp_path, source, destination, stderr=theirs) as (process, point):
             assert run("wait", point).returncode == 0
@@ -458,14 +450,28 @@ def test_foreground_shows_progress_on_a_terminal(tmp_path: Path, source: Path, d
         os.close(theirs)
 
 
-def test_background_leaves_the_terminal_and_the_folder(
-    mount: Mounter, source: Path, destination: Path
-) -> None:
+def test_background_leaves_the_terminal_and_the_folder(mount: Mounter, source: Path, destination: Path) -> None:
     """`run` reads to the end of standard output and error: a mount that kept them would not return."""
-    pid = mount("--no-background", source, destination).status()["pid"]
+    pid = mount(source, destination, "--no-background").status()["pid"]
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
     assert os.getsid(pid) == pid
     assert {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)} == {"/dev/null"}
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&- 2>&-"])
+def test_mounts_with_standard_streams_closed(tmp_path: Path, source: Path, destination: Path, closed: str) -> None:
+    """What is opened must not take the place of a standard stream, which the background lets go."""
+    support.require_fuse()
+    point = tmp_path / "mnt"
+    point.mkdir()
+    command = [*BLOCKCOPY, "mount", str(source), str(destination), str(point)]
+    closing = ["sh", "-c", f'exec "$@" {closed}', "sh"]
+    done = subprocess.run([*closing, *command], capture_output=True, timeout=20, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (point / "replica.img").read_bytes() == DATA
+    assert run("wait", point).returncode == 0
+    assert run("umount", point).returncode == 0
+    assert destination.read_bytes() == DATA
 
 
 def test_relative_paths_are_those_of_where_it_was_started(tmp_path: Path, source: Path) -> None:
@@ -484,7 +490,7 @@ def test_pid_file_holds_the_process_id_and_goes_with_it(
     mount: Mounter, source: Path, destination: Path, tmp_path: Path
 ) -> None:
     pid_file = tmp_path / "pid"
-    mounted = mount("--pid-file", pid_file, source, destination)
+    mounted = mount(source, destination, "--pid-file", pid_file)
     assert pid_file.read_text() == f"{mounted.status()['pid']}\n"
     mounted.umount()
     assert not pid_file.exists()
@@ -494,7 +500,7 @@ def test_a_signal_ends_the_background_process_in_order(
     mount: Mounter, source: Path, destination: Path, tmp_path: Path
 ) -> None:
     pid_file = tmp_path / "pid"
-    mounted = mount("--pid-file", pid_file, source, destination, wait=True)
+    mounted = mount(source, destination, "--pid-file", pid_file, wait=True)
     pid = int(pid_file.read_text())
     os.kill(pid, signal.SIGTERM)
     until(lambda: not support.alive(pid), "the end")
@@ -503,6 +509,7 @@ def test_a_signal_ends_the_background_process_in_order(
 
 
 ORDINARY_USER = """
+grep " fuse.blockcopy " /proc/mounts | cut -d " " -f 2 | xargs -r -n 1 umount -l  # here: do not hold those of others
 mount -t tmpfs -o mode=755 none /mnt
 mknod /mnt/fuse c 10 229
 chmod 666 /mnt/fuse
@@ -556,7 +563,7 @@ def test_status_for_people_and_for_programs(mount: Mounter, source: Path, destin
 
 
 def test_status_tells_all_that_was_promised(mount: Mounter, source: Path, destination: Path) -> None:
-    mounted = mount("--no-background", source, destination)
+    mounted = mount(source, destination, "--no-background")
     read_at(mounted.file, 0, 1)
     status = mounted.status()
     expected = {
@@ -578,7 +585,7 @@ def test_status_tells_all_that_was_promised(mount: Mounter, source: Path, destin
 
 
 def test_the_status_file_is_whole_for_each_of_its_readers(mount: Mounter, source: Path, destination: Path) -> None:
-    mounted = mount("--no-background", source, destination)
+    mounted = mount(source, destination, "--no-background")
     before = (mounted.point / "status.json").open("rb", buffering=0)
     with before:
         first = before.read(20)
@@ -616,7 +623,7 @@ def test_umount_returns_when_the_process_has_ended(mount: Mounter, source: Path,
 
 
 def test_umount_warns_of_a_copy_that_is_not_complete(mount: Mounter, source: Path, destination: Path) -> None:
-    mounted = mount("--no-background", source, destination)
+    mounted = mount(source, destination, "--no-background")
     children = mounted.retrievers()
     done = run("umount", mounted.point)
     assert done.returncode == 0
@@ -625,7 +632,7 @@ def test_umount_warns_of_a_copy_that_is_not_complete(mount: Mounter, source: Pat
 
 
 def test_a_busy_mount_is_told_and_stays(mount: Mounter, source: Path, destination: Path) -> None:
-    mounted = mount("--no-background", source, destination)
+    mounted = mount(source, destination, "--no-background")
     with opened(mounted.file) as fd:
         refused = run("umount", mounted.point)
         assert refused.returncode == 4
@@ -636,11 +643,12 @@ def test_a_busy_mount_is_told_and_stays(mount: Mounter, source: Path, destinatio
 
 
 def test_wait_tells_of_a_mount_that_went_away(mount: Mounter, source: Path, destination: Path) -> None:
-    mounted = mount("--no-background", source, destination)
-    waiting = subprocess.Popen([*BLOCKCOPY, "wait", str(mounted.point)], stderr=subprocess.PIPE)
-    with waiting:
-        until(lambda: Path(f"/proc/{waiting.pid}/wchan").read_text() and waiting.poll() is None)
-        mounted.umount()
+    mounted = mount(source, destination, "--no-background")
+    pid = mounted.status()["pid"]
+    with subprocess.Popen([*BLOCKCOPY, "wait", str(mounted.point)], stderr=subprocess.PIPE) as waiting:
+        wchan = Path(f"/proc/{waiting.pid}/wchan")
+        until(lambda: "nanosleep" in wchan.read_text(), "its first look")
+        os.kill(pid, signal.SIGTERM)
         _, said = waiting.communicate(timeout=10)
-    assert waiting.returncode in (4, 75)  # it may not have looked before it was gone
-    assert b"ERROR (wait): " in said
+    assert waiting.returncode == 75
+    assert f"{mounted.point} went away before the copy was complete" in said.decode()

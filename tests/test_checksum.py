@@ -1,0 +1,229 @@
+"""`blockcopy checksum` as a command."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import BLOCKCOPY, noise, run
+
+from blockcopy.geometry import BLOCK_SIZE
+
+HELLO = b"Hello World!"
+
+
+def hashes(data: bytes, start: int = 0, end: int | None = None, *, rest: bool = True) -> bytes:
+    """The stream as wire-format.md has it, written down without the codec."""
+    stop = len(data) if end is None else end
+    stream = b""
+    for at in range(start, stop, BLOCK_SIZE):
+        block = data[at : min(at + BLOCK_SIZE, stop)]
+        stream += b"Hash" + at.to_bytes(8, "big") + len(block).to_bytes(4, "big") + hashlib.sha3_512(block).digest()
+    if rest and end is None:
+        stream += b"rest" + max(start, stop).to_bytes(8, "big")
+    return stream + b"done"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[[bytes], Path]:
+    def make(content: bytes) -> Path:
+        (tmp_path / "file").write_bytes(content)
+        return tmp_path / "file"
+
+    return make
+
+
+def succeeded(done: subprocess.CompletedProcess[bytes]) -> bytes:
+    assert (done.returncode, done.stderr) == (0, b"")
+    return done.stdout
+
+
+def failed(done: subprocess.CompletedProcess[bytes], *words: str) -> bytes:
+    """One line that says what is wrong; the stream has no end."""
+    assert done.returncode == 1
+    message = done.stderr.decode()
+    assert message.startswith("ERROR (checksum): ")
+    assert message.count("\n") == 1
+    assert all(word in message for word in words)
+    assert not done.stdout.endswith(b"done")
+    return done.stdout
+
+
+def test_the_test_vector(file: Callable[[bytes], Path]) -> None:
+    digest = hashlib.sha3_512(HELLO).digest()
+    stream = b"Hash" + bytes(8) + b"\0\0\0\x0c" + digest
+    assert succeeded(run("checksum", file(HELLO))) == stream + b"rest" + bytes(7) + b"\x0cdone"
+    assert succeeded(run("checksum", "-", input=HELLO)) == stream + b"done"
+
+
+SIZES = [0, 1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 4 * BLOCK_SIZE, 9 * BLOCK_SIZE + 777]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_block_of_a_file_is_hashed(file: Callable[[bytes], Path], size: int) -> None:
+    assert succeeded(run("checksum", file(noise(size)))) == hashes(noise(size))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_pipe_is_hashed_without_rest(size: int) -> None:
+    assert succeeded(run("checksum", "-", input=noise(size))) == hashes(noise(size), rest=False)
+
+
+def test_a_pipe_may_give_little_at_a_time() -> None:
+    data = noise(2 * BLOCK_SIZE + 5)
+    with subprocess.Popen(
+        [*BLOCKCOPY, "checksum", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    ) as process:
+        assert process.stdin is not None
+        for at in range(0, len(data), 4999):
+            process.stdin.write(data[at : at + 4999])
+        stream, _ = process.communicate()
+    assert stream == hashes(data, rest=False)
+
+
+def test_standard_input_may_be_a_file(file: Callable[[bytes], Path]) -> None:
+    with file(noise(1000)).open("rb") as opened:
+        assert succeeded(run("checksum", "-", stdin=opened)) == hashes(noise(1000))
+
+
+def test_a_named_pipe_is_hashed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with subprocess.Popen([*BLOCKCOPY, "checksum", tmp_path / "fifo"], stdout=subprocess.PIPE) as process:
+        (tmp_path / "fifo").write_bytes(HELLO)
+        stream, _ = process.communicate()
+    assert (process.returncode, stream) == (0, hashes(HELLO, rest=False))
+
+
+def test_a_device_is_hashed(file: Callable[[bytes], Path], loop_device: Callable[[Path], str]) -> None:
+    data = noise(5 * BLOCK_SIZE + 512)
+    assert succeeded(run("checksum", loop_device(file(data)))) == hashes(data)
+
+
+# --start and --end
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        (1000, None),
+        (BLOCK_SIZE, None),
+        (5 * BLOCK_SIZE + 100, None),
+        (9 * BLOCK_SIZE, None),
+        (0, 1),
+        (0, BLOCK_SIZE),
+        (1000, 2000),
+        (1000, 5 * BLOCK_SIZE + 1),
+        (5, 5 * BLOCK_SIZE + 100),
+    ],
+)
+def test_a_part_is_hashed(file: Callable[[bytes], Path], start: int, end: int | None) -> None:
+    """In blocks that begin at --start; nothing beyond --end is asked for."""
+    data = noise(5 * BLOCK_SIZE + 100)
+    options = ["--start", start] + ([] if end is None else ["--end", end])
+    assert succeeded(run("checksum", file(data), *options)) == hashes(data, start, end)
+
+
+def test_a_pipe_has_an_end(file: Callable[[bytes], Path]) -> None:
+    assert succeeded(run("checksum", "-", "--end", 100, input=noise(1000))) == hashes(noise(1000), 0, 100)
+
+
+@pytest.mark.parametrize("size", [0, 100, BLOCK_SIZE, 5 * BLOCK_SIZE])
+@pytest.mark.parametrize("way", ["file", "pipe"])
+def test_an_end_beyond_the_destination_is_an_error(file: Callable[[bytes], Path], size: int, way: str) -> None:
+    end = ("--end", size + 1)
+    done = (
+        run("checksum", file(noise(size)), *end) if way == "file" else run("checksum", "-", *end, input=noise(size))
+    )
+    assert failed(done, "--end", str(size)) == hashes(noise(size), rest=False).removesuffix(b"done")
+
+
+@pytest.mark.parametrize("options", [("--start", 5, "--end", 5), ("--start", 6, "--end", 5), ("--end", 0)])
+def test_an_empty_part_is_an_error(file: Callable[[bytes], Path], options: tuple[object, ...]) -> None:
+    assert failed(run("checksum", file(HELLO), *options)) == b""
+
+
+def test_a_negative_start_is_an_error(file: Callable[[bytes], Path]) -> None:
+    assert failed(run("checksum", file(HELLO), "--start=-1")) == b""
+
+
+def test_a_pipe_has_no_other_start() -> None:
+    assert failed(run("checksum", "-", "--start", 5, input=HELLO), "-") == b""
+
+
+# What cannot be read or written
+
+
+def test_what_cannot_be_opened_is_told_with_its_name(tmp_path: Path) -> None:
+    assert failed(run("checksum", tmp_path / "missing"), str(tmp_path / "missing"), "No such file") == b""
+    assert failed(run("checksum", tmp_path), str(tmp_path), "Is a directory") == b""
+
+
+def test_a_read_error_is_told_with_its_place(
+    file: Callable[[bytes], Path], loop_device: Callable[..., str]
+) -> None:
+    """A loop device whose backing file has become shorter; what was read before is hashed."""
+    path = file(noise(32 * BLOCK_SIZE))
+    device = loop_device(path, "--direct-io=on")
+    os.truncate(path, 8 * BLOCK_SIZE)
+    stream = failed(run("checksum", device), f"cannot read {device}: Input/output error")
+    assert hashes(noise(32 * BLOCK_SIZE)).startswith(stream)
+
+
+def test_a_terminal_is_refused(file: Callable[[bytes], Path]) -> None:
+    ours, theirs = os.openpty()
+    try:
+        done = subprocess.run(
+            [*BLOCKCOPY, "checksum", file(HELLO)], stdout=theirs, stderr=subprocess.PIPE, check=False
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith(b"ERROR (checksum): ")
+        assert b"terminal" in done.stderr
+        os.set_blocking(ours, False)
+        with pytest.raises(BlockingIOError):
+            os.read(ours, 1)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_a_full_disk_is_told(file: Callable[[bytes], Path]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*BLOCKCOPY, "checksum", file(HELLO)], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert (done.returncode, done.stderr) == (
+        1,
+        b"ERROR (checksum): cannot write the output: No space left on device\n",
+    )
+
+
+# --progress
+
+
+def test_progress_goes_to_standard_error(file: Callable[[bytes], Path]) -> None:
+    data = noise(16 * BLOCK_SIZE)
+    done = run("checksum", "--progress", file(data))
+    assert (done.returncode, done.stdout) == (0, hashes(data))
+    *lines, last = done.stderr.decode().splitlines()
+    assert lines
+    assert all(line.startswith("Checksum progress: ") for line in lines)
+    assert lines[-1].endswith("(100.00%)")
+    assert last.startswith("Checksum done in ")
+
+
+@pytest.mark.parametrize("options", [("--end", 1000), ("--start", 10), ("--start", 2000)])
+def test_progress_knows_the_part(file: Callable[[bytes], Path], options: tuple[object, ...]) -> None:
+    done = run("checksum", "--progress", file(noise(1000)), *options)
+    assert done.returncode == 0
+    assert b"Traceback" not in done.stderr
+    assert done.stdout.endswith(b"done")
+
+
+def test_progress_of_a_pipe_does_without_percents() -> None:
+    done = run("checksum", "--progress", "-", input=noise(1000))
+    assert (done.returncode, done.stdout) == (0, hashes(noise(1000), rest=False))
+    assert b"%" not in done.stderr

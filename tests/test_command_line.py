@@ -1,0 +1,251 @@
+"""The program as a program: help, usage errors, exit statuses, what goes to which stream."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import support
+from support import BLOCKCOPY, run
+
+import blockcopy
+from blockcopy import errors
+
+Mounter = Callable[..., support.Mount]
+
+OPTIONS = {
+    "checksum": ["FILE", "--progress", "--start", "--end"],
+    "retrieve": ["FILE", "--lzma"],
+    "save": ["FILE", "--force"],
+    "mount": [
+        *(
+            "-f",
+            "-o FUSE_OPTIONS",
+            "-e RSH",
+            "--blockcopy-path",
+            "--no-background",
+            "--name",
+            "--pid-file",
+            "--force",
+        ),
+        *("SOURCE", "DESTINATION", "MOUNTPOINT"),
+    ],
+    "sync": ["-e RSH", "--blockcopy-path", "--force", "SOURCE", "DESTINATION"],
+    "status": ["--json", "MOUNTPOINT"],
+    "wait": ["MOUNTPOINT"],
+    "umount": ["MOUNTPOINT"],
+}
+
+CLASSES = [
+    each
+    for _, each in inspect.getmembers(errors, inspect.isclass)
+    if each.__module__ == errors.__name__ and issubclass(each, Exception)
+]
+
+
+def copies(tmp_path: Path) -> tuple[Path, Path]:
+    """A source and a destination that differ."""
+    source, destination = tmp_path / "source", tmp_path / "destination"
+    source.write_bytes(b"Hello World!")
+    destination.write_bytes(b"-" * 12)
+    return source, destination
+
+
+# Help and usage
+
+
+def test_help_names_every_command() -> None:
+    done = run("--help")
+    assert (done.returncode, done.stderr) == (0, b"")
+    for word in (*OPTIONS, "--version", "--verbose"):
+        assert word in done.stdout.decode()
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_of_a_command_names_its_options(command: str) -> None:
+    done = run(command, "--help")
+    assert (done.returncode, done.stderr) == (0, b"")
+    missing = [option for option in OPTIONS[command] if option not in done.stdout.decode()]
+    assert missing == []
+
+
+def test_version_is_the_packages() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, f"blockcopy {blockcopy.__version__}\n", b"")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "COMMAND"),
+        (["--nonsense", "sync", "a", "b"], "--nonsense"),
+        (["frobnicate"], "frobnicate"),
+        (["checksum"], "FILE"),
+        (["mount", "a", "b"], "MOUNTPOINT"),
+        (["sync", "a"], "DESTINATION"),
+        (["status"], "MOUNTPOINT"),
+        (["sync", "a", "b", "c"], "c"),
+        (["checksum", "--start", "one", "a"], "one"),
+        (["retrieve", "-"], "-"),
+        (["save", "-"], "-"),
+        (["sync", "", "b"], "SOURCE"),
+        (["sync", "host:", "b"], "host:"),
+        (["sync", ":/path", "b"], ":/path"),
+        (["sync", "--rsh", "", "host:/path", "b"], "-e"),
+        (["sync", "--blockcopy-path", " ", "a", "b"], "--blockcopy-path"),
+    ],
+)
+def test_what_cannot_be_meant_is_status_2(tmp_path: Path, arguments: list[str], told: str) -> None:
+    done = run(*arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert told in done.stderr.decode().splitlines()[-1]
+    assert "Traceback" not in done.stderr.decode()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_host_that_looks_like_an_option_is_refused(tmp_path: Path) -> None:
+    done = run("sync", "--", "-oProxyCommand=touch:/path", "copy", cwd=tmp_path)
+    assert (done.returncode, os.listdir(tmp_path)) == (2, [])
+
+
+def test_the_program_is_a_module_and_a_script() -> None:
+    script = Path(sys.executable).parent / "blockcopy"
+    if not script.exists():
+        pytest.skip("blockcopy is not installed beside this interpreter")
+    done = subprocess.run([script, "--version"], capture_output=True, check=True, timeout=20)
+    assert done.stdout == run("--version").stdout
+
+
+# Errors and exit statuses
+
+
+@pytest.mark.parametrize("error", CLASSES)
+def test_every_error_has_an_exit_status_and_says_when_it_is_raised(error: type[errors.BlockcopyError]) -> None:
+    assert issubclass(error, errors.BlockcopyError)
+    assert 0 < error.exit_code < 126  # above, a shell uses them for its own
+    assert error.__doc__
+
+
+def test_exit_statuses_are_those_that_scripts_rely_on() -> None:
+    of = {error.__name__: error.exit_code for error in CLASSES}
+    promised = {"UsageError": 2, "SourceError": 3, "MountError": 4, "IncompleteError": 75}
+    assert of == dict.fromkeys(of, 1) | promised
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["checksum", "missing"], 1),
+        (["retrieve", "missing"], 1),
+        (["save", "missing"], 1),
+        (["sync", "missing", "copy"], 3),
+        (["status", "missing"], 4),
+    ],
+)
+def test_an_error_is_one_line_with_the_command_and_the_path(
+    tmp_path: Path, arguments: list[str], status: int
+) -> None:
+    done = run(*arguments, cwd=tmp_path, input=b"")
+    assert (done.returncode, done.stdout) == (status, b"")
+    last = done.stderr.decode().splitlines()[-1]
+    assert last.startswith(f"ERROR ({arguments[0]}): ")
+    assert "missing" in last
+    assert "Traceback" not in done.stderr.decode()
+
+
+@pytest.mark.parametrize("command", ["checksum", "retrieve", "save", "sync", "status", "wait", "umount"])
+def test_an_error_is_told_once(tmp_path: Path, command: str) -> None:
+    more = ["copy"] if command == "sync" else []
+    done = run(command, "missing", *more, cwd=tmp_path, input=b"")
+    assert len(done.stderr.decode().splitlines()) == 1
+
+
+# Logging
+
+
+def test_success_is_silent(tmp_path: Path) -> None:
+    source, destination = copies(tmp_path)
+    done = run("sync", source, destination)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert destination.read_bytes() == b"Hello World!"
+
+
+@pytest.mark.parametrize(("options", "environment"), [(["-v"], {}), (["--verbose"], {}), ([], {"DEBUG": "1"})])
+def test_verbose_and_debug_log_to_standard_error(
+    tmp_path: Path, options: list[str], environment: dict[str, str]
+) -> None:
+    source, destination = copies(tmp_path)
+    done = run(*options, "sync", source, destination, env=os.environ | environment)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert "complete copy" in done.stderr.decode()
+
+
+@pytest.mark.parametrize("option", ["-v", "DEBUG"])
+def test_a_verbose_error_says_where_it_came_from(tmp_path: Path, option: str) -> None:
+    missing = tmp_path / "missing"
+    if option == "-v":
+        done = run("-v", "checksum", missing)
+    else:
+        done = run("checksum", missing, env=os.environ | {"DEBUG": "1"})
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr.decode()
+    assert done.stderr.decode().splitlines()[-1].startswith("ERROR (checksum): ")
+
+
+# Output that nobody takes
+
+
+def run_with_output(output: int, *arguments: object) -> subprocess.CompletedProcess[bytes]:
+    """With `output` as its standard output, which is closed here."""
+    try:
+        command = [*BLOCKCOPY, *map(str, arguments)]
+        return subprocess.run(command, stdout=output, stderr=subprocess.PIPE, timeout=20, check=False)
+    finally:
+        os.close(output)
+
+
+def nobody_reads() -> int:
+    """A pipe whose reader is gone, as in `blockcopy status /mnt | head -c 0`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def test_status_for_a_reader_that_went_away(mount: Mounter, tmp_path: Path) -> None:
+    mounted = mount(*copies(tmp_path))
+    for options in ([], ["--json"]):
+        done = run_with_output(nobody_reads(), "status", *options, mounted.point)
+        assert done.returncode == 1
+        assert done.stderr.decode() == "ERROR (status): whoever reads the output has gone away\n"
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_for_a_reader_that_went_away(option: str) -> None:
+    done = run_with_output(nobody_reads(), option)
+    assert "Traceback" not in done.stderr.decode()
+    assert "Exception ignored" not in done.stderr.decode()
+
+
+@pytest.mark.parametrize("command", ["checksum", "status"])
+def test_output_onto_a_full_disk(mount: Mounter, tmp_path: Path, command: str) -> None:
+    source, destination = copies(tmp_path)
+    subject = source if command == "checksum" else mount(source, destination).point
+    done = run_with_output(os.open("/dev/full", os.O_WRONLY), command, subject)
+    assert done.returncode == 1
+    assert "No space left" in done.stderr.decode()
+    assert "Traceback" not in done.stderr.decode()
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_closed_standard_stream_is_no_obstacle(tmp_path: Path, closed: str) -> None:
+    """What is opened then must not take its place: a message would go into the destination."""
+    source, destination = copies(tmp_path)
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", *BLOCKCOPY, "sync", str(source), str(destination)]
+    done = subprocess.run(command, capture_output=True, timeout=20, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert destination.read_bytes() == b"Hello World!"

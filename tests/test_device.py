@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from support import held_by_another_process, mounted, noise, output
+
+from blockcopy.device import Device, open_destination, open_source
+from blockcopy.errors import DestinationRefusedError, DeviceError
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(noise(MIB + 100))
+    return path
+
+
+@pytest.fixture
+def device(tmp_path: Path, loop_device: Callable[[Path], str]) -> str:
+    backing = tmp_path / "backing"
+    backing.write_bytes(noise(4 * MIB))
+    return loop_device(backing)
+
+
+# Reading and writing
+
+
+def test_a_file_has_its_size_and_bytes(file: Path) -> None:
+    with open_source(str(file)) as opened:
+        assert not opened.is_block_device
+        assert opened.size() == MIB + 100
+        assert opened.read(MIB - 5, 105) == file.read_bytes()[-105:]
+        assert opened.read(0, MIB + 100) == file.read_bytes()
+
+
+def test_a_block_device_has_its_size_and_bytes(device: str) -> None:
+    with open_source(device) as opened:
+        assert opened.is_block_device
+        assert opened.size() == 4 * MIB
+        assert opened.read(1000, 5000) == noise(4 * MIB)[1000:6000]
+
+
+def test_a_short_read_is_an_error(file: Path) -> None:
+    with open_source(str(file)) as opened:
+        with pytest.raises(DeviceError, match="ends after 99"):
+            opened.read(MIB + 1, 100)
+        with pytest.raises(DeviceError, match="ends after 0"):
+            opened.read(2 * MIB, 1)
+
+
+def test_read_up_to_ends_where_the_file_does(file: Path) -> None:
+    with open_source(str(file)) as opened:
+        assert opened.read_up_to(MIB + 1, 100) == file.read_bytes()[-99:]
+        assert opened.read_up_to(2 * MIB, 100) == b""
+        assert opened.read_up_to(0, 0) == b""
+
+
+def test_a_read_error_is_told_with_its_place(tmp_path: Path, device: str) -> None:
+    """A loop device whose backing file has become shorter cannot be read beyond."""
+    os.truncate(tmp_path / "backing", MIB)
+    with open_source(device) as opened:
+        os.posix_fadvise(opened._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        with pytest.raises(DeviceError, match=f"cannot read 4096 bytes at {2 * MIB} of {device}: Input/output"):
+            opened.read(2 * MIB, 4096)
+
+
+@pytest.mark.parametrize(("offset", "length"), [(0, 1), (0, 4096), (100, 5000), (MIB - 1, MIB), (3 * MIB, MIB)])
+def test_read_cached_is_read_once_it_is_in_the_cache(device: str, offset: int, length: int) -> None:
+    with open_source(device) as opened:
+        data = opened.read(offset, length)
+        assert opened.read_cached(offset, length) == data == noise(4 * MIB)[offset : offset + length]
+
+
+def test_read_cached_does_not_wait_for_what_is_not_in_the_cache(device: str) -> None:
+    with open_source(device) as opened:
+        opened.read(0, MIB)
+        os.posix_fadvise(opened._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        assert opened.read_cached(0, MIB) is None
+        assert opened.read(0, MIB) == noise(4 * MIB)[:MIB]
+
+
+def test_read_cached_gives_no_short_answer(device: str, file: Path) -> None:
+    for path in (device, str(file)):
+        with open_source(path) as opened:
+            size = opened.size()
+            opened.read(0, size)
+            assert opened.read_cached(size - 10, 11) is None
+            assert opened.read_cached(size, 1) is None
+
+
+def test_read_cached_does_without_where_the_file_system_refuses_it(tmp_path: Path) -> None:
+    path = Path("/proc/version")
+    with Device(str(path), os.open(path, os.O_RDONLY)) as opened:
+        assert opened.read_cached(0, 5) in (None, b"Linux")
+        assert opened.read(0, 5) == b"Linux"
+
+
+def test_a_write_goes_where_it_belongs_and_nowhere_else(file: Path) -> None:
+    before = file.read_bytes()
+    with open_destination(str(file)) as opened:
+        opened.write(1000, memoryview(b"abc"))
+        opened.sync()
+    assert file.read_bytes() == before[:1000] + b"abc" + before[1003:]
+
+
+def test_a_write_beyond_a_block_device_is_an_error(device: str) -> None:
+    with open_destination(device) as opened:
+        with pytest.raises(DeviceError, match=f"cannot write 10 bytes at {4 * MIB - 5} of {device}: No space left"):
+            opened.write(4 * MIB - 5, b"0123456789")
+        opened.sync()
+
+
+def test_a_file_grows_with_a_hole(tmp_path: Path) -> None:
+    with open_destination(str(tmp_path / "new"), create=True) as opened:
+        opened.grow(2**40)
+        assert opened.size() == 2**40
+    assert os.stat(tmp_path / "new").st_blocks == 0
+
+
+def test_identity_is_that_of_the_file_and_not_of_its_name(tmp_path: Path, file: Path, device: str) -> None:
+    (tmp_path / "link").hardlink_to(file)
+    (tmp_path / "symlink").symlink_to(device)
+    (tmp_path / "copy").write_bytes(file.read_bytes())
+    paths = [str(file), str(tmp_path / "link"), device, str(tmp_path / "symlink"), str(tmp_path / "copy")]
+    identities = []
+    for path in paths:
+        with open_source(path) as opened:
+            identities.append(opened.identity)
+    assert identities[0] == identities[1]
+    assert identities[2] == identities[3]
+    assert len(set(identities)) == 3
+
+
+# Opening
+
+
+def test_a_file_is_created_only_on_request(tmp_path: Path) -> None:
+    path = tmp_path / "new"
+    with pytest.raises(DeviceError, match="No such file"):
+        open_destination(str(path))
+    assert not path.exists()
+    open_destination(str(path), create=True).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_create_keeps_what_is_there(file: Path) -> None:
+    with open_destination(str(file), create=True) as opened:
+        assert opened.read(0, 100) == noise(MIB + 100)[:100]
+        assert opened.size() == MIB + 100
+
+
+@pytest.mark.parametrize("open_it", [open_source, open_destination])
+@pytest.mark.parametrize("kind", ["fifo", "directory", "character device"])
+def test_only_files_and_block_devices_are_opened(
+    tmp_path: Path, open_it: Callable[[str], Device], kind: str
+) -> None:
+    path = tmp_path / "it"
+    if kind == "fifo":
+        os.mkfifo(path)  # whose open would wait for somebody at the other end
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/null")
+    with pytest.raises(DeviceError, match="neither a regular file nor a block device"):
+        open_it(str(path))
+
+
+@pytest.mark.parametrize("open_it", [open_source, open_destination])
+def test_a_path_that_leads_nowhere_is_told(tmp_path: Path, open_it: Callable[[str], Device]) -> None:
+    for path, reason in ((tmp_path / "none", "No such file"), (tmp_path / "none" / "x", "No such file")):
+        with pytest.raises(DeviceError, match=f"cannot open {path}: {reason}"):
+            open_it(str(path))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(DeviceError, match="Too many levels of symbolic links"):
+        open_it(str(tmp_path / "loop"))
+
+
+# Claiming
+
+
+def test_a_destination_is_locked_as_long_as_it_is_open(file: Path) -> None:
+    with open_destination(str(file)), pytest.raises(AssertionError), held_by_another_process(file):
+        pass
+    with held_by_another_process(file):
+        pass
+
+
+def test_a_locked_file_is_refused(file: Path) -> None:
+    with held_by_another_process(file):
+        with pytest.raises(DestinationRefusedError, match=f"{file} is locked"):
+            open_destination(str(file))
+        open_destination(str(file), force=True).close()
+        open_source(str(file)).close()
+    open_destination(str(file)).close()
+
+
+def test_a_file_behind_a_loop_device_is_refused(tmp_path: Path, device: str) -> None:
+    backing = tmp_path / "backing"
+    (tmp_path / "link").hardlink_to(backing)
+    for path in (backing, tmp_path / "link"):
+        with pytest.raises(DestinationRefusedError, match=f"attached to the loop device {device}"):
+            open_destination(str(path))
+    open_destination(str(backing), force=True).close()
+    open_source(str(backing)).close()
+
+
+def test_a_mounted_device_is_refused(tmp_path: Path, device: str) -> None:
+    with mounted(device, tmp_path / "mnt"):
+        with pytest.raises(DestinationRefusedError, match=f"{device} is in use"):
+            open_destination(device)
+        open_destination(device, force=True).close()
+        open_source(device).close()
+    open_destination(device).close()
+
+
+def test_a_device_that_another_program_holds_is_refused(device: str) -> None:
+    with held_by_another_process(device, os.O_EXCL):
+        with pytest.raises(DestinationRefusedError, match=f"{device} is in use"):
+            open_destination(device)
+        open_destination(device, force=True).close()
+
+
+def test_a_destination_cannot_be_mounted_meanwhile(tmp_path: Path, device: str) -> None:
+    output("mkfs.ext4", "-q", "-F", device)
+    (tmp_path / "mnt").mkdir()
+    with open_destination(device), pytest.raises(AssertionError, match=r"busy|already mounted"):
+        output("mount", device, tmp_path / "mnt")
+
+
+def test_a_refused_destination_is_not_kept_open(file: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with held_by_another_process(file), suppress(DestinationRefusedError):
+        open_destination(str(file))
+    assert len(os.listdir("/proc/self/fd")) == before

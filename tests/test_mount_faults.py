@@ -1,0 +1,627 @@
+"""`blockcopy mount` where something goes wrong: before it serves, at the source, at the destination, to itself.
+
+What holds in every case: a read gets the source's bytes or EIO, never the destination's old ones; the
+reason is told; nothing stays mounted and no process is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shlex
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import support
+from support import BLOCK_SIZE, BLOCKCOPY, PYTHON, QUEUEING, Mount, noise, output, run, until, with_changes
+
+Mounter = Callable[..., Mount]
+LoopDevice = Callable[..., str]
+
+BLOCKS = 24
+DATA = noise(BLOCKS * BLOCK_SIZE)
+OLD = with_changes(DATA, list(range(BLOCKS)))
+"""Differs from DATA in every block."""
+
+SIZE_ANSWERS = 2
+"""What a source as large as the destination has answered when a mount knows its size: the first and last byte."""
+
+
+def written(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return written(tmp_path / "source", DATA)
+
+
+@pytest.fixture
+def destination(tmp_path: Path) -> Path:
+    return written(tmp_path / "destination", OLD)
+
+
+@pytest.fixture
+def point(tmp_path: Path) -> Path:
+    support.require_fuse()
+    folder = tmp_path / "mountpoint"
+    folder.mkdir()
+    return folder
+
+
+def faulty(fault: str, at: int) -> str:
+    """--blockcopy-path of a source whose processes fail at their answer `at`."""
+    return f"{QUEUEING} --{fault}-at {at}"
+
+
+def at(block: int) -> int:
+    return block * BLOCK_SIZE
+
+
+def read(file: Path, block: int, offset: int = 0, length: int = 4096) -> bytes | None:
+    """Of the mount itself: past what the kernel has of it, and with nothing read ahead. None for EIO."""
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        return os.pread(fd, length, at(block) + offset)
+    except OSError as error:
+        assert error.errno == errno.EIO  # noqa: PT017  (what it is for)
+        return None
+    finally:
+        os.close(fd)
+
+
+def is_right(block: int, got: bytes | None, offset: int = 0) -> bool:
+    return got == DATA[at(block) + offset :][: len(got or b"x")]
+
+
+def survey(mounted: Mount) -> tuple[set[int], set[int]]:
+    """Read every block: those that are right, and those that get EIO. Any other bytes fail the test."""
+    right, refused = set(), set()
+    for block in range(BLOCKS):
+        got = read(mounted.file, block)
+        assert got is None or is_right(block, got), f"block {block} has other bytes than the source"
+        (refused if got is None else right).add(block)
+    return right, refused
+
+
+def neither_mixed_nor_foreign(destination: Path) -> None:
+    """Each block of the destination is the old one or the source's, and its size is what it was."""
+    stored = destination.read_bytes()
+    assert len(stored) == len(DATA)
+    for block in range(BLOCKS):
+        span = slice(at(block), at(block + 1))
+        assert stored[span] in (OLD[span], DATA[span]), f"block {block} is neither old nor the source's"
+
+
+# Before it serves
+
+
+def refused(point: Path, *arguments: object, status: int, told: str) -> None:
+    """`mount` with these arguments fails with the status and a reason, and leaves nothing."""
+    mounts = support.fuse_mounts()
+    done = run("mount", *arguments, point)
+    said = done.stderr.decode()
+    assert done.returncode == status, said
+    assert done.stdout == b""
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("ERROR (mount): ")
+    assert re.search(told, said.splitlines()[-1]), said
+    assert support.fuse_mounts() == mounts
+
+
+@pytest.mark.parametrize("foreground", [False, True], ids=["background", "foreground"])
+def test_a_missing_source_is_told(point: Path, tmp_path: Path, foreground: bool) -> None:
+    missing, copy = tmp_path / "nowhere", tmp_path / "copy"
+    options = ["-f"] if foreground else []
+    refused(point, *options, missing, copy, status=3, told="nowhere.*No such file")
+    assert not copy.exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        ("/no/such/program", "/no/such/program.*No such file"),
+        ("false", "ended with exit status 1"),
+        ("sh -c 'echo not for you >&2; exit 77'", "exit status 77.*not for you"),
+        ("sh -c 'kill -9 $$'", "SIGKILL"),
+        ("echo Welcome to", "sent what was not asked for"),
+        ("true", "ended with exit status 0"),
+    ],
+)
+def test_a_program_that_is_no_retrieve_is_told(
+    point: Path, source: Path, tmp_path: Path, program: str, told: str
+) -> None:
+    copy = tmp_path / "copy"
+    refused(point, "--blockcopy-path", program, source, copy, status=3, told=told)
+    assert not copy.exists()
+
+
+def test_a_source_that_is_neither_file_nor_device_is_told(point: Path, tmp_path: Path) -> None:
+    refused(point, tmp_path, tmp_path / "copy", status=3, told="neither a regular file nor a block device")
+
+
+def test_an_unreadable_source_is_told(point: Path, tmp_path: Path) -> None:
+    """Its processes run without root's right to read everything."""
+    support.require_root()
+    secret = written(tmp_path / "secret", DATA)
+    secret.chmod(0)
+    program = f"setpriv --bounding-set=-dac_override,-dac_read_search {shlex.join(BLOCKCOPY)}"
+    refused(point, "--blockcopy-path", program, secret, tmp_path / "copy", status=3, told="Permission denied")
+
+
+def test_a_destination_that_is_mounted_is_refused(
+    point: Path, source: Path, tmp_path: Path, loop_device: LoopDevice
+) -> None:
+    image, folder = tmp_path / "ext4", tmp_path / "elsewhere"
+    folder.mkdir()
+    output("mkfs.ext4", "-q", image, "4M")
+    before = image.read_bytes()
+    device = loop_device(image)
+    output("mount", "-o", "ro", device, folder)
+    try:
+        refused(point, source, device, status=1, told=f"{device} is in use")
+    finally:
+        output("umount", folder)
+    assert image.read_bytes() == before
+
+
+def test_a_destination_behind_a_loop_device_is_refused(
+    point: Path, source: Path, destination: Path, loop_device: LoopDevice
+) -> None:
+    refused(point, source, destination, status=1, told=f"attached to the loop device {loop_device(destination)}")
+    assert destination.read_bytes() == OLD
+
+
+def test_a_locked_destination_is_refused(point: Path, source: Path, destination: Path) -> None:
+    with destination.open("r+b") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        refused(point, source, destination, status=1, told=f"{destination} is locked")
+    assert destination.read_bytes() == OLD
+
+
+def test_a_destination_of_another_mount_is_refused(
+    mount: Mounter, point: Path, source: Path, destination: Path
+) -> None:
+    mounted = mount(source, destination, "--no-background")
+    refused(point, source, destination, status=1, told=f"{destination} is locked")
+    assert is_right(3, read(mounted.file, 3))
+
+
+def test_a_device_that_is_too_small_is_refused(
+    point: Path, source: Path, tmp_path: Path, loop_device: LoopDevice
+) -> None:
+    small = written(tmp_path / "small", OLD[:-512])
+    refused(point, source, loop_device(small), status=1, told="too small")
+    assert small.read_bytes() == OLD[:-512]
+
+
+@pytest.mark.parametrize("alias", ["itself", "symbolic link", "hard link"])
+def test_the_source_as_its_own_destination_is_refused(
+    point: Path, source: Path, tmp_path: Path, alias: str
+) -> None:
+    other = tmp_path / "alias"
+    if alias == "symbolic link":
+        other.symlink_to(source)
+    elif alias == "hard link":
+        other.hardlink_to(source)
+    else:
+        other = source
+    refused(point, source, other, status=1, told="the source itself")
+    assert source.read_bytes() == DATA
+
+
+def test_a_destination_that_cannot_be_made_is_told(point: Path, source: Path, tmp_path: Path) -> None:
+    refused(point, source, tmp_path / "no" / "folder", status=1, told="cannot create .*no folder")
+    refused(point, source, tmp_path, status=1, told="neither a regular file nor a block device")
+
+
+def test_a_mountpoint_that_is_none_is_refused(source: Path, destination: Path, tmp_path: Path) -> None:
+    support.require_fuse()
+    refused(tmp_path / "missing", source, destination, status=4, told="missing: No such file")
+    refused(source, source, destination, status=4, told="no folder")
+    assert destination.read_bytes() == OLD
+
+
+def test_a_mountpoint_that_has_a_replica_is_refused(
+    mount: Mounter, source: Path, destination: Path, tmp_path: Path
+) -> None:
+    mounted = mount(source, destination, "--no-background")
+    refused(mounted.point, source, tmp_path / "second", status=4, told="has a replica mounted already")
+    assert not (tmp_path / "second").exists()
+    assert is_right(0, read(mounted.file, 0))
+
+
+def test_a_mountpoint_that_hides_the_destination_is_refused(point: Path, source: Path, tmp_path: Path) -> None:
+    inside = written(point / "copy", OLD)
+    refused(point, source, inside, status=2, told="would hide the destination")
+    link = tmp_path / "link"
+    link.symlink_to(inside)
+    refused(point, source, link, status=2, told="would hide the destination")
+    assert inside.read_bytes() == OLD
+
+
+@pytest.mark.parametrize("options", ["max_read=4096", "max_background=64", "allow_other,rw"])
+def test_fuse_options_that_cannot_work_are_refused(
+    point: Path, source: Path, destination: Path, options: str
+) -> None:
+    refused(
+        point, "-o", options, source, destination, status=2, told=f"-o {options.split(',')[-1]} is not possible"
+    )
+
+
+def test_fuse_options_that_are_unknown_are_refused(point: Path, source: Path, destination: Path) -> None:
+    refused(point, "-o", "no_such_option", source, destination, status=4, told=f"cannot mount on {point}")
+    assert destination.read_bytes() == OLD
+
+
+@pytest.mark.parametrize("name", ["a/b", ".", "..", "status.json", "n" * 256])
+def test_names_that_cannot_be_are_refused(point: Path, source: Path, destination: Path, name: str) -> None:
+    refused(point, "--name", name, source, destination, status=2, told="--name .* cannot be the name")
+
+
+def test_a_pid_file_that_cannot_be_written_is_told(point: Path, source: Path, destination: Path) -> None:
+    refused(point, "--pid-file", "/no/such/folder/pid", source, destination, status=4, told="--pid-file")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_it_serves_ends_it(
+    point: Path, source: Path, destination: Path, signum: signal.Signals
+) -> None:
+    """A source that never tells its size keeps it from serving."""
+    command = ["mount", "--blockcopy-path", faulty("stall", 1), source, destination, point]
+    with subprocess.Popen([*BLOCKCOPY, *map(str, command)], stderr=subprocess.PIPE) as process:
+        until(lambda: grandchildren(process.pid), "the source's processes")
+        process.send_signal(signum)
+        _, said = process.communicate(timeout=10)
+    assert process.returncode == -signum
+    assert b"Traceback" not in said
+    assert str(point) not in support.fuse_mounts()
+    assert destination.read_bytes() == OLD
+
+
+def grandchildren(pid: int) -> list[int]:
+    return [each for child in support.children(pid) for each in support.children(child)]
+
+
+# The source
+
+
+@pytest.fixture(params=["ours", "queueing"])
+def unfinished(request: pytest.FixtureRequest, mount: Mounter, tmp_path: Path) -> Mount:
+    """A mount in mid-pass: its source's processes are there and answer no more. 40 MiB, all different."""
+    size = 320 * BLOCK_SIZE
+    big, copy = tmp_path / "big", tmp_path / "big copy"
+    big.write_bytes(DATA)
+    os.truncate(big, size)
+    written(copy, b"\xff" * size)
+    if request.param == "queueing":  # its 40th answer lies in the third batch of the pass
+        mounted = mount(big, copy, program=faulty("stall", 40))
+        until(lambda: mounted.status()["hydrated_bytes"] >= 32 * BLOCK_SIZE, "two batches")
+    else:
+        mounted = mount(big, copy)
+        until(lambda: mounted.status()["hydrated_bytes"], "the first batch")
+        for pid in mounted.retrievers():
+            os.kill(pid, signal.SIGSTOP)
+    assert mounted.status()["state"] == "hydrating"
+    return mounted
+
+
+def test_killed_processes_in_mid_pass(unfinished: Mount, tmp_path: Path, mount: Mounter) -> None:
+    mounted, last = unfinished, 319
+    assert is_right(0, read(mounted.file, 0))
+    for pid in mounted.retrievers():
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: mounted.status()["state"] == "failed", "the end of the pass")
+    status = mounted.status()
+    assert "SIGKILL" in status["error"]
+    assert status["source_needed"] is True
+    assert 0 < status["hydrated_bytes"] < status["size"]
+    assert is_right(0, read(mounted.file, 0, 8192), 8192)
+    assert read(mounted.file, last) is None
+    waiting = run("wait", mounted.point)
+    assert (waiting.returncode, b"SIGKILL" in waiting.stderr) == (75, True)
+    assert mounted.retrievers() == []
+    mounted.umount()
+    again = mount(tmp_path / "big", tmp_path / "big copy", wait=True)
+    assert again.status()["same_bytes"] >= status["hydrated_bytes"]
+    assert (tmp_path / "big copy").read_bytes() == (tmp_path / "big").read_bytes()
+
+
+@pytest.mark.parametrize("fault", ["die", "garble", "misplace", "oversize", "short"])
+def test_a_fault_in_the_answer_to_a_read(mount: Mounter, source: Path, destination: Path, fault: str) -> None:
+    """Three blocks are there before; the answer to the fourth read is bad."""
+    answers = SIZE_ANSWERS + 3 * 2 + 1  # each read has the block, and the proof that the source reaches it
+    mounted = mount(source, destination, "--no-background", program=faulty(fault, answers))
+    for block in (0, 10, 23):
+        assert is_right(block, read(mounted.file, block))
+    assert read(mounted.file, 5) is None
+    assert str(source) in mounted.status()["error"]
+    assert destination.read_bytes()[at(5) : at(6)] == OLD[at(5) : at(6)]
+    right, _ = survey(mounted)
+    assert right >= {0, 10, 23}
+    if fault != "short":  # that one is no reason to think that nothing it says can be believed
+        assert right == {0, 10, 23}
+        assert mounted.status()["state"] == "failed"
+    assert run("umount", mounted.point).returncode == 0
+    neither_mixed_nor_foreign(destination)
+
+
+REASONS = {
+    "die": "SIGKILL",
+    "garble": "not asked for|neither|unknown|no command",
+    "misplace": "not asked for",
+    "oversize": "not asked for",
+    "short": "shorter than it was",
+}
+
+
+@pytest.mark.parametrize("fault", REASONS)
+def test_a_fault_in_mid_pass(mount: Mounter, source: Path, destination: Path, fault: str) -> None:
+    mounted = mount(source, destination, program=faulty(fault, 20))  # in the second batch of the pass
+    failed = run("wait", mounted.point)
+    assert failed.returncode == 75
+    assert re.search(REASONS[fault], failed.stderr.decode())
+    status = mounted.status()
+    assert (status["state"], status["source_needed"]) == ("failed", True)
+    assert re.search(REASONS[fault], status["error"])
+    survey(mounted)
+    mounted.umount()
+    neither_mixed_nor_foreign(destination)
+
+
+def test_the_pass_outlives_the_process_for_reads(mount: Mounter, source: Path, destination: Path) -> None:
+    """Its second answer for a size, and the first for a read, are more than those of an equal rest."""
+    written(destination, with_changes(DATA, [20]))
+    mounted = mount(source, destination, program=faulty("die", 5))
+    mounted.wait()
+    assert mounted.status()["error"] is None
+    assert destination.read_bytes() == DATA
+
+
+def test_a_source_that_shrinks_gives_no_old_bytes(mount: Mounter, source: Path, destination: Path) -> None:
+    mounted = mount(source, destination, "--no-background")
+    os.truncate(source, at(10))
+    right, _ = survey(mounted)
+    assert right == set(range(10))
+    assert "shorter than it was" in mounted.status()["error"]
+    neither_mixed_nor_foreign(destination)
+
+
+# The destination
+
+
+@pytest.fixture
+def small_file_system(tmp_path: Path) -> Iterator[Path]:
+    """1 MiB."""
+    support.require_root()
+    folder = tmp_path / "small"
+    folder.mkdir()
+    output("mount", "-t", "tmpfs", "-o", "size=1M", "none", folder)
+    yield folder
+    output("umount", folder)
+
+
+def test_a_full_destination_refuses_what_finds_no_room(
+    small_file_system: Path, mount: Mounter, source: Path
+) -> None:
+    mounted = mount(source, small_file_system / "copy", "--no-background")
+    right, none = survey(mounted)
+    assert 0 < len(right) <= 8
+    assert "No space left" in mounted.status()["error"]
+    assert mounted.status()["hydrated_bytes"] == len(right) * BLOCK_SIZE
+    assert survey(mounted) == (right, none)
+    assert mounted.retrievers()
+    mounted.umount()
+
+
+def test_a_full_destination_ends_the_pass(small_file_system: Path, mount: Mounter, source: Path) -> None:
+    mounted = mount(source, small_file_system / "copy")
+    failed = run("wait", mounted.point)
+    assert failed.returncode == 75
+    assert b"No space left" in failed.stderr
+    survey(mounted)
+    mounted.umount()
+
+
+def test_a_destination_that_cannot_be_read_refuses_those_blocks(
+    mount: Mounter, source: Path, tmp_path: Path, loop_device: LoopDevice
+) -> None:
+    backing = written(tmp_path / "backing", OLD)
+    device = loop_device(backing)
+    os.truncate(backing, at(12))
+    mounted = mount(source, device, "--no-background")
+    right, none = survey(mounted)
+    assert right >= set(range(12))
+    assert none
+    assert "Input/output error" in mounted.status()["error"]
+
+
+def test_a_destination_that_fails_to_sync_is_not_complete(
+    small_file_system: Path, mount: Mounter, source: Path, loop_device: LoopDevice
+) -> None:
+    """Its backing file finds no room, which a write into the page cache does not tell: only the sync does."""
+    backing = small_file_system / "backing"
+    backing.touch()
+    os.truncate(backing, len(DATA))
+    mounted = mount(source, loop_device(backing))
+    failed = run("wait", mounted.point)
+    assert failed.returncode == 75
+    assert b"Input/output error" in failed.stderr
+    status = mounted.status()
+    assert (status["state"], status["source_needed"]) == ("failed", True)
+    survey(mounted)
+    told = run("umount", mounted.point)
+    assert b"before the copy was complete" in told.stderr
+
+
+# Its end while reads are waiting
+
+
+@contextlib.contextmanager
+def waiting_reader(mounted: Mount, block: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A process whose read the source does not answer. Its output is the error's number."""
+    script = (
+        "import os, sys\n"
+        "fd = os.open(sys.argv[1], os.O_RDONLY)\n"
+        "os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)\n"
+        "try: os.pread(fd, 100, int(sys.argv[2]))\n"
+        "except OSError as error: print(error.errno)\n"
+        "else: print('bytes')\n"
+    )
+    with subprocess.Popen(
+        [PYTHON, "-c", script, str(mounted.file), str(at(block))], stdout=subprocess.PIPE
+    ) as reader:
+        try:
+            until(lambda: waiting_requests(mounted), "the read")
+            yield reader
+        finally:
+            reader.kill()
+
+
+def waiting_requests(mounted: Mount) -> int:
+    """Those that the mount has not answered yet, as the kernel counts them."""
+    connection = os.minor(os.stat(mounted.point).st_dev)
+    return int(Path(f"/sys/fs/fuse/connections/{connection}/waiting").read_text())
+
+
+@pytest.fixture
+def stalled(mount: Mounter, source: Path, destination: Path) -> Mount:
+    """Serves, but its source answers no read."""
+    return mount(source, destination, "--no-background", program=faulty("stall", SIZE_ANSWERS + 1))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_reads_are_waiting(stalled: Mount, destination: Path, signum: signal.Signals) -> None:
+    status = stalled.status()
+    processes = [status["pid"], *stalled.retrievers()]
+    with waiting_reader(stalled, 3) as one, waiting_reader(stalled, 9) as two:
+        os.kill(status["pid"], signum)
+        got = [int(each.communicate(timeout=8)[0]) for each in (one, two)]
+    assert set(got) <= {errno.EIO, errno.ENOTCONN, errno.ECONNABORTED}
+    until(lambda: not any(support.alive(pid) for pid in processes), "the end")
+    assert str(stalled.point) not in support.fuse_mounts()
+    assert destination.read_bytes() == OLD
+
+
+def test_unmounting_while_reads_are_waiting_is_refused(stalled: Mount) -> None:
+    with waiting_reader(stalled, 3) as reader:
+        done = subprocess.run(["fusermount3", "-u", stalled.point], capture_output=True, text=True, check=False)
+        assert done.returncode != 0
+        assert "busy" in done.stderr
+        assert stalled.status()["state"] == "paused"
+        reader.kill()
+        reader.wait(timeout=8)
+    stalled.umount()
+
+
+def test_unmounting_lazily_while_reads_are_waiting(stalled: Mount) -> None:
+    """Out of sight at once; the process stays for as long as the file is open, and not longer."""
+    pid = stalled.status()["pid"]
+    with waiting_reader(stalled, 3) as reader:
+        output("fusermount3", "-u", "-z", stalled.point)
+        assert str(stalled.point) not in support.fuse_mounts()
+        reader.kill()
+        reader.wait(timeout=8)
+        until(lambda: not support.alive(pid), "the end")
+
+
+def test_unmounting_in_mid_pass(unfinished: Mount) -> None:
+    pid = unfinished.status()["pid"]
+    processes = [pid, *unfinished.retrievers()]
+    output("fusermount3", "-u", unfinished.point)
+    until(lambda: not any(support.alive(each) for each in processes), "the end")
+
+
+def test_the_umount_command_in_mid_pass(unfinished: Mount) -> None:
+    processes = [unfinished.status()["pid"], *unfinished.retrievers()]
+    done = run("umount", unfinished.point)
+    assert (done.returncode, b"before the copy was complete" in done.stderr) == (0, True)
+    assert [pid for pid in processes if support.alive(pid)] == []
+
+
+def test_status_answers_while_reads_are_waiting(stalled: Mount) -> None:
+    with contextlib.ExitStack() as readers:
+        for block in range(0, BLOCKS, 3):
+            readers.enter_context(waiting_reader(stalled, block))
+        assert stalled.status()["state"] == "paused"
+        assert os.listdir(stalled.point)
+
+
+def test_a_reader_killed_while_waiting_harms_nobody(mount: Mounter, source: Path, destination: Path) -> None:
+    mounted = mount(source, destination, "--no-background")
+    assert is_right(0, read(mounted.file, 0))
+    [retriever] = mounted.retrievers()
+    os.kill(retriever, signal.SIGSTOP)
+    with waiting_reader(mounted, 5) as killed, waiting_reader(mounted, 5) as other:
+        killed.kill()
+        killed.wait(timeout=8)
+        assert is_right(0, read(mounted.file, 0, 4096), 4096)
+        os.kill(retriever, signal.SIGCONT)
+        assert other.communicate(timeout=8)[0] == b"bytes\n"
+    assert is_right(5, read(mounted.file, 5))
+    assert survey(mounted) == (set(range(BLOCKS)), set())
+    assert mounted.status()["error"] is None
+
+
+# Its own death
+
+
+@pytest.fixture
+def dead(mount: Mounter, source: Path, destination: Path) -> Mount:
+    """A mount whose process was killed."""
+    mounted = mount(source, destination, "--no-background")
+    assert is_right(7, read(mounted.file, 7))
+    processes = [mounted.status()["pid"], *mounted.retrievers()]
+    os.kill(processes[0], signal.SIGKILL)
+    until(lambda: not any(support.alive(pid) for pid in processes), "the end of it and of its source's")
+    return mounted
+
+
+def test_a_dead_mount_is_told_with_its_cure(dead: Mount, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="not connected") as told:
+        os.listdir(dead.point)
+    assert told.value.errno == errno.ENOTCONN
+    for command in (["status", dead.point], ["wait", dead.point], ["mount", source, tmp_path / "copy", dead.point]):
+        done = run(*command)
+        assert done.returncode == 4
+        assert f"fusermount3 -uz {dead.point}" in done.stderr.decode()
+    assert not (tmp_path / "copy").exists()
+
+
+def test_umount_clears_a_dead_mount_and_the_next_one_works(dead: Mount, source: Path, destination: Path) -> None:
+    done = run("umount", dead.point)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert str(dead.point) not in support.fuse_mounts()
+    again = run("mount", source, destination, dead.point)
+    assert again.returncode == 0
+    dead.wait()
+    assert dead.status()["same_bytes"] >= BLOCK_SIZE
+    dead.umount()
+    assert destination.read_bytes() == DATA
+
+
+# Its memory
+
+
+@pytest.mark.timeout(120)
+def test_memory_is_bounded(mount: Mounter, tmp_path: Path) -> None:
+    source, destination = tmp_path / "source", tmp_path / "destination"
+    for each in (source, destination):
+        each.touch()
+        os.truncate(each, 1 << 30)
+    mounted = mount(source, destination)
+    pid = mounted.status()["pid"]
+    command = [*BLOCKCOPY, "wait", str(mounted.point)]
+    subprocess.run(command, check=True, timeout=110)
+    assert mounted.status()["same_bytes"] == 1 << 30
+    assert support.peak_memory(pid) < 80 << 20
+    assert destination.stat().st_blocks == 0

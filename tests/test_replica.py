@@ -1,0 +1,735 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+import support
+import trio
+import trio.testing
+
+from blockcopy.errors import BlockcopyError, DestinationRefusedError, DeviceError, SourceError
+from blockcopy.geometry import BLOCK_SIZE, Geometry
+from blockcopy.remote import Source, retrieve_command
+from blockcopy.replica.engine import Plan, Replica, open_replica
+from blockcopy.replica.retriever import FENCES
+from blockcopy.replica.status import floored_percent
+
+BLOCKS = 40
+DATA = support.noise(BLOCKS * BLOCK_SIZE - 1000)
+OLD = support.with_changes(DATA, list(range(0, BLOCKS, 3)))
+"""A destination in which each third block differs."""
+
+QUESTION = 80
+"""Bytes of one `Hash`."""
+
+
+@pytest.fixture(params=["ours", "stand-in"])
+def program(request: pytest.FixtureRequest) -> str | None:
+    return support.QUEUEING if request.param == "stand-in" else None
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    support.require_root()
+    folder = tmp_path / "small"
+    folder.mkdir()
+    support.output("mount", "-t", "tmpfs", "-o", "size=1m", "none", folder)
+    yield folder
+    support.output("umount", "--lazy", folder)
+
+
+def file_of(folder: Path, name: str, data: bytes) -> Path:
+    path = folder / name
+    path.write_bytes(data)
+    return path
+
+
+def plan_of(source: object, destination: object, program: str | None = None, *, hydrate: bool = True) -> Plan:
+    command = retrieve_command(Source(None, str(source)), program=program)
+    return Plan(command, str(destination), hydrate=hydrate)
+
+
+@contextlib.asynccontextmanager
+async def replica_of(plan: Plan) -> AsyncIterator[Replica]:
+    """`open_replica` with a time limit; a single error comes out of its groups."""
+    with trio.fail_after(40):
+        try:
+            async with open_replica(plan) as replica:
+                yield replica
+        except ExceptionGroup as group:
+            error: BaseException = group
+            while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+                error = error.exceptions[0]
+            raise error from None
+
+
+def present(replica: Replica) -> set[int]:
+    blocks = replica._geometry.blocks
+    return set(range(blocks)) - set(replica._blockmap.missing(range(blocks)))
+
+
+def assert_destination_is_sound(replica: Replica, destination: Path, source: bytes, old: bytes) -> None:
+    """Present blocks are the source's; each of the others is the source's or as it was."""
+    now, marked = destination.read_bytes(), present(replica)
+    old = old.ljust(len(now), b"\0")
+    geometry = Geometry(len(source))
+    for block in range(geometry.blocks):
+        offset, length = geometry.extent(block)
+        part = slice(offset, offset + length)
+        assert now[part] == source[part] or (block not in marked and now[part] == old[part]), block
+    assert now[len(source) :] == old[len(source) :]
+
+
+def retrieve_processes() -> list[int]:
+    """Demand first, then the pass: in the order in which they were started."""
+
+    def started(pid: int) -> tuple[int, int]:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]), pid
+
+    return sorted(support.children(os.getpid()), key=started)
+
+
+async def read_block(replica: Replica, block: int, *, of: bytes = DATA) -> bool:
+    """True for the source's bytes, False for an error; nothing else may come."""
+    offset, length = Geometry(len(of)).extent(block)
+    try:
+        data = await replica.volume.read(offset, length)
+    except BlockcopyError:
+        return False
+    assert data == of[offset : offset + length], f"block {block} has bytes that are not the source's"
+    return True
+
+
+async def read_at_random(replica: Replica, source: bytes, seed: int, count: int) -> None:
+    chance = random.Random(seed)
+    for _ in range(count):
+        offset = chance.randint(0, len(source) + 10)
+        length = chance.choice([0, 1, 4096, BLOCK_SIZE, chance.randint(0, 9 * BLOCK_SIZE)])
+        assert await replica.volume.read(offset, length) == source[offset : offset + length]
+
+
+# The bytes that are read
+
+
+@pytest.mark.parametrize(
+    ("source", "old"),
+    [
+        pytest.param(DATA, OLD, id="nearly equal"),
+        pytest.param(DATA, DATA, id="equal"),
+        pytest.param(DATA, b"", id="empty"),
+        pytest.param(DATA, None, id="absent"),
+        pytest.param(DATA, OLD[: 5 * BLOCK_SIZE + 77], id="shorter"),
+        pytest.param(DATA[: 5 * BLOCK_SIZE + 77], OLD, id="longer"),
+        pytest.param(DATA[: 8 * BLOCK_SIZE], OLD, id="longer by whole blocks"),
+        pytest.param(b"", OLD, id="source empty"),
+        pytest.param(b"", None, id="source empty, destination absent"),
+        pytest.param(b"x", b"y", id="one byte"),
+        pytest.param(DATA[: BLOCK_SIZE + 1], OLD[: BLOCK_SIZE + 1], id="last block of one byte"),
+    ],
+)
+@pytest.mark.parametrize("hydrate", [True, False])
+def test_reads_are_the_source_before_during_and_after(
+    source: bytes, old: bytes | None, hydrate: bool, tmp_path: Path, program: str | None
+) -> None:
+    destination = tmp_path / "destination"
+    if old is not None:
+        destination.write_bytes(old)
+
+    async def main() -> None:
+        path = file_of(tmp_path, "source", source)
+        async with replica_of(plan_of(path, destination, program, hydrate=hydrate)) as replica:
+            assert replica.volume.size == len(source)
+            assert replica.snapshot()["hydrated_bytes"] == 0
+            await read_at_random(replica, source, seed=0, count=1)
+            async with trio.open_nursery() as nursery:
+                for seed in range(4):
+                    nursery.start_soon(read_at_random, replica, source, seed, 10)
+            assert await replica.volume.read(0, len(source) + 1) == source
+            await replica.wait_complete()
+            await read_at_random(replica, source, seed=9, count=10)
+            assert replica.snapshot()["state"] == "complete"
+
+    trio.run(main)
+    assert destination.read_bytes() == source + (old or b"")[len(source) :]
+    assert path_is_private(destination) or old is not None
+
+
+def path_is_private(path: Path) -> bool:
+    return path.stat().st_mode & 0o077 == 0
+
+
+def test_only_what_differs_is_fetched(tmp_path: Path, program: str | None) -> None:
+    differing = len(range(0, BLOCKS, 3)) * BLOCK_SIZE - 1000  # the short last block is one of them
+
+    async def main() -> None:
+        source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+        async with replica_of(plan_of(source, destination, program)) as replica:
+            await replica.wait_complete()
+            snapshot = replica.snapshot()
+            assert snapshot["fetched_bytes"] == differing
+            assert snapshot["same_bytes"] == len(DATA) - differing
+            assert differing < snapshot["received_bytes"] < differing + 50_000
+
+    trio.run(main)
+
+
+def test_one_byte_that_is_equal_is_not_fetched(tmp_path: Path, program: str | None) -> None:
+    async def main() -> None:
+        data = DATA[: BLOCK_SIZE + 1]
+        source, destination = file_of(tmp_path, "source", data), file_of(tmp_path, "destination", data)
+        async with replica_of(plan_of(source, destination, program)) as replica:
+            await replica.wait_complete()
+            assert replica.snapshot()["fetched_bytes"] == 0
+
+    trio.run(main)
+
+
+# What becomes of the destination at the start
+
+
+def test_a_device_that_is_too_small_is_refused_and_untouched(
+    tmp_path: Path, loop_device: Callable[[Path], str], program: str | None
+) -> None:
+    source = file_of(tmp_path, "source", DATA[: BLOCK_SIZE + 512])
+    backing = file_of(tmp_path, "backing", OLD[:BLOCK_SIZE])
+
+    async def main() -> None:
+        with pytest.raises(DestinationRefusedError, match=f"too small.*{BLOCK_SIZE} bytes.*{BLOCK_SIZE + 512}"):
+            async with replica_of(plan_of(source, loop_device(backing), program)):
+                raise AssertionError("it was opened")
+
+    trio.run(main)
+    assert backing.read_bytes() == OLD[:BLOCK_SIZE]
+
+
+def test_a_loop_device_becomes_the_copy_and_keeps_its_tail(
+    tmp_path: Path, loop_device: Callable[[Path], str], program: str | None
+) -> None:
+    data = DATA[: 5 * BLOCK_SIZE + 512]
+    source = file_of(tmp_path, "source", data)
+    backing = file_of(tmp_path, "backing", OLD[: 8 * BLOCK_SIZE])
+    device = loop_device(backing)
+
+    async def main() -> None:
+        async with replica_of(plan_of(loop_device(source), device, program)) as replica:
+            await replica.wait_complete()
+
+    trio.run(main)
+    assert Path(device).read_bytes() == data + OLD[len(data) : 8 * BLOCK_SIZE]
+
+
+@pytest.mark.parametrize("way", ["same name", "symlink", "hard link", "other spelling"])
+def test_the_source_itself_is_refused(way: str, tmp_path: Path) -> None:
+    source = file_of(tmp_path, "source", DATA)
+    destination = tmp_path / "destination"
+    if way == "symlink":
+        destination.symlink_to(source)
+    elif way == "hard link":
+        destination.hardlink_to(source)
+    else:
+        destination = source if way == "same name" else tmp_path / ".." / tmp_path.name / "source"
+
+    async def main() -> None:
+        with pytest.raises(DestinationRefusedError, match="is the source itself"):
+            async with replica_of(plan_of(source, destination)):
+                raise AssertionError("it was opened")
+
+    trio.run(main)
+    assert source.read_bytes() == DATA
+
+
+def test_a_source_that_is_the_device_under_another_name_is_refused(
+    tmp_path: Path, loop_device: Callable[[Path], str]
+) -> None:
+    device = loop_device(file_of(tmp_path, "backing", DATA[:BLOCK_SIZE]))
+    (tmp_path / "name").symlink_to(device)
+
+    async def main() -> None:
+        with pytest.raises(DestinationRefusedError, match="is the source itself"):
+            async with replica_of(plan_of(device, tmp_path / "name")):
+                raise AssertionError("it was opened")
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("program", ["false", "/no/such/program", f"{support.QUEUEING} --die-at 1"])
+def test_without_a_source_no_destination_is_made(program: str, tmp_path: Path) -> None:
+    source = file_of(tmp_path, "source", DATA)
+
+    async def main() -> None:
+        with pytest.raises(SourceError):
+            async with replica_of(plan_of(source, tmp_path / "destination", program)):
+                raise AssertionError("it was opened")
+
+    trio.run(main)
+    assert not (tmp_path / "destination").exists()
+
+
+# Who asks for what, and how often
+
+
+def test_many_readers_of_a_block_cause_one_fetch(tmp_path: Path, program: str | None) -> None:
+    async def main() -> None:
+        source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", b"")
+        async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
+            before = replica.snapshot()
+            async with trio.open_nursery() as nursery:
+                for _ in range(30):
+                    nursery.start_soon(read_block, replica, 20)
+            after = replica.snapshot()
+            assert after["fetched_bytes"] == BLOCK_SIZE
+            assert after["sent_bytes"] - before["sent_bytes"] == (1 + 1 + FENCES) * QUESTION
+            assert BLOCK_SIZE < after["received_bytes"] - before["received_bytes"] < BLOCK_SIZE + 1000
+
+    trio.run(main)
+
+
+def test_one_request_of_nine_blocks_is_one_batch(tmp_path: Path, program: str | None) -> None:
+    async def main() -> None:
+        source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+        async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
+            before = replica.snapshot()["sent_bytes"]
+            offset = 10 * BLOCK_SIZE + 4096
+            assert await replica.volume.read(offset, 2**20) == DATA[offset : offset + 2**20]
+            assert replica.snapshot()["sent_bytes"] - before == (9 + 1 + FENCES) * QUESTION
+            assert present(replica) == set(range(10, 19))
+
+    trio.run(main)
+
+
+def test_a_reader_in_order_is_read_ahead_for(tmp_path: Path, program: str | None) -> None:
+    async def main() -> None:
+        source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+        async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
+            ahead = trio.Event()
+            for block in range(8):
+                assert await read_block(replica, block)
+            with trio.move_on_after(10):
+                while max(present(replica)) < 12:
+                    await trio.testing.wait_all_tasks_blocked(0.01)
+                ahead.set()
+            assert ahead.is_set()
+            assert set(range(12)) < present(replica)
+
+    trio.run(main)
+
+
+def test_without_a_pass_only_what_is_read_is_copied(tmp_path: Path, program: str | None) -> None:
+    async def main() -> None:
+        source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+        async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
+            for block in (30, 3, 21, 12):
+                assert await read_block(replica, block)
+            assert present(replica) == {3, 12, 21, 30}
+            assert replica.snapshot()["state"] == "paused"
+        assert_destination_is_sound(replica, destination, DATA, OLD)
+        assert destination.read_bytes()[: 3 * BLOCK_SIZE] == OLD[: 3 * BLOCK_SIZE]
+
+    trio.run(main)
+
+
+def test_without_a_pass_it_is_complete_once_everything_was_read(tmp_path: Path, program: str | None) -> None:
+    async def main() -> None:
+        source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+        async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
+            for block in random.Random(3).sample(range(BLOCKS), BLOCKS):
+                assert await read_block(replica, block)
+            await replica.wait_complete()
+            assert replica.snapshot()["state"] == "complete"
+            assert not retrieve_processes()
+        assert destination.read_bytes() == DATA
+
+    trio.run(main)
+
+
+def test_a_reader_that_goes_away_strands_nobody(tmp_path: Path, program: str | None) -> None:
+    got: list[bool] = []
+
+    async def main() -> None:
+        source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+        async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
+            (process,) = retrieve_processes()
+            os.kill(process, signal.SIGSTOP)
+            async with trio.open_nursery() as nursery:
+                first = await nursery.start(read_cancellably, replica)
+                nursery.start_soon(note_read, replica)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                first.cancel()
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                assert not got
+                os.kill(process, signal.SIGCONT)
+            assert got == [True]
+            assert replica.snapshot()["fetched_bytes"] == BLOCK_SIZE
+
+    async def read_cancellably(
+        replica: Replica, task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        with trio.CancelScope() as scope:
+            task_status.started(scope)
+            await replica.volume.read(0, 10)
+            raise AssertionError("the read was answered by a process that is stopped")
+
+    async def note_read(replica: Replica) -> None:
+        got.append(await read_block(replica, 0))
+
+    trio.run(main)
+
+
+def test_a_fetch_that_all_readers_left_is_still_stored(tmp_path: Path) -> None:
+    async def main() -> None:
+        source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+        async with replica_of(plan_of(source, destination, hydrate=False)) as replica:
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await replica.volume.read(0, 10)
+            assert scope.cancelled_caught
+            while not present(replica):
+                await trio.testing.wait_all_tasks_blocked(0.01)
+        assert_destination_is_sound(replica, destination, DATA, OLD)
+
+    trio.run(main)
+
+
+# One of the two processes fails
+
+
+def test_a_read_that_joined_a_failed_fetch_of_the_pass_tries_by_itself(tmp_path: Path, program: str | None) -> None:
+    async def main() -> None:
+        source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+        async with replica_of(plan_of(source, destination, program)) as replica:
+            _, bulk = retrieve_processes()
+            os.kill(bulk, signal.SIGSTOP)
+            await trio.testing.wait_all_tasks_blocked(0.3)
+            asked = replica.snapshot()["sent_bytes"]
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fail_after_joining, replica, bulk, asked)
+                assert await read_block(replica, 0)
+            with pytest.raises(SourceError, match="SIGKILL"):
+                await replica.wait_complete()
+            assert replica.snapshot()["state"] == "failed"
+            assert "SIGKILL" in replica.snapshot()["error"]
+            for block in range(BLOCKS):
+                assert await read_block(replica, block)
+
+    async def fail_after_joining(replica: Replica, bulk: int, asked: int) -> None:
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        assert replica.snapshot()["sent_bytes"] == asked
+        os.kill(bulk, signal.SIGKILL)
+
+    trio.run(main)
+
+
+def test_the_pass_goes_on_when_the_demand_process_dies(tmp_path: Path, program: str | None) -> None:
+    """Also over the blocks that a reader was waiting for."""
+
+    async def main() -> None:
+        source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+        async with replica_of(plan_of(source, destination, program)) as replica:
+            demand, _ = retrieve_processes()
+            os.kill(demand, signal.SIGSTOP)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(kill, demand)
+                with pytest.raises(SourceError, match="SIGKILL"):
+                    await replica.volume.read(20 * BLOCK_SIZE, 10)  # asked for before the pass begins
+            await replica.wait_complete()
+            assert destination.read_bytes() == DATA
+
+    async def kill(pid: int) -> None:
+        await trio.testing.wait_all_tasks_blocked(0.3)
+        os.kill(pid, signal.SIGKILL)
+
+    trio.run(main)
+
+
+def test_present_blocks_are_read_without_any_process(tmp_path: Path, program: str | None) -> None:
+    async def main() -> None:
+        source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+        async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
+            assert await read_block(replica, 6)
+            for pid in retrieve_processes():
+                os.kill(pid, signal.SIGKILL)
+            with pytest.raises(SourceError, match="SIGKILL"):
+                await replica.volume.read(30 * BLOCK_SIZE, 1)
+            assert await read_block(replica, 6)
+            assert replica.snapshot()["state"] == "failed"
+            assert "SIGKILL" in replica.snapshot()["error"]
+
+    trio.run(main)
+
+
+def test_leaving_in_mid_pass_gives_waiting_readers_an_error(tmp_path: Path) -> None:
+    errors: list[str] = []
+
+    async def read(replica: Replica) -> None:
+        with pytest.raises(SourceError) as caught:
+            await replica.volume.read(0, 10)
+        errors.append(str(caught.value))
+
+    async def main() -> None:
+        source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+        async with trio.open_nursery() as nursery:
+            async with replica_of(plan_of(source, destination, f"{support.QUEUEING} --stall-at 3")) as replica:
+                nursery.start_soon(read, replica)
+                await trio.testing.wait_all_tasks_blocked(0.1)
+        assert not retrieve_processes()
+        assert_destination_is_sound(replica, destination, DATA, OLD)
+
+    trio.run(main)
+    assert len(errors) == 1
+
+
+# Faults of the source at each answer. Finding the size takes the first two of each demand process.
+
+
+@pytest.mark.parametrize(
+    ("answer", "hydrate"), [(1, False), (3, False), (4, False), (5, False), (6, False), (3, True), (4, True)]
+)
+@pytest.mark.parametrize("fault", ["die", "garble", "misplace", "oversize", "short"])
+def test_a_fault_gives_errors_and_never_wrong_bytes(fault: str, answer: int, hydrate: bool, tmp_path: Path) -> None:
+    data, old = DATA[: 20 * BLOCK_SIZE - 9], OLD[: 20 * BLOCK_SIZE - 9]
+    source, destination = file_of(tmp_path, "source", data), file_of(tmp_path, "destination", old)
+    program = f"{support.QUEUEING} --{fault}-at {answer}"
+    replicas = []
+    results = set()
+
+    async def read(replica: Replica, block: int) -> None:
+        results.add(await read_block(replica, block, of=data))
+
+    async def main() -> None:
+        async with replica_of(plan_of(source, destination, program, hydrate=hydrate)) as replica:
+            replicas.append(replica)
+            assert replica.volume.size == len(data)
+            async with trio.open_nursery() as nursery:
+                for block in range(0, 20, 2):
+                    nursery.start_soon(read, replica, block)
+            for block in range(20):
+                await read(replica, block)
+            if hydrate:
+                with contextlib.suppress(SourceError):
+                    await replica.wait_complete()
+
+    with contextlib.suppress(SourceError):
+        trio.run(main)
+    assert replicas or answer <= 2
+    for replica in replicas:
+        assert_destination_is_sound(replica, destination, data, old)
+        if not hydrate and fault != "short":  # the pass has a process of its own
+            assert False in results
+    if not replicas:
+        assert destination.read_bytes() == old
+
+
+@pytest.mark.parametrize("size", [0, 7 * BLOCK_SIZE, 7 * BLOCK_SIZE + 5])
+def test_a_source_that_is_truncated_gives_errors_and_never_wrong_bytes(
+    size: int, tmp_path: Path, program: str | None
+) -> None:
+    source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+
+    async def main() -> None:
+        async with replica_of(plan_of(source, destination, program)) as replica:
+            os.truncate(source, size)
+            for block in reversed(range(BLOCKS)):
+                assert await read_block(replica, block) is (block < size // BLOCK_SIZE)
+            with pytest.raises(SourceError, match="shorter"):
+                await replica.wait_complete()
+        assert_destination_is_sound(replica, destination, DATA, OLD)
+
+    trio.run(main)
+
+
+# Faults of the destination
+
+
+def test_a_full_destination_fails_the_pass_and_not_the_reads_of_what_is_there(
+    small_tmpfs: Path, tmp_path: Path
+) -> None:
+    old = DATA[: 4 * BLOCK_SIZE]
+    source, destination = file_of(tmp_path, "source", DATA), file_of(small_tmpfs, "destination", old)
+
+    async def main() -> None:
+        async with replica_of(plan_of(source, destination)) as replica:
+            assert all([await read_block(replica, block) for block in (3, 1)])
+            with pytest.raises(DeviceError, match="No space left on device"):
+                await replica.wait_complete()
+            snapshot = replica.snapshot()
+            assert (snapshot["state"], snapshot["source_needed"]) == ("failed", True)
+            assert "No space left on device" in snapshot["error"]
+            results = {block: await read_block(replica, block) for block in range(BLOCKS)}
+            assert all(results[block] for block in range(4))
+            assert not all(results.values())
+            for block in present(replica):
+                assert await read_block(replica, block)
+        assert_destination_is_sound(replica, destination, DATA, old)
+
+    trio.run(main)
+
+
+def test_a_destination_that_fills_up_while_it_is_read(small_tmpfs: Path, tmp_path: Path) -> None:
+    source, destination = file_of(tmp_path, "source", DATA), small_tmpfs / "destination"
+
+    async def main() -> None:
+        async with replica_of(plan_of(source, destination, hydrate=False)) as replica:
+            order = random.Random(5).sample(range(BLOCKS), BLOCKS)
+            good = [block for block in order if await read_block(replica, block)]
+            assert 4 <= len(good) <= 8
+            assert present(replica) >= set(good)
+            assert all([await read_block(replica, block) for block in good])
+            assert "No space left" in replica.snapshot()["error"]
+        assert_destination_is_sound(replica, destination, DATA, b"")
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("hydrate", [True, False])
+def test_a_destination_that_cannot_be_read_in_part(
+    hydrate: bool, tmp_path: Path, loop_device: Callable[[Path], str]
+) -> None:
+    data, old = DATA[: 32 * BLOCK_SIZE], OLD[: 32 * BLOCK_SIZE]
+    source, backing = file_of(tmp_path, "source", data), file_of(tmp_path, "backing", old)
+    device = loop_device(backing)
+    os.truncate(backing, 8 * BLOCK_SIZE)
+    support.output("blockdev", "--flushbufs", device)
+
+    async def main() -> None:
+        async with replica_of(plan_of(source, device, hydrate=hydrate)) as replica:
+            if hydrate:
+                with pytest.raises(DeviceError, match="Input/output error"):
+                    await replica.wait_complete()
+                assert replica.snapshot()["state"] == "failed"
+            for block in random.Random(6).sample(range(32), 32):
+                assert await read_block(replica, block, of=data) is (block < 8)
+            assert "Input/output error" in replica.snapshot()["error"]
+            assert present(replica) == set(range(8))
+
+    trio.run(main)
+    assert backing.read_bytes() == data[: 8 * BLOCK_SIZE]
+
+
+def test_a_final_sync_that_fails_completes_nothing(
+    small_tmpfs: Path, tmp_path: Path, loop_device: Callable[[Path], str]
+) -> None:
+    """The device takes every write, and finds no room for them when it is synced."""
+    backing = small_tmpfs / "backing"
+    backing.touch()
+    os.truncate(backing, 4 * 2**20)
+    data = DATA[: 4 * 2**20]
+    source, device = file_of(tmp_path, "source", data), loop_device(backing)
+
+    async def main() -> None:
+        with contextlib.suppress(DeviceError):  # the last sync fails as well
+            async with replica_of(plan_of(source, device)) as replica:
+                with pytest.raises(DeviceError, match="cannot sync"):
+                    await replica.wait_complete()
+                snapshot = replica.snapshot()
+                assert (snapshot["state"], snapshot["source_needed"]) == ("failed", True)
+                assert "cannot sync" in snapshot["error"]
+                assert snapshot["hydrated_bytes"] == 0
+                assert len(retrieve_processes()) == 2
+                for block in range(32):
+                    assert await read_block(replica, block, of=data)
+
+    trio.run(main)
+
+
+# What is told
+
+
+def test_the_snapshot_has_all_fields_with_their_types(tmp_path: Path) -> None:
+    number = (int,)
+    types: dict[str, tuple[type, ...]] = {
+        "state": (str,),
+        "source": (str,),
+        "destination": (str,),
+        "pid": number,
+        "size": number,
+        "hydrated_bytes": number,
+        "hydrated_percent": (float,),
+        "same_bytes": number,
+        "fetched_bytes": number,
+        "sent_bytes": number,
+        "received_bytes": number,
+        "rate_bytes_per_s": number,
+        "eta_seconds": (int, type(None)),
+        "source_needed": (bool,),
+        "error": (str, type(None)),
+    }
+
+    async def main() -> None:
+        source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+        async with replica_of(plan_of(source, destination)) as replica:
+            before = replica.snapshot()
+            await replica.wait_complete()
+            after = replica.snapshot()
+        for snapshot in (before, after):
+            assert {name for name, kinds in types.items() if type(snapshot[name]) not in kinds} == set()
+            assert snapshot["size"] == len(DATA)
+            assert (snapshot["source"], snapshot["destination"]) == (str(source), str(destination))
+            assert snapshot["pid"] == os.getpid()
+            assert snapshot["error"] is None
+        assert (before["state"], before["hydrated_percent"], before["source_needed"]) == ("hydrating", 0.0, True)
+        assert (after["state"], after["hydrated_percent"], after["source_needed"]) == ("complete", 100.0, False)
+        assert after["same_bytes"] + after["fetched_bytes"] == after["hydrated_bytes"] == len(DATA)
+
+    trio.run(main)
+
+
+def test_hydrated_percent_is_floored(tmp_path: Path) -> None:
+    async def main() -> None:
+        data = DATA[: 3 * BLOCK_SIZE]
+        source, destination = file_of(tmp_path, "source", data), file_of(tmp_path, "destination", data)
+        async with replica_of(plan_of(source, destination, hydrate=False)) as replica:
+            percents = []
+            for block in (2, 0, 1):
+                await replica.volume.read(block * BLOCK_SIZE, 1)
+                percents.append(replica.snapshot()["hydrated_percent"])
+            assert percents == [33.33, 66.66, 100.0]
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "percent"),
+    [(0, 0, 100.0), (0, 7, 0.0), (7, 7, 100.0), (2**60 - 1, 2**60, 99.99), (99_995, 100_000, 99.99), (1, 3, 33.33)],
+)
+def test_only_the_whole_is_a_hundred_percent(part: int, whole: int, percent: float) -> None:
+    assert floored_percent(part, whole) == percent
+
+
+def test_once_complete_the_source_is_let_go(tmp_path: Path, program: str | None) -> None:
+    async def main() -> None:
+        source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+        async with replica_of(plan_of(source, destination, program)) as replica:
+            assert len(retrieve_processes()) == 2
+            await replica.wait_complete()
+            assert not retrieve_processes()
+            source.unlink()
+            await read_at_random(replica, DATA, seed=4, count=30)
+
+    trio.run(main)
+
+
+def test_memory_is_bounded_whatever_the_size(tmp_path: Path) -> None:
+    """Of the largest process among the sync and its retrieve processes."""
+    for name in ("source", "destination"):
+        file_of(tmp_path, name, b"")
+        os.truncate(tmp_path / name, 2**29)
+    program = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *support.BLOCKCOPY, "sync", tmp_path / "source", tmp_path / "destination"],
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=50,
+    )
+    assert int(done.stdout) * 1024 < 80 * 2**20
+    assert (tmp_path / "destination").stat().st_blocks == 0

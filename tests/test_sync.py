@@ -1,0 +1,351 @@
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import shlex
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import support
+
+from blockcopy.geometry import BLOCK_SIZE
+
+BLOCKS = 48
+DATA = support.noise(BLOCKS * BLOCK_SIZE)
+OLD = support.with_changes(DATA, [0, 7, 20, 21, 47])
+
+STALLS = f"{support.QUEUEING} --stall-at 5"
+"""With an equal destination of three batches: two answers tell the size, each batch has one, the third none."""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return file_of(tmp_path, "source", DATA)
+
+
+@pytest.fixture
+def destination(tmp_path: Path) -> Path:
+    return file_of(tmp_path, "destination", OLD)
+
+
+def file_of(folder: Path, name: str, data: bytes) -> Path:
+    path = folder / name
+    path.write_bytes(data)
+    return path
+
+
+def here_as_rsh(folder: Path) -> Path:
+    """An RSH that runs the command here, as a remote shell would, whatever the host is."""
+    path = folder / "rsh"
+    path.write_text(f'#!/bin/sh\necho "$1" >>{folder}/hosts\nshift\nexec sh -c "$*"\n')
+    path.chmod(0o755)
+    return path
+
+
+@contextlib.contextmanager
+def running(*args: object) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(
+        [*support.BLOCKCOPY, "sync", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def until_stored(process: subprocess.Popen[bytes], path: Path, block: int) -> None:
+    """Wait until that block is the source's."""
+    part = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
+
+    def stored() -> bool:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        return path.read_bytes()[part] == DATA[part]
+
+    support.until(stored, f"block {block}")
+
+
+def assert_failed(done: subprocess.CompletedProcess[bytes], status: int, *reasons: str) -> None:
+    said = done.stderr.decode()
+    assert done.returncode == status, said
+    assert "ERROR (sync): " in said
+    assert "Traceback" not in said
+    for reason in reasons:
+        assert reason in said
+    assert done.stdout == b""
+
+
+def assert_silent_success(done: subprocess.CompletedProcess[bytes]) -> None:
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+# What it does
+
+
+@pytest.mark.parametrize("program", [None, support.QUEUEING, "original"])
+@pytest.mark.parametrize(
+    "old",
+    [
+        pytest.param(OLD, id="nearly equal"),
+        pytest.param(DATA, id="equal"),
+        pytest.param(None, id="absent"),
+        pytest.param(b"", id="empty"),
+        pytest.param(OLD[:12345], id="shorter"),
+        pytest.param(OLD + b"tail", id="longer"),
+    ],
+)
+def test_a_file_becomes_the_copy_in_silence(
+    program: str | None, old: bytes | None, source: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if program == "original":
+        program = shlex.join(request.getfixturevalue("original"))
+    destination = tmp_path / "copy"
+    if old is not None:
+        destination.write_bytes(old)
+    options = ["--blockcopy-path", program] if program else []
+    assert_silent_success(support.run("sync", *options, source, destination))
+    assert destination.read_bytes() == DATA + (old or b"")[len(DATA) :]
+    assert_silent_success(support.run("sync", *options, source, destination))
+    assert destination.read_bytes() == DATA + (old or b"")[len(DATA) :]
+
+
+@pytest.mark.parametrize("program", [None, support.QUEUEING])
+def test_a_device_becomes_the_copy_of_a_device(
+    program: str | None, source: Path, tmp_path: Path, loop_device: Callable[[Path], str]
+) -> None:
+    device = loop_device(file_of(tmp_path, "backing", OLD + b"tail" * 128))
+    options = ["--blockcopy-path", program] if program else []
+    assert_silent_success(support.run("sync", *options, loop_device(source), device))
+    assert Path(device).read_bytes() == DATA + b"tail" * 128
+
+
+def test_names_are_relative_to_where_it_is_run(source: Path, destination: Path) -> None:
+    assert_silent_success(support.run("sync", source.name, destination.name, cwd=source.parent))
+    assert destination.read_bytes() == DATA
+
+
+def test_the_source_is_only_read(source: Path, destination: Path) -> None:
+    source.chmod(0o400)
+    before = source.stat()
+    assert_silent_success(support.run("sync", source, destination))
+    assert (source.stat().st_mtime_ns, source.read_bytes()) == (before.st_mtime_ns, DATA)
+
+
+@pytest.mark.parametrize("program", [shlex.join(support.BLOCKCOPY), support.QUEUEING])
+@pytest.mark.parametrize("name", ["plain", "with space", "quo'te\"s $HOME *"])
+def test_a_remote_source_is_reached_through_rsh(program: str, name: str, tmp_path: Path, destination: Path) -> None:
+    source = file_of(tmp_path, name, DATA)
+    rsh = here_as_rsh(tmp_path)
+    done = support.run("sync", "-e", rsh, "--blockcopy-path", program, f"user@host:{source}", destination)
+    assert_silent_success(done)
+    assert destination.read_bytes() == DATA
+    assert set((tmp_path / "hosts").read_text().split()) == {"user@host"}
+
+
+def test_the_destination_is_synced(source: Path, tmp_path: Path, loop_device: Callable[[Path], str]) -> None:
+    """The kernel counts the flushes of a device: a close alone is none."""
+    device = loop_device(file_of(tmp_path, "backing", OLD))
+    before = flushes(device)
+    assert_silent_success(support.run("sync", source, device))
+    assert flushes(device) > before
+
+
+def flushes(device: str) -> int:
+    return int(Path(f"/sys/block/{Path(device).name}/stat").read_text().split()[15])
+
+
+# What it refuses, and how it tells
+
+
+@pytest.mark.parametrize("program", [None, support.QUEUEING])
+def test_a_missing_source(program: str | None, tmp_path: Path) -> None:
+    options = ["--blockcopy-path", program] if program else []
+    done = support.run("sync", *options, tmp_path / "absent", tmp_path / "destination")
+    assert_failed(done, 3, str(tmp_path / "absent"), "No such file or directory")
+    assert not (tmp_path / "destination").exists()
+
+
+@pytest.mark.parametrize(
+    ("rsh", "reason"),
+    [
+        ("false", "exit status 1"),
+        ("/no/such/rsh", "/no/such/rsh"),
+        ("ssh -F none -p 1 -o BatchMode=yes", "Connection refused"),
+    ],
+)
+def test_a_host_that_cannot_be_reached(rsh: str, reason: str, destination: Path) -> None:
+    done = support.run("sync", "-e", rsh, "127.0.0.1:/source", destination)
+    assert_failed(done, 3, reason)
+    assert destination.read_bytes() == OLD
+
+
+def test_a_program_that_is_not_there(source: Path, destination: Path) -> None:
+    done = support.run("sync", "--blockcopy-path", "/no/such/program", source, destination)
+    assert_failed(done, 3, "cannot run `/no/such/program`", "No such file or directory")
+    assert destination.read_bytes() == OLD
+
+
+def test_a_program_that_is_not_there_on_the_host(tmp_path: Path, destination: Path) -> None:
+    done = support.run(
+        "sync", "-e", here_as_rsh(tmp_path), "--blockcopy-path", "no-such-program", "h:/x", destination
+    )
+    assert_failed(done, 3, "127", "no-such-program", "not found")
+
+
+def test_a_source_that_is_too_large(source: Path, tmp_path: Path, loop_device: Callable[[Path], str]) -> None:
+    backing = file_of(tmp_path, "backing", OLD[:-512])
+    done = support.run("sync", source, loop_device(backing))
+    assert_failed(done, 1, "too small", str(len(DATA)), str(len(DATA) - 512))
+    assert backing.read_bytes() == OLD[:-512]
+
+
+def test_a_locked_destination(source: Path, destination: Path) -> None:
+    with destination.open("r+b") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert_failed(support.run("sync", source, destination), 1, str(destination), "locked")
+        assert destination.read_bytes() == OLD
+        assert_silent_success(support.run("sync", "--force", source, destination))
+    assert destination.read_bytes() == DATA
+
+
+def test_a_device_in_use(source: Path, tmp_path: Path, loop_device: Callable[[Path], str]) -> None:
+    device = loop_device(file_of(tmp_path, "backing", OLD))
+    holder = os.open(device, os.O_RDONLY | os.O_EXCL)
+    try:
+        assert_failed(support.run("sync", source, device), 1, device, "in use")
+    finally:
+        os.close(holder)
+    assert Path(device).read_bytes() == OLD
+
+
+def test_a_second_sync_to_the_same_destination(source: Path, destination: Path) -> None:
+    with running("--blockcopy-path", f"{support.QUEUEING} --stall-at 13", source, destination) as first:
+        until_stored(first, destination, 0)
+        assert_failed(support.run("sync", source, destination), 1, "locked")
+
+
+@pytest.mark.parametrize("place", ["folder", "/dev/null", "folder of its own"])
+def test_a_destination_that_is_no_place_for_a_copy(place: str, source: Path, tmp_path: Path) -> None:
+    path = {"folder": tmp_path, "/dev/null": "/dev/null"}.get(place, tmp_path / "absent" / "destination")
+    assert_failed(support.run("sync", source, path), 1, str(path))
+
+
+def test_the_source_itself(source: Path) -> None:
+    assert_failed(support.run("sync", source, source), 1, "is the source itself")
+    assert source.read_bytes() == DATA
+
+
+@pytest.mark.parametrize("args", [[], ["only-one"], ["", "x"], ["host:", "x"], ["-e", "", "host:/x", "y"]])
+def test_a_command_line_that_cannot_be_meant(args: list[str], tmp_path: Path) -> None:
+    done = support.run("sync", *args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stderr
+    assert done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("die", "SIGKILL"),
+        ("garble", "Last login"),
+        ("misplace", "not asked for"),
+        ("oversize", "not asked for"),
+        ("short", "short"),
+    ],
+)
+def test_a_source_that_fails_in_mid_pass(fault: str, reason: str, source: Path, destination: Path) -> None:
+    done = support.run("sync", "--blockcopy-path", f"{support.QUEUEING} --{fault}-at 5", source, destination)
+    assert_failed(done, 3, reason)
+    assert_each_block_is_old_or_new(destination)
+    assert_silent_success(support.run("sync", source, destination))
+    assert destination.read_bytes() == DATA
+
+
+def assert_each_block_is_old_or_new(destination: Path) -> None:
+    now = destination.read_bytes()
+    assert len(now) == len(DATA)
+    for start in range(0, len(DATA), BLOCK_SIZE):
+        part = slice(start, start + BLOCK_SIZE)
+        assert now[part] in (OLD[part], DATA[part])
+
+
+# Signals
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_in_mid_pass_ends_it_in_order(
+    signum: signal.Signals, source: Path, tmp_path: Path, loop_device: Callable[[Path], str]
+) -> None:
+    """Ended by that signal, what was written is synced, nobody is left."""
+    device = loop_device(file_of(tmp_path, "backing", OLD))
+    before = flushes(device)
+    # Two answers for the size, then one a batch, and five blocks that differ; the last of them all is missing.
+    with running("--blockcopy-path", f"{support.QUEUEING} --stall-at 10", source, device) as process:
+        until_stored(process, Path(device), 0)
+        (child,) = support.children(process.pid)
+        process.send_signal(signum)
+        said, error = process.communicate(timeout=support.PATIENCE)
+        assert process.returncode == -signum
+    assert said == b""
+    assert b"Traceback" not in error
+    assert not support.alive(child)
+    assert flushes(device) > before
+    assert_each_block_is_old_or_new(Path(device))
+
+
+def test_a_signal_while_the_source_does_not_answer_at_all(destination: Path, tmp_path: Path) -> None:
+    with running("--blockcopy-path", f"{support.QUEUEING} --stall-at 1", destination, tmp_path / "new") as process:
+        support.until(lambda: support.children(process.pid), "a retrieve process")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(support.PATIENCE) == -signal.SIGTERM
+    assert not (tmp_path / "new").exists()
+
+
+# The progress bar
+
+
+def on_a_terminal(until: str | None, *args: object) -> tuple[int, str]:
+    """Status of the sync, and what it drew; ended with SIGINT when `until` was drawn."""
+    ours, theirs = pty.openpty()
+    try:
+        process = subprocess.Popen(
+            [*support.BLOCKCOPY, "sync", *map(str, args)], stdout=subprocess.PIPE, stderr=theirs
+        )
+        os.close(theirs)
+        drawn = b""
+        with process, contextlib.suppress(OSError):  # EIO: nobody has the terminal open any more
+            while data := os.read(ours, 65536):
+                drawn += data
+                if until is not None and until in drawn.decode(errors="replace"):
+                    until = None
+                    process.send_signal(signal.SIGINT)
+        assert until is None, drawn
+        return process.returncode, drawn.decode()
+    finally:
+        os.close(ours)
+
+
+def test_a_terminal_gets_a_progress_bar(source: Path, destination: Path) -> None:
+    status, drawn = on_a_terminal(None, source, destination)
+    assert status == 0
+    last = drawn.replace("\n", "\r").strip("\r").split("\r")[-1]
+    assert "100.00 %" in last
+    assert "6.00M/6.00M" in last
+    assert "fetched 640.0 KiB" in last
+    assert destination.read_bytes() == DATA
+
+
+def test_the_percent_of_the_bar_is_floored(source: Path, tmp_path: Path) -> None:
+    equal = file_of(tmp_path, "equal", DATA)
+    status, drawn = on_a_terminal("66.66 %", "--blockcopy-path", STALLS, source, equal)
+    assert status == -signal.SIGINT
+    percents = {float(each) for each in re.findall(r"([\d.]+) %", drawn)}
+    assert max(percents) == 66.66
+    assert equal.read_bytes() == DATA
