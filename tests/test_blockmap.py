@@ -38,6 +38,7 @@ class Naive:
 def assert_alike(blockmap: BlockMap, naive: Naive) -> None:
     blocks = naive.geometry.blocks
     assert list(blockmap.missing(range(blocks))) == naive.missing(range(blocks))
+    assert list(blockmap.missing(range(blocks + 20))) == naive.missing(range(blocks))  # none behind the end
     assert blockmap.same_bytes == naive.bytes_in(naive.same)
     assert blockmap.fetched_bytes == naive.bytes_in(naive.fetched)
     assert blockmap.present_bytes == blockmap.same_bytes + blockmap.fetched_bytes

@@ -91,8 +91,6 @@ def test_version_is_the_packages() -> None:
         (["status"], "MOUNTPOINT"),
         (["sync", "a", "b", "c"], "c"),
         (["checksum", "--start", "one", "a"], "one"),
-        (["retrieve", "-"], "-"),
-        (["save", "-"], "-"),
         (["sync", "", "b"], "SOURCE"),
         (["sync", "host:", "b"], "host:"),
         (["sync", ":/path", "b"], ":/path"),
@@ -163,6 +161,13 @@ def test_an_error_is_told_once(tmp_path: Path, command: str) -> None:
     more = ["copy"] if command == "sync" else []
     done = run(command, "missing", *more, cwd=tmp_path, input=b"")
     assert len(done.stderr.decode().splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["retrieve", "save"])
+def test_standard_input_is_no_file_for_them(command: str) -> None:
+    done = run(command, "-", input=b"")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"not `-`" in done.stderr
 
 
 # Logging

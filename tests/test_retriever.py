@@ -22,6 +22,8 @@ BLOCKS = 40
 DATA = support.noise(BLOCKS * BLOCK_SIZE - 1000)
 
 FAULTS = {"die": "SIGKILL", "garble": "Last login", "misplace": "position", "oversize": "bytes", "short": ""}
+ENDING_FAULTS = [fault for fault in FAULTS if fault != "short"]
+"""Those that end the connection; a block that came short is the error of its batch alone."""
 """--FAULT-at of the stand-in → what the reason has to mention."""
 
 
@@ -231,7 +233,7 @@ def test_what_a_truncated_source_still_has_can_be_asked(source: Path) -> None:
 # A source that fails
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", ENDING_FAULTS)
 @pytest.mark.parametrize("answer", [1, 2, 17])
 def test_a_fault_is_an_error_for_its_batch_and_all_that_follow(fault: str, answer: int, source: Path) -> None:
     questions = [question(DATA, block) for block in range(20)]
@@ -273,7 +275,7 @@ def test_a_fault_is_an_error_for_all_that_wait(fault: str, source: Path) -> None
     assert "error" in ends
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", ENDING_FAULTS)
 def test_the_reason_has_what_the_process_said(fault: str, source: Path, tmp_path: Path) -> None:
     program = script(tmp_path, "echo 'the disk is on fire' >&2", f'exec {support.QUEUEING} --{fault}-at 1 "$@"')
 
@@ -328,7 +330,9 @@ def test_a_program_that_cannot_be_run(name: str, source: Path) -> None:
         async with trio.open_nursery() as nursery:
             with pytest.raises(SourceError, match=f"cannot run `{name}`"):
                 await nursery.start(retriever.run)
-        await retriever.close()
+        with trio.fail_after(5):
+            await retriever.close()
+            await retriever.close()
 
     trio.run(main)
 
@@ -339,7 +343,7 @@ def test_a_login_banner_on_its_output_is_named(source: Path, tmp_path: Path) -> 
     async def main() -> None:
         async with retriever_of(source, program) as retriever:
             for _ in range(2):
-                with pytest.raises(SourceError, match="Welcome to Debian.*login"):
+                with pytest.raises(SourceError, match=r"Welcome to Debian.*login"):
                     await retriever.ask([question(DATA, 0)])
 
     trio.run(main)

@@ -106,7 +106,7 @@ def test_size_of_a_block_device(
     assert find(loop_device(image), [GUESSES[guess](size)], program) == [size]
 
 
-@pytest.mark.parametrize("guess", GUESSES)
+@pytest.mark.parametrize("guess", ["right", "one too small", "one too large", "far too large"])
 def test_size_of_a_block_device_that_the_process_dies_at_the_end_of(
     guess: str, tmp_path: Path, loop_device: Callable[[Path], str]
 ) -> None:
@@ -123,9 +123,7 @@ def test_size_of_a_huge_block_device(tmp_path: Path, loop_device: Callable[[Path
     assert find(loop_device(image), [2**40], support.QUEUEING) == [2**40 + 512]
 
 
-@pytest.mark.parametrize(
-    ("answer", "guess"), [(1, "right"), (2, "right"), (2, "none"), (3, "half"), (4, "one too large")]
-)
+@pytest.mark.parametrize(("answer", "guess"), [(1, "right"), (2, "right"), (3, "half"), (4, "one too large")])
 def test_a_source_that_dies_of_anything_has_its_right_size_or_none(answer: int, guess: str, tmp_path: Path) -> None:
     """Each process dies at its Nth answer, so a death tells nothing about the end."""
     size = 12
@@ -145,7 +143,7 @@ def test_a_source_that_always_dies_has_no_size(program: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("fault", ["garble", "misplace", "oversize", "short"])
-@pytest.mark.parametrize("answer", [1, 2, 3])
+@pytest.mark.parametrize("answer", [1, 2])
 def test_a_source_that_lies_has_its_right_size_or_none(fault: str, answer: int, tmp_path: Path) -> None:
     size = 12
     with sparse_file(size, tmp_path) as path:

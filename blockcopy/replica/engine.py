@@ -74,10 +74,8 @@ class Replica:
         self._retrievers = retrievers
         self._blockmap = BlockMap(geometry)
         self._materialiser = Materialiser(device, geometry, self._blockmap, nursery)
-        demand = Lane(retrievers[0], urgent=True, flights=_DEMAND_FLIGHTS, threads=_DEMAND_THREADS)
-        self._bulk = Lane(
-            retrievers[-1], urgent=False, flights=background.WINDOW, threads=len(os.sched_getaffinity(0))
-        )
+        demand = Lane(retrievers[0], flights=_DEMAND_FLIGHTS, threads=_DEMAND_THREADS)
+        self._bulk = Lane(retrievers[-1], flights=background.WINDOW, threads=len(os.sched_getaffinity(0)))
         self.volume = Volume(device, geometry, self._blockmap, self._materialiser, demand, nursery)
         self._meter = RateMeter()
         self.settled = trio.Event()

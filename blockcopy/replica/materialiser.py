@@ -5,8 +5,8 @@ place that writes to the destination.
 
 Single flight: a block on its way has one `_Flight`, and whoever else wants it waits for that. Each
 flight runs in the nursery given here, not in the task of who asked, so a reader that goes away
-strands nobody. A failed flight is forgotten: the next `ensure` tries again. An urgent caller that
-joined a flight of the background does not inherit its failure: it tries by its own means.
+strands nobody. A failed flight is forgotten: the next `ensure` tries again. Who joined a flight of
+the other lane does not inherit its failure, but tries by its own means.
 
 What holds after a crash or an error at any line of `_fetch`: a block is marked only after the
 write of all its bytes returned, or after the source said that they are equal.
@@ -35,10 +35,9 @@ BATCH_BLOCKS = 16
 class Lane:
     """One retriever, and how much may be in hand for it at a time. Demand and bulk have one each."""
 
-    def __init__(self, retriever: Retriever, *, urgent: bool, flights: int, threads: int) -> None:
+    def __init__(self, retriever: Retriever, *, flights: int, threads: int) -> None:
         """At most `flights` batches, so flights × BATCH_BLOCKS blocks of memory; `threads` of our own."""
         self.retriever = retriever
-        self.urgent = urgent
         self.flights = trio.CapacityLimiter(flights)
         self.threads = trio.CapacityLimiter(threads)
 
@@ -46,8 +45,8 @@ class Lane:
 class _Flight:
     """Some blocks on their way."""
 
-    def __init__(self, *, urgent: bool) -> None:
-        self.urgent = urgent
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
         self.landed = trio.Event()
         self.error: BlockcopyError | None = None
 
@@ -78,20 +77,20 @@ class Materialiser:
             for flight in flights:
                 await flight.landed.wait()
             for flight in flights:
-                if flight.error is not None and (flight.urgent or not lane.urgent):
+                if flight.error is not None and flight.lane is lane:
                     raise copy(flight.error)
 
     def _launch(self, blocks: list[int], lane: Lane) -> _Flight:
-        flight = _Flight(urgent=lane.urgent)
+        flight = _Flight(lane)
         self._flights.update(dict.fromkeys(blocks, flight))
-        self._nursery.start_soon(self._fly, flight, blocks, lane)
+        self._nursery.start_soon(self._fly, flight, blocks)
         return flight
 
-    async def _fly(self, flight: _Flight, blocks: list[int], lane: Lane) -> None:
+    async def _fly(self, flight: _Flight, blocks: list[int]) -> None:
         flight.error = SourceError("the replica is being closed")  # if this task is cancelled
         try:
-            async with lane.flights:
-                await self._fetch(blocks, lane)
+            async with flight.lane.flights:
+                await self._fetch(blocks, flight.lane)
             flight.error = None
         except BlockcopyError as error:
             flight.error = self.last_error = error

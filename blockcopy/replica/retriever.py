@@ -30,7 +30,7 @@ from typing import NamedTuple
 import trio
 
 from blockcopy import wire, xz
-from blockcopy.digests import NO_DIGEST
+from blockcopy.digests import NO_DIGEST, digest
 from blockcopy.errors import BlockcopyError, SourceError, StreamError
 from blockcopy.remote import Command
 from blockcopy.stages import PIPE_SIZE, enlarge_pipe
@@ -105,15 +105,18 @@ class Retriever:
         last = questions[-1]
         proof = Question(last.position + last.size - 1, 1, NO_DIGEST)
         answers = await self._exchange([*questions, proof])
-        proven = answers.pop() is not None
-        # A last question of one byte is the same question as the proof: its answer proves as much.
-        proven = proven or (last.size == 1 and answers[-1] is not None)
-        for question, answer in zip(questions, answers, strict=True):
-            if not proven or (answer is not None and len(answer) != question.size):
-                raise SourceError(
-                    f"{self._command.source} is shorter than it was: it no longer has all of the "
-                    f"{last.position + last.size - questions[0].position} bytes at {questions[0].position}"
-                )
+        proven = answers.pop()
+        if proven is None and last.size == 1 and answers[-1] is not None and digest(answers[-1]) == last.digest:
+            # The proof asks for the same byte as the last question: where that is equal, the one
+            # answer there is, is the proof's.
+            proven, answers[-1] = answers[-1], None
+        whole = all(
+            answer is None or len(answer) == asked.size for asked, answer in zip(questions, answers, strict=True)
+        )
+        if proven is None or not whole:
+            raise SourceError(
+                f"{self._command.source} is shorter than it was: it does not reach {last.position + last.size}"
+            )
         return answers
 
     async def reaches(self, positions: Sequence[int]) -> list[bool]:
@@ -127,6 +130,8 @@ class Retriever:
     async def _exchange(self, questions: list[Question]) -> list[bytes | None]:
         if self.failure is not None:
             raise copy(self.failure)
+        if self._closing:
+            raise SourceError(self._let_go())
         batch = _Batch(questions, self._sequence & 1)
         self._sequence += 1
         stream = [wire.encode(wire.Hash(*question)) for question in questions]
@@ -140,6 +145,9 @@ class Retriever:
 
     async def close(self) -> None:
         """Let the source go: `done` where nothing is being asked, else at once. Returns when it is gone."""
+        if self._closing:
+            await self._ended.wait()
+            return
         self._closing = True
         if self._process is None or self._ended.is_set():
             return
@@ -167,7 +175,7 @@ class Retriever:
         except OSError as error:
             raise SourceError(f"cannot run `{self._command.argv[0]}`: {error.strerror}") from error
         self._process = process
-        failure = SourceError(f"{self._command.source} has been let go")
+        failure = SourceError(self._let_go())
         try:
             async with trio.open_nursery() as nursery:
                 messages_read = trio.Event()
@@ -178,13 +186,14 @@ class Retriever:
                     await self._read(process)
                 except StreamError as error:
                     process.kill()
-                    failure = SourceError(f"{self._command.source} sent what was not asked for: {error}")
+                    what = f"{self._command.source} sent what was not asked for: {error}"
                 else:
-                    with trio.move_on_after(_FAREWELL_SECONDS):
-                        await process.wait()
-                        await messages_read.wait()
-                    if not self._closing:
-                        failure = SourceError(self._describe_end(process.returncode))
+                    what = ""
+                with trio.move_on_after(_FAREWELL_SECONDS):
+                    await process.wait()
+                    await messages_read.wait()
+                if what or not self._closing:
+                    failure = SourceError((what or self._describe_end(process.returncode)) + self._said())
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
@@ -277,5 +286,10 @@ class Retriever:
             how = f"was killed by {signal.Signals(-returncode).name}"
         else:
             how = f"ended with exit status {returncode}"
-        said = "; it said: " + " | ".join(self._messages) if self._messages else ""
-        return f"the retrieve process of {self._command.source} {how}{said}"
+        return f"the retrieve process of {self._command.source} {how}"
+
+    def _said(self) -> str:
+        return "; it said: " + " | ".join(self._messages) if self._messages else ""
+
+    def _let_go(self) -> str:
+        return f"{self._command.source} has been let go"
