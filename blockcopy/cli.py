@@ -14,10 +14,10 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from blockcopy import __version__, stages
-from blockcopy.errors import BlockcopyError, DeviceError, Interrupted, OutputError, UsageError
+from blockcopy.errors import BlockcopyError, DeviceError, Interrupted, UsageError
 
 if TYPE_CHECKING:
     from blockcopy.replica.engine import Plan
@@ -31,17 +31,17 @@ def main(argv: list[str] | None = None) -> NoReturn:
     stages.raise_on_signals()
     try:
         args.run(args)
-        if sys.stdout is not None:
-            sys.stdout.flush()
     except BlockcopyError as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)
         _exit_with(args.command, error)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python still holds for it goes nowhere
-        _exit_with(args.command, OutputError("whoever reads the output has gone away"))
     except Interrupted as interrupted:
         stages.die_of(interrupted.signum)
     sys.exit(0)
+
+
+def _print(text: str) -> None:
+    """To standard output, in full. OutputError where that cannot be."""
+    stages.OutputStream(1).write([f"{text}\n".encode()])
 
 
 def _fill_closed_streams() -> None:
@@ -143,8 +143,7 @@ def _sync(args: argparse.Namespace) -> None:
     with _extra():
         from blockcopy.replica import sync
     plan = _plan(args, demand=False, hydrate=True)
-    terminal = sys.stderr if sys.stderr.isatty() else None
-    sync.run(lambda: sync.sync(plan, terminal))
+    sync.run(lambda: sync.sync(plan, _terminal()))
 
 
 def _mount(args: argparse.Namespace) -> None:
@@ -160,8 +159,7 @@ def _mount(args: argparse.Namespace) -> None:
     )
     mounting.check(mount)
     if args.foreground:
-        terminal = sys.stderr if sys.stderr.isatty() else None
-        sync.run(lambda: mounting.serve(mount, lambda: None, terminal))
+        sync.run(lambda: mounting.serve(mount, lambda: None, _terminal()))
     elif daemon.run_in_background(lambda ready: sync.run(lambda: mounting.serve(mount, ready, None))):
         mounting.await_first_answer(mount)
 
@@ -171,7 +169,7 @@ def _status(args: argparse.Namespace) -> None:
     from blockcopy_fuse import control
 
     snapshot = control.read_status(args.mountpoint)
-    print(json.dumps(snapshot, indent=2) if args.json else one_line(snapshot))
+    _print(json.dumps(snapshot, indent=2) if args.json else one_line(snapshot))
 
 
 def _wait(args: argparse.Namespace) -> None:
@@ -200,6 +198,11 @@ def _extra() -> Iterator[None]:
         raise UsageError(
             f"mount and sync need the module `{error.name}`; install it with: pip install 'blockcopy[fuse]'"
         ) from error
+
+
+def _terminal() -> TextIO | None:
+    """Where a progress bar can be drawn, if anywhere."""
+    return sys.stderr if sys.stderr is not None and sys.stderr.isatty() else None
 
 
 def _say(text: str) -> None:

@@ -57,6 +57,10 @@ class SourceError(BlockcopyError):
     exit_code = 3
 
 
+class GarbledSourceError(SourceError):
+    """The source sent what was not asked for: it lives, but it cannot be believed."""
+
+
 class MountError(BlockcopyError):
     """A mount cannot be made, found, asked or taken down."""
 

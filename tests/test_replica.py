@@ -417,7 +417,7 @@ def test_a_read_that_joined_a_failed_fetch_of_the_pass_tries_by_itself(tmp_path:
                 assert await read_block(replica, block)
 
     async def fail_after_joining(replica: Replica, bulk: int, asked: int) -> None:
-        await trio.testing.wait_all_tasks_blocked(0.1)
+        await trio.testing.wait_all_tasks_blocked(0.01)  # before the reader's patience ends
         assert replica.snapshot()["sent_bytes"] == asked
         os.kill(bulk, signal.SIGKILL)
 

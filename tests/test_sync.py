@@ -348,3 +348,24 @@ def test_the_percent_of_the_bar_is_floored(source: Path, tmp_path: Path) -> None
     percents = {float(each) for each in re.findall(r"([\d.]+) %", drawn)}
     assert max(percents) == 66.66
     assert equal.read_bytes() == DATA
+
+
+ONLY_EMPTY_ANSWERS = """
+import sys
+while sys.stdin.buffer.read(4) == b"Hash":
+    position = sys.stdin.buffer.read(8)
+    sys.stdin.buffer.read(4 + 64)
+    sys.stdout.buffer.write(b"data" + position + bytes(4))
+    sys.stdout.buffer.flush()
+"""
+
+
+def test_a_source_that_answers_with_nothing_at_all_is_no_empty_one(tmp_path: Path) -> None:
+    """An empty frame is a fence, but only where a fence was put."""
+    program, destination = tmp_path / "program.py", tmp_path / "destination"
+    program.write_text(ONLY_EMPTY_ANSWERS)
+    destination.write_bytes(OLD)
+    done = support.run("sync", "--blockcopy-path", f"{support.PYTHON} {program}", "/dev/null", destination)
+    assert done.returncode == 3
+    assert "not asked for" in done.stderr.decode()
+    assert destination.read_bytes() == OLD

@@ -18,6 +18,7 @@ Failure table: what can go wrong, what a read of a missing block gets, what beco
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
@@ -34,7 +35,7 @@ from blockcopy.geometry import Geometry
 from blockcopy.remote import Command
 from blockcopy.replica import background
 from blockcopy.replica.blockmap import BlockMap
-from blockcopy.replica.materialiser import Lane, Materialiser
+from blockcopy.replica.materialiser import DEMAND_PATIENCE, Lane, Materialiser
 from blockcopy.replica.retriever import Retriever
 from blockcopy.replica.sizing import SizeSearch
 from blockcopy.replica.status import RateMeter, floored_percent
@@ -73,9 +74,15 @@ class Replica:
         self._geometry = geometry
         self._retrievers = retrievers
         self._blockmap = BlockMap(geometry)
-        self._materialiser = Materialiser(device, geometry, self._blockmap, nursery)
-        demand = Lane(retrievers[0], flights=_DEMAND_FLIGHTS, threads=_DEMAND_THREADS)
-        self._bulk = Lane(retrievers[-1], flights=background.WINDOW, threads=len(os.sched_getaffinity(0)))
+        demand = Lane(retrievers[0], flights=_DEMAND_FLIGHTS, threads=_DEMAND_THREADS, patience=DEMAND_PATIENCE)
+        self._bulk = Lane(
+            retrievers[-1],
+            flights=background.WINDOW,
+            threads=len(os.sched_getaffinity(0)),
+            patience=math.inf,
+        )
+        lanes = [demand, self._bulk]
+        self._materialiser = Materialiser(device, geometry, self._blockmap, lanes, nursery)
         self.volume = Volume(device, geometry, self._blockmap, self._materialiser, demand, nursery)
         self._meter = RateMeter()
         self.settled = trio.Event()

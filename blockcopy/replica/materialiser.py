@@ -3,10 +3,12 @@ place that writes to the destination.
 
     ensure(blocks) → read own bytes → digest → ask the source → write what differs → mark
 
-Single flight: a block on its way has one `_Flight`, and whoever else wants it waits for that. Each
-flight runs in the nursery given here, not in the task of who asked, so a reader that goes away
-strands nobody. A failed flight is forgotten: the next `ensure` tries again. Who joined a flight of
-the other lane does not inherit its failure, but tries by its own means.
+Single flight: a block on its way has one `_Flight`, and whoever else wants it waits for that. Only a
+demand read that has waited DEMAND_PATIENCE for the pass asks as well, so that it never waits for bulk
+that is slow or stands still; the second to arrive, with the same bytes, is dropped. Each flight runs
+in the nursery given here, not in the task of who asked, so a reader that goes away strands nobody.
+A failed flight is forgotten: the next `ensure` tries again. Who waited for a flight of the other lane
+does not inherit its failure, but tries by its own means.
 
 What holds after a crash or an error at any line of `_fetch`: a block is marked only after the
 write of all its bytes returned, or after the source said that they are equal.
@@ -31,22 +33,30 @@ logger = logging.getLogger(__name__)
 BATCH_BLOCKS = 16
 """Blocks asked for, held and written as one: 2 MiB."""
 
+DEMAND_PATIENCE = 0.05
+"""Seconds: the pass brings a block sooner than that, or the link is slow."""
+
 
 class Lane:
     """One retriever, and how much may be in hand for it at a time. Demand and bulk have one each."""
 
-    def __init__(self, retriever: Retriever, *, flights: int, threads: int) -> None:
-        """At most `flights` batches, so flights × BATCH_BLOCKS blocks of memory; `threads` of our own."""
+    def __init__(self, retriever: Retriever, *, flights: int, threads: int, patience: float) -> None:
+        """At most `flights` batches, so flights × BATCH_BLOCKS blocks of memory; `threads` of our own.
+
+        `patience`: seconds to wait for a block that another lane is bringing, before asking as well.
+        """
         self.retriever = retriever
+        self.patience = patience
         self.flights = trio.CapacityLimiter(flights)
         self.threads = trio.CapacityLimiter(threads)
+        self.claims: dict[int, _Flight] = {}
+        """The blocks this lane is bringing."""
 
 
 class _Flight:
     """Some blocks on their way."""
 
-    def __init__(self, lane: Lane) -> None:
-        self.lane = lane
+    def __init__(self) -> None:
         self.landed = trio.Event()
         self.error: BlockcopyError | None = None
 
@@ -54,12 +64,14 @@ class _Flight:
 class Materialiser:
     """See the module. `complete` is set when no block is missing any more."""
 
-    def __init__(self, device: Device, geometry: Geometry, blockmap: BlockMap, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, device: Device, geometry: Geometry, blockmap: BlockMap, lanes: list[Lane], nursery: trio.Nursery
+    ) -> None:
         self._device = device
         self._geometry = geometry
         self._blockmap = blockmap
+        self._lanes = lanes
         self._nursery = nursery
-        self._flights: dict[int, _Flight] = {}
         self.unsynced = False
         """Something was written since the device was last synced."""
         self.last_error: BlockcopyError | None = None
@@ -69,28 +81,43 @@ class Materialiser:
 
     async def ensure(self, blocks: range, lane: Lane) -> None:
         """Return when all of `blocks` are present. SourceError or DeviceError where one cannot be."""
+        patient = True
         while missing := list(self._blockmap.missing(blocks)):
-            flights = {self._flights[block] for block in missing if block in self._flights}
-            unclaimed = [block for block in missing if block not in self._flights]
+            own, others, unclaimed = set(), set(), []
+            for block in missing:
+                if flight := lane.claims.get(block):
+                    own.add(flight)
+                elif patient and (flight := self._claim_elsewhere(block, lane)):
+                    others.add(flight)
+                else:
+                    unclaimed.append(block)
             for start in range(0, len(unclaimed), BATCH_BLOCKS):
-                flights.add(self._launch(unclaimed[start : start + BATCH_BLOCKS], lane))
-            for flight in flights:
+                own.add(self._launch(unclaimed[start : start + BATCH_BLOCKS], lane))
+            for flight in own:
                 await flight.landed.wait()
-            for flight in flights:
-                if flight.error is not None and flight.lane is lane:
-                    raise copy(flight.error)
+                if flight.error is not None and self._blockmap.any_missing(blocks):
+                    raise copy(flight.error)  # unless the other lane has brought them meanwhile
+            with trio.move_on_after(lane.patience) as waiting:
+                for flight in others:
+                    await flight.landed.wait()
+            patient = not waiting.cancelled_caught and all(flight.error is None for flight in others)
+
+    def _claim_elsewhere(self, block: int, lane: Lane) -> _Flight | None:
+        return next(
+            (other.claims[block] for other in self._lanes if other is not lane and block in other.claims), None
+        )
 
     def _launch(self, blocks: list[int], lane: Lane) -> _Flight:
-        flight = _Flight(lane)
-        self._flights.update(dict.fromkeys(blocks, flight))
-        self._nursery.start_soon(self._fly, flight, blocks)
+        flight = _Flight()
+        lane.claims.update(dict.fromkeys(blocks, flight))
+        self._nursery.start_soon(self._fly, flight, blocks, lane)
         return flight
 
-    async def _fly(self, flight: _Flight, blocks: list[int]) -> None:
+    async def _fly(self, flight: _Flight, blocks: list[int], lane: Lane) -> None:
         flight.error = SourceError("the replica is being closed")  # if this task is cancelled
         try:
-            async with flight.lane.flights:
-                await self._fetch(blocks, flight.lane)
+            async with lane.flights:
+                await self._fetch(blocks, lane)
             flight.error = None
         except BlockcopyError as error:
             flight.error = self.last_error = error
@@ -100,14 +127,16 @@ class Materialiser:
             flight.error = self.last_error = BlockcopyError(f"internal error: {error!r}")
         finally:
             for block in blocks:
-                del self._flights[block]
+                del lane.claims[block]
             flight.landed.set()
 
     async def _fetch(self, blocks: list[int], lane: Lane) -> None:
         questions = await trio.to_thread.run_sync(self._questions, blocks, limiter=lane.threads)
         answers = await lane.retriever.ask(questions)
         differing = [
-            (asked.position, answer) for asked, answer in zip(questions, answers, strict=True) if answer is not None
+            (asked.position, answer)
+            for block, asked, answer in zip(blocks, questions, answers, strict=True)
+            if answer is not None and self._blockmap.any_missing([block])
         ]
         if differing:
             self.unsynced = True

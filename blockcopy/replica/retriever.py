@@ -4,12 +4,13 @@ The original answers when 16 commands are queued, says nothing for a block that 
 says how far it got. So a batch of questions is followed by FENCES empty ones (size 0, a digest
 nothing has): they fill the queue, and each comes back as an empty frame with the position it was
 sent with. Answers come in order, so silence before a fence means "equal". The position of the
-fences alternates between 0 and 1, which tells those of neighbouring batches apart; both lie
-inside any source that is not empty (a block device refuses to seek past its end).
+fences alternates between 1 and 2, which tells those of neighbouring batches apart: no block begins
+there, and both lie inside any block device (one refuses to seek past its end).
 
 Silence is also what the original gives for a block beyond its end. So that a source which was
 shortened cannot pass for an equal one, each batch ends with a question for its last byte that
-cannot be equal: without that answer nothing of the batch is believed.
+cannot be equal: without that answer nothing of the batch is believed. Such a source fails the
+batches that it no longer has, and goes on serving others; what cannot be an answer at all ends it.
 
 Tasks: `run` reads and owns the process, `_write` writes, `_read_messages` collects what it says to
 standard error. `ask` may be called by any task. Whatever ends the process ends every wait.
@@ -31,7 +32,7 @@ import trio
 
 from blockcopy import wire, xz
 from blockcopy.digests import NO_DIGEST, digest
-from blockcopy.errors import BlockcopyError, SourceError, StreamError
+from blockcopy.errors import BlockcopyError, GarbledSourceError, SourceError, StreamError
 from blockcopy.remote import Command
 from blockcopy.stages import PIPE_SIZE, enlarge_pipe
 
@@ -132,7 +133,7 @@ class Retriever:
             raise copy(self.failure)
         if self._closing:
             raise SourceError(self._let_go())
-        batch = _Batch(questions, self._sequence & 1)
+        batch = _Batch(questions, 1 + self._sequence % 2)
         self._sequence += 1
         stream = [wire.encode(wire.Hash(*question)) for question in questions]
         stream += [wire.encode(wire.Hash(batch.fence, 0, NO_DIGEST))] * FENCES
@@ -145,12 +146,13 @@ class Retriever:
 
     async def close(self) -> None:
         """Let the source go: `done` where nothing is being asked, else at once. Returns when it is gone."""
+        if self._process is None or self._ended.is_set():
+            self._closing = True
+            return
         if self._closing:
             await self._ended.wait()
             return
         self._closing = True
-        if self._process is None or self._ended.is_set():
-            return
         if self._pending or self.failure is not None:
             self._process.kill()
         else:
@@ -186,14 +188,16 @@ class Retriever:
                     await self._read(process)
                 except StreamError as error:
                     process.kill()
-                    what = f"{self._command.source} sent what was not asked for: {error}"
+                    garbled = f"{self._command.source} sent what was not asked for: {error}"
                 else:
-                    what = ""
+                    garbled = ""
                 with trio.move_on_after(_FAREWELL_SECONDS):
                     await process.wait()
                     await messages_read.wait()
-                if what or not self._closing:
-                    failure = SourceError((what or self._describe_end(process.returncode)) + self._said())
+                if garbled:
+                    failure = GarbledSourceError(garbled + self._said())
+                elif not self._closing:
+                    failure = SourceError(self._describe_end(process.returncode) + self._said())
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):

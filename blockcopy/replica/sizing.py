@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from blockcopy.errors import SourceError
+from blockcopy.errors import GarbledSourceError, SourceError
 from blockcopy.replica.retriever import Retriever
 from blockcopy.wire import MAX_POSITION
 
@@ -61,6 +61,8 @@ class SizeSearch:
     async def _ask(self, positions: list[int]) -> None:
         try:
             answers = await self.retriever.reaches(positions)
+        except GarbledSourceError:
+            raise
         except SourceError:
             # A block device of that size is shorter than the last of the positions.
             self._mortal = True

@@ -8,6 +8,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -17,6 +18,9 @@ from blockcopy.errors import IncompleteError, MountError
 from blockcopy_fuse import STATUS_NAME
 
 _POLL_SECONDS = 0.2
+
+_FAREWELL_SECONDS = 1
+"""How long a mount's program may take to see by itself that it was unmounted."""
 
 
 def read_status(mountpoint: str) -> dict[str, Any]:
@@ -71,14 +75,18 @@ def umount(mountpoint: str) -> dict[str, Any] | None:
         if process is not None:
             poll = select.poll()
             poll.register(process, select.POLLIN)
-            poll.poll()
+            if not poll.poll(_FAREWELL_SECONDS * 1000):
+                # The kernel keeps it for another mount namespace, say; it is to end all the same.
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(process, signal.SIGTERM)
+                poll.poll()
     return snapshot
 
 
 def is_dead(mountpoint: str) -> bool:
     """A mount is there, but nobody serves it any more."""
     try:
-        os.stat(mountpoint)
+        os.statvfs(mountpoint)  # not stat: the kernel answers that from what it remembers
     except OSError as error:
         return error.errno == errno.ENOTCONN
     return False

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import stat
 from collections.abc import Callable, Iterator
@@ -156,6 +157,29 @@ def _init(mount: MountPlan, replica: Replica) -> None:
         raise MountError(f"cannot mount on {mount.mountpoint}: {error}") from error
 
 
+async def _watch_connection(stop: trio.Event) -> None:
+    """Set `stop` when the kernel has taken the mount down.
+
+    pyfuse3.main() notices as well, but returns only after every handler did, and one that waits for
+    a source that stands still does not. A connection that is gone is an error condition of its
+    descriptor, which an epoll that asks for nothing else reports, and trio can wait for that epoll.
+    """
+    descriptors = (int(entry.name) for entry in Path("/proc/self/fd").iterdir() if _is_fuse(entry))
+    with select.epoll() as errors:
+        for descriptor in descriptors:
+            errors.register(descriptor, 0)
+        await trio.lowlevel.wait_readable(errors.fileno())
+        logger.debug("the kernel has taken the mount down")
+        stop.set()
+
+
+def _is_fuse(entry: Path) -> bool:
+    try:
+        return os.readlink(entry) == "/dev/fuse"
+    except OSError:
+        return False  # the descriptor that lists them is gone again
+
+
 async def _serve(replica: Replica, stop: trio.Event, ready: Callable[[], None], terminal: TextIO | None) -> None:
     """Take requests until `stop` is set or the mount is taken away."""
 
@@ -167,6 +191,7 @@ async def _serve(replica: Replica, stop: trio.Event, ready: Callable[[], None], 
     ended = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(take_requests)
+        nursery.start_soon(_watch_connection, stop)
         if terminal is not None:
             nursery.start_soon(bar.show, replica, terminal)
         ready()
