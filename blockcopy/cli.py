@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from blockcopy import __version__, stages
-from blockcopy.errors import BlockcopyError, DeviceError, Interrupted, UsageError
+from blockcopy.errors import BlockcopyError, DeviceError, DifferentError, Interrupted, UsageError
+from blockcopy.remote import DEFAULT_RSH
 
 if TYPE_CHECKING:
+    from blockcopy.geometry import Extent
+    from blockcopy.remote import Command
     from blockcopy.replica.engine import Plan
 
 
@@ -130,25 +133,52 @@ def _refuse_dash(path: str) -> None:
 # The lazy replica
 
 
-def _plan(args: argparse.Namespace, *, demand: bool, hydrate: bool) -> Plan:
+def _source_command(args: argparse.Namespace) -> Command:
     from blockcopy.remote import parse_source, retrieve_command
+
+    return retrieve_command(parse_source(args.source), args.rsh, args.blockcopy_path)
+
+
+def _plan(args: argparse.Namespace, *, demand: bool, hydrate: bool) -> Plan:
     from blockcopy.replica.engine import Plan
 
-    command = retrieve_command(parse_source(args.source), args.rsh, args.blockcopy_path)
     destination = os.path.abspath(args.destination)
-    return Plan(command, destination, demand=demand, hydrate=hydrate, force=args.force)
+    return Plan(_source_command(args), destination, demand=demand, hydrate=hydrate, force=args.force)
 
 
 def _sync(args: argparse.Namespace) -> None:
     with _extra():
-        from blockcopy.replica import sync
+        from blockcopy.replica import running, sync
     plan = _plan(args, demand=False, hydrate=True)
-    sync.run(lambda: sync.sync(plan, _terminal()))
+    running.run(lambda: running.interruptible(lambda: sync.sync(plan, _terminal())))
+
+
+def _verify(args: argparse.Namespace) -> None:
+    with _extra():
+        from blockcopy.replica import running
+        from blockcopy.replica.verify import verify
+
+    def report(extent: Extent) -> None:
+        if args.json:
+            ranges.append(extent._asdict())
+        else:
+            _print(f"{extent.offset}:{extent.length}")
+
+    ranges: list[dict[str, int]] = []
+    command, destination = _source_command(args), os.path.abspath(args.destination)
+    verdict = running.run(lambda: running.interruptible(lambda: verify(command, destination, report)))
+    if args.json:
+        _print(json.dumps({"size": verdict.size, "differing_bytes": verdict.differing, "ranges": ranges}))
+    if verdict.differing:
+        raise DifferentError(
+            f"{args.destination} is not a copy of {args.source}: {verdict.differing} of {verdict.size} bytes "
+            "lie in blocks that differ"
+        )
 
 
 def _mount(args: argparse.Namespace) -> None:
     with _extra():
-        from blockcopy.replica import sync
+        from blockcopy.replica import running
         from blockcopy_fuse import daemon, mounting
     mount = mounting.MountPlan(
         plan=_plan(args, demand=True, hydrate=not args.no_background),
@@ -159,8 +189,8 @@ def _mount(args: argparse.Namespace) -> None:
     )
     mounting.check(mount)
     if args.foreground:
-        sync.run(lambda: mounting.serve(mount, lambda: None, _terminal()))
-    elif daemon.run_in_background(lambda ready: sync.run(lambda: mounting.serve(mount, ready, None))):
+        running.run(lambda: mounting.serve(mount, lambda: None, _terminal()))
+    elif daemon.run_in_background(lambda ready: running.run(lambda: mounting.serve(mount, ready, None))):
         mounting.await_first_answer(mount)
 
 
@@ -248,11 +278,20 @@ def _parser() -> argparse.ArgumentParser:
     mount.add_argument("--no-background", action="store_true", help="copy only what is read")
     mount.add_argument("--name", help="name of the file (default: the destination's)")
     mount.add_argument("--pid-file", metavar="FILE", help="write the id of the mount's process here")
-    _add_replica_arguments(mount)
+    _add_source_option(mount)
+    _add_force(mount)
+    _add_both_ends(mount)
     mount.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing folder")
 
     sync = _command(commands, "sync", _sync, "make the destination a copy of the source")
-    _add_replica_arguments(sync)
+    _add_source_option(sync)
+    _add_force(sync)
+    _add_both_ends(sync)
+
+    verify = _command(commands, "verify", _verify, "tell where the destination differs from the source")
+    verify.add_argument("--json", action="store_true", help="as JSON, instead of lines of OFFSET:LENGTH")
+    _add_source_option(verify)
+    _add_both_ends(verify)
 
     status = _command(commands, "status", _status, "tell how a mount is doing")
     status.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
@@ -275,11 +314,15 @@ def _add_force(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="write even to a destination that is in use")
 
 
-def _add_replica_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-e", "--rsh", metavar="RSH", default="ssh", help="how to reach the host (default: ssh)")
+def _add_source_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-e", "--rsh", metavar="RSH", default=DEFAULT_RSH, help="how to reach the host (default: ssh)"
+    )
     parser.add_argument(
         "--blockcopy-path", metavar="PROGRAM", help="what to run at the source, as in: sudo blockcopy"
     )
-    _add_force(parser)
+
+
+def _add_both_ends(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="[user@]host:/path or a local path; only read")
     parser.add_argument("destination", metavar="DESTINATION", help="device or file that becomes the copy")

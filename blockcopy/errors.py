@@ -67,6 +67,12 @@ class MountError(BlockcopyError):
     exit_code = 4
 
 
+class DifferentError(BlockcopyError):
+    """`verify` found that the destination is not the source's copy."""
+
+    exit_code = 5
+
+
 class IncompleteError(BlockcopyError):
     """The copy ended before it was complete (sysexits.h EX_TEMPFAIL: run it again)."""
 

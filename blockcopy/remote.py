@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from blockcopy.errors import UsageError
 
-DEFAULT_RSH = "ssh"
+DEFAULT_RSH = "ssh -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
+"""ssh, noticing within half a minute that the other end is gone."""
 
 
 class Source(NamedTuple):

@@ -131,7 +131,14 @@ def test_every_error_has_an_exit_status_and_says_when_it_is_raised(error: type[e
 
 def test_exit_statuses_are_those_that_scripts_rely_on() -> None:
     of = {error.__name__: error.exit_code for error in CLASSES}
-    promised = {"UsageError": 2, "SourceError": 3, "GarbledSourceError": 3, "MountError": 4, "IncompleteError": 75}
+    promised = {
+        "UsageError": 2,
+        "SourceError": 3,
+        "GarbledSourceError": 3,
+        "MountError": 4,
+        "DifferentError": 5,
+        "IncompleteError": 75,
+    }
     assert of == dict.fromkeys(of, 1) | promised
 
 

@@ -79,8 +79,11 @@ def test_how_a_host_is_reached(rsh: str, start: list[str]) -> None:
     assert command.source == REMOTE
 
 
-def test_ssh_is_the_default() -> None:
-    assert retrieve_command(REMOTE) == retrieve_command(REMOTE, "ssh")
+def test_ssh_is_the_default_and_notices_a_dead_peer() -> None:
+    argv = retrieve_command(REMOTE).argv
+    assert argv[0] == "ssh"
+    assert "ServerAliveInterval=10" in argv
+    assert argv[argv.index("--") :] == retrieve_command(REMOTE, "ssh").argv[1:]
 
 
 @pytest.mark.parametrize(

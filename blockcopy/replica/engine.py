@@ -35,9 +35,9 @@ from blockcopy.geometry import Geometry
 from blockcopy.remote import Command
 from blockcopy.replica import background
 from blockcopy.replica.blockmap import BlockMap
+from blockcopy.replica.link import connect
 from blockcopy.replica.materialiser import DEMAND_PATIENCE, Lane, Materialiser
 from blockcopy.replica.retriever import Retriever
-from blockcopy.replica.sizing import SizeSearch
 from blockcopy.replica.status import RateMeter, floored_percent
 from blockcopy.replica.volume import Volume
 
@@ -199,18 +199,12 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
         replica: Replica | None = None
         try:
             async with trio.open_nursery() as nursery:
-
-                async def connect() -> Retriever:
-                    retriever = Retriever(plan.command)
-                    await nursery.start(retriever.run)
-                    return retriever
-
-                retrievers = [await connect() for _ in range((plan.demand + plan.hydrate) or 1)]
-                search = SizeSearch(retrievers[0], connect)
-                size = await search.find(guess=existing.size() if existing else 0)
-                retrievers[0] = search.retriever
-                for retriever in retrievers:
-                    retriever.quiet = False
+                retrievers, size = await connect(
+                    plan.command,
+                    nursery,
+                    connections=(plan.demand + plan.hydrate) or 1,
+                    guess=existing.size() if existing else 0,
+                )
                 device = existing or devices.enter_context(
                     open_destination(plan.destination, force=plan.force, create=True)
                 )

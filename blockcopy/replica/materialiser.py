@@ -131,11 +131,11 @@ class Materialiser:
             flight.landed.set()
 
     async def _fetch(self, blocks: list[int], lane: Lane) -> None:
-        questions = await trio.to_thread.run_sync(self._questions, blocks, limiter=lane.threads)
-        answers = await lane.retriever.ask(questions)
+        asked = await trio.to_thread.run_sync(questions, self._device, self._geometry, blocks, limiter=lane.threads)
+        answers = await lane.retriever.ask(asked)
         differing = [
-            (asked.position, answer)
-            for block, asked, answer in zip(blocks, questions, answers, strict=True)
+            (question.position, answer)
+            for block, question, answer in zip(blocks, asked, answers, strict=True)
             if answer is not None and self._blockmap.any_missing([block])
         ]
         if differing:
@@ -145,17 +145,6 @@ class Materialiser:
             self._blockmap.mark(block, fetched=answer is not None)
         if self._blockmap.complete:
             self.complete.set()
-
-    def _questions(self, blocks: list[int]) -> list[Question]:
-        questions = []
-        for run in runs(blocks):
-            first, last = self._geometry.extent(run[0]), self._geometry.extent(run[-1])
-            data = memoryview(self._device.read(first.offset, last.end - first.offset))
-            for block in run:
-                offset, length = self._geometry.extent(block)
-                own = data[offset - first.offset :][:length]
-                questions.append(Question(offset, length, digest(own)))
-        return questions
 
     def _store(self, differing: list[tuple[int, bytes]]) -> None:
         for position, data in differing:
@@ -178,3 +167,16 @@ class Materialiser:
             self._blockmap.forget_all()
             self.complete = trio.Event()
             raise
+
+
+def questions(device: Device, geometry: Geometry, blocks: list[int]) -> list[Question]:
+    """What to ask about ascending `blocks`: reads and hashes them, neighbours in one read."""
+    asked = []
+    for run in runs(blocks):
+        first, last = geometry.extent(run[0]), geometry.extent(run[-1])
+        data = memoryview(device.read(first.offset, last.end - first.offset))
+        for block in run:
+            offset, length = geometry.extent(block)
+            own = data[offset - first.offset :][:length]
+            asked.append(Question(offset, length, digest(own)))
+    return asked

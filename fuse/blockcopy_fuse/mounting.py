@@ -27,7 +27,7 @@ import trio
 from blockcopy.errors import Interrupted, MountError, UsageError
 from blockcopy.replica import bar
 from blockcopy.replica.engine import Plan, Replica, open_replica
-from blockcopy.replica.sync import SIGNALS
+from blockcopy.replica.running import SIGNALS
 from blockcopy_fuse import STATUS_NAME, control
 from blockcopy_fuse.operations import Operations
 

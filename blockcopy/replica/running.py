@@ -1,0 +1,48 @@
+"""How a trio program of ours is run: its signals, and the one error that a user has to be told."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
+
+import trio
+
+from blockcopy.errors import BlockcopyError, Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+T = TypeVar("T")
+
+
+def run(main: Callable[[], Awaitable[T]]) -> T:
+    """trio.run, with the one error that a user has to be told taken out of its exception groups."""
+    try:
+        return trio.run(main)
+    except BaseExceptionGroup as group:
+        leaves = _leaves(group)
+        if not all(isinstance(leaf, (BlockcopyError, Interrupted)) for leaf in leaves):
+            raise  # a fault of ours: with all there is to see
+        raise next((leaf for leaf in leaves if isinstance(leaf, Interrupted)), leaves[0]) from group
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
+
+
+async def interruptible(main: Callable[[], Awaitable[T]]) -> T:
+    """`main()`; a signal cancels it, and is raised as Interrupted when it has come to its orderly end."""
+    with trio.open_signal_receiver(*SIGNALS) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_raise_interrupted, signals)
+            result = await main()
+            nursery.cancel_scope.cancel()
+        return result
+
+
+async def _raise_interrupted(signals: AsyncIterator[int]) -> None:
+    async for signum in signals:
+        raise Interrupted(signum)

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import support
+from support import BLOCKCOPY, QUEUEING, noise, run, with_changes
+
+from blockcopy.geometry import BLOCK_SIZE
+
+BLOCKS = 130  # more than one window of batches
+DATA = noise(BLOCKS * BLOCK_SIZE + 77)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source"
+    path.write_bytes(DATA)
+    return path
+
+
+def destination_of(data: bytes, tmp_path: Path) -> Path:
+    path = tmp_path / "destination"
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("program", [[], ["--blockcopy-path", QUEUEING]], ids=["ours", "stand-in"])
+@pytest.mark.parametrize("tail", [b"", b"a longer destination has a tail, which is its own"])
+def test_a_copy_is_equal_in_silence(program: list[str], tail: bytes, source: Path, tmp_path: Path) -> None:
+    done = run("verify", *program, source, destination_of(DATA + tail, tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize("program", [[], ["--blockcopy-path", QUEUEING]], ids=["ours", "stand-in"])
+def test_what_differs_is_told_in_ranges(program: list[str], source: Path, tmp_path: Path) -> None:
+    destination = destination_of(with_changes(DATA, [0, 3, 4, 95, 96, 97, BLOCKS]), tmp_path)
+    before = destination.read_bytes()
+    done = run("verify", *program, source, destination)
+    assert done.returncode == 5
+    ranges = [(0, BLOCK_SIZE), (3 * BLOCK_SIZE, 2 * BLOCK_SIZE), (95 * BLOCK_SIZE, 3 * BLOCK_SIZE)]
+    ranges.append((BLOCKS * BLOCK_SIZE, 77))
+    assert done.stdout.decode().splitlines() == [f"{offset}:{length}" for offset, length in ranges]
+    assert f"{6 * BLOCK_SIZE + 77} of {len(DATA)} bytes" in done.stderr.decode()
+    assert destination.read_bytes() == before
+
+    as_json = json.loads(run("verify", "--json", *program, source, destination).stdout)
+    assert as_json["size"] == len(DATA)
+    assert as_json["differing_bytes"] == 6 * BLOCK_SIZE + 77
+    assert [(each["offset"], each["length"]) for each in as_json["ranges"]] == ranges
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK_SIZE, 5 * BLOCK_SIZE + 9])
+def test_what_a_short_destination_lacks_differs(size: int, source: Path, tmp_path: Path) -> None:
+    done = run("verify", source, destination_of(DATA[:size], tmp_path))
+    assert done.returncode == 5
+    assert done.stdout.decode() == f"{size}:{len(DATA) - size}\n"
+
+
+def test_an_empty_source_has_a_copy_in_anything(tmp_path: Path) -> None:
+    (tmp_path / "source").touch()
+    assert run("verify", tmp_path / "source", destination_of(b"abc", tmp_path)).returncode == 0
+
+
+def test_a_destination_in_use_can_be_verified(source: Path, tmp_path: Path) -> None:
+    destination = destination_of(DATA, tmp_path)
+    with support.held_by_another_process(destination):
+        assert run("verify", source, destination).returncode == 0
+
+
+def test_a_missing_destination_is_an_error(source: Path, tmp_path: Path) -> None:
+    done = run("verify", source, tmp_path / "missing")
+    assert done.returncode == 1
+    assert "missing" in done.stderr.decode()
+    assert not (tmp_path / "missing").exists()
+
+
+@pytest.mark.parametrize("fault", ["die", "garble", "misplace", "oversize", "short"])
+def test_a_source_that_fails_is_an_error_and_no_verdict(fault: str, source: Path, tmp_path: Path) -> None:
+    destination = destination_of(with_changes(DATA, list(range(BLOCKS))), tmp_path)
+    done = run("verify", "--blockcopy-path", f"{QUEUEING} --{fault}-at 5", source, destination)
+    assert done.returncode == 3
+    assert done.stdout == b""
+
+
+def test_a_signal_ends_it(source: Path, tmp_path: Path) -> None:
+    command = [*BLOCKCOPY, "verify", "--blockcopy-path", f"{QUEUEING} --stall-at 5", str(source)]
+    command.append(str(destination_of(DATA, tmp_path)))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        support.until(lambda: support.children(process.pid), "its retrieve process")
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.communicate(timeout=10) == (b"", b"")
+        assert process.returncode == -signal.SIGTERM
