@@ -75,7 +75,10 @@ class Device:
         """Exactly `length` bytes from `offset`. DeviceError where the device ends before."""
         data = self.read_up_to(offset, length)
         if len(data) != length:
-            raise DeviceError(f"cannot read {length} bytes at {offset} of {self.path}: it ends after {len(data)}")
+            raise DeviceError(
+                f"cannot read {length} bytes at {offset} of {self.path}: "
+                f"it is shorter than it was, and ends after {len(data)}"
+            )
         return data
 
     def read_cached(self, offset: int, length: int) -> bytes | None:

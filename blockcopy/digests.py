@@ -7,6 +7,8 @@ from typing import Union
 
 Buffer = Union[bytes, bytearray, memoryview]
 
+NAME = "sha3_512"
+
 DIGEST_SIZE = 64
 
 NO_DIGEST = bytes(DIGEST_SIZE)

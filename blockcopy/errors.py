@@ -61,6 +61,10 @@ class GarbledSourceError(SourceError):
     """The source sent what was not asked for: it lives, but it cannot be believed."""
 
 
+class OriginalProgramError(SourceError):
+    """The source runs the original program, which is asked in another form."""
+
+
 class MountError(BlockcopyError):
     """A mount cannot be made, found, asked or taken down."""
 

@@ -2,6 +2,9 @@
 
 Answers come in the order asked, and as soon as nothing more is at hand to be asked: a mount asks
 a few blocks and waits. (The original answers when 16 are queued. The bytes are the same.)
+
+A stream that opens with `helo` is of the agreed form (see `wire`): then what cannot be read, or is
+not there, is said and not passed over, and the next question is answered all the same.
 """
 
 from __future__ import annotations
@@ -9,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from blockcopy import wire, xz
+from blockcopy import __version__, wire, xz
 from blockcopy.device import Device
-from blockcopy.digests import Buffer, digest
-from blockcopy.errors import StreamError
+from blockcopy.digests import NAME, Buffer, digest
+from blockcopy.errors import DeviceError, StreamError
 from blockcopy.geometry import BLOCK_SIZE
 from blockcopy.stages import PIECE_SIZE, InputStream, OutputStream, run_ordered
 
@@ -21,6 +24,14 @@ class _Ask(NamedTuple):
     position: int
     size: int
     digest: bytes | None  # None: send it whatever it is
+    agreed: bool = False  # say where it cannot be answered
+
+
+class _Say(NamedTuple):
+    """What is sent as it is, in its turn."""
+
+    stream: bytes
+    size: int = 0
 
 
 _MOST_ASKS = 64
@@ -36,10 +47,19 @@ def retrieve(source: Device, hashes: InputStream, output: OutputStream, *, compr
     if compress:
         xz.check_available()
 
-    def answer(asks: list[_Ask]) -> list[Buffer]:
+    def answer(asks: list[_Ask | _Say]) -> list[Buffer]:
         buffers: list[Buffer] = []
         for ask in asks:
-            data = source.read_up_to(ask.position, ask.size)
+            if isinstance(ask, _Say):
+                buffers.append(ask.stream)
+                continue
+            try:
+                data = (source.read if ask.agreed else source.read_up_to)(ask.position, ask.size)
+            except DeviceError as error:
+                if not ask.agreed:
+                    raise
+                buffers.append(wire.encode(wire.Failure(ask.position, str(error))))
+                continue
             if ask.size and not data:
                 continue  # beyond the end of the source: there is nothing to send
             if len(data) == ask.size and ask.digest is not None and digest(data) == ask.digest:
@@ -59,9 +79,10 @@ def _frame(position: int, data: bytes, compress: bool) -> tuple[bytes, bytes]:
     return wire.frame_header(b"data", position, len(data)), data
 
 
-def _asks(source: Device, hashes: InputStream) -> Iterator[_Ask | None]:
+def _asks(source: Device, hashes: InputStream) -> Iterator[_Ask | _Say | None]:
     """What is asked, in order; None where nothing more is at hand for now."""
     decoder = wire.Decoder(wire.HASH_STREAM)
+    first, agreed = True, False
     position = 0  # where the last read of the source ended, for the old form
     while True:
         message = decoder.next()
@@ -72,8 +93,16 @@ def _asks(source: Device, hashes: InputStream) -> Iterator[_Ask | None]:
                 decoder.end()
                 return
             decoder.feed(data)
+            continue
+        if isinstance(message, wire.Hello):
+            if not first:
+                raise StreamError("`helo` in mid-stream")
+            agreed = True
+            yield _Say(wire.encode(_hello(source)))
+        elif isinstance(message, wire.Fence):
+            yield _Say(wire.encode(message))
         elif isinstance(message, wire.Hash):
-            yield _Ask(*message)
+            yield _Ask(*message, agreed=agreed)
             position = max(message.position, min(message.position + message.size, source.size()))
         elif isinstance(message, wire.LegacyHash):
             size = min(message.size, source.size() - position)
@@ -88,11 +117,17 @@ def _asks(source: Device, hashes: InputStream) -> Iterator[_Ask | None]:
             position = max(message.offset, end)
         else:
             return
+        first = False
 
 
-def _batches(asks: Iterator[_Ask | None]) -> Iterator[list[_Ask]]:
+def _hello(source: Device) -> wire.Hello:
+    facts = {"protocol": wire.PROTOCOL, "program": f"blockcopy {__version__}", "digest": NAME}
+    return wire.Hello({**facts, "size": source.size()})
+
+
+def _batches(asks: Iterator[_Ask | _Say | None]) -> Iterator[list[_Ask | _Say]]:
     """Asks in items of at most PIECE_SIZE bytes (or one ask), closed early where input runs dry."""
-    batch: list[_Ask] = []
+    batch: list[_Ask | _Say] = []
     size = 0
     try:
         for ask in asks:

@@ -1,15 +1,31 @@
 """The codec of both streams: messages ↔ bytes, no I/O, no role. The only parser there is.
 
-The streams are the original program's (messa/blockcopy 0.0.2): commands of 4 ASCII bytes, all
+The original form is the original program's (messa/blockcopy 0.0.2): commands of 4 ASCII bytes, all
 integers big-endian and unsigned, no handshake, and an explicit `done`. The end of the stream
 without it is an error. Threads and trio tasks use the same `Decoder`.
+
+The agreed form is what a mount or a sync and our own `retrieve` speak between them. It opens with
+`helo` in both directions, and adds to the original form:
+
+    helo  size 4 · JSON         either way, first of all: what this end is and can
+    fenc  number 8              asked: tell when all before is answered; answered: it is
+    fail  position 8 · size 4 · text    the question for this position cannot be answered, and why
+
+In it, silence before a `fenc` means "equal" and nothing else: what the source does not have is a
+`fail`. Of the JSON, an object, these names are read, and others passed over:
+
+    protocol   1
+    program    name and version, for messages
+    digest     from the source: the digest of the questions; `sha3_512` is the only one yet
+    size       from the source: how many bytes it has
 """
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Mapping
-from typing import Callable, NamedTuple, Union
+from typing import Any, Callable, NamedTuple, Union
 
 from blockcopy.digests import DIGEST_SIZE, Buffer
 from blockcopy.errors import StreamError, TruncatedStreamError
@@ -56,16 +72,41 @@ class XzData(NamedTuple):
     payload: bytes
 
 
+class Hello(NamedTuple):
+    """`helo`: `facts` about the end that sends it. Opens the agreed form."""
+
+    facts: dict[str, Any]
+
+
+class Fence(NamedTuple):
+    """`fenc`: all before it is to be answered, or has been."""
+
+    number: int
+
+
+class Failure(NamedTuple):
+    """`fail`: the question for `position` has no answer, for a `reason` a user can read."""
+
+    position: int
+    reason: str
+
+
 class Done(NamedTuple):
     """`done`: the clean end of either stream."""
 
 
-Message = Union[Hash, LegacyHash, Rest, Data, XzData, Done]
+Message = Union[Hash, LegacyHash, Rest, Data, XzData, Hello, Fence, Failure, Done]
+
+PROTOCOL = 1
+
+MAX_TEXT_SIZE = 64 * 1024
+"""Bytes of a `helo`'s JSON or a `fail`'s reason."""
 
 _HASH = struct.Struct(f">QI{DIGEST_SIZE}s")
 _LEGACY_HASH = struct.Struct(f">I{DIGEST_SIZE}s")
 _OFFSET = struct.Struct(">Q")
 _FRAME = struct.Struct(">QI")
+_TEXT = struct.Struct(">I")
 _NOTHING = struct.Struct("")
 
 
@@ -81,6 +122,14 @@ def encode(message: Message) -> bytes:
         return b"rest" + _OFFSET.pack(*message)
     if isinstance(message, LegacyHash):
         return b"hash" + _LEGACY_HASH.pack(*message)
+    if isinstance(message, Hello):
+        text = json.dumps(message.facts).encode()
+        return b"helo" + _TEXT.pack(len(text)) + text
+    if isinstance(message, Fence):
+        return b"fenc" + _OFFSET.pack(message.number)
+    if isinstance(message, Failure):
+        text = message.reason.encode()[:MAX_TEXT_SIZE]
+        return frame_header(b"fail", message.position, len(text)) + text
     return b"done"
 
 
@@ -89,10 +138,26 @@ def frame_header(command: bytes, position: int, size: int) -> bytes:
     return command + _FRAME.pack(position, size)
 
 
+def _hello(payload: bytes) -> Hello:
+    try:
+        facts = json.loads(payload)
+    except ValueError as error:
+        raise StreamError("`helo` without the JSON that belongs to it") from error
+    if not isinstance(facts, dict):
+        raise StreamError("`helo` with JSON that is no object")
+    return Hello(facts)
+
+
+def _failure(position: int, payload: bytes) -> Failure:
+    return Failure(position, payload.decode(errors="replace"))
+
+
 class _Layout(NamedTuple):
+    """Fixed fields; where `most_payload` is given, the last of them is the size of what follows."""
+
     fields: struct.Struct
     message: Callable[..., Message]
-    has_payload: bool = False
+    most_payload: int | None = None
 
 
 Grammar = Mapping[bytes, _Layout]
@@ -101,16 +166,26 @@ HASH_STREAM: Grammar = {
     b"Hash": _Layout(_HASH, Hash),
     b"hash": _Layout(_LEGACY_HASH, LegacyHash),
     b"rest": _Layout(_OFFSET, Rest),
+    b"helo": _Layout(_TEXT, _hello, MAX_TEXT_SIZE),
+    b"fenc": _Layout(_OFFSET, Fence),
     b"done": _Layout(_NOTHING, Done),
 }
-"""checksum → retrieve."""
+"""checksum → retrieve; a mount or a sync → retrieve, in either form."""
 
 BLOCK_STREAM: Grammar = {
-    b"data": _Layout(_FRAME, Data, has_payload=True),
-    b"dlzm": _Layout(_FRAME, XzData, has_payload=True),
+    b"data": _Layout(_FRAME, Data, MAX_BLOCK_SIZE),
+    b"dlzm": _Layout(_FRAME, XzData, MAX_BLOCK_SIZE),
     b"done": _Layout(_NOTHING, Done),
 }
 """retrieve → save."""
+
+AGREED_BLOCK_STREAM: Grammar = {
+    **BLOCK_STREAM,
+    b"helo": _Layout(_TEXT, _hello, MAX_TEXT_SIZE),
+    b"fenc": _Layout(_OFFSET, Fence),
+    b"fail": _Layout(_FRAME, _failure, MAX_TEXT_SIZE),
+}
+"""retrieve → a mount or a sync, in the agreed form."""
 
 _COMMAND_SIZE = 4
 
@@ -157,13 +232,13 @@ class Decoder:
         if len(self._buffer) < end:
             return None
         fields = layout.fields.unpack_from(self._buffer, start)
-        if layout.has_payload:
-            position, size = fields
-            _check_bounds(command, position, size)
+        if layout.most_payload is not None:
+            *positions, size = fields
+            _check_bounds(command, sum(positions), size, layout.most_payload)
             start, end = end, end + size
             if len(self._buffer) < end:
                 return None
-            fields = (position, bytes(memoryview(self._buffer)[start:end]))
+            fields = (*positions, bytes(memoryview(self._buffer)[start:end]))
         message = layout.message(*fields)
         if isinstance(message, Hash):
             _check_bounds(command, message.position, message.size)
@@ -188,8 +263,8 @@ class Decoder:
         )
 
 
-def _check_bounds(command: bytes, position: int, size: int) -> None:
-    if size > MAX_BLOCK_SIZE:
-        raise StreamError(f"`{command.decode()}` of {size} bytes; {MAX_BLOCK_SIZE} are the most a block may have")
+def _check_bounds(command: bytes, position: int, size: int, most: int = MAX_BLOCK_SIZE) -> None:
+    if size > most:
+        raise StreamError(f"`{command.decode()}` of {size} bytes; {most} are the most a block may have")
     if position + size > MAX_POSITION:
         raise StreamError(f"`{command.decode()}` at position {position}, which no file can have")

@@ -15,7 +15,22 @@ from support import BLOCKCOPY, PATIENCE, noise, run, with_changes
 
 from blockcopy.digests import NO_DIGEST, digest
 from blockcopy.geometry import BLOCK_SIZE
-from blockcopy.wire import BLOCK_STREAM, Data, Decoder, Done, Hash, LegacyHash, Message, Rest, XzData, encode
+from blockcopy.wire import (
+    AGREED_BLOCK_STREAM,
+    BLOCK_STREAM,
+    Data,
+    Decoder,
+    Done,
+    Failure,
+    Fence,
+    Hash,
+    Hello,
+    LegacyHash,
+    Message,
+    Rest,
+    XzData,
+    encode,
+)
 
 HELLO = b"Hello World!"
 DONE = Done()
@@ -330,3 +345,50 @@ def test_a_terminal_is_refused(source: Callable[[bytes], Path]) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith(b"ERROR (retrieve): ")
     assert b"terminal" in done.stderr
+
+
+# The agreed form
+
+
+def test_a_greeting_is_answered_with_the_size_and_the_digest(tmp_path: Path) -> None:
+    path = tmp_path / "source"
+    path.write_bytes(noise(1000))
+    done = run("retrieve", path, input=stream_of(Hello({"protocol": 1, "from": "the future"}), DONE))
+    hello, last = agreed_messages_of(done.stdout)
+    assert isinstance(hello, Hello)
+    assert hello.facts["size"] == 1000
+    assert hello.facts["digest"] == "sha3_512"
+    assert last == DONE
+
+
+def test_in_the_agreed_form_nothing_is_passed_over_in_silence(tmp_path: Path) -> None:
+    path = tmp_path / "source"
+    path.write_bytes(noise(1000))
+    equal = digest(noise(1000))
+    asked = [
+        Hash(0, 1000, equal),
+        Fence(1),
+        Hash(500, 501, equal),
+        Hash(2000, 1, equal),
+        Hash(0, 1, equal),
+        Fence(2),
+    ]
+    done = run("retrieve", path, input=stream_of(Hello({}), *asked, DONE))
+    _, *answers = agreed_messages_of(done.stdout)
+    assert [type(each).__name__ for each in answers] == ["Fence", "Failure", "Failure", "Data", "Fence", "Done"]
+    assert [each.position for each in answers if isinstance(each, Failure)] == [500, 2000]
+    assert all("shorter" in each.reason for each in answers if isinstance(each, Failure))
+
+
+def test_a_greeting_in_mid_stream_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "source"
+    path.write_bytes(noise(1000))
+    done = run("retrieve", path, input=stream_of(Fence(1), Hello({})))
+    assert done.returncode == 1
+    assert "mid-stream" in done.stderr.decode()
+
+
+def agreed_messages_of(stream: bytes) -> list[Message]:
+    decoder = Decoder(AGREED_BLOCK_STREAM)
+    decoder.feed(stream)
+    return list(iter(decoder.next, None))

@@ -4,7 +4,7 @@ import contextlib
 import os
 import random
 import shlex
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -13,26 +13,38 @@ import trio
 import trio.testing
 
 from blockcopy.digests import digest
-from blockcopy.errors import SourceError
+from blockcopy.errors import OriginalProgramError, SourceError
 from blockcopy.geometry import BLOCK_SIZE, Geometry
 from blockcopy.remote import Source, retrieve_command
-from blockcopy.replica.retriever import Question, Retriever
+from blockcopy.replica.forms import Question
+from blockcopy.replica.retriever import Retriever
 
 BLOCKS = 40
 DATA = support.noise(BLOCKS * BLOCK_SIZE - 1000)
 
 FAULTS = {"die": "SIGKILL", "garble": "Last login", "misplace": "position", "oversize": "bytes", "short": ""}
-ENDING_FAULTS = [fault for fault in FAULTS if fault != "short"]
-"""Those that end the connection; a block that came short is the error of its batch alone."""
 """--FAULT-at of the stand-in → what the reason has to mention."""
 
+ENDING_FAULTS = [fault for fault in FAULTS if fault != "short"]
+"""Those that end the connection; a block that came short is the error of its batch alone."""
 
-@pytest.fixture(params=["ours", "stand-in", "original"])
+
+@pytest.fixture(params=["ours", "ours in the original form", "stand-in", "original"])
 def program(request: pytest.FixtureRequest) -> str | None:
-    """The --blockcopy-path of each `retrieve` there is."""
+    """The --blockcopy-path of each `retrieve` there is; None is asked in the agreed form."""
+    if request.param == "ours in the original form":
+        return shlex.join(support.BLOCKCOPY)
     if request.param == "original":
         return shlex.join(request.getfixturevalue("original"))
     return support.QUEUEING if request.param == "stand-in" else None
+
+
+@pytest.fixture
+def original_form(program: str | None) -> str:
+    """Each that is asked in the original form."""
+    if program is None:
+        pytest.skip("the agreed form has no need of it")
+    return program
 
 
 @pytest.fixture
@@ -56,11 +68,14 @@ def script(folder: Path, *lines: str) -> str:
 
 @contextlib.asynccontextmanager
 async def retriever_of(source: Path, program: str | None = None) -> AsyncIterator[Retriever]:
-    retriever = Retriever(retrieve_command(Source(None, str(source)), program=program))
+    original = program is not None
+    retriever = Retriever(retrieve_command(Source(None, str(source)), program=program), original=original)
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             await nursery.start(retriever.run)
             try:
+                if not original:
+                    assert await retriever.greet() == source.stat().st_size
                 yield retriever
             finally:
                 with trio.CancelScope(shield=True):
@@ -168,9 +183,9 @@ def test_the_last_block_may_be_of_any_length(size: int, equal: bool, tmp_path: P
     trio.run(main)
 
 
-def test_reaches_tells_where_the_source_has_a_byte(tmp_path: Path, program: str | None) -> None:
+def test_reaches_tells_where_the_source_has_a_byte(tmp_path: Path, original_form: str) -> None:
     async def main() -> None:
-        async with retriever_of(source_of(tmp_path, b"x" * 1000), program) as retriever:
+        async with retriever_of(source_of(tmp_path, b"x" * 1000), original_form) as retriever:
             positions = [0, 1, 998, 999, 1000, 1001, 10**12]
             assert await retriever.reaches(positions) == [True] * 4 + [False] * 3
             assert await retriever.reaches([0]) == [True]
@@ -178,9 +193,9 @@ def test_reaches_tells_where_the_source_has_a_byte(tmp_path: Path, program: str 
     trio.run(main)
 
 
-def test_an_empty_source_reaches_nowhere(tmp_path: Path, program: str | None) -> None:
+def test_an_empty_source_reaches_nowhere(tmp_path: Path, original_form: str) -> None:
     async def main() -> None:
-        async with retriever_of(source_of(tmp_path, b""), program) as retriever:
+        async with retriever_of(source_of(tmp_path, b""), original_form) as retriever:
             assert await retriever.reaches([0]) == [False]
             assert await retriever.reaches([0, 1]) == [False, False]
 
@@ -195,7 +210,7 @@ def test_what_crosses_the_pipes_is_counted(source: Path, program: str | None) ->
             before = retriever.received_bytes
             await retriever.ask([question(DATA, 3)])
             assert BLOCK_SIZE < retriever.received_bytes - before < BLOCK_SIZE + 1000
-            assert retriever.sent_bytes > 12 * 80
+            assert retriever.sent_bytes > 11 * 76
 
     trio.run(main)
 
@@ -303,10 +318,14 @@ def test_its_exit_status_and_last_words_are_the_reason(source: Path, tmp_path: P
 
 
 def test_a_missing_source_is_told_in_the_words_of_the_process(tmp_path: Path, program: str | None) -> None:
+    command = retrieve_command(Source(None, str(tmp_path / "absent")), program=program)
+
     async def main() -> None:
-        async with retriever_of(tmp_path / "absent", program) as retriever:
+        retriever = Retriever(command, original=program is not None)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(retriever.run)
             with pytest.raises(SourceError, match="No such file"):
-                await retriever.reaches([0])
+                await (retriever.greet() if program is None else retriever.reaches([0]))
 
     trio.run(main)
 
@@ -501,5 +520,42 @@ def test_cancelling_its_task_ends_the_process_and_every_wait(source: Path) -> No
     async def ask_in_vain(retriever: Retriever) -> None:
         with pytest.raises(SourceError):
             await retriever.ask([question(DATA, 0)])
+
+    trio.run(main)
+
+
+# The agreed form
+
+
+def test_the_original_does_not_know_the_greeting(source: Path, tmp_path: Path) -> None:
+    command = retrieve_command(Source(None, str(source)), program=support.QUEUEING)
+
+    async def main() -> None:
+        retriever = Retriever(command)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(retriever.run)
+            with pytest.raises(OriginalProgramError):
+                await retriever.greet()
+
+    trio.run(main)
+
+
+def test_what_cannot_be_read_is_said_and_the_rest_goes_on(tmp_path: Path, loop_device: Callable[..., str]) -> None:
+    """A loop device whose backing file was cut gives I/O errors behind the cut."""
+    backing = source_of(tmp_path, DATA[: 16 * BLOCK_SIZE])
+    device = loop_device(backing, "--read-only")
+    os.truncate(backing, 4 * BLOCK_SIZE)
+
+    async def main() -> None:
+        retriever = Retriever(retrieve_command(Source(None, device)))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(retriever.run)
+            assert await retriever.greet() == 16 * BLOCK_SIZE
+            for _ in range(2):
+                with pytest.raises(SourceError, match=r"cannot read .* Input/output error"):
+                    await retriever.ask([question(DATA, block) for block in range(3, 8)])
+                asked = question(DATA, 2)
+                assert await retriever.ask([asked]) == [answer(DATA, asked)]
+            await retriever.close()
 
     trio.run(main)

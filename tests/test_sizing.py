@@ -60,7 +60,7 @@ def find(path: object, guesses: list[int], program: str | None) -> list[int]:
         async with trio.open_nursery() as nursery:
 
             async def connect() -> Retriever:
-                retriever = Retriever(command)
+                retriever = Retriever(command, original=True)
                 await nursery.start(retriever.run)
                 connected.append(retriever)
                 return retriever

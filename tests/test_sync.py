@@ -352,11 +352,13 @@ def test_the_percent_of_the_bar_is_floored(source: Path, tmp_path: Path) -> None
 
 ONLY_EMPTY_ANSWERS = """
 import sys
-while sys.stdin.buffer.read(4) == b"Hash":
+while (command := sys.stdin.buffer.read(4)) == b"Hash":
     position = sys.stdin.buffer.read(8)
     sys.stdin.buffer.read(4 + 64)
     sys.stdout.buffer.write(b"data" + position + bytes(4))
     sys.stdout.buffer.flush()
+if command != b"done":
+    sys.exit(f"I do not know {command}")
 """
 
 

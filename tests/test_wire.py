@@ -7,15 +7,20 @@ import pytest
 from blockcopy import wire
 from blockcopy.errors import StreamError, TruncatedStreamError
 from blockcopy.wire import (
+    AGREED_BLOCK_STREAM,
     BLOCK_STREAM,
     HASH_STREAM,
     MAX_BLOCK_SIZE,
     MAX_POSITION,
+    MAX_TEXT_SIZE,
     Data,
     Decoder,
     Done,
+    Failure,
+    Fence,
     Grammar,
     Hash,
+    Hello,
     LegacyHash,
     Message,
     Rest,
@@ -41,7 +46,24 @@ BLOCKS: list[Message] = [
     Data(0, bytes(MAX_BLOCK_SIZE)),
     Done(),
 ]
-STREAMS = pytest.mark.parametrize(("grammar", "messages"), [(HASH_STREAM, HASHES), (BLOCK_STREAM, BLOCKS)])
+AGREED_HASHES: list[Message] = [Hello({"protocol": 1}), Hash(7, 9, DIGEST), Fence(0), Fence(2**64 - 1), Done()]
+AGREED_BLOCKS: list[Message] = [
+    Hello({"size": 12, "program": "größer"}),
+    Data(0, b"fenc"),
+    Failure(131072, "cannot read — the disk is on fire"),
+    Failure(0, ""),
+    Fence(5),
+    Done(),
+]
+STREAMS = pytest.mark.parametrize(
+    ("grammar", "messages"),
+    [
+        (HASH_STREAM, HASHES),
+        (BLOCK_STREAM, BLOCKS),
+        (HASH_STREAM, AGREED_HASHES),
+        (AGREED_BLOCK_STREAM, AGREED_BLOCKS),
+    ],
+)
 
 
 def messages_of(decoder: Decoder) -> list[Message]:
@@ -57,6 +79,9 @@ def messages_of(decoder: Decoder) -> list[Message]:
         (Data(258, b"abc"), b"data" + bytes(6) + b"\x01\x02" + bytes(3) + b"\x03" + b"abc"),
         (XzData(0, b"abcd"), b"dlzm" + bytes(8) + bytes(3) + b"\x04" + b"abcd"),
         (Done(), b"done"),
+        (Hello({"size": 7}), b"helo" + bytes(3) + b'\x0b{"size": 7}'),
+        (Fence(258), b"fenc" + bytes(6) + b"\x01\x02"),
+        (Failure(3, "why"), b"fail" + bytes(7) + b"\x03" + bytes(3) + b"\x03why"),
     ],
 )
 def test_bytes_are_as_the_format_has_them(message: Message, encoded: bytes) -> None:
@@ -224,3 +249,28 @@ def test_nothing_is_read_behind_done() -> None:
     assert decoder.next() == Done()
     assert decoder.next() is None
     decoder.end()
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"helo" + (MAX_TEXT_SIZE + 1).to_bytes(4, "big"),
+        b"helo" + bytes(3) + b"\x02{]",
+        b"helo" + bytes(3) + b"\x02[]",
+        b"helo" + bytes(3) + b"\x01\xff",
+        b"fail" + bytes(8) + (MAX_TEXT_SIZE + 1).to_bytes(4, "big"),
+    ],
+)
+def test_a_greeting_or_a_reason_that_is_none(stream: bytes) -> None:
+    decoder = Decoder(AGREED_BLOCK_STREAM)
+    decoder.feed(stream)
+    with pytest.raises(StreamError):
+        decoder.next()
+
+
+@pytest.mark.parametrize("message", [Hello({}), Fence(1), Failure(0, "why")])
+def test_save_knows_nothing_of_the_agreed_form(message: Message) -> None:
+    decoder = Decoder(BLOCK_STREAM)
+    decoder.feed(encode(message))
+    with pytest.raises(StreamError, match="unknown command"):
+        decoder.next()

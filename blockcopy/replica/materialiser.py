@@ -26,7 +26,8 @@ from blockcopy.digests import digest
 from blockcopy.errors import BlockcopyError, DeviceError, SourceError
 from blockcopy.geometry import Geometry, runs
 from blockcopy.replica.blockmap import BlockMap
-from blockcopy.replica.retriever import Question, Retriever
+from blockcopy.replica.forms import Question
+from blockcopy.replica.retriever import Retriever
 
 logger = logging.getLogger(__name__)
 

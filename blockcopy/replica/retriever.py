@@ -1,16 +1,4 @@
-"""The trio client of one `retrieve` process that speaks the original form, ours or the original.
-
-The original answers when 16 commands are queued, says nothing for a block that is equal, and never
-says how far it got. So a batch of questions is followed by FENCES empty ones (size 0, a digest
-nothing has): they fill the queue, and each comes back as an empty frame with the position it was
-sent with. Answers come in order, so silence before a fence means "equal". The position of the
-fences alternates between 1 and 2, which tells those of neighbouring batches apart: no block begins
-there, and both lie inside any block device (one refuses to seek past its end).
-
-Silence is also what the original gives for a block beyond its end. So that a source which was
-shortened cannot pass for an equal one, each batch ends with a question for its last byte that
-cannot be equal: without that answer nothing of the batch is believed. Such a source fails the
-batches that it no longer has, and goes on serving others; what cannot be an answer at all ends it.
+"""The trio client of one `retrieve` process. What is said with it is `forms`' to know.
 
 Tasks: `run` reads and owns the process, `_write` writes, `_read_messages` collects what it says to
 standard error. `ask` may be called by any task. Whatever ends the process ends every wait.
@@ -26,70 +14,36 @@ from collections import deque
 from collections.abc import Sequence
 from copy import copy
 from subprocess import PIPE
-from typing import NamedTuple
 
 import trio
 
-from blockcopy import wire, xz
-from blockcopy.digests import NO_DIGEST, digest
-from blockcopy.errors import BlockcopyError, GarbledSourceError, SourceError, StreamError
+from blockcopy import __version__, digests, wire
+from blockcopy.digests import NO_DIGEST
+from blockcopy.errors import GarbledSourceError, OriginalProgramError, SourceError, StreamError
 from blockcopy.remote import Command
+from blockcopy.replica.forms import AgreedForm, OriginalForm, Question
 from blockcopy.stages import PIPE_SIZE, enlarge_pipe
 
 logger = logging.getLogger(__name__)
-
-FENCES = 16
-"""Empty questions behind a batch: whatever the queue held before, one of them fills it."""
 
 _FAREWELL_SECONDS = 2
 """How long a process that closed its output, or was told to end, is waited for before it is killed."""
 
 
-class Question(NamedTuple):
-    """`size` bytes (at least 1) at `position` have `digest` here: the source's, if they differ."""
-
-    position: int
-    size: int
-    digest: bytes
-
-
-class _Batch:
-    """Questions on their way, and what has come back for them."""
-
-    def __init__(self, questions: Sequence[Question], fence: int) -> None:
-        self.questions = questions
-        self.fence = fence
-        self.answers: list[bytes | None] = [None] * len(questions)
-        self.next = 0  # the first question that can still be answered
-        self.settled = trio.Event()
-        self.error: BlockcopyError | None = None
-
-    def take(self, position: int, payload: bytes) -> bool:
-        """Put an answer where it belongs; False if it answers nothing that was asked."""
-        for index in range(self.next, len(self.questions)):
-            if self.questions[index].position == position:
-                if len(payload) > self.questions[index].size:
-                    return False
-                self.answers[index] = payload
-                self.next = index + 1
-                return True
-        return False
-
-
 class Retriever:
-    """One `retrieve` process. Start `run` in a nursery, then `ask`."""
+    """One `retrieve` process. Start `run` in a nursery, `greet` it where it may be ours, then `ask`."""
 
-    def __init__(self, command: Command) -> None:
+    def __init__(self, command: Command, *, original: bool = False) -> None:
         self._command = command
+        self._form = (OriginalForm if original else AgreedForm)(str(command.source))
         # Unbounded, yet bounded by those who ask: each waits for its answer before it asks again.
         self._send, self._outgoing = trio.open_memory_channel[bytes](math.inf)
-        self._pending: deque[_Batch] = deque()
-        self._sequence = 0
         self._messages: deque[str] = deque(maxlen=5)
         self._process: trio.Process | None = None
+        self._greeted = trio.Event()
+        self._hello: wire.Hello | None = None
         self._ended = trio.Event()
         self._closing = False
-        self._old_fence: int | None = None  # of the batch that was settled last; more of them follow
         self.failure: SourceError | None = None
         """Why nothing can be asked any more; None while it can."""
         self.quiet = True
@@ -97,31 +51,36 @@ class Retriever:
         self.sent_bytes = 0
         self.received_bytes = 0
 
+    async def greet(self) -> int:
+        """Open the agreed form; the size of the source in bytes.
+
+        OriginalProgramError where the process knows no `helo`; SourceError where it dies of anything
+        else or says what cannot be agreed to.
+        """
+        facts = {"protocol": wire.PROTOCOL, "program": f"blockcopy {__version__}"}
+        self._transmit(wire.encode(wire.Hello(facts)))
+        await self._greeted.wait()
+        if self._hello is None:
+            failure = self.failure or SourceError(self._let_go())
+            if any("helo" in message for message in self._messages):
+                raise OriginalProgramError(str(failure))
+            raise copy(failure)
+        size, name = self._hello.facts.get("size"), self._hello.facts.get("digest")
+        if not isinstance(size, int) or not 0 <= size <= wire.MAX_POSITION or name != digests.NAME:
+            raise SourceError(f"{self._command.source}: no agreement with {self._hello.facts!r}")
+        return size
+
     async def ask(self, questions: Sequence[Question]) -> list[bytes | None]:
         """For each question, in ascending positions: the source's bytes, or None where it has the same.
 
         SourceError where the process is gone or went away, sent what was not asked for, or no
-        longer has all that was asked.
+        longer has, or cannot read, all that was asked.
         """
-        last = questions[-1]
-        proof = Question(last.position + last.size - 1, 1, NO_DIGEST)
-        answers = await self._exchange([*questions, proof])
-        proven = answers.pop()
-        if proven is None and last.size == 1 and answers[-1] is not None and digest(answers[-1]) == last.digest:
-            # The proof asks for the same byte as the last question: where that is equal, the one
-            # answer there is, is the proof's.
-            proven, answers[-1] = answers[-1], None
-        whole = all(
-            answer is None or len(answer) == asked.size for asked, answer in zip(questions, answers, strict=True)
-        )
-        if proven is None or not whole:
-            raise SourceError(
-                f"{self._command.source} is shorter than it was: it does not reach {last.position + last.size}"
-            )
-        return answers
+        answers = await self._exchange([*questions, *self._form.proof(questions)])
+        return self._form.believe(questions, answers)
 
     async def reaches(self, positions: Sequence[int]) -> list[bool]:
-        """For each of the ascending positions: does the source have a byte there?
+        """For each of the ascending positions: does the source have a byte there? In the original form.
 
         Past the end of a block device the original dies of it (SourceError).
         """
@@ -129,20 +88,23 @@ class Retriever:
         return [answer is not None for answer in answers]
 
     async def _exchange(self, questions: list[Question]) -> list[bytes | None]:
-        if self.failure is not None:
-            raise copy(self.failure)
-        if self._closing:
-            raise SourceError(self._let_go())
-        batch = _Batch(questions, 1 + self._sequence % 2)
-        self._sequence += 1
-        stream = [wire.encode(wire.Hash(*question)) for question in questions]
-        stream += [wire.encode(wire.Hash(batch.fence, 0, NO_DIGEST))] * FENCES
-        self._pending.append(batch)
-        self._send.send_nowait(b"".join(stream))
+        self._check_open()
+        batch, stream = self._form.ask(questions)
+        self._transmit(stream)
         await batch.settled.wait()
         if batch.error is not None:
             raise copy(batch.error)
         return batch.answers
+
+    def _transmit(self, stream: bytes) -> None:
+        self._check_open()
+        self._send.send_nowait(stream)
+
+    def _check_open(self) -> None:
+        if self.failure is not None:
+            raise copy(self.failure)
+        if self._closing:
+            raise SourceError(self._let_go())
 
     async def close(self) -> None:
         """Let the source go: `done` where nothing is being asked, else at once. Returns when it is gone."""
@@ -153,7 +115,7 @@ class Retriever:
             await self._ended.wait()
             return
         self._closing = True
-        if self._pending or self.failure is not None:
+        if self._form.pending or self.failure is not None:
             self._process.kill()
         else:
             self._send.send_nowait(wire.encode(wire.Done()))
@@ -215,10 +177,10 @@ class Retriever:
         self.failure = error
         if not self._closing:
             self._log(str(error))
-        for batch in self._pending:
-            batch.error = error
-            batch.settled.set()
-        self._pending.clear()
+        for batch in self._form.pending:
+            batch.fail(error)
+        self._form.pending.clear()
+        self._greeted.set()
         self._send.close()
 
     async def _write(self, process: trio.Process) -> None:
@@ -240,27 +202,16 @@ class Retriever:
         if not isinstance(pipe, trio.lowlevel.FdStream):
             return
         enlarge_pipe(pipe.fileno())
-        decoder = wire.Decoder(wire.BLOCK_STREAM)
+        decoder = wire.Decoder(self._form.grammar)
         while data := await pipe.receive_some(PIPE_SIZE):
             self.received_bytes += len(data)
             decoder.feed(data)
             while (message := decoder.next()) is not None:
-                if isinstance(message, wire.XzData):
-                    self._take(message.position, xz.expand(message))
-                elif isinstance(message, wire.Data):
-                    self._take(message.position, message.payload)
-
-    def _take(self, position: int, payload: bytes) -> None:
-        batch = self._pending[0] if self._pending else None
-        if payload:
-            if batch is None or not batch.take(position, payload):
-                raise StreamError(f"{len(payload)} bytes for position {position}")
-        elif batch is not None and position == batch.fence:
-            self._pending.popleft()
-            self._old_fence = position
-            batch.settled.set()
-        elif position != self._old_fence:
-            raise StreamError(f"an empty block for position {position}")
+                if isinstance(message, wire.Hello) and self._hello is None:
+                    self._hello = message
+                    self._greeted.set()
+                else:
+                    self._form.take(message)
 
     async def _read_messages(self, process: trio.Process, finished: trio.Event) -> None:
         """What the process says to standard error is logged with the source's name, and kept."""
