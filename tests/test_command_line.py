@@ -135,6 +135,7 @@ def test_exit_statuses_are_those_that_scripts_rely_on() -> None:
         "UsageError": 2,
         "SourceError": 3,
         "GarbledSourceError": 3,
+        "OriginalProgramError": 3,
         "MountError": 4,
         "DifferentError": 5,
         "IncompleteError": 75,
