@@ -53,13 +53,17 @@ class Batch:
         self.error: BlockcopyError | None = None
         self._next = 0  # the first question that can still be answered
 
-    def take(self, position: int, payload: bytes) -> bool:
-        """Put an answer where it belongs; False if it answers nothing that was asked."""
+    def take(self, position: int, payload: bytes, *, exact: bool) -> bool:
+        """Put an answer where it belongs; False if it answers nothing that was asked.
+
+        With `exact` it has to be of the length asked for, else it may be shorter.
+        """
         for index in range(self._next, len(self.questions)):
-            if self.questions[index].position == position:
+            question = self.questions[index]
+            if question.position == position:
                 self.answers[index] = payload
                 self._next = index + 1
-                return len(payload) <= self.questions[index].size
+                return len(payload) == question.size or (len(payload) < question.size and not exact)
         return False
 
     def fail(self, error: BlockcopyError) -> None:
@@ -71,6 +75,8 @@ class Form(ABC):
     """The batches of one connection, in the order in which they are answered."""
 
     grammar: wire.Grammar
+    exact: bool
+    """An answer has the length asked for; else the source may end inside a block, and say what it has."""
 
     def __init__(self, source: str) -> None:
         """`source` is its name in messages."""
@@ -92,9 +98,11 @@ class Form(ABC):
             self._take_data(message.position, xz.expand(message))
         elif isinstance(message, wire.Data):
             self._take_data(message.position, message.payload)
+        elif not isinstance(message, wire.Done):
+            raise StreamError(f"a {type(message).__name__} out of its turn")
 
     def _take_data(self, position: int, payload: bytes) -> None:
-        if not self.pending or not self.pending[0].take(position, payload):
+        if not self.pending or not self.pending[0].take(position, payload, exact=self.exact):
             raise StreamError(f"{len(payload)} bytes for position {position}")
 
     def _settle(self) -> None:
@@ -121,6 +129,7 @@ class AgreedForm(Form):
     """Between two of ours."""
 
     grammar = wire.AGREED_BLOCK_STREAM
+    exact = True
 
     def _fence_of(self, sequence: int) -> int:
         return sequence
@@ -146,18 +155,12 @@ class AgreedForm(Form):
         else:
             super().take(message)
 
-    def _take_data(self, position: int, payload: bytes) -> None:
-        super()._take_data(position, payload)
-        batch = self.pending[0]
-        sizes = {question.position: question.size for question in batch.questions}
-        if len(payload) != sizes[position]:
-            raise StreamError(f"{len(payload)} bytes for position {position}")
-
 
 class OriginalForm(Form):
     """With the original program, whose `retrieve` is a filter and was not made to be asked."""
 
     grammar = wire.BLOCK_STREAM
+    exact = False
 
     def __init__(self, source: str) -> None:
         super().__init__(source)

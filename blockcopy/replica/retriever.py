@@ -50,15 +50,16 @@ class Retriever:
         """What it says, and dies of, is logged for developers only: as long as somebody else tells it."""
         self.sent_bytes = 0
         self.received_bytes = 0
+        if not original:  # before anything else, and without waiting for whoever asks
+            facts = {"protocol": wire.PROTOCOL, "program": f"blockcopy {__version__}"}
+            self._transmit(wire.encode(wire.Hello(facts)))
 
     async def greet(self) -> int:
-        """Open the agreed form; the size of the source in bytes.
+        """Wait for the greeting of the agreed form to be returned; the size of the source in bytes.
 
         OriginalProgramError where the process knows no `helo`; SourceError where it dies of anything
         else or says what cannot be agreed to.
         """
-        facts = {"protocol": wire.PROTOCOL, "program": f"blockcopy {__version__}"}
-        self._transmit(wire.encode(wire.Hello(facts)))
         await self._greeted.wait()
         if self._hello is None:
             failure = self.failure or SourceError(self._let_go())
