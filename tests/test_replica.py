@@ -14,6 +14,7 @@ import support
 import trio
 import trio.testing
 
+from blockcopy.device import Device
 from blockcopy.errors import BlockcopyError, DestinationRefusedError, DeviceError, SourceError
 from blockcopy.geometry import BLOCK_SIZE, Geometry
 from blockcopy.remote import Source, retrieve_command
@@ -548,6 +549,37 @@ def test_a_source_that_is_truncated_gives_errors_and_never_wrong_bytes(
 
 
 # Faults of the destination
+
+
+def test_a_sync_that_fails_in_mid_pass_makes_it_check_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file system here fails one sync and no other, so the device's is made to."""
+    sync, failures = Device.sync, ["once"]
+
+    def fail_once(device: Device) -> None:
+        if failures:
+            failures.pop()
+            raise DeviceError("the write-back failed")
+        sync(device)
+
+    async def main() -> None:
+        source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+        async with replica_of(plan_of(source, destination)) as replica:
+            _, bulk = retrieve_processes()
+            os.kill(bulk, signal.SIGSTOP)
+            for block in range(0, BLOCKS, 3):
+                assert await read_block(replica, block)
+            with pytest.raises(DeviceError, match="write-back"):
+                await replica.sync()
+            assert replica.hydrated_bytes == 0
+            os.kill(bulk, signal.SIGCONT)
+            await replica.wait_complete()
+            assert replica.snapshot()["state"] == "complete"
+        assert destination.read_bytes() == DATA
+
+    monkeypatch.setattr(Device, "sync", fail_once)
+    trio.run(main)
 
 
 def test_a_full_destination_fails_the_pass_and_not_the_reads_of_what_is_there(

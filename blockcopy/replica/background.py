@@ -29,15 +29,16 @@ async def hydrate(materialiser: Materialiser, blockmap: BlockMap, geometry: Geom
         finally:
             room.release()
 
-    async with trio.open_nursery() as nursery:
-        for blocks in _missing_batches(blockmap, geometry):
-            await room.acquire()
-            if first_error is not None:
-                room.release()
-                break
-            nursery.start_soon(bring, blocks)
-    if first_error is not None:
-        raise first_error
+    while not blockmap.complete:  # once, unless a failed sync made it forget what was behind the sweep
+        async with trio.open_nursery() as nursery:
+            for blocks in _missing_batches(blockmap, geometry):
+                await room.acquire()
+                if first_error is not None:
+                    room.release()
+                    break
+                nursery.start_soon(bring, blocks)
+        if first_error is not None:
+            raise first_error
 
 
 def _missing_batches(blockmap: BlockMap, geometry: Geometry) -> Iterator[range]:

@@ -18,10 +18,13 @@ class BlockMap:
 
     def __init__(self, geometry: Geometry) -> None:
         self._geometry = geometry
+        self.generation = 0
+        """Grows with each `forget_all`: what was learnt before one must not be marked after it."""
         self.forget_all()
 
     def forget_all(self) -> None:
         """Nothing is known: every block has to be checked again."""
+        self.generation += 1
         blocks = self._geometry.blocks
         self._bits = bytearray(-(-blocks // 8))
         if blocks % 8:  # bits behind the last block count as present, so that no search finds them

@@ -132,6 +132,7 @@ class Materialiser:
             flight.landed.set()
 
     async def _fetch(self, blocks: list[int], lane: Lane) -> None:
+        generation = self._blockmap.generation
         asked = await trio.to_thread.run_sync(questions, self._device, self._geometry, blocks, limiter=lane.threads)
         answers = await lane.retriever.ask(asked)
         differing = [
@@ -142,6 +143,8 @@ class Materialiser:
         if differing:
             self.unsynced = True
             await trio.to_thread.run_sync(self._store, differing, limiter=lane.threads)
+        if self._blockmap.generation != generation:
+            return  # a sync failed meanwhile: what was read, or written, may be gone again
         for block, answer in zip(blocks, answers, strict=True):
             self._blockmap.mark(block, fetched=answer is not None)
         if self._blockmap.complete:
@@ -166,7 +169,8 @@ class Materialiser:
             self.unsynced = True
             self.last_error = error
             self._blockmap.forget_all()
-            self.complete = trio.Event()
+            if self.complete.is_set():
+                self.complete = trio.Event()
             raise
 
 
