@@ -100,6 +100,8 @@ def _asks(source: Device, hashes: InputStream) -> Iterator[_Ask | _Say | None]:
             agreed = True
             yield _Say(wire.encode(_hello(source)))
         elif isinstance(message, wire.Fence):
+            if not agreed:
+                raise StreamError("`fenc` before `helo`")
             yield _Say(wire.encode(message))
         elif isinstance(message, wire.Hash):
             yield _Ask(*message, agreed=agreed)

@@ -49,6 +49,11 @@ def with_changes(data: bytes, blocks: list[int], block_size: int = BLOCK_SIZE) -
     return bytes(changed)
 
 
+def written(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
 # Commands
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import support
-from support import BLOCK_SIZE, BLOCKCOPY, PYTHON, QUEUEING, Mount, noise, output, run, until, with_changes
+from support import BLOCK_SIZE, BLOCKCOPY, PYTHON, QUEUEING, Mount, noise, output, run, until, with_changes, written
 
 Mounter = Callable[..., Mount]
 LoopDevice = Callable[..., str]
@@ -47,11 +47,6 @@ def source(tmp_path: Path) -> Path:
 def destination(tmp_path: Path) -> Path:
     """Does not exist."""
     return tmp_path / "replica.img"
-
-
-def written(path: Path, data: bytes) -> Path:
-    path.write_bytes(data)
-    return path
 
 
 @contextlib.contextmanager

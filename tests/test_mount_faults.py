@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import support
-from support import BLOCK_SIZE, BLOCKCOPY, PYTHON, QUEUEING, Mount, noise, output, run, until, with_changes
+from support import BLOCK_SIZE, BLOCKCOPY, PYTHON, QUEUEING, Mount, noise, output, run, until, with_changes, written
 
 Mounter = Callable[..., Mount]
 LoopDevice = Callable[..., str]
@@ -31,11 +31,6 @@ OLD = with_changes(DATA, list(range(BLOCKS)))
 
 SIZE_ANSWERS = 2
 """What a source as large as the destination has answered when a mount knows its size: the first and last byte."""
-
-
-def written(path: Path, data: bytes) -> Path:
-    path.write_bytes(data)
-    return path
 
 
 @pytest.fixture

@@ -383,9 +383,17 @@ def test_in_the_agreed_form_nothing_is_passed_over_in_silence(tmp_path: Path) ->
 def test_a_greeting_in_mid_stream_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "source"
     path.write_bytes(noise(1000))
-    done = run("retrieve", path, input=stream_of(Fence(1), Hello({})))
+    done = run("retrieve", path, input=stream_of(Rest(1000), Hello({})))
     assert done.returncode == 1
     assert "mid-stream" in done.stderr.decode()
+
+
+def test_a_fence_without_a_greeting_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "source"
+    path.write_bytes(noise(1000))
+    done = run("retrieve", path, input=stream_of(Fence(1), DONE))
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert "before `helo`" in done.stderr.decode()
 
 
 def agreed_messages_of(stream: bytes) -> list[Message]:

@@ -12,7 +12,20 @@ from pathlib import Path
 
 import pytest
 import support
-from support import BLOCK_SIZE, BLOCKCOPY, PYTHON, STANDINS, Mount, Sshd, noise, output, run, until, with_changes
+from support import (
+    BLOCK_SIZE,
+    BLOCKCOPY,
+    PYTHON,
+    STANDINS,
+    Mount,
+    Sshd,
+    noise,
+    output,
+    run,
+    until,
+    with_changes,
+    written,
+)
 
 import blockcopy
 
@@ -28,11 +41,6 @@ OURS = f"env PYTHONPATH={shlex.quote(str(ROOT))} {shlex.join(BLOCKCOPY)}"
 QUEUEING = shlex.join([PYTHON, str(STANDINS / "queueing_retrieve")])
 
 ODD_NAMES = ['it\'s "two words" $HOME `id` $(id) \\ ; & | * ? ~ ümlaut: 100 %', "new\nline"]
-
-
-def written(path: Path, data: bytes) -> Path:
-    path.write_bytes(data)
-    return path
 
 
 @pytest.fixture
