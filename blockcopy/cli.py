@@ -8,32 +8,40 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, Callable, NoReturn, TextIO
 
-from blockcopy import __version__, stages
-from blockcopy.errors import BlockcopyError, DeviceError, DifferentError, Interrupted, UsageError
-from blockcopy.remote import DEFAULT_RSH
+from blockcopy import stages
+from blockcopy.arguments import parser
+from blockcopy.errors import (
+    BlockcopyError,
+    DeviceError,
+    DifferentError,
+    IncompleteError,
+    Interrupted,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from blockcopy.geometry import Extent
     from blockcopy.remote import Command
-    from blockcopy.replica.engine import Plan
+    from blockcopy.replica.replica import Plan
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run a command and exit with its status; by the signal where one ended it."""
     _fill_closed_streams()
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     _setup_logging(bool(args.verbose or os.environ.get("DEBUG")))
     stages.raise_on_signals()
     try:
-        args.run(args)
+        _COMMANDS[args.command](args)
     except BlockcopyError as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)
         _exit_with(args.command, error)
@@ -119,9 +127,11 @@ def _retrieve(args: argparse.Namespace) -> None:
 def _save(args: argparse.Namespace) -> None:
     from blockcopy.device import open_destination
     from blockcopy.save import save
+    from blockcopy.statefile import default_path, retire
 
     _refuse_dash(args.destination_file)
     with open_destination(args.destination_file, force=args.force) as destination, stages.InputStream(0) as blocks:
+        retire(default_path(destination))  # what a mount or sync has on record is overwritten
         save(destination, blocks)
 
 
@@ -139,17 +149,42 @@ def _source_command(args: argparse.Namespace) -> Command:
     return retrieve_command(parse_source(args.source), args.rsh, args.blockcopy_path)
 
 
-def _plan(args: argparse.Namespace, *, demand: bool, hydrate: bool) -> Plan:
-    from blockcopy.replica.engine import Plan
+def _plan(args: argparse.Namespace, **more: Any) -> Plan:
+    from blockcopy.replica.replica import Plan
 
-    destination = os.path.abspath(args.destination)
-    return Plan(_source_command(args), destination, demand=demand, hydrate=hydrate, force=args.force)
+    return Plan(
+        _source_command(args),
+        os.path.abspath(args.destination),
+        force=args.force,
+        keep_state=not args.no_state,
+        state=os.path.abspath(args.state) if args.state else None,
+        recheck=args.recheck,
+        timeout=args.timeout,
+        reconnect_timeout=args.reconnect_timeout,
+        prompts=_prompts(args),
+        limit=args.limit,
+        verify=args.verify,
+        **more,
+    )
+
+
+def _prompts(args: argparse.Namespace) -> bool:
+    """Whether the way to the source may ask something at a terminal."""
+    from blockcopy.remote import parse_source
+
+    if parse_source(args.source).host is None:
+        return False
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def _sync(args: argparse.Namespace) -> None:
     with _extra():
         from blockcopy.replica import running, sync
-    plan = _plan(args, demand=False, hydrate=True)
+    plan = _plan(args, demand=False)
     running.run(lambda: running.interruptible(lambda: sync.sync(plan, _terminal())))
 
 
@@ -165,8 +200,16 @@ def _verify(args: argparse.Namespace) -> None:
             _print(f"{extent.offset}:{extent.length}")
 
     ranges: list[dict[str, int]] = []
-    command, destination = _source_command(args), os.path.abspath(args.destination)
-    verdict = running.run(lambda: running.interruptible(lambda: verify(command, destination, report)))
+    run_verify = functools.partial(
+        verify,
+        _source_command(args),
+        os.path.abspath(args.destination),
+        report,
+        timeout=args.timeout,
+        patience=args.reconnect_timeout,
+        prompts=_prompts(args),
+    )
+    verdict = running.run(lambda: running.interruptible(run_verify))
     if args.json:
         _print(json.dumps({"size": verdict.size, "differing_bytes": verdict.differing, "ranges": ranges}))
     if verdict.differing:
@@ -177,11 +220,21 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _mount(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     with _extra():
         from blockcopy.replica import running
         from blockcopy_fuse import daemon, mounting
+    plan = _plan(
+        args,
+        hydrate=not args.no_background,
+        may_be_away=True,
+        read_timeout=mounting.longest_request(),
+    )
+    if plan.prompts and not args.foreground:
+        plan = replace(plan, command=plan.command.outliving_terminal())
     mount = mounting.MountPlan(
-        plan=_plan(args, demand=True, hydrate=not args.no_background),
+        plan=plan,
         mountpoint=os.path.abspath(args.mountpoint),
         name=args.name or Path(args.destination).name,
         options=mounting.parse_options(args.options),
@@ -214,7 +267,23 @@ def _umount(args: argparse.Namespace) -> None:
 
     snapshot = control.umount(args.mountpoint)
     if snapshot is not None and snapshot["source_needed"]:
-        _say(f"unmounted before the copy was complete ({one_line(snapshot)})")
+        kept = (
+            f"what is here is recorded in {snapshot['state_file']}"
+            if snapshot["state_file"]
+            else "no state is kept"
+        )
+        raise IncompleteError(f"unmounted before the copy was complete; {kept} ({one_line(snapshot)})")
+
+
+def _command_to_mount(args: argparse.Namespace) -> None:
+    from blockcopy_fuse import control
+
+    request: dict[str, Any] = {"command": args.command}
+    if args.command == "limit":
+        request["rate"] = args.rate
+    elif args.command == "prefetch":
+        request["extents"] = args.extents
+    control.command(args.mountpoint, request)
 
 
 @contextlib.contextmanager
@@ -240,89 +309,18 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-# The parser
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="blockcopy", description="Copy a disk over any pipe, and use it before the copy is complete."
-    )
-    parser.add_argument("-v", "--verbose", action="store_true", help="log what is done to standard error")
-    parser.add_argument("--version", action="version", version=f"blockcopy {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    checksum = _command(commands, "checksum", _checksum, "hash the destination's blocks: the hash stream")
-    checksum.add_argument("destination_file", metavar="FILE", help="file, device or pipe; - is standard input")
-    checksum.add_argument("--progress", action="store_true", help="tell progress on standard error")
-    checksum.add_argument("--start", type=int, metavar="OFFSET", default=0, help="first byte (default 0)")
-    checksum.add_argument("--end", type=int, metavar="OFFSET", help="byte to stop before (default: the end)")
-
-    retrieve = _command(commands, "retrieve", _retrieve, "hash stream in, blocks that differ out")
-    retrieve.add_argument("source_file", metavar="FILE", help="file or device")
-    retrieve.add_argument("--lzma", action="store_true", help="compress blocks where that makes them smaller")
-
-    save = _command(commands, "save", _save, "write the blocks to the destination, and sync it")
-    save.add_argument("destination_file", metavar="FILE", help="file or device; it must exist")
-    _add_force(save)
-
-    mount = _command(commands, "mount", _mount, "show a remote device as a file while it is being copied")
-    mount.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground, show progress")
-    mount.add_argument(
-        "-o",
-        dest="options",
-        metavar="FUSE_OPTIONS",
-        action="append",
-        default=[],
-        help="FUSE mount options, with commas between them; allow_other lets all users read",
-    )
-    mount.add_argument("--no-background", action="store_true", help="copy only what is read")
-    mount.add_argument("--name", help="name of the file (default: the destination's)")
-    mount.add_argument("--pid-file", metavar="FILE", help="write the id of the mount's process here")
-    _add_source_option(mount)
-    _add_force(mount)
-    _add_both_ends(mount)
-    mount.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing folder")
-
-    sync = _command(commands, "sync", _sync, "make the destination a copy of the source")
-    _add_source_option(sync)
-    _add_force(sync)
-    _add_both_ends(sync)
-
-    verify = _command(commands, "verify", _verify, "tell where the destination differs from the source")
-    verify.add_argument("--json", action="store_true", help="as JSON, instead of lines of OFFSET:LENGTH")
-    _add_source_option(verify)
-    _add_both_ends(verify)
-
-    status = _command(commands, "status", _status, "tell how a mount is doing")
-    status.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
-    wait = _command(commands, "wait", _wait, "return when the copy is complete")
-    umount = _command(commands, "umount", _umount, "unmount, and return when the destination is synced")
-    for each in (status, wait, umount):
-        each.add_argument("mountpoint", metavar="MOUNTPOINT")
-    return parser
-
-
-def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=f"{text[0].upper()}{text[1:]}."
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _add_force(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", help="write even to a destination that is in use")
-
-
-def _add_source_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-e", "--rsh", metavar="RSH", default=DEFAULT_RSH, help="how to reach the host (default: ssh)"
-    )
-    parser.add_argument(
-        "--blockcopy-path", metavar="PROGRAM", help="what to run at the source, as in: sudo blockcopy"
-    )
-
-
-def _add_both_ends(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="[user@]host:/path or a local path; only read")
-    parser.add_argument("destination", metavar="DESTINATION", help="device or file that becomes the copy")
+_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "checksum": _checksum,
+    "retrieve": _retrieve,
+    "save": _save,
+    "mount": _mount,
+    "sync": _sync,
+    "verify": _verify,
+    "status": _status,
+    "wait": _wait,
+    "umount": _umount,
+    "pause": _command_to_mount,
+    "resume": _command_to_mount,
+    "limit": _command_to_mount,
+    "prefetch": _command_to_mount,
+}

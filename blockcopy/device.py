@@ -48,6 +48,16 @@ class Device:
         """Lock the whole file for writing, as long as it is open. OSError where another program has it."""
         fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
+    def status(self) -> os.stat_result:
+        """What the kernel says of it now."""
+        with self._errors("look at"):
+            return os.fstat(self._fd)
+
+    def file_system(self) -> str:
+        """The identity of the file system it is on, which outlives a restart where that has a UUID."""
+        with self._errors("find the file system of"):
+            return f"{os.fstatvfs(self._fd).f_fsid:x}"
+
     def size(self) -> int:
         """Bytes there are now."""
         with self._errors("find the size of"):
@@ -104,6 +114,11 @@ class Device:
                 written = os.pwrite(self._fd, view, offset)
                 offset += written
                 view = view[written:]
+
+    def drop_cache(self) -> None:
+        """What was synced is read from the disk next time, as far as the kernel heeds it."""
+        with self._errors("drop the cache of"):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
         """Return when all that was written is on stable storage."""

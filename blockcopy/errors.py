@@ -14,6 +14,13 @@ class BlockcopyError(Exception):
 
     exit_code = 1
 
+    @classmethod
+    def told(cls, message: str, exit_code: int) -> BlockcopyError:
+        """One that another process of ours met, and told."""
+        made = cls(message)
+        made.exit_code = exit_code
+        return made
+
 
 class UsageError(BlockcopyError):
     """The command line asks for something that cannot be meant."""
@@ -51,6 +58,14 @@ class DestinationRefusedError(DeviceError):
     """The destination is in use, locked, mounted, too small or no fit place for a copy."""
 
 
+class StateError(BlockcopyError):
+    """The state file is none that can be taken, or another process keeps it."""
+
+
+class StateNotKeptError(StateError):
+    """The state cannot be written: the copy goes on, and a restart checks every block again."""
+
+
 class SourceError(BlockcopyError):
     """The source side refused, died, or sent what was not asked for."""
 
@@ -59,6 +74,10 @@ class SourceError(BlockcopyError):
 
 class GarbledSourceError(SourceError):
     """The source sent what was not asked for: it lives, but it cannot be believed."""
+
+
+class SourceChangedError(SourceError):
+    """The source is not the one it was: nothing of it can be mixed with what is here."""
 
 
 class OriginalProgramError(SourceError):

@@ -55,6 +55,12 @@ class Command(NamedTuple):
     source: Source
     argv: list[str]
     environment: dict[str, str]
+    folder: str
+    """Where it is run: relative paths in it are meant from there, whatever we change into."""
+
+    def outliving_terminal(self) -> Command:
+        """The same for an ssh that asks for its password at a terminal which may be gone afterwards."""
+        return self._replace(argv=["nohup", *self.argv])
 
 
 def retrieve_command(source: Source, rsh: str = DEFAULT_RSH, program: str | None = None) -> Command:
@@ -71,18 +77,27 @@ def retrieve_command(source: Source, rsh: str = DEFAULT_RSH, program: str | None
     words = ["blockcopy"] if program is None else program.split()
     if not words:
         raise UsageError("--blockcopy-path is empty")
-    return Command(source, [*argv, source.host, *words, "retrieve", shlex.quote(_no_option(source.path))], {})
+    return Command(
+        source, [*argv, source.host, *words, "retrieve", shlex.quote(_no_option(source.path))], {}, os.getcwd()
+    )
 
 
 def _local_command(source: Source, program: str | None) -> Command:
     path = os.path.abspath(source.path)
     if program is not None:
-        return Command(source, [*_words("--blockcopy-path", program), "retrieve", path], {})
+        return Command(source, [*_words("--blockcopy-path", program), "retrieve", path], {}, _here())
     # This very package, wherever it lies; -P, so that nothing in the working directory is taken for it.
     package_root = str(Path(__file__).resolve().parent.parent)
     python_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     argv = [sys.executable, "-P", "-m", "blockcopy", "retrieve", path]
-    return Command(source, argv, {"PYTHONPATH": python_path})
+    return Command(source, argv, {"PYTHONPATH": python_path}, _here())
+
+
+def _here() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return "/"  # it was removed: there is nothing to be meant from there
 
 
 def _words(option: str, command: str) -> list[str]:

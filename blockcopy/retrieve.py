@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from blockcopy import __version__, wire, xz
+from blockcopy import __version__, identity, wire, xz
 from blockcopy.device import Device
 from blockcopy.digests import NAME, Buffer, digest
 from blockcopy.errors import DeviceError, StreamError
@@ -95,8 +95,11 @@ def _asks(source: Device, hashes: InputStream) -> Iterator[_Ask | _Say | None]:
             decoder.feed(data)
             continue
         if isinstance(message, wire.Hello):
-            if not first:
+            if not (first or agreed):
                 raise StreamError("`helo` in mid-stream")
+            offered = message.facts.get("digests")
+            if isinstance(offered, list) and NAME not in offered:
+                raise StreamError(f"`helo` without a digest that both ends have; this one has {NAME}")
             agreed = True
             yield _Say(wire.encode(_hello(source)))
         elif isinstance(message, wire.Fence):
@@ -124,7 +127,7 @@ def _asks(source: Device, hashes: InputStream) -> Iterator[_Ask | _Say | None]:
 
 def _hello(source: Device) -> wire.Hello:
     facts = {"protocol": wire.PROTOCOL, "program": f"blockcopy {__version__}", "digest": NAME}
-    return wire.Hello({**facts, "size": source.size()})
+    return wire.Hello({**facts, "identity": identity.of_source(source)})
 
 
 def _batches(asks: Iterator[_Ask | _Say | None]) -> Iterator[list[_Ask | _Say]]:

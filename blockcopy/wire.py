@@ -7,7 +7,8 @@ without it is an error. Threads and trio tasks use the same `Decoder`.
 The agreed form is what a mount or a sync and our own `retrieve` speak between them. It opens with
 `helo` in both directions, and adds to the original form:
 
-    helo  size 4 · JSON         either way, first of all: what this end is and can
+    helo  size 4 · JSON         either way, first of all: what this end is and can. Asked again, it is
+                                answered again: what the source is by now
     fenc  number 8              asked: tell when all before is answered; answered: it is
     fail  position 8 · size 4 · text    the question for this position cannot be answered, and why
 
@@ -16,8 +17,12 @@ In it, silence before a `fenc` means "equal" and nothing else: what the source d
 
     protocol   1
     program    name and version, for messages
-    digest     from the source: the digest of the questions; `sha3_512` is the only one yet
-    size       from the source: how many bytes it has
+    digests    to the source: those that the questions may have, the best first
+    digest     from the source: its choice of them; `sha3_512` is the only one yet
+    identity   from the source: its size, and what else tells it from another (see `identity`)
+
+What else is to be agreed on is agreed on as the digest is: the asker names what it can, in order of
+preference, the source names its choice, and a name that is not there means the original's way.
 """
 
 from __future__ import annotations
@@ -128,7 +133,7 @@ def encode(message: Message) -> bytes:
     if isinstance(message, Fence):
         return b"fenc" + _OFFSET.pack(message.number)
     if isinstance(message, Failure):
-        text = message.reason.encode()[:MAX_TEXT_SIZE]
+        text = message.reason.encode(errors="replace")[:MAX_TEXT_SIZE]
         return frame_header(b"fail", message.position, len(text)) + text
     return b"done"
 
@@ -141,7 +146,7 @@ def frame_header(command: bytes, position: int, size: int) -> bytes:
 def _hello(payload: bytes) -> Hello:
     try:
         facts = json.loads(payload)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StreamError("`helo` without the JSON that belongs to it") from error
     if not isinstance(facts, dict):
         raise StreamError("`helo` with JSON that is no object")
@@ -208,7 +213,9 @@ class Decoder:
         return self._done
 
     def feed(self, data: Buffer) -> None:
-        """More bytes of the stream."""
+        """More bytes of the stream; what follows `done` is none of it, and not kept."""
+        if self._done:
+            return
         if self._at:  # drop what has been read, once a feed rather than once a message
             del self._buffer[: self._at]
             self._at = 0

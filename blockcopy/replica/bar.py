@@ -7,7 +7,7 @@ from typing import NoReturn, TextIO
 import trio
 from tqdm import tqdm
 
-from blockcopy.replica.engine import Replica
+from blockcopy.replica.replica import Replica
 from blockcopy.replica.status import human_size
 
 _SECONDS = 0.2

@@ -1,15 +1,20 @@
 """Which blocks of the destination are known to be right. Pure state: one bit a block and counters.
 
-A block is unknown until it is marked. Blocks on their way are the materialiser's to know.
+A block is unknown until it is marked. Blocks on their way are the materialiser's to know. What was
+marked since it was last asked for is handed out in chunks, for the journal.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from blockcopy.geometry import Geometry
 
+CHUNK_BLOCKS = 16384
+"""Blocks whose bits are kept and recorded as one: 2 KiB for 2 GiB of the device."""
+
+_CHUNK_BYTES = CHUNK_BLOCKS // 8
 _NOT_FULL = re.compile(rb"[^\xff]", re.DOTALL)
 
 
@@ -25,10 +30,11 @@ class BlockMap:
     def forget_all(self) -> None:
         """Nothing is known: every block has to be checked again."""
         self.generation += 1
-        blocks = self._geometry.blocks
-        self._bits = bytearray(-(-blocks // 8))
-        if blocks % 8:  # bits behind the last block count as present, so that no search finds them
-            self._bits[-1] = 0xFF << blocks % 8 & 0xFF
+        self._bits = bytearray(-(-self._geometry.blocks // 8))
+        self._fill_padding()
+        self._changed: set[int] = set()
+        self.resumed_bytes = 0
+        """Bytes that an earlier run has recorded."""
         self.same_bytes = 0
         """Bytes the destination had already."""
         self.fetched_bytes = 0
@@ -36,7 +42,7 @@ class BlockMap:
 
     @property
     def present_bytes(self) -> int:
-        return self.same_bytes + self.fetched_bytes
+        return self.resumed_bytes + self.same_bytes + self.fetched_bytes
 
     @property
     def complete(self) -> bool:
@@ -49,10 +55,46 @@ class BlockMap:
         if self._bits[index] & bit:
             return
         self._bits[index] |= bit
+        self._changed.add(block // CHUNK_BLOCKS)
         if fetched:
             self.fetched_bytes += length
         else:
             self.same_bytes += length
+
+    def resume(self, chunks: Mapping[int, bytes]) -> None:
+        """Take recorded chunks as they are; for a map of which nothing is marked yet.
+
+        ValueError for a chunk that this device does not have, or of another length.
+        """
+        for number, bits in chunks.items():
+            start = number * _CHUNK_BYTES
+            if number < 0 or len(bits) != len(self._bits[start : start + _CHUNK_BYTES]) or not bits:
+                raise ValueError(f"chunk {number} of {len(bits)} bytes")
+            self._bits[start : start + len(bits)] = bits
+        self._fill_padding()
+        blocks, block_size = self._geometry.blocks, self._geometry.block_size
+        missing = len(self._bits) * 8 - int.from_bytes(self._bits, "little").bit_count()
+        self.resumed_bytes = (blocks - missing) * block_size
+        if blocks and not self.any_missing([blocks - 1]):
+            self.resumed_bytes -= block_size - self._geometry.extent(blocks - 1).length
+
+    def _fill_padding(self) -> None:
+        """Bits behind the last block count as present, so that no search finds them."""
+        if self._geometry.blocks % 8:
+            self._bits[-1] |= 0xFF << self._geometry.blocks % 8 & 0xFF
+
+    def take_changes(self) -> dict[int, bytes]:
+        """The chunks that were marked in since the last time, as they are now; number → bits."""
+        changes = {number: self._chunk(number) for number in sorted(self._changed)}
+        self._changed.clear()
+        return changes
+
+    def put_back(self, numbers: Iterable[int]) -> None:
+        """These chunks, taken before, could not be recorded."""
+        self._changed.update(numbers)
+
+    def _chunk(self, number: int) -> bytes:
+        return bytes(self._bits[number * _CHUNK_BYTES : (number + 1) * _CHUNK_BYTES])
 
     def missing(self, blocks: range) -> Iterator[int]:
         """The unknown ones of consecutive `blocks`, ascending; present ones are passed over quickly."""

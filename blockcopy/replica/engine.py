@@ -1,18 +1,21 @@
-"""Puts a replica together, runs it, and takes it down. `sync` is this; `mount` is this behind FUSE.
+"""Puts a replica together, and takes it down. `sync` is this; `mount` is this behind FUSE.
 
-    open_replica ─ connects ─ finds the size ─ prepares the destination ─┬─ Volume   (demand lane)
-                                                                         ├─ hydrate  (bulk lane)
-                                                                         └─ _finish  (sync, let go)
+    open_replica ─ destination ─ journal ─ links ─ what is known ─ Replica … let go ─ synced ─ recorded
 
 Failure table: what can go wrong, what a read of a missing block gets, what becomes of the replica.
 
-    the source cannot be started, has no size     –               open_replica raises, nothing written
-    the destination is refused or too small       –               open_replica raises, nothing written
-    the demand process dies, garbles, lies        SourceError     the pass goes on
-    the bulk process dies, garbles, lies          served          state failed
-    the destination fails or is full              DeviceError     state failed once the pass meets it
-    the final sync fails                          checked again   state failed, nothing counts as present
-    whoever holds the replica leaves              SourceError     synced, both processes gone
+    the source cannot be reached at first   –                     open_replica raises; with a state and
+                                                                  `may_be_away` it begins, reconnecting
+    the destination is refused, too small   –                     open_replica raises, nothing written
+    a link breaks, stalls, garbles          waits, then           started again, for ever; what was in
+                                            SourceError           flight is asked again
+    the source is another than it was       SourceError           state failed, nothing of it is taken
+    the source cannot read a block          SourceError           state failed once the pass meets it
+    the destination fails or is full        DeviceError           state failed once the pass meets it
+    a sync fails                            checked again         state failed, nothing counts as present
+    the state cannot be written             served                goes on; a restart checks more
+    whoever holds the replica leaves        SourceError           synced, recorded, processes gone
+    killed, or the power is lost            –                     the next run takes up what is recorded
 """
 
 from __future__ import annotations
@@ -22,195 +25,62 @@ import math
 import os
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
-from copy import copy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import trio
 
 from blockcopy.device import Device, open_destination, open_source
-from blockcopy.errors import BlockcopyError, DestinationRefusedError, DeviceError
-from blockcopy.geometry import Geometry
-from blockcopy.remote import Command
-from blockcopy.replica import background
+from blockcopy.errors import DestinationRefusedError, DeviceError, SourceError, StateError
+from blockcopy.geometry import BLOCK_SIZE, Geometry
+from blockcopy.replica import keeper
 from blockcopy.replica.blockmap import BlockMap
-from blockcopy.replica.link import connect
-from blockcopy.replica.materialiser import DEMAND_PATIENCE, Lane, Materialiser
-from blockcopy.replica.retriever import Retriever
-from blockcopy.replica.status import RateMeter, floored_percent
-from blockcopy.replica.volume import Volume
+from blockcopy.replica.connector import Connector
+from blockcopy.replica.journal import Journal, Record
+from blockcopy.replica.link import Link
+from blockcopy.replica.replica import Plan, Replica
 
 logger = logging.getLogger(__name__)
-
-_DEMAND_FLIGHTS = 8
-_DEMAND_THREADS = 4
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be made: `demand` where it will be read meanwhile, `hydrate` for the full pass."""
-
-    command: Command
-    destination: str
-    demand: bool = True
-    hydrate: bool = True
-    force: bool = False
-
-
-class Replica:
-    """A running replica; made by `open_replica`."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        device: Device,
-        geometry: Geometry,
-        retrievers: list[Retriever],
-        nursery: trio.Nursery,
-    ) -> None:
-        """The first of `retrievers` serves demand, the last one the pass; they may be the same."""
-        self._plan = plan
-        self._geometry = geometry
-        self._retrievers = retrievers
-        self._blockmap = BlockMap(geometry)
-        demand = Lane(retrievers[0], flights=_DEMAND_FLIGHTS, threads=_DEMAND_THREADS, patience=DEMAND_PATIENCE)
-        self._bulk = Lane(
-            retrievers[-1],
-            flights=background.WINDOW,
-            threads=len(os.sched_getaffinity(0)),
-            patience=math.inf,
-        )
-        lanes = [demand, self._bulk]
-        self._materialiser = Materialiser(device, geometry, self._blockmap, lanes, nursery)
-        self.volume = Volume(device, geometry, self._blockmap, self._materialiser, demand, nursery)
-        self._meter = RateMeter()
-        self.settled = trio.Event()
-        """The copy is complete, or the pass ended without completing it."""
-        self._complete = False
-        self._closing = False
-        self._failure: BlockcopyError | None = None
-
-    @property
-    def hydrated_bytes(self) -> int:
-        return self._blockmap.present_bytes
-
-    async def run(self) -> None:
-        """Pass, completion and measuring; started in the replica's nursery, cancelled with it."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._measure)
-            if self._plan.hydrate:
-                nursery.start_soon(self._hydrate)
-            await self._materialiser.complete.wait()
-            await self._finish()
-            nursery.cancel_scope.cancel()
-
-    async def wait_complete(self) -> None:
-        """Return when the destination is the copy. Raises what the pass ended with."""
-        await self.settled.wait()
-        if not self._complete and self._failure is not None:
-            raise copy(self._failure)
-
-    async def let_go(self) -> None:
-        """End the retrieve processes, for good; who waits for the source gets an error now."""
-        self._closing = True
-        async with trio.open_nursery() as nursery:
-            for retriever in self._retrievers:
-                nursery.start_soon(retriever.close)
-
-    async def _hydrate(self) -> None:
-        try:
-            await background.hydrate(self._materialiser, self._blockmap, self._geometry, self._bulk)
-        except BlockcopyError as error:
-            if not self._closing:
-                self._fail(error)
-
-    async def sync(self) -> None:
-        """All that is marked is durable. Raises DeviceError."""
-        await self._materialiser.sync()
-
-    async def _finish(self) -> None:
-        try:
-            await self.sync()
-        except DeviceError as error:
-            self._fail(error)
-            return
-        await self.let_go()
-        self._complete = True
-        self.settled.set()
-        logger.info("%s is a complete copy of %s", self._plan.destination, self._plan.command.source)
-
-    def _fail(self, error: BlockcopyError) -> None:
-        logger.error("the copy cannot be completed: %s", error)
-        self._failure = error
-        self.settled.set()
-
-    async def _measure(self) -> None:
-        while True:
-            self._meter.sample(self.hydrated_bytes)
-            await trio.sleep(1)
-
-    @property
-    def state(self) -> str:
-        if self._complete:
-            return "complete"
-        if self._failure is not None:
-            return "failed"
-        if self._plan.hydrate:
-            return "hydrating"
-        return "failed" if self._lost_source else "paused"
-
-    @property
-    def _lost_source(self) -> BlockcopyError | None:
-        return next((retriever.failure for retriever in self._retrievers if retriever.failure), None)
-
-    def snapshot(self) -> dict[str, Any]:
-        """What `status --json` says. All sizes in bytes."""
-        size, hydrated = self._geometry.size, self.hydrated_bytes
-        rate = self._meter.rate(hydrated) if self.state == "hydrating" else 0
-        error = self._failure or self._lost_source or self._materialiser.last_error
-        return {
-            "state": self.state,
-            "source": str(self._plan.command.source),
-            "destination": self._plan.destination,
-            "pid": os.getpid(),
-            "size": size,
-            "hydrated_bytes": hydrated,
-            "hydrated_percent": floored_percent(hydrated, size),
-            "same_bytes": self._blockmap.same_bytes,
-            "fetched_bytes": self._blockmap.fetched_bytes,
-            "sent_bytes": sum(retriever.sent_bytes for retriever in self._retrievers),
-            "received_bytes": sum(retriever.received_bytes for retriever in self._retrievers),
-            "rate_bytes_per_s": rate,
-            "eta_seconds": -(-(size - hydrated) // rate) if rate else None,
-            "source_needed": not self._complete,
-            "error": str(error) if error and not self._complete else None,
-        }
 
 
 @asynccontextmanager
 async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
     """A replica that is hydrated for as long as the block lasts; then it is synced and let go.
 
-    Raises SourceError, DeviceError or DestinationRefusedError, in an exception group as nurseries do.
+    Raises SourceError, DeviceError, DestinationRefusedError or StateError, in an exception group as
+    nurseries do.
     """
-    with ExitStack() as devices:
-        existing = _open_existing(plan, devices)
+    with ExitStack() as stack:
+        device = _open_existing(plan, stack)
+        journal, record = _recall(plan, device, stack) if device else (None, None)
         replica: Replica | None = None
         try:
             async with trio.open_nursery() as nursery:
-                retrievers, size = await connect(
-                    plan.command,
-                    nursery,
-                    connections=(plan.demand + plan.hydrate) or 1,
-                    guess=existing.size() if existing else 0,
-                )
-                device = existing or devices.enter_context(
-                    open_destination(plan.destination, force=plan.force, create=True)
-                )
-                _make_room(device, size)
-                replica = Replica(plan, device, Geometry(size), retrievers, nursery)
-                nursery.start_soon(replica.run)
+                guess = record.binding.source["size"] if record else device.size() if device else 0
+                connector = Connector(plan.command, guess=guess, timeout=plan.timeout, prompts=plan.prompts)
+                links = [
+                    Link(connector, nursery, patience=patience)
+                    for patience, wanted in (
+                        (plan.reconnect_timeout, plan.demand or not plan.hydrate),
+                        (math.inf if plan.demand else plan.reconnect_timeout, plan.hydrate),
+                    )
+                    if wanted
+                ]
+                if len(links) > 1:
+                    links[0].substitute = links[1]  # a reader is better behind bulk than without an answer
+                is_there = await _connect(plan, links, connector, record, nursery)
+                source = connector.identity
+                if source is None:  # cannot be: `_connect` would have raised
+                    raise SourceError(f"{plan.command.source} does not say what it is")
+                geometry = Geometry(source["size"])
+                if device is None:
+                    device = stack.enter_context(open_destination(plan.destination, force=plan.force, create=True))
+                    journal, record = _recall(plan, device, stack)
+                _make_room(device, geometry.size)
+                blockmap = BlockMap(geometry)
+                if journal and record and keeper.is_of(journal, record, source):
+                    blockmap = keeper.resume(journal, record, device, geometry, source if is_there else None)
+                replica = Replica(plan, device, geometry, blockmap, journal, links, nursery)
+                await nursery.start(replica.run, source)
                 try:
                     yield replica
                 finally:
@@ -220,7 +90,51 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
         finally:  # whatever was in flight has landed or was given up by now
             if replica is not None:
                 with trio.CancelScope(shield=True):
-                    await replica.sync()
+                    await replica.close()
+
+
+def _recall(plan: Plan, device: Device, stack: ExitStack) -> tuple[Journal | None, Record | None]:
+    """The destination's journal, and what is in it of this destination."""
+    if plan.state is not None:
+        for path in (plan.destination, plan.command.source.path if plan.command.source.host is None else ""):
+            if path and os.path.exists(plan.state) and os.path.exists(path) and os.path.samefile(plan.state, path):
+                raise StateError(f"cannot keep the state in {plan.state}: that is {path} itself")
+    journal = keeper.open_journal(plan.state, device, keep=plan.keep_state)
+    if journal is None:
+        return None, None
+    stack.callback(journal.close)
+    return journal, None if plan.recheck else keeper.recall(journal, device, BLOCK_SIZE)
+
+
+async def _connect(
+    plan: Plan, links: list[Link], connector: Connector, record: Record | None, nursery: trio.Nursery
+) -> bool:
+    """Start the links; whether the source was reached. SourceError where it was not, and has to be.
+
+    Side by side, but for the password that each may ask for: then one after the other, and all of
+    them before there is no terminal any more.
+    """
+    first, *others = links
+    if not plan.prompts:
+        for link in others:
+            nursery.start_soon(link.run)
+    try:
+        await first.open()
+        if plan.prompts:
+            for link in others:
+                await link.open()
+        return True
+    except SourceError as error:
+        if record is None or not plan.may_be_away:
+            raise
+        logger.warning("%s; what is here is served, and the rest when it is back", error)
+        is_there = connector.identity is not None
+        if not is_there:
+            connector.identity = record.binding.source
+        return is_there
+    finally:
+        for link in links if plan.prompts else [first]:
+            nursery.start_soon(link.run)
 
 
 def _open_existing(plan: Plan, devices: ExitStack) -> Device | None:

@@ -61,9 +61,11 @@ class Batch:
         for index in range(self._next, len(self.questions)):
             question = self.questions[index]
             if question.position == position:
-                self.answers[index] = payload
-                self._next = index + 1
-                return len(payload) == question.size or (len(payload) < question.size and not exact)
+                fits = len(payload) == question.size or (len(payload) < question.size and not exact)
+                if fits:
+                    self.answers[index] = payload
+                    self._next = index + 1
+                return fits
         return False
 
     def fail(self, error: BlockcopyError) -> None:

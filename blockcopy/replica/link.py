@@ -1,47 +1,212 @@
-"""Starts the retrieve processes of one source, settles the form they are asked in, and finds its size.
+"""A connection to the source that is started again when it breaks, for as long as the replica wants it.
 
-Ours says its size when greeted. The original ends at the first command that it does not know; it is
-started again then, and asked in its own form.
+    ask → a connection that is up → its answer; where it breaks first, the next connection is asked
+
+What was in flight is asked again, because it is the asker's task that waits here. Who may not wait
+for ever has a patience: counted in the time for which the source gave nothing. While this one is
+away, its substitute is asked.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import logging
+import math
+from collections.abc import Sequence
+from copy import copy
 
 import trio
 
-from blockcopy.errors import OriginalProgramError, SourceError
-from blockcopy.remote import Command
+from blockcopy.errors import GarbledSourceError, SourceChangedError, SourceError
+from blockcopy.replica.connector import Connector
+from blockcopy.replica.forms import Question
 from blockcopy.replica.retriever import Retriever
-from blockcopy.replica.sizing import SizeSearch
+
+logger = logging.getLogger(__name__)
+
+_FIRST_DELAY, _LONGEST_DELAY = 1, 30
+"""Seconds between two attempts; each is twice the one before."""
+
+_WANTED_DELAY = 5
+"""The longest delay while somebody waits who will not wait for ever."""
+
+_MOST_GARBLED = 3
+"""Connections that one question may end by garbled answers: then it is the source and not the link."""
 
 
-async def connect(
-    command: Command, nursery: trio.Nursery, *, connections: int, guess: int
-) -> tuple[list[Retriever], int]:
-    """So many retrievers of the source, started side by side in `nursery`, and its size in bytes.
+class Link:
+    """See the module. Start `run` in a nursery; `ask` may be called by any task."""
 
-    `guess` is the size that the search tries first. SourceError where it cannot be reached or does not tell.
-    """
+    def __init__(self, connector: Connector, nursery: trio.Nursery, *, patience: float) -> None:
+        """`patience`: seconds without a sign of the source after which `ask` gives up."""
+        self._connector = connector
+        self._nursery = nursery
+        self._patience = patience
+        self.substitute: Link | None = None
+        """Who is asked while this one is away."""
+        self._retriever: Retriever | None = None
+        self._waiting = 0
+        self._wanted = trio.Event()
+        """Set while somebody waits with a patience that ends."""
+        self._closing = False
+        self._running = trio.CancelScope()
+        self._finished: trio.Event | None = None  # of `run`
+        self._answered_at = -math.inf
+        self._past_bytes = (0, 0)
+        self._connections = 0
+        self.last_error: SourceError | None = None
 
-    async def start(*, original: bool) -> Retriever:
-        retriever = Retriever(command, original=original)
-        await nursery.start(retriever.run)
-        return retriever
+    @property
+    def is_up(self) -> bool:
+        return self._retriever is not None
 
-    retrievers = [await start(original=False) for _ in range(connections)]
-    try:
-        size, *others = [await retriever.greet() for retriever in retrievers]
-        if any(other != size for other in others):
-            raise SourceError(f"{command.source} changed its size while it was being opened")
-    except OriginalProgramError:
-        async with trio.open_nursery() as closing:
-            for retriever in retrievers:
-                closing.start_soon(retriever.close)
-        retrievers = [await start(original=True) for _ in range(connections)]
-        search = SizeSearch(retrievers[0], partial(start, original=True))
-        size = await search.find(guess)
-        retrievers[0] = search.retriever
-    for retriever in retrievers:
-        retriever.quiet = False  # what it dies of from now on is told by nobody else
-    return retrievers, size
+    @property
+    def changed(self) -> SourceChangedError | None:
+        """The source was found to be another: there will be no answers any more."""
+        return self._connector.changed
+
+    @property
+    def reconnects(self) -> int:
+        return max(0, self._connections - 1)
+
+    @property
+    def sent_bytes(self) -> int:
+        return self._past_bytes[0] + (self._retriever.sent_bytes if self._retriever else 0)
+
+    @property
+    def received_bytes(self) -> int:
+        return self._past_bytes[1] + (self._retriever.received_bytes if self._retriever else 0)
+
+    async def open(self) -> None:
+        """A connection, the first one. SourceError where there is none to be had."""
+        try:
+            self._retriever = await self._connector.open(self._nursery)
+        except SourceError as error:
+            self.last_error = error
+            raise
+        self._connections += 1
+        self._connector.wake()
+
+    async def run(self) -> None:
+        """Keep a connection, until the link is closed or the source is another."""
+        self._finished = trio.Event()
+        try:
+            with self._running:
+                await self._keep_up()
+        finally:  # also where it is cancelled from outside
+            self._connector.wake()
+            self._finished.set()
+
+    async def _keep_up(self) -> None:
+        delay = _FIRST_DELAY
+        while not self._connector.changed:
+            if self._retriever is not None:
+                await self._retriever.ended.wait()
+                if self._retriever.answered_at is not None:
+                    delay = _FIRST_DELAY
+                self._lose(self._retriever)
+            if self.last_error is not None:  # else it has not been tried yet
+                await self._rest(delay)
+                delay = min(delay * 2, _LONGEST_DELAY)
+            await self._try()
+
+    async def _rest(self, delay: float) -> None:
+        with trio.move_on_after(delay):
+            await trio.sleep(_WANTED_DELAY)
+            await self._wanted.wait()
+
+    async def _try(self) -> None:
+        try:
+            await self.open()
+        except SourceChangedError as error:
+            logger.error("%s", error)
+        except SourceError as error:
+            logger.warning("%s cannot be reached: %s", self._connector.command.source, error)
+        else:
+            if self.reconnects:
+                logger.warning("the link to %s is up again", self._connector.command.source)
+
+    def _lose(self, retriever: Retriever) -> None:
+        sent, received = self._past_bytes
+        self._past_bytes = (sent + retriever.sent_bytes, received + retriever.received_bytes)
+        self._answered_at = self._last_answer()
+        self._retriever = None
+        if not self._closing:
+            self.last_error = retriever.failure
+            logger.warning("the link is lost, and is made again: %s", retriever.failure)
+
+    def _last_answer(self) -> float:
+        here = self._retriever.answered_at if self._retriever is not None else None
+        return self._answered_at if here is None else here
+
+    async def ask(self, questions: Sequence[Question], since: float) -> list[bytes | None]:
+        """As `Retriever.ask`, over as many connections as it takes.
+
+        `since`: when it was first wanted, in trio's time. SourceError where the patience ends, where
+        the source says that it cannot answer, and where the link is closed or the source another.
+        """
+        garbled = 0
+        while True:
+            retriever = await self._connected(since)
+            try:
+                answers = await retriever.ask(questions)
+                if self._connector.changed is None:
+                    return answers
+            except GarbledSourceError:
+                garbled += 1
+                if garbled == _MOST_GARBLED:
+                    raise
+            except SourceError:
+                if retriever.failure is None or self._closing:
+                    raise
+            if self._connector.changed is None:
+                await retriever.ended.wait()
+
+    async def _connected(self, since: float) -> Retriever:
+        while True:
+            if self._connector.changed is not None:
+                raise copy(self._connector.changed)
+            if self._closing:
+                raise SourceError(f"{self._connector.command.source} has been let go")
+            for link in filter(None, (self, self.substitute)):
+                if link._retriever is not None and link._retriever.failure is None:
+                    return link._retriever
+            if not await self._wait_until(max(since, self._last_answer()) + self._patience):
+                source, error = self._connector.command.source, self.last_error
+                raise SourceError(
+                    f"{source} has been away for {self._patience:g} seconds" + (f": {error}" if error else "")
+                )
+
+    async def _wait_until(self, deadline: float) -> bool:
+        """Until there is a connection, or there will never be one; False where the deadline was first."""
+        self._waiting += 1
+        if not math.isinf(deadline):
+            self._wanted.set()
+        try:
+            with trio.move_on_at(deadline) as waiting:
+                await self._connector.links_changed.wait()
+        finally:
+            self._waiting -= 1
+            if not self._waiting:
+                self._wanted = trio.Event()
+        return not waiting.cancelled_caught
+
+    async def check(self) -> None:
+        """Where it can still be asked: is the source what it was? SourceChangedError."""
+        if self._retriever is None:
+            return  # whoever connects again will see
+        try:
+            await self._connector.check(self._retriever)
+        except SourceChangedError:
+            raise
+        except SourceError as error:
+            logger.info("whether the source is still the same was not to be learnt: %s", error)
+
+    async def close(self) -> None:
+        """Let the source go, for good; who waits for it gets an error now. Returns when it is gone."""
+        self._closing = True
+        self._running.cancel()
+        self._connector.wake()
+        if self._finished is not None:
+            await self._finished.wait()
+        if self._retriever is not None:
+            await self._retriever.close()

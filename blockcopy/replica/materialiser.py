@@ -5,8 +5,9 @@ place that writes to the destination.
 
 Single flight: a block on its way has one `_Flight`, and whoever else wants it waits for that. Only a
 demand read that has waited DEMAND_PATIENCE for the pass asks as well, so that it never waits for bulk
-that is slow or stands still; the second to arrive, with the same bytes, is dropped. Each flight runs
-in the nursery given here, not in the task of who asked, so a reader that goes away strands nobody.
+that is slow or stands still; the pass does so after BULK_PATIENCE. The second to arrive, with the
+same bytes, is dropped, and a flight that has nothing left to bring ends. Each flight runs in the
+nursery given here, not in the task of who asked, so a reader that goes away strands nobody.
 A failed flight is forgotten: the next `ensure` tries again. Who waited for a flight of the other lane
 does not inherit its failure, but tries by its own means.
 
@@ -17,6 +18,7 @@ write of all its bytes returned, or after the source said that they are equal.
 from __future__ import annotations
 
 import logging
+import math
 from copy import copy
 
 import trio
@@ -27,7 +29,7 @@ from blockcopy.errors import BlockcopyError, DeviceError, SourceError
 from blockcopy.geometry import Geometry, runs
 from blockcopy.replica.blockmap import BlockMap
 from blockcopy.replica.forms import Question
-from blockcopy.replica.retriever import Retriever
+from blockcopy.replica.link import Link
 
 logger = logging.getLogger(__name__)
 
@@ -37,27 +39,46 @@ BATCH_BLOCKS = 16
 DEMAND_PATIENCE = 0.05
 """Seconds: the pass brings a block sooner than that, or the link is slow."""
 
+BULK_PATIENCE = 2
+"""Seconds: a reader's block is here by then, or its link stands still, and the pass must not."""
+
 
 class Lane:
-    """One retriever, and how much may be in hand for it at a time. Demand and bulk have one each."""
+    """One link, and how much may be in hand for it at a time. Demand and bulk have one each."""
 
-    def __init__(self, retriever: Retriever, *, flights: int, threads: int, patience: float) -> None:
+    def __init__(self, link: Link, *, flights: int, threads: int, patience: float) -> None:
         """At most `flights` batches, so flights × BATCH_BLOCKS blocks of memory; `threads` of our own.
 
         `patience`: seconds to wait for a block that another lane is bringing, before asking as well.
         """
-        self.retriever = retriever
+        self.link = link
         self.patience = patience
         self.flights = trio.CapacityLimiter(flights)
         self.threads = trio.CapacityLimiter(threads)
         self.claims: dict[int, _Flight] = {}
         """The blocks this lane is bringing."""
+        self.active_at = -math.inf
+        """When something set off here, or landed, in trio's time."""
+
+    def claim(self, flight: _Flight) -> None:
+        """Its blocks are on their way."""
+        self.claims.update(dict.fromkeys(flight.blocks, flight))
+        self.active_at = trio.current_time()
+
+    def release(self, flight: _Flight) -> None:
+        """They are no longer."""
+        for block in flight.blocks:
+            del self.claims[block]
+        self.active_at = trio.current_time()
 
 
 class _Flight:
-    """Some blocks on their way."""
+    """Some blocks on their way, wanted since it was made."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: list[int]) -> None:
+        self.blocks = blocks
+        self.since = trio.current_time()
+        self.scope = trio.CancelScope()
         self.landed = trio.Event()
         self.error: BlockcopyError | None = None
 
@@ -73,8 +94,11 @@ class Materialiser:
         self._blockmap = blockmap
         self._lanes = lanes
         self._nursery = nursery
-        self.unsynced = False
-        """Something was written since the device was last synced."""
+        self.unsynced = trio.Event()
+        """Something was written since the device was last synced: by an earlier run, for all we know.
+        Replaced by each sync."""
+        self.unsynced.set()
+        self._storing = 0
         self.last_error: BlockcopyError | None = None
         self.complete = trio.Event()
         if blockmap.complete:
@@ -109,16 +133,18 @@ class Materialiser:
         )
 
     def _launch(self, blocks: list[int], lane: Lane) -> _Flight:
-        flight = _Flight()
-        lane.claims.update(dict.fromkeys(blocks, flight))
-        self._nursery.start_soon(self._fly, flight, blocks, lane)
+        flight = _Flight(blocks)
+        lane.claim(flight)
+        self._nursery.start_soon(self._fly, flight, lane)
         return flight
 
-    async def _fly(self, flight: _Flight, blocks: list[int], lane: Lane) -> None:
+    async def _fly(self, flight: _Flight, lane: Lane) -> None:
+        blocks = flight.blocks
         flight.error = SourceError("the replica is being closed")  # if this task is cancelled
         try:
-            async with lane.flights:
-                await self._fetch(blocks, lane)
+            with flight.scope:
+                async with lane.flights:
+                    await self._fetch(blocks, lane, flight.since)
             flight.error = None
         except BlockcopyError as error:
             flight.error = self.last_error = error
@@ -127,26 +153,40 @@ class Materialiser:
             logger.exception("blocks %d to %d cannot be fetched", blocks[0], blocks[-1])
             flight.error = self.last_error = BlockcopyError(f"internal error: {error!r}")
         finally:
-            for block in blocks:
-                del lane.claims[block]
+            lane.release(flight)
             flight.landed.set()
 
-    async def _fetch(self, blocks: list[int], lane: Lane) -> None:
+    def _overtake(self, blocks: list[int], lane: Lane) -> None:
+        """Flights of other lanes that have nothing left to bring need not go on, nor who waits for them."""
+        for other in self._lanes:
+            flights = (
+                {other.claims[block] for block in blocks if block in other.claims} if other is not lane else ()
+            )
+            for flight in flights:
+                if not self._blockmap.any_missing(flight.blocks):
+                    flight.scope.cancel()
+
+    async def _fetch(self, blocks: list[int], lane: Lane, since: float) -> None:
         generation = self._blockmap.generation
         asked = await trio.to_thread.run_sync(questions, self._device, self._geometry, blocks, limiter=lane.threads)
-        answers = await lane.retriever.ask(asked)
+        answers = await lane.link.ask(asked, since)
         differing = [
             (question.position, answer)
             for block, question, answer in zip(blocks, asked, answers, strict=True)
             if answer is not None and self._blockmap.any_missing([block])
         ]
         if differing:
-            self.unsynced = True
-            await trio.to_thread.run_sync(self._store, differing, limiter=lane.threads)
+            self.unsynced.set()
+            self._storing += 1
+            try:
+                await trio.to_thread.run_sync(self._store, differing, limiter=lane.threads)
+            finally:
+                self._storing -= 1
         if self._blockmap.generation != generation:
             return  # a sync failed meanwhile: what was read, or written, may be gone again
         for block, answer in zip(blocks, answers, strict=True):
             self._blockmap.mark(block, fetched=answer is not None)
+        self._overtake(blocks, lane)
         if self._blockmap.complete:
             self.complete.set()
 
@@ -160,18 +200,27 @@ class Materialiser:
         DeviceError where the device cannot say so. Then the kernel may have dropped what was
         written, and reads may give the old bytes: nothing is known any more, all is checked again.
         """
-        if not self.unsynced:
+        if not self.unsynced.is_set():
             return
-        self.unsynced = False
+        self.unsynced = trio.Event()
+        if self._storing:  # a sync need not have what is written while it runs
+            self.unsynced.set()
         try:
             await trio.to_thread.run_sync(self._device.sync)
         except DeviceError as error:
-            self.unsynced = True
+            self.unsynced.set()
             self.last_error = error
-            self._blockmap.forget_all()
-            if self.complete.is_set():
-                self.complete = trio.Event()
+            try:  # what the cache has is not what the disk has, and would be found equal
+                await trio.to_thread.run_sync(self._device.drop_cache)
+            finally:  # after that: what was read before it counts for nothing
+                self.forget()
             raise
+
+    def forget(self) -> None:
+        """Nothing is known any more: every block has to be checked again."""
+        self._blockmap.forget_all()
+        if self.complete.is_set():
+            self.complete = trio.Event()
 
 
 def questions(device: Device, geometry: Geometry, blocks: list[int]) -> list[Question]:

@@ -20,6 +20,7 @@ import trio
 from blockcopy import __version__, digests, wire
 from blockcopy.digests import NO_DIGEST
 from blockcopy.errors import GarbledSourceError, OriginalProgramError, SourceError, StreamError
+from blockcopy.identity import Identity, is_identity
 from blockcopy.remote import Command
 from blockcopy.replica.forms import AgreedForm, OriginalForm, Question
 from blockcopy.stages import PIPE_SIZE, enlarge_pipe
@@ -30,11 +31,20 @@ _FAREWELL_SECONDS = 2
 """How long a process that closed its output, or was told to end, is waited for before it is killed."""
 
 
+_GREETING = wire.encode(
+    wire.Hello(
+        {"protocol": wire.PROTOCOL, "program": f"blockcopy {__version__}", "digests": [digests.NAME]},
+    )
+)
+
+
 class Retriever:
     """One `retrieve` process. Start `run` in a nursery, `greet` it where it may be ours, then `ask`."""
 
-    def __init__(self, command: Command, *, original: bool = False) -> None:
+    def __init__(self, command: Command, *, original: bool = False, timeout: float = math.inf) -> None:
+        """It is killed where it gives nothing for `timeout` seconds while it is asked something."""
         self._command = command
+        self._timeout = timeout
         self._form = (OriginalForm if original else AgreedForm)(str(command.source))
         # Unbounded, yet bounded by those who ask: each waits for its answer before it asks again.
         self._send, self._outgoing = trio.open_memory_channel[bytes](math.inf)
@@ -42,20 +52,25 @@ class Retriever:
         self._process: trio.Process | None = None
         self._greeted = trio.Event()
         self._hello: wire.Hello | None = None
-        self._ended = trio.Event()
+        self._last_sign = trio.current_time()  # of life, or when it was first asked
+        self.answered_at: float | None = None
+        """When it last gave anything but its greeting; None before."""
+        self.ended = trio.Event()
         self._closing = False
+        self._stalled = False
         self.failure: SourceError | None = None
         """Why nothing can be asked any more; None while it can."""
         self.quiet = True
-        """What it says, and dies of, is logged for developers only: as long as somebody else tells it."""
+        """What it says is logged for developers only: as long as somebody else tells it."""
         self.sent_bytes = 0
         self.received_bytes = 0
-        if not original:  # before anything else, and without waiting for whoever asks
-            facts = {"protocol": wire.PROTOCOL, "program": f"blockcopy {__version__}"}
-            self._transmit(wire.encode(wire.Hello(facts)))
+        if original:
+            self._greeted.set()  # it does not know how
+        else:  # before anything else, and without waiting for whoever asks
+            self._transmit(_GREETING)
 
-    async def greet(self) -> int:
-        """Wait for the greeting of the agreed form to be returned; the size of the source in bytes.
+    async def greet(self) -> Identity:
+        """Wait for the greeting of the agreed form to be returned; what the source says of itself.
 
         OriginalProgramError where the process knows no `helo`; SourceError where it dies of anything
         else or says what cannot be agreed to.
@@ -66,10 +81,18 @@ class Retriever:
             if any("helo" in message for message in self._messages):
                 raise OriginalProgramError(str(failure))
             raise copy(failure)
-        size, name = self._hello.facts.get("size"), self._hello.facts.get("digest")
-        if not isinstance(size, int) or not 0 <= size <= wire.MAX_POSITION or name != digests.NAME:
-            raise SourceError(f"{self._command.source}: no agreement with {self._hello.facts!r}")
-        return size
+        facts = self._hello.facts
+        identity: Identity = facts.get("identity", {})
+        if not is_identity(identity) or facts.get("digest") != digests.NAME:
+            raise SourceError(f"{self._command.source}: no agreement with {str(facts)[:500]}")
+        return identity
+
+    async def greet_again(self) -> Identity:
+        """What the source says of itself by now; in the agreed form. SourceError."""
+        self._check_open()
+        self._hello, self._greeted = None, trio.Event()
+        self._transmit(_GREETING)
+        return await self.greet()
 
     async def ask(self, questions: Sequence[Question]) -> list[bytes | None]:
         """For each question, in ascending positions: the source's bytes, or None where it has the same.
@@ -90,6 +113,8 @@ class Retriever:
 
     async def _exchange(self, questions: list[Question]) -> list[bytes | None]:
         self._check_open()
+        if not self._form.pending:
+            self._last_sign = trio.current_time()
         batch, stream = self._form.ask(questions)
         self._transmit(stream)
         await batch.settled.wait()
@@ -109,23 +134,23 @@ class Retriever:
 
     async def close(self) -> None:
         """Let the source go: `done` where nothing is being asked, else at once. Returns when it is gone."""
-        if self._process is None or self._ended.is_set():
+        if self._process is None or self.ended.is_set():
             self._closing = True
             return
         if self._closing:
-            await self._ended.wait()
+            await self.ended.wait()
             return
         self._closing = True
-        if self._form.pending or self.failure is not None:
+        if self._form.pending or not self._greeted.is_set():
             self._process.kill()
         else:
             self._send.send_nowait(wire.encode(wire.Done()))
             self._send.close()
         with trio.move_on_after(_FAREWELL_SECONDS):
-            await self._ended.wait()
-        if not self._ended.is_set():
+            await self.ended.wait()
+        if not self.ended.is_set():
             self._process.kill()
-            await self._ended.wait()
+            await self.ended.wait()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Start the process, reports `started`, and see it to its end; returns, does not raise, then.
@@ -135,7 +160,12 @@ class Retriever:
         environment = {**os.environ, **self._command.environment}
         try:
             process = await trio.lowlevel.open_process(
-                self._command.argv, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment
+                self._command.argv,
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=PIPE,
+                env=environment,
+                cwd=self._command.folder if os.path.isdir(self._command.folder) else None,
             )
         except OSError as error:
             raise SourceError(f"cannot run `{self._command.argv[0]}`: {error.strerror}") from error
@@ -145,10 +175,14 @@ class Retriever:
             async with trio.open_nursery() as nursery:
                 messages_read = trio.Event()
                 nursery.start_soon(self._write, process)
+                nursery.start_soon(self._watch, process)
                 nursery.start_soon(self._read_messages, process, messages_read)
+                reading = trio.CancelScope()
+                nursery.start_soon(self._end_with, process, reading)
                 task_status.started()
                 try:
-                    await self._read(process)
+                    with reading:
+                        await self._read(process)
                 except StreamError as error:
                     process.kill()
                     garbled = f"{self._command.source} sent what was not asked for: {error}"
@@ -157,7 +191,9 @@ class Retriever:
                 with trio.move_on_after(_FAREWELL_SECONDS):
                     await process.wait()
                     await messages_read.wait()
-                if garbled:
+                if self._stalled:
+                    failure = SourceError(f"{self._command.source} gave nothing for {self._timeout:g} seconds")
+                elif garbled:
                     failure = GarbledSourceError(garbled + self._said())
                 elif not self._closing:
                     failure = SourceError(self._describe_end(process.returncode) + self._said())
@@ -171,13 +207,11 @@ class Retriever:
                     if pipe is not None:
                         await pipe.aclose()
             self._fail(failure)
-            self._ended.set()
+            self.ended.set()
 
     def _fail(self, error: SourceError) -> None:
         """Nothing can be asked any more: every wait ends with `error`."""
         self.failure = error
-        if not self._closing:
-            self._log(str(error))
         for batch in self._form.pending:
             batch.fail(error)
         self._form.pending.clear()
@@ -206,6 +240,7 @@ class Retriever:
         decoder = wire.Decoder(self._form.grammar)
         while data := await pipe.receive_some(PIPE_SIZE):
             self.received_bytes += len(data)
+            self._last_sign = trio.current_time()
             decoder.feed(data)
             while (message := decoder.next()) is not None:
                 if isinstance(message, wire.Hello) and self._hello is None:
@@ -213,6 +248,22 @@ class Retriever:
                     self._greeted.set()
                 else:
                     self._form.take(message)
+                    self.answered_at = self._last_sign
+
+    async def _end_with(self, process: trio.Process, reading: trio.CancelScope) -> None:
+        """What it started may hold its output open, behind a script or a sudo: that is not waited for."""
+        await process.wait()
+        await trio.sleep(_FAREWELL_SECONDS)
+        reading.cancel()
+
+    async def _watch(self, process: trio.Process) -> None:
+        """Kill it where it owes an answer and gives nothing: whoever waits learns that, and asks another."""
+        while not self._stalled:
+            since = self._last_sign if self._form.pending else trio.current_time()
+            await trio.sleep_until(since + self._timeout)
+            silent = trio.current_time() >= self._last_sign + self._timeout
+            self._stalled = silent and bool(self._form.pending)
+        process.kill()
 
     async def _read_messages(self, process: trio.Process, finished: trio.Event) -> None:
         """What the process says to standard error is logged with the source's name, and kept."""

@@ -10,7 +10,12 @@ import trio
 
 from blockcopy.errors import BlockcopyError, Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+def ending_signals() -> list[signal.Signals]:
+    """The signals that end a program in order; one that it was started to ignore, as by nohup, does not."""
+    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [each for each in wanted if signal.getsignal(each) != signal.SIG_IGN]
+
 
 T = TypeVar("T")
 
@@ -35,7 +40,7 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
 
 async def interruptible(main: Callable[[], Awaitable[T]]) -> T:
     """`main()`; a signal cancels it, and is raised as Interrupted when it has come to its orderly end."""
-    with trio.open_signal_receiver(*SIGNALS) as signals:
+    with trio.open_signal_receiver(*ending_signals()) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_raise_interrupted, signals)
             result = await main()

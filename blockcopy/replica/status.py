@@ -38,14 +38,19 @@ def to_json(snapshot: dict[str, Any]) -> bytes:
 
 def one_line(snapshot: dict[str, Any]) -> str:
     """For people: state, how much is here, what it took, and whether the source is still needed."""
+    came = f"{human_size(snapshot['same_bytes'])} were equal, {human_size(snapshot['fetched_bytes'])} fetched"
+    if snapshot["resumed_bytes"]:
+        came = f"{human_size(snapshot['resumed_bytes'])} were recorded, {came}"
     parts = [
         f"{snapshot['state']}: {snapshot['hydrated_percent']:.2f} % of {human_size(snapshot['size'])}",
-        f"{human_size(snapshot['same_bytes'])} were equal, {human_size(snapshot['fetched_bytes'])} fetched",
+        came,
         "the source is still needed" if snapshot["source_needed"] else "the source is no longer needed",
     ]
     if snapshot["eta_seconds"] is not None:
         rate, eta = human_size(snapshot["rate_bytes_per_s"]), human_time(snapshot["eta_seconds"])
         parts.insert(1, f"{rate}/s, {eta} to go")
+    if snapshot["link"]["state"] == "reconnecting":
+        parts.append(f"the link is down: {snapshot['link']['last_error']}")
     if snapshot["error"]:
         parts.append(f"error: {snapshot['error']}")
     return "; ".join(parts)

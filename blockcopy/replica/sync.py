@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TextIO
 
 from blockcopy.replica import bar
-from blockcopy.replica.engine import Plan, open_replica
+from blockcopy.replica.engine import open_replica
+from blockcopy.replica.replica import Plan
 
 
 async def sync(plan: Plan, terminal: TextIO | None) -> None:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import trio
 
 from blockcopy.device import Device, open_source
+from blockcopy.errors import BlockcopyError
 from blockcopy.geometry import Extent, Geometry
 from blockcopy.remote import Command
-from blockcopy.replica.link import connect
+from blockcopy.replica.connector import Connector
+from blockcopy.replica.link import Link
 from blockcopy.replica.materialiser import BATCH_BLOCKS, questions
-from blockcopy.replica.retriever import Retriever
 
 _WINDOW = 6
 """Batches asked for at a time."""
@@ -29,40 +30,67 @@ class Verdict:
     differing: int = 0
 
 
-async def verify(command: Command, destination: str, report: Callable[[Extent], None]) -> Verdict:
+async def verify(
+    command: Command,
+    destination: str,
+    report: Callable[[Extent], None],
+    *,
+    timeout: float,
+    patience: float,
+    prompts: bool,
+) -> Verdict:
     """Compare every block; `report` gets each range that differs, in order, neighbours as one.
 
     Where the destination is shorter, all that it lacks differs; what it has beyond does not count.
-    SourceError, DeviceError, in exception groups.
+    `timeout` and `prompts` as for a Connector, `patience` as for a Link. SourceError, DeviceError, in
+    exception groups.
     """
     with open_source(destination) as device:
         async with trio.open_nursery() as nursery:
             own = device.size()
-            retrievers, size = await connect(command, nursery, connections=1, guess=own)
-            verdict = Verdict(size)
-            ranges = _Ranges(report, verdict)
-            await _compare(device, Geometry(min(own, size)), retrievers[0], ranges)
-            if size > own:
-                ranges.add(Extent(own, size - own))
-            ranges.finish()
-            await retrievers[0].close()
+            connector = Connector(command, guess=own, timeout=timeout, prompts=prompts)
+            link = Link(connector, nursery, patience=patience)
+            await link.open()
+            nursery.start_soon(link.run)
+            size = connector.identity["size"] if connector.identity else 0
+            verdict = await compare(device, Geometry(size), link, report)
+            await link.close()
     return verdict
 
 
-async def _compare(device: Device, geometry: Geometry, retriever: Retriever, ranges: _Ranges) -> None:
+async def compare(device: Device, geometry: Geometry, link: Link, report: Callable[[Extent], None]) -> Verdict:
+    """As `verify`, over a link that is up, for a source of that geometry. SourceError, DeviceError."""
+    verdict = Verdict(geometry.size)
+    ranges = _Ranges(report, verdict)
+    own = min(device.size(), geometry.size)
+    await _compare(device, Geometry(own, geometry.block_size), link, ranges)
+    if geometry.size > own:
+        ranges.add(Extent(own, geometry.size - own))
+    ranges.finish()
+    return verdict
+
+
+async def _compare(device: Device, geometry: Geometry, link: Link, ranges: _Ranges) -> None:
     step = _WINDOW * BATCH_BLOCKS
     for start in range(0, geometry.blocks, step):
         blocks = range(start, min(start + step, geometry.blocks))
         found: dict[int, bool] = {}
+        errors: list[BlockcopyError] = []
 
-        async def ask(batch: range, found: dict[int, bool] = found) -> None:
-            asked = await trio.to_thread.run_sync(questions, device, geometry, list(batch))
-            answers = await retriever.ask(asked)
+        async def ask(batch: range, found: dict[int, bool] = found, errors: list[BlockcopyError] = errors) -> None:
+            try:
+                asked = await trio.to_thread.run_sync(questions, device, geometry, list(batch))
+                answers = await link.ask(asked, trio.current_time())
+            except BlockcopyError as error:
+                errors.append(error)
+                return
             found.update((block, answer is not None) for block, answer in zip(batch, answers, strict=True))
 
         async with trio.open_nursery() as nursery:
             for first in range(blocks.start, blocks.stop, BATCH_BLOCKS):
                 nursery.start_soon(ask, range(first, min(first + BATCH_BLOCKS, blocks.stop)))
+        if errors:
+            raise errors[0]
         for block in blocks:
             if found[block]:
                 ranges.add(geometry.extent(block))

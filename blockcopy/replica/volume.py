@@ -12,7 +12,7 @@ import logging
 import trio
 
 from blockcopy.device import Device
-from blockcopy.errors import BlockcopyError
+from blockcopy.errors import BlockcopyError, SourceError
 from blockcopy.geometry import Geometry
 from blockcopy.replica.blockmap import BlockMap
 from blockcopy.replica.materialiser import Lane, Materialiser
@@ -44,7 +44,9 @@ class Volume:
         materialiser: Materialiser,
         lane: Lane,
         nursery: trio.Nursery,
+        patience: float,
     ) -> None:
+        """`patience`: the most seconds that a read may take to have its blocks, whatever happens."""
         self.size = geometry.size
         self._device = device
         self._geometry = geometry
@@ -52,6 +54,7 @@ class Volume:
         self._materialiser = materialiser
         self._lane = lane
         self._nursery = nursery
+        self._patience = patience
         self._threads = trio.CapacityLimiter(_READ_THREADS)
         self._streams: list[_Stream] = []  # the one read last is last
 
@@ -64,15 +67,17 @@ class Volume:
         if not self._blockmap.complete:
             self._read_ahead(blocks)
             if self._blockmap.any_missing(blocks):
-                await self._materialiser.ensure(blocks, self._lane)
+                await self._ensure(blocks)
         data = self._device.read_cached(offset, length)
         if data is None:
             data = await trio.to_thread.run_sync(self._device.read, offset, length, limiter=self._threads)
         return data
 
-    async def sync(self) -> None:
-        """What was read so far is durable on the destination. Raises DeviceError."""
-        await self._materialiser.sync()
+    async def _ensure(self, blocks: range) -> None:
+        with trio.move_on_after(self._patience):
+            await self._materialiser.ensure(blocks, self._lane)
+            return
+        raise SourceError(f"the source gave blocks {blocks.start} to {blocks.stop - 1} not in {self._patience:g} s")
 
     def _read_ahead(self, blocks: range) -> None:
         """Note that `blocks` are read; start bringing what this reader is likely to read next."""

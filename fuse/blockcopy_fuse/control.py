@@ -1,4 +1,7 @@
-"""A mount from outside: status, wait, umount. Talks to it through its own files, needs no pyfuse3."""
+"""A mount from outside: status, wait, umount, and what its control socket takes. Needs no pyfuse3.
+
+A mount is asked through its own files; its status names the socket.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,18 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-from blockcopy.errors import IncompleteError, MountError
+from blockcopy.errors import BlockcopyError, IncompleteError, MountError
 from blockcopy_fuse import STATUS_NAME
 
 _POLL_SECONDS = 0.2
 
-_FAREWELL_SECONDS = 1
+_FAREWELL_SECONDS = 3
 """How long a mount's program may take to see by itself that it was unmounted."""
 
 
@@ -54,6 +58,26 @@ def wait(mountpoint: str) -> dict[str, Any]:
     return snapshot
 
 
+def command(mountpoint: str, request: dict[str, Any]) -> None:
+    """Have the mount do it, and return when it is done. MountError, or what it failed with."""
+    path = read_status(mountpoint).get("control_socket")
+    if path is None:
+        raise MountError(f"the mount on {mountpoint} has no control socket; its log says why")
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(path)
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            with connection.makefile("rb") as replies:
+                line = replies.readline()
+    except OSError as error:
+        raise MountError(f"cannot reach the mount on {mountpoint} at {path}: {error.strerror}") from error
+    if not line:
+        raise MountError(f"the mount on {mountpoint} ended before it answered")
+    reply = json.loads(line)
+    if "error" in reply:
+        raise BlockcopyError.told(reply["error"], reply["exit_code"])
+
+
 def umount(mountpoint: str) -> dict[str, Any] | None:
     """Unmount, and return when the mount's program has synced the destination and ended.
 
@@ -62,6 +86,9 @@ def umount(mountpoint: str) -> dict[str, Any] | None:
     snapshot: dict[str, Any] | None = None
     try:
         snapshot = read_status(mountpoint)
+        while snapshot["state"] == "hydrating" and snapshot["hydrated_bytes"] == snapshot["size"]:
+            time.sleep(_POLL_SECONDS)  # the last sync, which would be waited for anyhow
+            snapshot = read_status(mountpoint)
     except MountError:
         if not is_dead(mountpoint):
             raise

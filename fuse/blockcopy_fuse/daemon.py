@@ -53,9 +53,7 @@ def _await_ready(child: int, told: int) -> None:
     if not message:
         raise MountError("the mount's process died before it was ready")
     failure = json.loads(message)
-    error = BlockcopyError(failure["message"])
-    error.exit_code = failure["exit_code"]
-    raise error
+    raise BlockcopyError.told(failure["message"], failure["exit_code"])
 
 
 def _run_child(program: Callable[[Callable[[], None]], None], tell: int) -> None:

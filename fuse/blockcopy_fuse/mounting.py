@@ -11,6 +11,7 @@ folder, and the next mount says how to clear it.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
 import signal
@@ -19,16 +20,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pyfuse3
 import trio
 
 from blockcopy.errors import Interrupted, MountError, UsageError
 from blockcopy.replica import bar
-from blockcopy.replica.engine import Plan, Replica, open_replica
-from blockcopy.replica.running import SIGNALS
-from blockcopy_fuse import STATUS_NAME, control
+from blockcopy.replica.engine import open_replica
+from blockcopy.replica.replica import Plan, Replica
+from blockcopy.replica.running import ending_signals
+from blockcopy_fuse import STATUS_NAME, control, control_socket
+from blockcopy_fuse.control_socket import ControlSocket
 from blockcopy_fuse.operations import Operations
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,9 @@ _TERMINATE_SECONDS = 5
 
 _MAX_HANDLERS = 256
 """Requests being handled at once. When all of them wait, not even a lookup is answered."""
+
+_REQUEST_MARGIN = 20
+"""The kernel looks each 15 seconds for requests that took too long."""
 
 _REFUSED_OPTIONS = {
     "max_read": "it makes the mount vanish at once (a fault of libfuse's bindings)",
@@ -74,12 +80,26 @@ def check(mount: MountPlan) -> None:
         raise MountError(f"cannot mount on {mountpoint}: it is no folder")
     if os.path.ismount(mountpoint) and (mountpoint / STATUS_NAME).exists():
         raise MountError(f"{mountpoint} has a replica mounted already (see: blockcopy status {mountpoint})")
-    if Path(mount.plan.destination).resolve().is_relative_to(mountpoint.resolve()):
-        raise UsageError(f"the mount on {mountpoint} would hide the destination {mount.plan.destination}")
+    for path, what in ((mount.plan.destination, "destination"), (mount.plan.state, "state file")):
+        if path is not None and Path(path).resolve().is_relative_to(mountpoint.resolve()):
+            raise UsageError(f"the mount on {mountpoint} would hide the {what} {path}")
     if "/" in mount.name or mount.name in ("", ".", "..", STATUS_NAME):
         raise UsageError(f"--name {mount.name!r} cannot be the name of the file")
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise MountError("cannot use /dev/fuse: load it (modprobe fuse), or have the container given it")
+
+
+def longest_request() -> float:
+    """Seconds that a request may take before the kernel gives the whole mount up; inf where it never does."""
+    limits = [math.inf]
+    for name in ("default_request_timeout", "max_request_timeout"):
+        try:
+            seconds = int(Path("/proc/sys/fs/fuse", name).read_text())
+        except (OSError, ValueError):
+            continue  # kernels before 6.14 have no such limit
+        if seconds:
+            limits.append(max(1, seconds - _REQUEST_MARGIN))
+    return min(limits)
 
 
 def parse_options(texts: list[str]) -> frozenset[str]:
@@ -108,17 +128,18 @@ async def serve(mount: MountPlan, ready: Callable[[], None], terminal: TextIO | 
             logger.info("ending on %s", signal.Signals(signum).name)
             stop.set()
 
-    with trio.open_signal_receiver(*SIGNALS) as signals:
+    with trio.open_signal_receiver(*ending_signals()) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch_signals)
             async with open_replica(mount.plan) as replica:
-                _init(mount, replica)
-                mounted = True
-                try:
-                    with _pid_file(mount.pid_file):
-                        await _serve(replica, stop, ready, terminal)
-                finally:
-                    pyfuse3.close(unmount=True)
+                with control_socket.opened() as socket:
+                    _init(mount, replica, socket.path if socket else None)
+                    mounted = True
+                    try:
+                        with _pid_file(mount.pid_file):
+                            await _serve(replica, socket, stop, ready, terminal)
+                    finally:
+                        pyfuse3.close(unmount=True)
             nursery.cancel_scope.cancel()
 
 
@@ -147,10 +168,13 @@ def await_first_answer(mount: MountPlan) -> None:
         raise MountError(f"the mount on {mount.mountpoint} does not answer: {error.strerror}") from error
 
 
-def _init(mount: MountPlan, replica: Replica) -> None:
+def _init(mount: MountPlan, replica: Replica, socket: str | None) -> None:
+    def snapshot() -> dict[str, Any]:
+        return {**replica.snapshot(), "control_socket": socket}
+
     source = str(mount.plan.command.source).replace("\\", "\\\\").replace(",", "\\,")
     options = {*pyfuse3.default_options, "ro", f"fsname={source}", "subtype=blockcopy", *mount.options}
-    operations = Operations(replica.volume, mount.name, replica.snapshot, shared=mount.shared)
+    operations = Operations(replica, mount.name, snapshot, shared=mount.shared)
     try:
         pyfuse3.init(operations, mount.mountpoint, options)
     except RuntimeError as error:  # libfuse has printed the reason itself
@@ -180,7 +204,13 @@ def _is_fuse(entry: Path) -> bool:
         return False  # the descriptor that lists them is gone again
 
 
-async def _serve(replica: Replica, stop: trio.Event, ready: Callable[[], None], terminal: TextIO | None) -> None:
+async def _serve(
+    replica: Replica,
+    socket: ControlSocket | None,
+    stop: trio.Event,
+    ready: Callable[[], None],
+    terminal: TextIO | None,
+) -> None:
     """Take requests until `stop` is set or the mount is taken away."""
 
     async def take_requests() -> None:
@@ -192,6 +222,8 @@ async def _serve(replica: Replica, stop: trio.Event, ready: Callable[[], None], 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(take_requests)
         nursery.start_soon(_watch_connection, stop)
+        if socket is not None:
+            nursery.start_soon(socket.serve, replica)
         if terminal is not None:
             nursery.start_soon(bar.show, replica, terminal)
         ready()

@@ -21,8 +21,8 @@ from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FlagT, FU
 
 from blockcopy.errors import BlockcopyError
 from blockcopy.geometry import BLOCK_SIZE
+from blockcopy.replica.replica import Replica
 from blockcopy.replica.status import to_json
-from blockcopy.replica.volume import Volume
 from blockcopy_fuse import STATUS_NAME
 
 logger = logging.getLogger(__name__)
@@ -59,11 +59,17 @@ def handler(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutin
 
 
 class Operations(pyfuse3.Operations):
-    """See the module. `name` is the replica's; `shared` where other users may read it."""
+    """See the module. `name` is the file's; `shared` where other users may read it.
 
-    def __init__(self, volume: Volume, name: str, snapshot: Callable[[], dict[str, Any]], *, shared: bool) -> None:
+    `snapshot` tells what is in the status file.
+    """
+
+    def __init__(
+        self, replica: Replica, name: str, snapshot: Callable[[], dict[str, Any]], *, shared: bool
+    ) -> None:
         super().__init__()
-        self._volume = volume
+        self._replica = replica
+        self._volume = replica.volume
         self._snapshot = snapshot
         self._shared = shared
         self._mounted_ns = time.time_ns()
@@ -160,7 +166,7 @@ class Operations(pyfuse3.Operations):
     @handler
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         """What was read so far, and therefore stored, is durable on the destination."""
-        await self._volume.sync()
+        await self._replica.commit()
 
     @handler
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:

@@ -1,0 +1,135 @@
+"""Opens connections to one source. All of them have the same form, and see the same source.
+
+Ours says who it is when greeted. The original ends at the first command that it does not know; it is
+started again then, asked in its own form, and what there is to know of it is found by asking.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+import trio
+
+from blockcopy.digests import NO_DIGEST
+from blockcopy.errors import OriginalProgramError, SourceChangedError, SourceError
+from blockcopy.identity import Identity, differences, sample_extents, sample_of
+from blockcopy.remote import Command
+from blockcopy.replica.forms import Question
+from blockcopy.replica.retriever import Retriever
+from blockcopy.replica.sizing import SizeSearch
+
+
+class Connector:
+    """See the module. `identity` is the source's, once it was reached or is known from elsewhere."""
+
+    def __init__(self, command: Command, *, guess: int, timeout: float = math.inf, prompts: bool = False) -> None:
+        """`guess` is the size in bytes that a search tries first.
+
+        `timeout`: seconds without a sign of life after which a connection that was asked something is
+        given up. Not so the greeting of the first one where a password may be asked for, `prompts`.
+        """
+        self.command = command
+        self.identity: Identity | None = None
+        self.changed: SourceChangedError | None = None
+        """It was found to be another: from then on nothing of it is believed."""
+        self.links_changed = trio.Event()
+        """Set, and replaced, when a link has a connection, or will never have one again."""
+        self._guess = guess
+        self._timeout = timeout
+        self._prompts = prompts
+        self._original = False
+        self._finding_out = trio.Lock()
+
+    async def open(self, nursery: trio.Nursery) -> Retriever:
+        """A connection, whose tasks run in `nursery`. SourceError where it cannot be had.
+
+        SourceChangedError where the source is not the one that it was.
+        """
+        if not self._original:
+            retriever = await self._start(nursery, original=False)
+            async with _closed_on_failure(retriever):
+                try:
+                    self._compare(await self._within(self._first_patience(), retriever.greet))
+                    return self._accepted(retriever)
+                except OriginalProgramError:
+                    self._original = True
+            await retriever.close()
+        async with self._finding_out:  # its size, once
+            return await self._open_original(nursery)
+
+    async def _start(self, nursery: trio.Nursery, *, original: bool) -> Retriever:
+        retriever = Retriever(self.command, original=original, timeout=self._timeout)
+        await nursery.start(retriever.run)
+        return retriever
+
+    async def check(self, retriever: Retriever) -> None:
+        """Over an open connection: is the source still what it was? SourceChangedError, SourceError."""
+        if self._original and self.identity is not None:
+            await self._sample(retriever, self.identity["size"])
+        else:
+            self._compare(await self._within(self._timeout, retriever.greet_again))
+
+    def _first_patience(self) -> float:
+        return math.inf if self._prompts and self.identity is None else self._timeout
+
+    async def _within(self, seconds: float, greet: Callable[[], Awaitable[Identity]]) -> Identity:
+        with trio.move_on_after(seconds):
+            return await greet()
+        raise SourceError(f"{self.command.source} gave no answer for {seconds:g} seconds")
+
+    async def _open_original(self, nursery: trio.Nursery) -> Retriever:
+        start = partial(self._start, nursery, original=True)
+        search = SizeSearch(await start(), start)
+        async with _closed_on_failure(search):
+            size = self.identity["size"] if self.identity else await search.find(self._guess)
+            await self._sample(search.retriever, size)
+            return self._accepted(search.retriever)
+
+    async def _sample(self, retriever: Retriever, size: int) -> None:
+        """Who the source is, of one that does not say: asked for the pieces that stand for it."""
+        pieces = [Question(*extent, NO_DIGEST) for extent in sample_extents(size)]
+        try:
+            sample = sample_of(await retriever.ask(pieces) if pieces else [])
+        except SourceError as error:
+            if self.identity is None or retriever.failure is not None:
+                raise
+            raise self._is_another(str(error)) from error  # it lives, and is too short
+        self._compare({"size": size, "sample": sample})
+
+    def _compare(self, identity: Identity) -> None:
+        if self.identity is None:
+            self.identity = identity
+        elif differing := differences(self.identity, identity):
+            raise self._is_another("; ".join(differing))
+
+    def _is_another(self, why: str) -> SourceChangedError:
+        self.changed = SourceChangedError(
+            f"source changed: {self.command.source} is not what it was ({why}). "
+            "Start again; of a source that is in use, take a snapshot"
+        )
+        return self.changed
+
+    @staticmethod
+    def _accepted(retriever: Retriever) -> Retriever:
+        retriever.quiet = False  # what it says from now on is told by nobody else
+        retriever.answered_at = None  # so far nobody was helped
+        return retriever
+
+    def wake(self) -> None:
+        """All that wait for a link look again."""
+        self.links_changed.set()
+        self.links_changed = trio.Event()
+
+
+@asynccontextmanager
+async def _closed_on_failure(holder: Retriever | SizeSearch) -> AsyncIterator[None]:
+    """A connection that is given up, or whose opening is cancelled, is not left behind."""
+    try:
+        yield
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await (holder.retriever if isinstance(holder, SizeSearch) else holder).close()
+        raise

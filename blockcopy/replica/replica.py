@@ -1,0 +1,273 @@
+"""A running replica: the full pass, the reads, the record, and how it ends. `engine` puts it together.
+
+Replica ─┬─ Volume    reads          (demand lane)
+         ├─ hydrate   the full pass  (bulk lane)
+         ├─ Keeper    syncs and records
+         └─ _finish   asks whether the source is still the same, verifies, lets it go
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from blockcopy.device import Device
+from blockcopy.errors import BlockcopyError, DifferentError
+from blockcopy.geometry import Extent, Geometry
+from blockcopy.identity import Identity
+from blockcopy.remote import Command
+from blockcopy.replica import background
+from blockcopy.replica.blockmap import BlockMap
+from blockcopy.replica.journal import Journal
+from blockcopy.replica.keeper import Keeper
+from blockcopy.replica.link import Link
+from blockcopy.replica.materialiser import BATCH_BLOCKS, BULK_PATIENCE, DEMAND_PATIENCE, Lane, Materialiser
+from blockcopy.replica.pace import WINDOW, Pace
+from blockcopy.replica.status import RateMeter, floored_percent
+from blockcopy.replica.verify import compare
+from blockcopy.replica.volume import Volume
+
+logger = logging.getLogger(__name__)
+
+_DEMAND_FLIGHTS = 8
+_DEMAND_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be made: `demand` where it will be read meanwhile, `hydrate` for the full pass.
+
+    Times are in seconds. `timeout`: a connection that gives nothing for so long, while it is asked, is
+    started again. `reconnect_timeout`: who reads, or who is there for the pass alone, waits so long
+    for the source. `read_timeout`: no read may take longer, whatever happens.
+    """
+
+    command: Command
+    destination: str
+    demand: bool = True
+    hydrate: bool = True
+    force: bool = False
+    keep_state: bool = True
+    state: str | None = None
+    """The state file; where it belongs if None."""
+    recheck: bool = False
+    may_be_away: bool = False
+    """Begin with what is recorded where the source cannot be reached."""
+    timeout: float = 30
+    reconnect_timeout: float = 60
+    read_timeout: float = math.inf
+    prompts: bool = False
+    """There is a terminal, where ssh may ask for a password: once at a time, and without haste."""
+    limit: int | None = None
+    verify: bool = False
+
+
+class Replica:
+    """See the module. Made by `engine.open_replica`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        device: Device,
+        geometry: Geometry,
+        blockmap: BlockMap,
+        journal: Journal | None,
+        links: list[Link],
+        nursery: trio.Nursery,
+    ) -> None:
+        """The first of `links` serves demand, the last one the pass; they may be the same."""
+        self._plan = plan
+        self._device = device
+        self._geometry = geometry
+        self._blockmap = blockmap
+        self._links = links
+        demand = Lane(links[0], flights=_DEMAND_FLIGHTS, threads=_DEMAND_THREADS, patience=DEMAND_PATIENCE)
+        self._bulk = Lane(
+            links[-1],
+            flights=WINDOW,
+            threads=len(os.sched_getaffinity(0)),
+            patience=BULK_PATIENCE,
+        )
+        self._materialiser = Materialiser(device, geometry, blockmap, [demand, self._bulk], nursery)
+        self._keeper = Keeper(journal, device, blockmap, self._materialiser)
+        self._state_file = str(journal.path) if journal else None
+        self.pace = Pace(lambda: demand.active_at, plan.limit)
+        self.volume = Volume(
+            device, geometry, blockmap, self._materialiser, demand, nursery, patience=plan.read_timeout
+        )
+        self._meter = RateMeter()
+        self.settled = trio.Event()
+        """The copy is complete, or the pass ended without completing it."""
+        self._complete = False
+        self._closing = False
+        self._verifying = False
+        self._failure: BlockcopyError | None = None
+
+    @property
+    def hydrates(self) -> bool:
+        """There is a pass, be it paused."""
+        return self._plan.hydrate
+
+    @property
+    def hydrated_bytes(self) -> int:
+        return self._blockmap.present_bytes
+
+    async def run(self, source: Identity, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Pass, completion and measuring; in the replica's nursery, cancelled with it.
+
+        Reports `started` when what is known is on record, and blocks may be stored.
+        """
+        await self._keeper.begin(source, self._geometry.block_size)
+        task_status.started()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._measure)
+            nursery.start_soon(self._guard, self._keeper.run)
+            nursery.start_soon(self._guard, self._keeper.beat)
+            if self._plan.hydrate:
+                nursery.start_soon(self._guard, self._hydrate)
+            await self._await_complete()
+            await self._guard(self._finish)
+            nursery.cancel_scope.cancel()
+
+    async def _guard(self, part: Callable[[], Any]) -> None:
+        """What ends a part of the replica ends the copy, and not the reads of what is here."""
+        try:
+            await part()
+        except BlockcopyError as error:
+            if not self._closing:
+                self._fail(error)
+
+    async def _hydrate(self) -> None:
+        await background.hydrate(self._materialiser, self._blockmap, self._geometry, self._bulk, self.pace)
+
+    async def _await_complete(self) -> None:
+        while True:
+            await self._materialiser.complete.wait()
+            await self._guard(self._keeper.commit)
+            if self._blockmap.complete:  # else the sync failed, and all is to be checked again
+                return
+
+    async def _finish(self) -> None:
+        await self._links[-1].check()
+        if self._plan.verify:
+            await self._verify()
+        await self._keeper.close()
+        await self.let_go()
+        self._complete = True
+        self.settled.set()
+        logger.info("%s is a complete copy of %s", self._plan.destination, self._plan.command.source)
+
+    async def _verify(self) -> None:
+        """Ask about every block once more, of what is on the disk. DifferentError."""
+        ranges: list[Extent] = []
+        self._verifying = True
+        try:
+            self._device.drop_cache()
+            verdict = await compare(self._device, self._geometry, self._links[-1], ranges.append)
+        finally:
+            self._verifying = False
+        if ranges:
+            await self._keeper.forget()
+            raise DifferentError(
+                f"{self._plan.destination} is not a copy of {self._plan.command.source} after all: "
+                f"{verdict.differing} bytes in {len(ranges)} ranges differ, the first at {ranges[0].offset}"
+            )
+
+    def _fail(self, error: BlockcopyError) -> None:
+        logger.error("the copy cannot be completed: %s", error)
+        self._failure = self._failure or error
+        self.settled.set()
+
+    async def wait_complete(self) -> None:
+        """Return when the destination is the copy. Raises what the pass ended with."""
+        await self.settled.wait()
+        if not self._complete and self._failure is not None:
+            raise copy(self._failure)
+
+    async def commit(self) -> None:
+        """All that is marked is durable, and recorded. Raises DeviceError."""
+        await self._keeper.commit()
+
+    async def prefetch(self, extents: Sequence[Extent]) -> None:
+        """Bring these byte ranges, as far as the source has them. Raises BlockcopyError."""
+        for extent in extents:
+            blocks = self._geometry.span(*extent)
+            for start in range(blocks.start, blocks.stop, WINDOW * BATCH_BLOCKS):
+                piece = range(start, min(start + WINDOW * BATCH_BLOCKS, blocks.stop))
+                await self._materialiser.ensure(piece, self._bulk)
+
+    async def let_go(self) -> None:
+        """End the links, for good; who waits for the source gets an error now."""
+        self._closing = True
+        async with trio.open_nursery() as nursery:
+            for link in self._links:
+                nursery.start_soon(link.close)
+
+    async def close(self) -> None:
+        """What is here is durable, and recorded. Raises DeviceError."""
+        await self._keeper.close()
+
+    async def _measure(self) -> None:
+        while True:
+            self._meter.sample(self.hydrated_bytes)
+            await trio.sleep(1)
+
+    @property
+    def state(self) -> str:
+        if self._complete:
+            return "complete"
+        if self._failure or self._links[0].changed:
+            return "failed"
+        if self._verifying:
+            return "verifying"
+        if self.pace.paused:
+            return "paused"
+        if not self._links[-1].is_up:
+            return "reconnecting"
+        return "hydrating" if self._plan.hydrate else "paused"
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `status --json` says. All sizes in bytes."""
+        size, hydrated = self._geometry.size, self.hydrated_bytes
+        rate = self._meter.rate(hydrated) if self.state == "hydrating" else 0
+        error = self._links[0].changed or self._failure or self._materialiser.last_error
+        return {
+            "state": self.state,
+            "source": str(self._plan.command.source),
+            "destination": self._plan.destination,
+            "pid": os.getpid(),
+            "size": size,
+            "hydrated_bytes": hydrated,
+            "hydrated_percent": floored_percent(hydrated, size),
+            "resumed_bytes": self._blockmap.resumed_bytes,
+            "same_bytes": self._blockmap.same_bytes,
+            "fetched_bytes": self._blockmap.fetched_bytes,
+            "sent_bytes": sum(link.sent_bytes for link in self._links),
+            "received_bytes": sum(link.received_bytes for link in self._links),
+            "rate_bytes_per_s": rate,
+            "limit_bytes_per_s": self.pace.limit,
+            "eta_seconds": -(-(size - hydrated) // rate) if rate else None,
+            "source_needed": not self._complete,
+            "link": self._link_status(),
+            "state_file": self._state_file,
+            "error": str(error) if error and not self._complete else None,
+        }
+
+    def _link_status(self) -> dict[str, Any]:
+        last_error = next((link.last_error for link in self._links if link.last_error), None)
+        if self._closing:
+            state = "closed"
+        else:
+            state = "connected" if all(link.is_up for link in self._links) else "reconnecting"
+        return {
+            "state": state,
+            "reconnects": sum(link.reconnects for link in self._links),
+            "last_error": str(last_error) if last_error else None,
+        }

@@ -1,0 +1,162 @@
+"""The control socket of a mount: a line of JSON in, the deed done, a line of JSON back.
+
+    {"command": "pause"}                                     {"ok": true}
+    {"command": "resume"}                                    {"error": "…", "exit_code": 3}
+    {"command": "limit", "rate": bytes a second, or null}
+    {"command": "prefetch", "extents": [[offset, length], …]}     answered when they are here
+
+It lies in a folder that only the mounting user, and root, can enter.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from blockcopy.errors import BlockcopyError, MountError, UsageError
+from blockcopy.geometry import Extent
+from blockcopy.replica.replica import Replica
+from blockcopy.wire import MAX_POSITION
+
+logger = logging.getLogger(__name__)
+
+_MAX_REQUEST = 64 * 1024
+
+
+class ControlSocket:
+    """A listening socket at `path`."""
+
+    def __init__(self, path: str, listener: socket.socket) -> None:
+        self.path = path
+        self._listener = listener
+
+    async def serve(self, replica: Replica) -> None:
+        """Until cancelled."""
+
+        async def answer(stream: trio.SocketStream) -> None:
+            try:
+                await stream.send_all(json.dumps(await _reply(stream, replica)).encode() + b"\n")
+            except trio.BrokenResourceError:
+                logger.debug("who asked has gone away")
+
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._listener))
+        await trio.serve_listeners(answer, [listener])
+
+
+@contextmanager
+def opened() -> Iterator[ControlSocket | None]:
+    """A socket of this process, gone at the end; None, with a warning, where none can be made."""
+    try:
+        path = _folder() / f"{os.getpid()}.sock"
+        _sweep(path.parent)
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX)
+    except (OSError, MountError) as error:
+        logger.warning("pause, resume, limit and prefetch will not work: %s", error)
+        yield None
+        return
+    with listener:
+        try:
+            listener.bind(str(path))
+            path.chmod(0o600)
+            listener.listen()
+        except OSError as error:
+            logger.warning("pause, resume, limit and prefetch will not work: cannot listen at %s: %s", path, error)
+            yield None
+            return
+        try:
+            yield ControlSocket(str(path), listener)
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _folder() -> Path:
+    """Where the sockets of this user's mounts are; it is nobody else's. MountError."""
+    if os.geteuid() == 0:
+        folder = Path("/run/blockcopy")
+    elif runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        folder = Path(runtime) / "blockcopy"
+    else:
+        folder = Path(f"/tmp/blockcopy-{os.geteuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise MountError(f"{folder} is not a folder of this user alone")
+    return folder
+
+
+def _sweep(folder: Path) -> None:
+    """Sockets that nobody listens at any more: of mounts that were killed."""
+    for path in folder.glob("*.sock"):
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink(missing_ok=True)
+            except OSError:
+                continue  # busy, or gone by now: not ours to take away
+
+
+async def _reply(stream: trio.SocketStream, replica: Replica) -> dict[str, Any]:
+    try:
+        await _obey(await _request(stream), replica)
+    except BlockcopyError as error:
+        return {"error": str(error), "exit_code": error.exit_code}
+    return {"ok": True}
+
+
+async def _request(stream: trio.SocketStream) -> dict[str, Any]:
+    line = b""
+    while not line.endswith(b"\n"):
+        data = await stream.receive_some(_MAX_REQUEST)
+        line += data
+        if not data or len(line) > _MAX_REQUEST:
+            raise UsageError("the request is not a line of JSON")
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError("the request is not JSON") from error
+    if not isinstance(request, dict):
+        raise UsageError("the request is not an object")
+    return request
+
+
+async def _obey(request: dict[str, Any], replica: Replica) -> None:
+    command = request.get("command")
+    if command in ("pause", "resume", "limit") and not replica.hydrates:
+        raise UsageError(f"there is nothing to {command}: it was mounted with --no-background")
+    if command in ("pause", "resume"):
+        replica.pace.paused = command == "pause"
+        if replica.pace.paused:
+            await replica.commit()
+    elif command == "limit" and _is_rate(request.get("rate")):
+        replica.pace.limit = request["rate"]
+    elif command == "prefetch" and _are_extents(request.get("extents")):
+        await replica.prefetch([Extent(*extent) for extent in request["extents"]])
+    else:
+        raise UsageError(f"the mount does not understand {json.dumps(request)[:200]}")
+
+
+def _is_rate(value: object) -> bool:
+    return value is None or (type(value) is int and 0 < value <= MAX_POSITION)
+
+
+def _are_extents(value: object) -> bool:
+    def is_extent(each: object) -> bool:
+        return (
+            isinstance(each, list)
+            and len(each) == 2
+            and all(type(number) is int and 0 <= number <= MAX_POSITION for number in each)
+        )
+
+    return isinstance(value, list) and all(map(is_extent, value))
