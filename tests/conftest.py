@@ -20,6 +20,8 @@ def nothing_left_behind(
     """A mount, process, thread or file descriptor that outlives its test fails it."""
     mark = uuid.uuid4().hex
     monkeypatch.setenv(support.TEST_ID, mark)
+    # Where states are kept: a test knows nothing of another, nor of what this machine is used for.
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path_factory.mktemp("state")))
     ours = tmp_path_factory.getbasetemp()
     mounts, threads, descriptors = (
         support.fuse_mounts(below=ours),

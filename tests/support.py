@@ -20,12 +20,15 @@ from typing import Any
 import pytest
 
 from blockcopy.geometry import BLOCK_SIZE
+from blockcopy.identity import sample_extents
 
 PYTHON = sys.executable
 BLOCKCOPY = [PYTHON, "-P", "-m", "blockcopy"]
 STANDINS = Path(__file__).resolve().parent.parent / "tools" / "standins"
 QUEUEING = f"{PYTHON} {STANDINS / 'queueing_retrieve'}"
 """--blockcopy-path of the stand-in for the original's `retrieve`."""
+FAULTY = f"{PYTHON} {STANDINS / 'faulty_retrieve'}"
+"""--blockcopy-path of our own `retrieve` with faults. It is asked for no sample: answer 1 is a block."""
 
 TEST_ID = "BLOCKCOPY_TEST_ID"
 """Set for every process that a test starts, so that those left behind are found."""
@@ -55,6 +58,11 @@ def written(path: Path, data: bytes) -> Path:
 
 
 # Commands
+
+
+def sample_answers(size: int) -> int:
+    """What QUEUEING answers on each connection before any block: the sample of a source, and its proof."""
+    return len(sample_extents(size)) + 1
 
 
 def run(*args: object, input: bytes | None = None, **options: Any) -> subprocess.CompletedProcess[bytes]:
@@ -175,7 +183,7 @@ class Mount:
 
     def umount(self) -> None:
         done = run("umount", self.point)
-        assert done.returncode == 0, done.stderr.decode()
+        assert done.returncode in (0, 75), done.stderr.decode()  # 75: not complete yet
 
     def retrievers(self) -> list[int]:
         """Process ids of the mount's retrieve processes."""
@@ -194,8 +202,10 @@ class Mount:
 
 
 def fuse_mounts(below: Path = Path("/")) -> set[str]:
+    """Where a replica is mounted, or a faulty disk."""
+    kinds = {"fuse.blockcopy", "fuse.faulty_disk"}
     lines = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
-    return {point for _, point, kind, *_ in lines if kind == "fuse.blockcopy" and Path(point).is_relative_to(below)}
+    return {point for _, point, kind, *_ in lines if kind in kinds and Path(point).is_relative_to(below)}
 
 
 def clear_mounts(points: set[str]) -> set[str]:

@@ -3,11 +3,12 @@ from __future__ import annotations
 import random
 import time
 import tracemalloc
+from collections.abc import Iterable
 
 import pytest
 
 from blockcopy.geometry import Geometry
-from blockcopy.replica.blockmap import BlockMap
+from blockcopy.replica.blockmap import CHUNK_BLOCKS, BlockMap
 
 BLOCK = 10
 """Bytes in a block of these tests: the arithmetic is the same."""
@@ -150,3 +151,148 @@ def test_a_huge_map_takes_one_bit_a_block_and_is_searched_lazily() -> None:
     finally:
         tracemalloc.stop()
     assert peak < geometry.blocks / 8 * 1.01
+
+
+# Chunks, for the record
+
+
+def chunks_of(blockmap: BlockMap, blocks: int) -> dict[int, bytes]:
+    """What a record of all that is marked would have."""
+    blockmap.put_back(range(-(-blocks // CHUNK_BLOCKS)))
+    return blockmap.take_changes()
+
+
+def marked(geometry: Geometry, blocks: Iterable[int]) -> BlockMap:
+    blockmap = BlockMap(geometry)
+    for block in blocks:
+        blockmap.mark(block, fetched=bool(block % 2))
+    return blockmap
+
+
+RECORDED = [
+    *(1, 7, 8, 9, CHUNK_BLOCKS - 8, CHUNK_BLOCKS - 1, CHUNK_BLOCKS, CHUNK_BLOCKS + 1),
+    *(2 * CHUNK_BLOCKS - 1, 2 * CHUNK_BLOCKS, 2 * CHUNK_BLOCKS + 9),
+]
+"""Numbers of blocks."""
+
+
+@pytest.mark.parametrize("blocks", RECORDED)
+@pytest.mark.parametrize("last", [1, BLOCK], ids=["short last block", "whole last block"])
+@pytest.mark.parametrize("present", ["none", "some", "all but the last", "all"])
+def test_what_was_marked_is_resumed(blocks: int, last: int, present: str) -> None:
+    geometry, chance = Geometry((blocks - 1) * BLOCK + last, BLOCK), random.Random(blocks)
+    wanted = {
+        "none": [],
+        "some": [block for block in range(blocks) if chance.random() < 0.5],
+        "all but the last": range(blocks - 1),
+        "all": range(blocks),
+    }[present]
+    before = marked(geometry, wanted)
+    chunks = chunks_of(before, blocks)
+    assert [len(bits) for bits in chunks.values()] == [
+        -(-min(CHUNK_BLOCKS, blocks - start) // 8) for start in range(0, blocks, CHUNK_BLOCKS)
+    ]
+    after = BlockMap(geometry)
+    after.resume(chunks)
+    assert after.resumed_bytes == after.present_bytes == before.present_bytes
+    assert (after.same_bytes, after.fetched_bytes) == (0, 0)
+    assert after.complete is before.complete
+    assert list(after.missing(range(blocks + 20))) == list(before.missing(range(blocks)))
+    assert after.take_changes() == {}  # it is on record already
+
+
+def test_a_chunk_that_is_not_on_record_is_missing() -> None:
+    geometry = Geometry((2 * CHUNK_BLOCKS + 9) * BLOCK, BLOCK)
+    chunks = chunks_of(marked(geometry, range(geometry.blocks)), geometry.blocks)
+    del chunks[1]
+    blockmap = BlockMap(geometry)
+    blockmap.resume(chunks)
+    assert list(blockmap.missing(range(geometry.blocks))) == list(range(CHUNK_BLOCKS, 2 * CHUNK_BLOCKS))
+    assert blockmap.resumed_bytes == (CHUNK_BLOCKS + 9) * BLOCK
+
+
+def test_what_is_marked_after_a_resume_counts_besides() -> None:
+    geometry = Geometry(12 * BLOCK - 3, BLOCK)
+    blockmap = BlockMap(geometry)
+    blockmap.resume({0: bytes([0b10, 0])})
+    for block in (1, 2, 11):
+        blockmap.mark(block, fetched=True)
+    assert (blockmap.resumed_bytes, blockmap.fetched_bytes) == (BLOCK, 2 * BLOCK - 3)
+    assert blockmap.take_changes() == {0: bytes([0b110, 0b11111000])}
+    blockmap.forget_all()
+    assert (blockmap.resumed_bytes, blockmap.present_bytes) == (0, 0)
+    assert list(blockmap.missing(range(12))) == list(range(12))
+
+
+@pytest.mark.parametrize("padding", [0x00, 0xF0, 0xA0])
+def test_padding_bits_are_no_blocks_whatever_the_record_has_there(padding: int) -> None:
+    blockmap = BlockMap(Geometry(4 * BLOCK, BLOCK))
+    blockmap.resume({0: bytes([0b0101 | padding])})
+    assert blockmap.resumed_bytes == 2 * BLOCK
+    assert list(blockmap.missing(range(8))) == [1, 3]
+    for block in (1, 3):
+        blockmap.mark(block, fetched=False)
+    assert blockmap.complete
+
+
+@pytest.mark.parametrize("blocks", [CHUNK_BLOCKS, CHUNK_BLOCKS + 9])
+@pytest.mark.parametrize(
+    ("number", "bits"),
+    [
+        pytest.param(-1, bytes(CHUNK_BLOCKS // 8), id="before the first"),
+        pytest.param(2, bytes(CHUNK_BLOCKS // 8), id="after the last"),
+        pytest.param(2, b"", id="empty, after the last"),
+        pytest.param(10**12, b"x", id="far after the last"),
+        pytest.param(0, b"", id="empty"),
+        pytest.param(0, bytes(CHUNK_BLOCKS // 8 - 1), id="too short"),
+        pytest.param(0, bytes(CHUNK_BLOCKS // 8 + 1), id="too long"),
+        pytest.param(1, bytes(1), id="last too short"),
+        pytest.param(1, bytes(3), id="last too long"),
+    ],
+)
+def test_a_chunk_that_does_not_fit_is_refused(blocks: int, number: int, bits: bytes) -> None:
+    blockmap = BlockMap(Geometry(blocks * BLOCK, BLOCK))
+    with pytest.raises(ValueError, match=f"chunk {number}"):
+        blockmap.resume({number: bits})
+
+
+def test_changes_are_the_chunks_that_were_marked_in_since_the_last_time() -> None:
+    geometry = Geometry((2 * CHUNK_BLOCKS + 9) * BLOCK, BLOCK)
+    blockmap = BlockMap(geometry)
+    assert blockmap.take_changes() == {}
+    blockmap.mark(2 * CHUNK_BLOCKS, fetched=True)
+    blockmap.mark(3, fetched=False)
+    changes = blockmap.take_changes()
+    assert list(changes) == [0, 2]
+    assert (changes[0][:2], changes[2]) == (bytes([0b1000, 0]), bytes([1, 0b11111110]))
+    assert blockmap.take_changes() == {}
+    blockmap.mark(3, fetched=True)  # it was before
+    assert blockmap.take_changes() == {}
+    blockmap.mark(4, fetched=True)
+    assert list(blockmap.take_changes()) == [0]
+
+
+def test_changes_that_were_put_back_are_handed_out_as_they_are_then() -> None:
+    geometry = Geometry((CHUNK_BLOCKS + 9) * BLOCK, BLOCK)
+    blockmap = BlockMap(geometry)
+    blockmap.mark(0, fetched=True)
+    changes = blockmap.take_changes()
+    blockmap.mark(1, fetched=True)
+    blockmap.mark(CHUNK_BLOCKS, fetched=True)
+    blockmap.put_back(changes)
+    again = blockmap.take_changes()
+    assert list(again) == [0, 1]
+    assert again[0][0] == 0b11
+    blockmap.put_back(again)
+    blockmap.forget_all()
+    assert blockmap.take_changes() == {}
+
+
+def test_each_time_all_is_forgotten_it_is_another_generation() -> None:
+    blockmap = BlockMap(Geometry(BLOCK, BLOCK))
+    before = blockmap.generation
+    blockmap.mark(0, fetched=True)
+    blockmap.resume({})
+    assert blockmap.generation == before
+    blockmap.forget_all()
+    assert blockmap.generation > before

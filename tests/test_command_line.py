@@ -18,6 +18,12 @@ from blockcopy import errors
 
 Mounter = Callable[..., support.Mount]
 
+COPYING = [
+    *("-e RSH", "--blockcopy-path", "--timeout", "--reconnect-timeout"),
+    *("--force", "--state FILE", "--no-state", "--recheck", "--verify", "--limit"),
+    *("SOURCE", "DESTINATION"),
+]
+
 OPTIONS = {
     "checksum": ["FILE", "--progress", "--start", "--end"],
     "retrieve": ["FILE", "--lzma"],
@@ -26,19 +32,22 @@ OPTIONS = {
         *(
             "-f",
             "-o FUSE_OPTIONS",
-            "-e RSH",
-            "--blockcopy-path",
             "--no-background",
             "--name",
             "--pid-file",
-            "--force",
         ),
-        *("SOURCE", "DESTINATION", "MOUNTPOINT"),
+        *COPYING,
+        "MOUNTPOINT",
     ],
-    "sync": ["-e RSH", "--blockcopy-path", "--force", "SOURCE", "DESTINATION"],
+    "sync": COPYING,
+    "verify": ["-e RSH", "--blockcopy-path", "--timeout", "--reconnect-timeout", "--json", "SOURCE", "DESTINATION"],
     "status": ["--json", "MOUNTPOINT"],
     "wait": ["MOUNTPOINT"],
     "umount": ["MOUNTPOINT"],
+    "pause": ["MOUNTPOINT"],
+    "resume": ["MOUNTPOINT"],
+    "limit": ["MOUNTPOINT", "RATE"],
+    "prefetch": ["MOUNTPOINT", "OFFSET:LENGTH"],
 }
 
 CLASSES = [
@@ -96,6 +105,15 @@ def test_version_is_the_packages() -> None:
         (["sync", ":/path", "b"], ":/path"),
         (["sync", "--rsh", "", "host:/path", "b"], "-e"),
         (["sync", "--blockcopy-path", " ", "a", "b"], "--blockcopy-path"),
+        (["sync", "--timeout", "soon", "a", "b"], "soon"),
+        (["sync", "--timeout", "nan", "a", "b"], "nan"),
+        (["sync", "--reconnect-timeout", "-1", "a", "b"], "-1"),
+        (["sync", "--limit", "10X", "a", "b"], "10X"),
+        (["sync", "--limit", "0", "a", "b"], "no rate"),
+        (["limit", "m", "-5"], "-5"),
+        (["prefetch", "m"], "OFFSET:LENGTH"),
+        (["prefetch", "m", "4096"], "4096"),
+        (["prefetch", "m", "0:1", "x:1"], "x"),
     ],
 )
 def test_what_cannot_be_meant_is_status_2(tmp_path: Path, arguments: list[str], told: str) -> None:
@@ -135,6 +153,7 @@ def test_exit_statuses_are_those_that_scripts_rely_on() -> None:
         "UsageError": 2,
         "SourceError": 3,
         "GarbledSourceError": 3,
+        "SourceChangedError": 3,
         "OriginalProgramError": 3,
         "MountError": 4,
         "DifferentError": 5,
@@ -151,6 +170,7 @@ def test_exit_statuses_are_those_that_scripts_rely_on() -> None:
         (["save", "missing"], 1),
         (["sync", "missing", "copy"], 3),
         (["status", "missing"], 4),
+        (["pause", "missing"], 4),
     ],
 )
 def test_an_error_is_one_line_with_the_command_and_the_path(

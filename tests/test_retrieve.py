@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import lzma
 import os
 import select
@@ -350,13 +351,15 @@ def test_a_terminal_is_refused(source: Callable[[bytes], Path]) -> None:
 # The agreed form
 
 
-def test_a_greeting_is_answered_with_the_size_and_the_digest(tmp_path: Path) -> None:
+def test_a_greeting_is_answered_with_who_it_is_and_the_digest(tmp_path: Path) -> None:
     path = tmp_path / "source"
     path.write_bytes(noise(1000))
     done = run("retrieve", path, input=stream_of(Hello({"protocol": 1, "from": "the future"}), DONE))
     hello, last = agreed_messages_of(done.stdout)
     assert isinstance(hello, Hello)
-    assert hello.facts["size"] == 1000
+    identity = hello.facts["identity"]
+    assert (identity["size"], identity["inode"]) == (1000, path.stat().st_ino)
+    assert identity["sample"] == [hashlib.sha256(noise(1000)).hexdigest()]
     assert hello.facts["digest"] == "sha3_512"
     assert last == DONE
 

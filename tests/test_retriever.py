@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import shlex
@@ -67,15 +68,18 @@ def script(folder: Path, *lines: str) -> str:
 
 
 @contextlib.asynccontextmanager
-async def retriever_of(source: Path, program: str | None = None) -> AsyncIterator[Retriever]:
+async def retriever_of(
+    source: Path, program: str | None = None, *, timeout: float = math.inf
+) -> AsyncIterator[Retriever]:
     original = program is not None
-    retriever = Retriever(retrieve_command(Source(None, str(source)), program=program), original=original)
+    command = retrieve_command(Source(None, str(source)), program=program)
+    retriever = Retriever(command, original=original, timeout=timeout)
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             await nursery.start(retriever.run)
             try:
                 if not original:
-                    assert await retriever.greet() == source.stat().st_size
+                    assert (await retriever.greet())["size"] == source.stat().st_size
                 yield retriever
             finally:
                 with trio.CancelScope(shield=True):
@@ -205,8 +209,9 @@ def test_an_empty_source_reaches_nowhere(tmp_path: Path, original_form: str) -> 
 def test_what_crosses_the_pipes_is_counted(source: Path, program: str | None) -> None:
     async def main() -> None:
         async with retriever_of(source, program) as retriever:
+            greeting = retriever.received_bytes
             await retriever.ask([question(DATA, block, equal=True) for block in range(10)])
-            assert 0 < retriever.received_bytes < 1000
+            assert 0 < retriever.received_bytes - greeting < 1000
             before = retriever.received_bytes
             await retriever.ask([question(DATA, 3)])
             assert BLOCK_SIZE < retriever.received_bytes - before < BLOCK_SIZE + 1000
@@ -300,6 +305,38 @@ def test_the_reason_has_what_the_process_said(fault: str, source: Path, tmp_path
                 await retriever.ask([question(DATA, 0)])
             with pytest.raises(SourceError, match="the disk is on fire"):
                 await retriever.ask([question(DATA, 1)])
+
+    trio.run(main)
+
+
+def test_one_that_stands_still_is_ended_once_it_is_asked(source: Path) -> None:
+    """What it gave before is no sign of life."""
+
+    async def main() -> None:
+        async with retriever_of(source, f"{support.QUEUEING} --stall-at 3", timeout=0.3) as retriever:
+            with trio.move_on_after(0.5):
+                await retriever.ended.wait()
+            assert retriever.failure is None  # it owed no answer
+            asked = question(DATA, 0)
+            assert await retriever.ask([asked]) == [answer(DATA, asked)]
+            with pytest.raises(SourceError, match=r"gave nothing for 0\.3 seconds"):
+                await retriever.ask([asked])
+            await retriever.ended.wait()
+            assert unreaped_children() == []
+
+    trio.run(main)
+
+
+def test_one_that_is_slow_is_left_in_peace(source: Path) -> None:
+    """The answers take longer together than it may be silent."""
+    slow = f"{support.PYTHON} {support.STANDINS / 'link'} --rate 200K host {support.QUEUEING}"
+
+    async def main() -> None:
+        async with retriever_of(source, slow, timeout=1.5) as retriever:
+            questions = [question(DATA, block) for block in range(4)]
+            before = trio.current_time()
+            assert await retriever.ask(questions) == [answer(DATA, asked) for asked in questions]
+            assert trio.current_time() - before > 1.5
 
     trio.run(main)
 
@@ -550,7 +587,7 @@ def test_what_cannot_be_read_is_said_and_the_rest_goes_on(tmp_path: Path, loop_d
         retriever = Retriever(retrieve_command(Source(None, device)))
         async with trio.open_nursery() as nursery:
             await nursery.start(retriever.run)
-            assert await retriever.greet() == 16 * BLOCK_SIZE
+            assert (await retriever.greet())["size"] == 16 * BLOCK_SIZE
             for _ in range(2):
                 with pytest.raises(SourceError, match=r"cannot read .* Input/output error"):
                     await retriever.ask([question(DATA, block) for block in range(3, 8)])

@@ -21,10 +21,13 @@ BLOCKS = 48
 DATA = support.noise(BLOCKS * BLOCK_SIZE)
 OLD = support.with_changes(DATA, [0, 7, 20, 21, 47])
 
-STALLS = f"{support.QUEUEING} --stall-at 5"
-"""Of an equal destination the last of three batches stays open: two answers tell the size, each batch has one."""
+OPENING = 2 + support.sample_answers(len(DATA))
+"""Answers of the stand-in before any block: two tell the size."""
 
-NEARLY = f"{support.QUEUEING} --stall-at 10"
+STALLS = f"{support.QUEUEING} --stall-at {OPENING + 3}"
+"""Of an equal destination the last of three batches stays open: each batch has one answer."""
+
+NEARLY = f"{support.QUEUEING} --stall-at {OPENING + 8}"
 """Of OLD the last batch stays open: its blocks that differ have five answers more."""
 
 
@@ -249,22 +252,55 @@ def test_a_command_line_that_cannot_be_meant(args: list[str], tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+REASONS = {
+    "die": "SIGKILL",
+    "garble": "Last login",
+    "misplace": "not asked for",
+    "oversize": "not asked for",
+    "short": "not asked for",
+}
+
+
+@pytest.mark.parametrize("fault", REASONS)
+def test_a_source_that_fails_once_is_asked_again(
+    fault: str, source: Path, destination: Path, tmp_path: Path
+) -> None:
+    program = f"{support.FAULTY} --{fault}-at 3 --once {tmp_path}/it-happened"
+    done = support.run("sync", "--blockcopy-path", program, source, destination)
+    assert (done.returncode, done.stdout) == (0, b"")
+    lost, up = done.stderr.decode().splitlines()
+    assert "the link is lost, and is made again" in lost
+    assert REASONS[fault] in lost
+    assert "is up again" in up
+    assert destination.read_bytes() == DATA
+
+
 @pytest.mark.parametrize(
-    ("fault", "reason"),
+    ("fault", "options", "reason"),
     [
-        ("die", "SIGKILL"),
-        ("garble", "Last login"),
-        ("misplace", "not asked for"),
-        ("oversize", "not asked for"),
-        ("short", "short"),
+        ("die", ["--reconnect-timeout", "0"], "away for 0 seconds.*SIGKILL"),
+        ("stall", ["--reconnect-timeout", "0", "--timeout", "1"], "away for 0 seconds.*gave nothing for 1 seconds"),
+        ("garble", [], "Last login"),  # on each of three connections
+        ("fail", [], "cannot be read, on request"),
     ],
 )
-def test_a_source_that_fails_in_mid_pass(fault: str, reason: str, source: Path, destination: Path) -> None:
-    done = support.run("sync", "--blockcopy-path", f"{support.QUEUEING} --{fault}-at 3", source, destination)
-    assert_failed(done, 3, reason)
+def test_a_source_that_is_given_up(
+    fault: str, options: list[str], reason: str, source: Path, destination: Path
+) -> None:
+    program = f"{support.FAULTY} --{fault}-at 1"
+    done = support.run("sync", *options, "--blockcopy-path", program, source, destination)
+    assert_failed(done, 3)
+    assert re.search(reason, done.stderr.decode().splitlines()[-1])
     assert_each_block_is_old_or_new(destination)
     assert_silent_success(support.run("sync", source, destination))
     assert destination.read_bytes() == DATA
+
+
+def test_a_source_that_fails_before_it_is_asked(source: Path, destination: Path) -> None:
+    """In the sample that tells what it is: nothing is known of it, and nobody tries again."""
+    done = support.run("sync", "--blockcopy-path", f"{support.QUEUEING} --die-at 3", source, destination)
+    assert_failed(done, 3, "SIGKILL")
+    assert destination.read_bytes() == OLD
 
 
 def assert_each_block_is_old_or_new(destination: Path) -> None:

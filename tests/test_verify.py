@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import support
-from support import BLOCKCOPY, QUEUEING, noise, run, with_changes
+from support import BLOCKCOPY, FAULTY, QUEUEING, noise, run, with_changes
 
 from blockcopy.geometry import BLOCK_SIZE
 
@@ -82,9 +82,20 @@ def test_a_missing_destination_is_an_error(source: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("fault", ["die", "garble", "misplace", "oversize", "short"])
 def test_a_source_that_fails_is_an_error_and_no_verdict(fault: str, source: Path, tmp_path: Path) -> None:
     destination = destination_of(with_changes(DATA, list(range(BLOCKS))), tmp_path)
-    done = run("verify", "--blockcopy-path", f"{QUEUEING} --{fault}-at 5", source, destination)
+    program = f"{FAULTY} --{fault}-at 5"
+    done = run("verify", "--reconnect-timeout", 0, "--blockcopy-path", program, source, destination)
     assert done.returncode == 3
     assert done.stdout == b""
+
+
+def test_a_source_that_dies_is_started_again(source: Path, tmp_path: Path) -> None:
+    destination = destination_of(with_changes(DATA, [0, 3, BLOCKS]), tmp_path)
+    program = f"{FAULTY} --die-at 2 --once {tmp_path}/it-happened"
+    done = run("verify", "--blockcopy-path", program, source, destination)
+    assert done.returncode == 5
+    ranges = [(0, BLOCK_SIZE), (3 * BLOCK_SIZE, BLOCK_SIZE), (BLOCKS * BLOCK_SIZE, 77)]
+    assert done.stdout.decode().splitlines() == [f"{offset}:{length}" for offset, length in ranges]
+    assert "is up again" in done.stderr.decode()
 
 
 def test_a_signal_ends_it(source: Path, tmp_path: Path) -> None:

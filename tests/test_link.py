@@ -1,0 +1,752 @@
+"""A link that breaks, freezes, or leads to another source than before: what readers and the copy have of it.
+
+Through tools/standins/link in place of ssh, and tools/standins/faulty_retrieve; the back-off alone with a
+clock that jumps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import support
+import trio
+import trio.testing
+from support import (
+    BLOCK_SIZE,
+    BLOCKCOPY,
+    PYTHON,
+    QUEUEING,
+    STANDINS,
+    Mount,
+    noise,
+    run,
+    until,
+    with_changes,
+    written,
+)
+
+from blockcopy.errors import SourceChangedError, SourceError
+from blockcopy.replica.link import Link
+
+Mounter = Callable[..., Mount]
+
+BLOCKS = 64
+DATA = noise(BLOCKS * BLOCK_SIZE)
+OLD = with_changes(DATA, list(range(BLOCKS)))
+"""Differs from DATA in every block."""
+
+OTHER = noise(BLOCKS * BLOCK_SIZE, seed=2)
+"""Another source of the same size."""
+
+OURS = shlex.join(BLOCKCOPY)
+
+
+def at(block: int) -> int:
+    return block * BLOCK_SIZE
+
+
+class Way:
+    """A link to a host, which is cut as long as `cut` is there, and frozen as long as `frozen` is."""
+
+    def __init__(self, folder: Path, *options: object) -> None:
+        self.cut, self.frozen = folder / "cut", folder / "frozen"
+        signs = ["--cut-while", self.cut, "--freeze-while", self.frozen]
+        self.rsh = shlex.join(map(str, [PYTHON, STANDINS / "link", *signs, *options]))
+
+
+@pytest.fixture
+def way(tmp_path: Path) -> Way:
+    return Way(tmp_path)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return written(tmp_path / "source", DATA)
+
+
+@pytest.fixture
+def destination(tmp_path: Path) -> Path:
+    return written(tmp_path / "destination", OLD)
+
+
+@pytest.fixture
+def far(mount: Mounter, source: Path, destination: Path, way: Way) -> Callable[..., Mount]:
+    """Mount the source from beyond the link: `far(*options, program=…)`."""
+    return lambda *options, program=OURS: mount(
+        f"host:{source}", destination, "-e", way.rsh, *options, program=program
+    )
+
+
+def faulty(*options: object) -> str:
+    """--blockcopy-path of our program at the source, with these faults."""
+    return shlex.join(map(str, [PYTHON, STANDINS / "faulty_retrieve", *options]))
+
+
+READ = """
+import os, random, sys
+file, known, seed = sys.argv[1:]
+with open(known, "rb") as stream:
+    known = stream.read()
+fd = os.open(file, os.O_RDONLY)
+os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+offsets = list(range(0, len(known), 65536))
+random.Random(int(seed)).shuffle(offsets)
+print("begin", flush=True)
+for offset in offsets:
+    if os.pread(fd, 65536, offset) != known[offset : offset + 65536]:
+        sys.exit(f"wrong at {offset}")
+print("right")
+"""
+"""Reads all there is, in an order of its own. A failing read is a traceback."""
+
+
+@contextlib.contextmanager
+def reader(mounted: Mount, known: Path, seed: int) -> Iterator[subprocess.Popen[str]]:
+    """A process that has begun, and says `right` in the end."""
+    command = [PYTHON, "-I", "-S", "-c", READ, mounted.file, known, str(seed)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begin\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def read(mounted: Mount, block: int) -> bytes | None:
+    """Its first 4096 bytes; None for EIO."""
+    fd = os.open(mounted.file, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        return os.pread(fd, 4096, at(block))
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return None
+    finally:
+        os.close(fd)
+
+
+def right(block: int) -> bytes:
+    return DATA[at(block) : at(block) + 4096]
+
+
+def stored(destination: Path) -> set[int]:
+    """The blocks that are the source's; any other is the old one."""
+    now, found = destination.read_bytes(), set()
+    assert len(now) == len(DATA)
+    for block in range(BLOCKS):
+        span = slice(at(block), at(block + 1))
+        assert now[span] in (OLD[span], DATA[span]), f"block {block} is neither old nor the source's"
+        if now[span] == DATA[span]:
+            found.add(block)
+    return found
+
+
+def in_mid_pass(mounted: Mount, bytes_here: int = 1) -> None:
+    until(lambda: mounted.status()["hydrated_bytes"] >= bytes_here, "some of the pass")
+    assert mounted.status()["state"] == "hydrating"
+
+
+def link_error(mounted: Mount) -> str:
+    return str(mounted.status()["link"]["last_error"])
+
+
+def complete(mounted: Mount, destination: Path) -> None:
+    mounted.wait()
+    status = mounted.status()
+    assert (status["error"], status["link"]["state"]) == (None, "closed")
+    assert run("umount", mounted.point).returncode == 0
+    assert destination.read_bytes() == DATA
+
+
+# Broken, and made again
+
+
+def test_a_cut_in_mid_pass_is_seen_by_no_reader(
+    mount: Mounter, source: Path, destination: Path, tmp_path: Path
+) -> None:
+    way = Way(tmp_path, "--rate", "2M")  # slow for readers too, or they would bring it all at once
+    mounted = mount(f"host:{source}", destination, "-e", way.rsh, program=OURS)
+    with contextlib.ExitStack() as readers:
+        in_mid_pass(mounted)
+        processes = [readers.enter_context(reader(mounted, source, seed)) for seed in range(4)]
+        way.cut.touch()
+        until(lambda: mounted.status()["state"] == "reconnecting", "the end of the link")
+        until(lambda: "No route to host" in link_error(mounted), "an attempt that is refused")
+        status = mounted.status()
+        assert (status["state"], status["link"]["state"]) == ("reconnecting", "reconnecting")
+        told = run("status", mounted.point).stdout.decode()
+        assert told.startswith("reconnecting: ")
+        assert "the link is down: " in told
+        assert all(process.poll() is None for process in processes)
+        way.cut.unlink()
+        said = [process.communicate(timeout=support.PATIENCE)[0] for process in processes]
+    assert said == ["right\n"] * 4
+    assert mounted.status()["link"]["reconnects"] >= 1
+    complete(mounted, destination)
+
+
+def test_a_link_that_is_frozen_for_too_long_is_made_again(
+    far: Callable[..., Mount], source: Path, destination: Path, way: Way
+) -> None:
+    mounted = far("--limit", "4M", "--timeout", 1)
+    in_mid_pass(mounted)
+    before = mounted.retrievers()
+    way.frozen.touch()
+    with reader(mounted, source, 1) as process:
+        until(lambda: "gave nothing for 1 seconds" in link_error(mounted), "the time limit")
+        until(lambda: set(mounted.retrievers()).isdisjoint(before), "the end of both links")
+        way.frozen.unlink()
+        assert process.communicate(timeout=support.PATIENCE)[0] == "right\n"
+    assert mounted.status()["link"]["reconnects"] >= 1
+    complete(mounted, destination)
+
+
+def test_a_link_behind_a_script_is_given_up_as_well(
+    mount: Mounter, source: Path, destination: Path, tmp_path: Path
+) -> None:
+    """Killed is the shell alone: what it started stands still, and keeps the pipes."""
+    script = written(tmp_path / "rsh", b'#!/bin/sh\nshift\nsh -c "$*"\nexit $?\n')
+    script.chmod(0o700)
+    mounted = mount(f"host:{source}", destination, "-e", script, "--no-background", "--timeout", 1, program=OURS)
+    assert read(mounted, 5) == right(5)
+    [shell] = mounted.retrievers()
+    behind = descendants(shell)
+    for pid in behind:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        with reader(mounted, source, 1) as process:
+            assert process.communicate(timeout=support.PATIENCE)[0] == "right\n"
+    finally:
+        for pid in behind:
+            os.kill(pid, signal.SIGKILL)
+    assert mounted.status()["link"]["reconnects"] == 1
+
+
+def descendants(pid: int) -> list[int]:
+    children = support.children(pid)
+    return [*children, *(each for child in children for each in descendants(child))]
+
+
+def test_a_link_that_is_frozen_for_a_moment_is_not_made_again(
+    far: Callable[..., Mount], destination: Path, way: Way
+) -> None:
+    mounted = far("--limit", "4M")
+    in_mid_pass(mounted)
+    way.frozen.touch()
+    sent = mounted.status()["sent_bytes"]
+    until(lambda: mounted.status()["sent_bytes"] > sent, "a question")
+    way.frozen.unlink()
+    mounted.wait()
+    assert mounted.status()["link"]["reconnects"] == 0
+    complete(mounted, destination)
+
+
+def test_a_silent_link_that_is_asked_nothing_stays(far: Callable[..., Mount], way: Way) -> None:
+    """For longer than --timeout."""
+    mounted = far("--no-background", "--timeout", 2)
+    assert read(mounted, 5) == right(5)
+    before, end = mounted.retrievers(), time.monotonic() + 2.5
+    while time.monotonic() < end:
+        run("status", mounted.point)
+    assert mounted.retrievers() == before
+    assert read(mounted, 9) == right(9)
+    assert mounted.status()["link"] == {"state": "connected", "reconnects": 0, "last_error": None}
+
+
+def test_a_read_waits_for_so_long_and_the_next_one_tries_again(far: Callable[..., Mount], way: Way) -> None:
+    mounted = far("--no-background", "--reconnect-timeout", 1)
+    assert read(mounted, 5) == right(5)
+    way.cut.touch()
+    until(lambda: mounted.status()["link"]["state"] == "reconnecting", "the end of the link")
+    start = time.monotonic()
+    assert read(mounted, 20) is None
+    assert 0.5 < time.monotonic() - start < 5  # the kernel may ask once more
+    assert "has been away for 1 seconds" in mounted.status()["error"]
+    assert read(mounted, 5) == right(5)
+    way.cut.unlink()
+    until(lambda: read(mounted, 20) == right(20), "a read")
+    assert mounted.status()["link"]["state"] == "connected"
+
+
+def test_a_read_that_joined_the_pass_outlives_a_cut_of_it(
+    far: Callable[..., Mount], source: Path, destination: Path, way: Way
+) -> None:
+    """All that is under way when the link breaks has been asked in vain, by the pass and by the reader."""
+    mounted = far("--limit", "1M")
+    in_mid_pass(mounted)
+    way.frozen.touch()
+    sent, here = mounted.status()["sent_bytes"], mounted.status()["hydrated_bytes"] // BLOCK_SIZE
+    until(lambda: mounted.status()["sent_bytes"] > sent, "a batch of the pass under way")
+    with reader(mounted, source, 5) as process:
+        way.cut.touch()
+        until(lambda: mounted.status()["link"]["state"] == "reconnecting", "the end of the links")
+        way.frozen.unlink()
+        way.cut.unlink()
+        assert read(mounted, here + 1) == right(here + 1)
+        assert process.communicate(timeout=support.PATIENCE)[0] == "right\n"
+    complete(mounted, destination)
+
+
+def test_a_read_does_not_inherit_what_the_pass_fails_with(
+    mount: Mounter, source: Path, destination: Path, tmp_path: Path
+) -> None:
+    """The source cannot give a block of the pass, once. Everything takes 0.4 s, so that reads find it under way."""
+    slow, once = Way(tmp_path, "--delay", 200), tmp_path / "once"
+    mounted = mount(f"host:{source}", destination, "-e", slow.rsh, program=faulty("--once", once, "--fail-at", 3))
+    until(lambda: mounted.status()["sent_bytes"] > 1000, "the first batches of the pass")
+    assert read(mounted, 2) == right(2)
+    until(lambda: mounted.status()["state"] == "failed", "the end of the pass")
+    assert once.exists()
+    for block in (0, 1, 3, BLOCKS - 1):
+        assert read(mounted, block) == right(block)
+    mounted.umount()
+    stored(destination)
+
+
+def test_a_signal_while_the_link_is_down_ends_a_sync(source: Path, destination: Path, way: Way) -> None:
+    command = ["sync", "-e", way.rsh, "--blockcopy-path", OURS, "--limit", "1M", f"host:{source}", destination]
+    with subprocess.Popen([*BLOCKCOPY, *map(str, command)], stderr=subprocess.PIPE) as process:
+        until(lambda: stored(destination), "the first block")
+        way.cut.touch()
+        until(lambda: not support.children(process.pid), "the end of the link")
+        process.send_signal(signal.SIGTERM)
+        try:
+            _, said = process.communicate(timeout=8)
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGTERM
+    assert b"Traceback" not in said
+    assert stored(destination)
+
+
+def test_a_mount_begins_without_its_source_where_a_state_is_kept(
+    far: Callable[..., Mount], destination: Path, way: Way
+) -> None:
+    first = far("--no-background")
+    assert read(first, 5) == right(5)
+    first.umount()
+    way.cut.touch()
+    mounted = far("--timeout", 1)
+    assert mounted.status()["state"] == "reconnecting"
+    assert read(mounted, 5) == right(5)
+    way.cut.unlink()
+    complete(mounted, destination)
+
+
+def test_without_a_state_a_source_that_is_away_is_told(
+    far: Callable[..., Mount], destination: Path, way: Way
+) -> None:
+    way.cut.touch()
+    with pytest.raises(AssertionError, match="No route to host"):
+        far()
+    assert destination.read_bytes() == OLD
+
+
+# Another source than before
+
+
+def replace(source: Path) -> None:
+    """By another one, which the name leads to from now on."""
+    written(source.with_name("other"), OTHER).rename(source)
+
+
+def break_for_a_moment(mounted: Mount, way: Way) -> None:
+    way.cut.touch()
+    until(lambda: mounted.status()["link"]["state"] == "reconnecting", "the end of the link")
+    way.cut.unlink()
+
+
+def test_a_mount_that_began_without_its_source_takes_no_other_one(
+    far: Callable[..., Mount], source: Path, destination: Path, way: Way
+) -> None:
+    first = far("--no-background")
+    assert read(first, 5) == right(5)
+    first.umount()
+    way.cut.touch()
+    mounted = far()
+    replace(source)
+    way.cut.unlink()
+    until(lambda: mounted.status()["state"] == "failed", "the end of the pass")
+    assert "source changed" in mounted.status()["error"]
+    assert (read(mounted, 5), read(mounted, 6)) == (right(5), None)
+    assert run("umount", mounted.point).returncode == 75
+    assert stored(destination) == {5}
+
+
+@pytest.mark.parametrize("program", [OURS, QUEUEING], ids=["ours", "original"])
+def test_a_source_that_changed_is_not_mixed_in(
+    far: Callable[..., Mount], source: Path, destination: Path, way: Way, program: str
+) -> None:
+    mounted = far("--limit", "1M", program=program)
+    in_mid_pass(mounted)
+    assert read(mounted, BLOCKS - 1) == right(BLOCKS - 1)
+    replace(source)
+    break_for_a_moment(mounted, way)
+    until(lambda: mounted.status()["state"] == "failed", "the end of the pass")
+    status = mounted.status()
+    assert "source changed" in status["error"]
+    assert ("its bytes differ" if program == QUEUEING else "inode was ") in status["error"]
+    assert status["source_needed"] is True
+    told = run("status", mounted.point).stdout
+    assert told.startswith(b"failed: ")
+    assert b"source changed" in told
+    here = stored(destination)
+    assert {0, BLOCKS - 1} <= here < set(range(BLOCKS))
+    for block in range(BLOCKS):
+        assert read(mounted, block) == (right(block) if block in here else None)
+    waiting = run("wait", mounted.point)
+    assert (waiting.returncode, b"source changed" in waiting.stderr) == (75, True)
+    assert run("umount", mounted.point).returncode == 75
+    assert stored(destination) == here
+
+
+def test_a_mount_without_a_pass_tells_of_a_changed_source(
+    far: Callable[..., Mount], source: Path, destination: Path, way: Way
+) -> None:
+    mounted = far("--no-background")
+    assert read(mounted, 5) == right(5)
+    replace(source)
+    break_for_a_moment(mounted, way)
+    assert read(mounted, 6) is None
+    status = mounted.status()
+    assert "source changed" in status["error"]
+    assert status["state"] == "failed"
+    assert read(mounted, 5) == right(5)
+    assert stored(destination) == {5}
+
+
+def test_a_paused_mount_tells_of_a_changed_source(
+    far: Callable[..., Mount], source: Path, destination: Path, way: Way
+) -> None:
+    mounted = far("--limit", "1M")
+    in_mid_pass(mounted)
+    assert run("pause", mounted.point).returncode == 0
+    replace(source)
+    break_for_a_moment(mounted, way)
+    until(lambda: mounted.status()["state"] == "failed", "the news")
+    assert "source changed" in mounted.status()["error"]
+    mounted.umount()
+    stored(destination)
+
+
+def test_a_source_that_changes_while_it_is_verified(
+    mount: Mounter, source: Path, destination: Path, tmp_path: Path
+) -> None:
+    """The mount lives on: what is here is right, and stays readable."""
+    written(destination, DATA)
+    slow = Way(tmp_path, "--delay", 200)
+    mounted = mount(f"host:{source}", destination, "-e", slow.rsh, "--verify", program=OURS)
+    until(lambda: mounted.status()["state"] == "verifying", "the comparison")
+    replace(source)
+    break_for_a_moment(mounted, slow)
+    assert run("wait", mounted.point).returncode == 75
+    status = mounted.status()
+    assert (status["state"], "source changed" in status["error"]) == ("failed", True)
+    assert read(mounted, 3) == right(3)
+    mounted.umount()
+    assert destination.read_bytes() == DATA
+
+
+def test_an_umount_while_it_is_verified_is_in_order(source: Path, tmp_path: Path) -> None:
+    support.require_fuse()
+    copy, point, slow = written(tmp_path / "copy", DATA), tmp_path / "point", Way(tmp_path, "--delay", 200)
+    point.mkdir()
+    command = ["mount", "-f", "--verify", "-e", slow.rsh, "--blockcopy-path", OURS, f"host:{source}", copy, point]
+    with subprocess.Popen([*BLOCKCOPY, *map(str, command)], stderr=subprocess.PIPE) as process:
+        try:
+            until(lambda: b'"verifying"' in read_if_there(point / "status.json"), "the comparison")
+            assert run("umount", point).returncode == 75
+            _, said = process.communicate(timeout=support.PATIENCE)
+        finally:
+            process.kill()
+    assert (process.returncode, b"ERROR (mount)" in said) == (0, False)
+
+
+def read_if_there(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def test_the_log_says_in_what_a_source_changed(source: Path, destination: Path, way: Way) -> None:
+    command = ["sync", "-e", way.rsh, "--blockcopy-path", OURS, "--limit", "1M", f"host:{source}", destination]
+    with subprocess.Popen([*BLOCKCOPY, *map(str, command)], stderr=subprocess.PIPE, text=True) as process:
+        until(lambda: stored(destination), "the first block")
+        inode = source.stat().st_ino
+        replace(source)
+        way.cut.touch()
+        until(lambda: not support.children(process.pid), "the end of the link")
+        way.cut.unlink()
+        try:
+            _, said = process.communicate(timeout=support.PATIENCE)
+        finally:
+            process.kill()
+    assert process.returncode == 3
+    assert f"inode was {inode}, is {source.stat().st_ino}" in said
+    assert "ERROR (sync): source changed" in said.splitlines()[-1]
+    assert stored(destination) < set(range(BLOCKS))
+
+
+# A source that errs
+
+
+FAULTS = ("die", "stall", "garble", "misplace", "oversize", "short", "misfence")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_happens_once_is_survived(source: Path, destination: Path, tmp_path: Path, fault: str) -> None:
+    once = tmp_path / "once"
+    program = faulty("--once", once, f"--{fault}-at", 2 if fault == "misfence" else 20)
+    done = run("sync", "--timeout", 1, "--blockcopy-path", program, source, destination)
+    assert done.returncode == 0, done.stderr.decode()
+    assert once.exists()
+    assert "the link is lost, and is made again" in done.stderr.decode()
+    assert destination.read_bytes() == DATA
+
+
+def test_a_fault_under_a_read_is_survived(mount: Mounter, source: Path, destination: Path, tmp_path: Path) -> None:
+    once = tmp_path / "once"
+    mounted = mount(source, destination, "--no-background", program=faulty("--once", once, "--die-at", 2))
+    assert [read(mounted, block) for block in (3, 30)] == [right(3), right(30)]
+    assert once.exists()
+    assert mounted.status()["link"]["reconnects"] == 1
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> tuple[Path, Path]:
+    """Source and destination of one batch, which has to fail three times, 1 and 2 seconds apart."""
+    size = 8 * BLOCK_SIZE
+    return written(tmp_path / "small", DATA[:size]), written(tmp_path / "small copy", OLD[:size])
+
+
+def test_a_source_that_always_garbles_ends_a_sync(small: tuple[Path, Path]) -> None:
+    done = run("sync", "--blockcopy-path", faulty("--garble-at", 1), *small)
+    assert done.returncode == 3
+    assert "sent what was not asked for" in done.stderr.decode().splitlines()[-1]
+    assert small[1].read_bytes() == OLD[: 8 * BLOCK_SIZE]
+
+
+def test_a_source_that_always_garbles_ends_the_pass_of_a_mount(mount: Mounter, small: tuple[Path, Path]) -> None:
+    mounted = mount(*small, program=faulty("--garble-at", 1))
+    waiting = run("wait", mounted.point)
+    assert (waiting.returncode, b"sent what was not asked for" in waiting.stderr) == (75, True)
+    assert mounted.status()["state"] == "failed"
+    assert run("umount", mounted.point).returncode == 75
+    assert small[1].read_bytes() == OLD[: 8 * BLOCK_SIZE]
+
+
+# The back-off, with a clock that jumps to whatever is waited for
+
+
+class FakeRetriever:
+    """A connection that a test ends."""
+
+    def __init__(self) -> None:
+        self.ended = trio.Event()
+        self.failure: SourceError | None = None
+        self.answered_at: float | None = None
+        self.sent_bytes = self.received_bytes = 0
+
+    def end(self) -> None:
+        self.failure = SourceError("it broke")
+        self.ended.set()
+
+    async def ask(self, questions: Sequence[Any]) -> list[bytes | None]:
+        await trio.lowlevel.checkpoint()
+        if self.failure is not None:
+            raise self.failure
+        self.answered_at = trio.current_time()
+        return [None for _ in questions]
+
+    async def close(self) -> None:
+        self.end()
+
+
+class FakeConnector:
+    """`plan` tells what each attempt finds: a connection, or an error; after its end nobody is there."""
+
+    command = SimpleNamespace(source="fake")
+
+    def __init__(self, plan: Sequence[FakeRetriever | SourceError] = ()) -> None:
+        self.plan = list(plan)
+        self.changed: SourceChangedError | None = None
+        self.links_changed = trio.Event()
+        self.attempts: list[float] = []
+        """When they were, in trio's time."""
+
+    async def open(self, nursery: trio.Nursery) -> FakeRetriever:
+        await trio.lowlevel.checkpoint()
+        self.attempts.append(trio.current_time())
+        found = self.plan.pop(0) if self.plan else SourceError("nobody is there")
+        if isinstance(found, SourceChangedError):
+            self.changed = found
+        if isinstance(found, SourceError):
+            raise found
+        return found
+
+    def wake(self) -> None:
+        self.links_changed.set()
+        self.links_changed = trio.Event()
+
+    def waits(self) -> list[float]:
+        return [round(later - earlier, 3) for earlier, later in zip(self.attempts, self.attempts[1:], strict=False)]
+
+
+def with_link(
+    scenario: Callable[[Link, FakeConnector], Any], plan: Sequence[Any] = (), patience: float = 60
+) -> None:
+    """Run it beside the link, whose clock jumps; the link is closed in the end."""
+
+    async def main() -> None:
+        connector = FakeConnector(plan)
+        with trio.fail_after(10_000):
+            async with trio.open_nursery() as nursery:
+                link = Link(connector, nursery, patience=patience)  # type: ignore[arg-type]
+                nursery.start_soon(link.run)
+                await scenario(link, connector)
+                await link.close()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_attempts_are_further_and_further_apart() -> None:
+    async def scenario(link: Link, connector: FakeConnector) -> None:
+        await trio.sleep(200)
+        assert connector.waits()[:8] == [1, 2, 4, 8, 16, 30, 30, 30]
+        assert (link.is_up, link.reconnects) == (False, 0)
+        assert str(link.last_error) == "nobody is there"
+
+    with_link(scenario)
+
+
+def test_after_an_answer_the_next_attempt_is_soon_again() -> None:
+    first, second, third = FakeRetriever(), FakeRetriever(), FakeRetriever()
+    away = SourceError("nobody is there")
+
+    async def scenario(link: Link, connector: FakeConnector) -> None:
+        for retriever in (first, second, third):
+            await link.ask([1], trio.current_time())
+            retriever.end()
+        await trio.sleep(5)
+        assert connector.waits() == [1, 2, 4, 1, 1, 1, 2]
+        assert link.reconnects == 2
+
+    with_link(scenario, [away, away, away, first, second, third])
+
+
+def test_a_connection_that_never_answered_does_not_count() -> None:
+    """As one that ends at once, whatever the reason: it is not tried again each second for ever."""
+    connections = [FakeRetriever() for _ in range(5)]
+    for each in connections:
+        each.end()
+
+    async def scenario(link: Link, connector: FakeConnector) -> None:
+        await trio.sleep(40)
+        assert connector.waits() == [1, 2, 4, 8, 16]
+
+    with_link(scenario, connections)
+
+
+def test_who_asks_waits_as_long_as_its_patience_and_others_longer() -> None:
+    async def scenario(link: Link, connector: FakeConnector) -> None:
+        start = trio.current_time()
+        with pytest.raises(SourceError, match="has been away for 60 seconds: nobody is there"):
+            await link.ask([1], start)
+        assert trio.current_time() - start == pytest.approx(60)
+        with pytest.raises(SourceError, match="60 seconds"):  # wanted for as long already
+            await link.ask([1], start)
+        assert trio.current_time() - start == pytest.approx(60)
+        with pytest.raises(SourceError, match="60 seconds"):
+            await link.ask([1], trio.current_time())
+        assert trio.current_time() - start == pytest.approx(120)
+
+    with_link(scenario)
+
+
+def test_patience_is_counted_from_the_last_answer() -> None:
+    first = FakeRetriever()
+
+    async def scenario(link: Link, connector: FakeConnector) -> None:
+        await link.ask([1], 0)
+        start = trio.current_time()
+        first.end()
+        with pytest.raises(SourceError, match="60 seconds"):
+            await link.ask([1], start - 1000)
+        assert trio.current_time() - start == pytest.approx(60)
+
+    with_link(scenario, [first])
+
+
+def test_what_was_in_flight_is_asked_of_the_next_connection() -> None:
+    broken, good = FakeRetriever(), FakeRetriever()
+    broken.end()
+
+    async def scenario(link: Link, connector: FakeConnector) -> None:
+        assert await link.ask([1, 2], trio.current_time()) == [None, None]
+        assert good.answered_at is not None
+        assert link.reconnects == 1
+
+    with_link(scenario, [broken, good])
+
+
+def test_another_source_is_the_end_of_the_link() -> None:
+    async def scenario(link: Link, connector: FakeConnector) -> None:
+        with pytest.raises(SourceChangedError, match="source changed"):
+            await link.ask([1], trio.current_time())
+        await trio.sleep(100)
+        assert len(connector.attempts) == 2
+        with pytest.raises(SourceChangedError, match="source changed"):
+            await link.ask([1], trio.current_time())
+
+    with_link(scenario, [SourceError("nobody is there"), SourceChangedError("source changed: it is another")])
+
+
+def test_a_link_that_is_closed_lets_everybody_go() -> None:
+    async def scenario(link: Link, connector: FakeConnector) -> None:
+        async with trio.open_nursery() as nursery:
+
+            async def wait_in_vain() -> None:
+                with pytest.raises(SourceError, match="let go"):
+                    await link.ask([1], trio.current_time())
+
+            nursery.start_soon(wait_in_vain)
+            await trio.sleep(5)
+            await link.close()
+        before = len(connector.attempts)
+        await link.close()
+        await trio.sleep(100)
+        assert len(connector.attempts) == before
+
+    with_link(scenario)
+
+
+@pytest.mark.parametrize("plan", [[], [FakeRetriever()]], ids=["down", "up"])
+def test_a_link_whose_tasks_were_cancelled_can_be_closed(plan: list[Any]) -> None:
+    """As it comes when a signal, or a fault elsewhere, ends the nursery that the link is in."""
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            link = Link(FakeConnector(plan), nursery, patience=60)  # type: ignore[arg-type]
+            nursery.start_soon(link.run)
+            await trio.sleep(5)
+            nursery.cancel_scope.cancel()
+        with trio.fail_after(10):
+            await link.close()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))

@@ -1,0 +1,319 @@
+"""What holds for every stream, not only for the examples of test_wire: whatever a peer sends is a
+message, a wait for more, or a StreamError, in bounded memory. `tools/fuzz decoder` looks for the same
+without an end."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import tracemalloc
+from collections.abc import Iterable
+from itertools import accumulate, pairwise
+from typing import NamedTuple, get_args
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from blockcopy import wire, xz
+from blockcopy.digests import DIGEST_SIZE, digest
+from blockcopy.errors import SourceError, StreamError, TruncatedStreamError
+from blockcopy.replica.forms import AgreedForm, Batch, Form, OriginalForm, Question
+from blockcopy.wire import (
+    MAX_BLOCK_SIZE,
+    MAX_POSITION,
+    Data,
+    Decoder,
+    Done,
+    Failure,
+    Fence,
+    Grammar,
+    Hash,
+    Hello,
+    LegacyHash,
+    Message,
+    Rest,
+    XzData,
+    encode,
+)
+
+# The same examples in every run, and no time limit for one: a slow machine is no defect.
+stable = settings(derandomize=True, database=None, deadline=None, max_examples=200)
+
+POSITIONS = st.integers(0, MAX_POSITION - MAX_BLOCK_SIZE)
+SIZES = st.integers(0, MAX_BLOCK_SIZE)
+DIGESTS = st.binary(min_size=DIGEST_SIZE, max_size=DIGEST_SIZE)
+PAYLOADS = st.binary(max_size=100)
+FACTS = st.dictionaries(st.text(max_size=5), st.none() | st.booleans() | st.integers() | st.text(max_size=5))
+GREETINGS = st.builds(Hello, FACTS)
+FENCES = st.builds(Fence, st.integers(0, 2**64 - 1))
+FRAMES = st.builds(Data, POSITIONS, PAYLOADS) | st.builds(XzData, POSITIONS, PAYLOADS)
+FAILURES = st.builds(Failure, POSITIONS, st.text(max_size=20))
+ASKS = (
+    st.builds(Hash, POSITIONS, SIZES, DIGESTS)
+    | st.builds(LegacyHash, SIZES, DIGESTS)
+    | st.builds(Rest, st.integers(0, MAX_POSITION))
+)
+GRAMMARS = pytest.mark.parametrize(
+    ("grammar", "messages"),
+    [
+        pytest.param(wire.HASH_STREAM, ASKS | GREETINGS | FENCES, id="hashes"),
+        pytest.param(wire.BLOCK_STREAM, FRAMES, id="blocks"),
+        pytest.param(wire.AGREED_BLOCK_STREAM, FRAMES | GREETINGS | FENCES | FAILURES, id="agreed"),
+    ],
+)
+
+
+def encode_all(messages: Iterable[Message]) -> bytes:
+    return b"".join(map(encode, messages))
+
+
+def in_bytes(stream: bytes) -> list[bytes]:
+    return [bytes([byte]) for byte in stream]
+
+
+@st.composite
+def pieces(draw: st.DrawFn, stream: bytes) -> list[bytes]:
+    """`stream`, cut anywhere; pieces may be empty."""
+    cuts = draw(st.lists(st.integers(0, len(stream)), max_size=8))
+    return [stream[start:end] for start, end in pairwise([0, *sorted(cuts), len(stream)])]
+
+
+@st.composite
+def damaged(draw: st.DrawFn, stream: bytes) -> bytes:
+    """`stream` with some bytes flipped, deleted or put in."""
+    damaged = bytearray(stream)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(damaged)))
+        damaged[at : at + draw(st.integers(0, 3))] = draw(st.binary(max_size=3))
+    return bytes(damaged)
+
+
+def decode(decoder: Decoder, parts: Iterable[bytes]) -> list[Message]:
+    messages: list[Message] = []
+    for part in parts:
+        decoder.feed(part)
+        messages += iter(decoder.next, None)
+    return messages
+
+
+@GRAMMARS
+@given(data=st.data())
+@stable
+def test_a_stream_is_decoded_however_it_is_cut(
+    grammar: Grammar, messages: st.SearchStrategy[Message], data: st.DataObject
+) -> None:
+    sent = [*data.draw(st.lists(messages, max_size=6)), Done()]
+    stream = encode_all(sent)
+    for parts in ([stream], in_bytes(stream), data.draw(pieces(stream))):
+        decoder = Decoder(grammar)
+        assert decode(decoder, parts) == sent
+        decoder.end()
+
+
+@GRAMMARS
+@given(data=st.data())
+@stable
+def test_what_comes_before_a_cut_is_delivered_and_the_cut_is_told(
+    grammar: Grammar, messages: st.SearchStrategy[Message], data: st.DataObject
+) -> None:
+    sent = [*data.draw(st.lists(messages, max_size=6)), Done()]
+    stream = encode_all(sent)
+    cut = data.draw(st.integers(0, len(stream) - 1))
+    ends = accumulate(len(encode(message)) for message in sent)
+    decoder = Decoder(grammar)
+    assert decode(decoder, data.draw(pieces(stream[:cut]))) == sent[: sum(end <= cut for end in ends)]
+    with pytest.raises(TruncatedStreamError):
+        decoder.end()
+
+
+SMALL = 128
+"""In place of the real limits of a payload, which no example of a few hundred bytes would reach."""
+
+
+def shrink(grammar: Grammar) -> Grammar:
+    return {
+        command: layout if layout.most_payload is None else layout._replace(most_payload=SMALL)
+        for command, layout in grammar.items()
+    }
+
+
+GREETINGS_OF_ANYTHING = st.recursive(st.none() | st.floats() | st.text(max_size=5), st.lists, max_leaves=5).map(
+    lambda facts: b"helo" + len(text := json.dumps(facts).encode()).to_bytes(4, "big") + text
+)
+
+
+@GRAMMARS
+@given(data=st.data())
+@stable
+def test_any_bytes_are_messages_or_a_stream_error_in_bounded_memory(
+    grammar: Grammar, messages: st.SearchStrategy[Message], data: st.DataObject
+) -> None:
+    streams = st.lists(messages, max_size=6).map(encode_all)
+    stream = data.draw(streams.flatmap(damaged) | GREETINGS_OF_ANYTHING | st.binary(max_size=500))
+    header = wire._COMMAND_SIZE + max(layout.fields.size for layout in grammar.values())
+    decoder = Decoder(shrink(grammar))
+    for part in data.draw(pieces(stream) | st.just(in_bytes(stream))):
+        decoder.feed(part)
+        try:
+            assert all(isinstance(message, get_args(Message)) for message in iter(decoder.next, None))
+        except StreamError:
+            return
+        assert len(decoder._buffer) < SMALL + header + len(part)
+        if decoder.done:
+            return
+
+
+def test_no_payload_is_waited_for_that_is_larger_than_a_block() -> None:
+    for grammar in (wire.HASH_STREAM, wire.BLOCK_STREAM, wire.AGREED_BLOCK_STREAM):
+        assert all((layout.most_payload or 0) <= MAX_BLOCK_SIZE for layout in grammar.values())
+
+
+def test_what_follows_done_is_not_held() -> None:
+    """A retrieve process may go on after it: `Retriever._read` feeds until the output ends."""
+    decoder = Decoder(wire.BLOCK_STREAM)
+    decode(decoder, [encode(Done()), *[bytes(1000)] * 10])
+    assert len(decoder._buffer) <= 1000
+
+
+def test_a_greeting_that_is_nested_too_deeply_is_a_stream_error() -> None:
+    text = b"[" * wire.MAX_TEXT_SIZE
+    decoder = Decoder(wire.AGREED_BLOCK_STREAM)
+    decoder.feed(b"helo" + len(text).to_bytes(4, "big") + text)
+    with pytest.raises(StreamError):
+        decoder.next()
+
+
+def test_a_reason_may_name_a_path_that_is_no_utf_8() -> None:
+    """Python has such a path's bytes as surrogates (`os.fsdecode`)."""
+    decoder = Decoder(wire.AGREED_BLOCK_STREAM)
+    decoder.feed(encode(Failure(0, "cannot read /srv/\udcff")))
+    assert isinstance(decoder.next(), Failure)
+
+
+FORMS = pytest.mark.parametrize("form_class", [AgreedForm, OriginalForm])
+
+
+@st.composite
+def questions(draw: st.DrawFn) -> list[Question]:
+    """Blocks of any sizes that lie side by side."""
+    bounds = sorted(draw(st.sets(st.integers(0, 40), min_size=2, max_size=6)))
+    return [Question(start, end - start, digest(bytes(end - start))) for start, end in pairwise(bounds)]
+
+
+def honest(batch: Batch, form: Form) -> list[Message]:
+    """All that is asked, and the fence."""
+    answers: list[Message] = [Data(question.position, bytes(question.size)) for question in batch.questions]
+    if isinstance(form, AgreedForm):
+        return [*answers, Fence(batch.fence)]
+    return [*answers, *[Data(batch.fence, b"")] * 2]  # the second stands for the FENCES - 1 others
+
+
+STRAY = st.one_of(
+    FRAMES,
+    FAILURES,
+    GREETINGS,
+    ASKS,
+    st.just(Done()),
+    st.builds(Fence, st.integers(0, 3)),
+    st.builds(Failure, st.integers(0, 40), st.text(max_size=5)),
+    st.builds(Data, st.integers(0, 40), st.integers(0, 5).map(bytes)),
+)
+
+
+@st.composite
+def garbled(draw: st.DrawFn, words: list[Message]) -> list[Message]:
+    """`words` with some left out, said again, packed, of another length, or others among them."""
+    words = list(words)
+    for _ in range(draw(st.integers(0, 5))):
+        at = draw(st.integers(0, len(words) - 1)) if words else 0
+        here = words[at : at + 1]
+        instead: list[list[Message]] = [[], here * 2, [draw(STRAY), *here]]
+        if here and isinstance(here[0], Data):
+            position, payload = here[0]
+            instead += [[Data(position, payload[1:])], [Data(position, payload + b"x")]]
+            instead += [[XzData(position, xz.compress(payload))]]
+        words[at : at + 1] = draw(st.sampled_from(instead))
+    return words
+
+
+class Talk(NamedTuple):
+    form: Form
+    asked: list[list[Question]]
+    batches: list[Batch]
+    said: set[tuple[int, bytes]]
+    """Positions and bytes the peer sent, asked for or not."""
+
+
+def listen(form: Form, data: st.DataObject) -> Talk:
+    """Ask some batches, and take what a garbled peer says to them, until it is an error."""
+    asked = data.draw(st.lists(questions(), max_size=3))
+    batches = [form.ask([*each, *form.proof(each)])[0] for each in asked]
+    said: set[tuple[int, bytes]] = set()
+    try:
+        for word in data.draw(garbled([word for batch in batches for word in honest(batch, form)])):
+            if isinstance(word, (Data, XzData)):
+                said.add((word.position, word.payload if isinstance(word, Data) else xz.expand(word)))
+            form.take(word)
+    except StreamError:
+        pass  # the connection ends here
+    return Talk(form, asked, batches, said)
+
+
+@FORMS
+@given(data=st.data())
+@stable
+def test_an_answer_is_what_was_said_for_what_was_asked(form_class: type[Form], data: st.DataObject) -> None:
+    form, asked, batches, said = listen(form_class("source"), data)
+    for batch in batches:
+        for question, answer in zip(batch.questions, batch.answers, strict=True):
+            assert answer is None or (question.position, answer) in said
+    settled = [batch.settled.is_set() for batch in batches]
+    assert settled == sorted(settled, reverse=True)  # in the order asked
+    assert list(form.pending) == batches[sum(settled) :]
+    for questions, batch in zip(asked, batches[: sum(settled)], strict=False):
+        try:
+            believed = form.believe(questions, batch.answers)
+        except SourceError:
+            continue
+        assert all(
+            answer is None or len(answer) == question.size
+            for question, answer in zip(questions, believed, strict=True)
+        )
+
+
+@FORMS
+@given(data=st.data())
+@settings(stable, phases=[Phase.generate])  # there is little to learn from a shorter example
+def test_no_answer_is_kept_that_is_longer_than_asked(form_class: type[Form], data: st.DataObject) -> None:
+    for batch in listen(form_class("source"), data).batches:
+        for question, answer in zip(batch.questions, batch.answers, strict=True):
+            assert answer is None or len(answer) <= question.size
+
+
+@given(payload=PAYLOADS.map(xz.compress).flatmap(damaged) | PAYLOADS)
+@stable
+def test_any_xz_block_is_expanded_or_a_stream_error(payload: bytes) -> None:
+    try:
+        data = xz.expand(XzData(0, payload))
+    except StreamError:
+        return
+    assert len(data) <= MAX_BLOCK_SIZE
+    assert lzma.decompress(payload) == data
+
+
+@pytest.mark.parametrize("size", [0, MAX_BLOCK_SIZE])
+def test_an_xz_block_may_expand_to_a_whole_block(size: int) -> None:
+    assert xz.expand(XzData(0, xz.compress(bytes(size)))) == bytes(size)
+
+
+@pytest.mark.parametrize("size", [MAX_BLOCK_SIZE + 1, 64 * MAX_BLOCK_SIZE])
+def test_no_more_than_a_block_is_expanded(size: int) -> None:
+    bomb = XzData(0, lzma.compress(bytes(size), preset=0))
+    tracemalloc.start()
+    try:
+        with pytest.raises(StreamError, match="expands to more"):
+            xz.expand(bomb)
+        assert tracemalloc.get_traced_memory()[1] < xz._MEMORY + 2 * MAX_BLOCK_SIZE
+    finally:
+        tracemalloc.stop()
