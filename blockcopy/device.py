@@ -13,8 +13,13 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from blockcopy import syscalls
 from blockcopy.digests import Buffer
 from blockcopy.errors import DestinationRefusedError, DeviceError
+from blockcopy.geometry import Extent
+
+ZEROS = bytes(1024 * 1024)
+"""`ZEROS.startswith(data)` is how it is told whether `data`, of at most this length, is all zeros."""
 
 
 class Device:
@@ -91,6 +96,37 @@ class Device:
             )
         return data
 
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fill `buffer` from `offset`: how many bytes, fewer than it holds only where the end comes before."""
+        filled = 0
+        with self._errors(f"read {len(buffer)} bytes at {offset} of"):
+            while filled < len(buffer):
+                count = os.preadv(self._fd, [buffer[filled:]], offset + filled)
+                if not count:
+                    break
+                filled += count
+        return filled
+
+    def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Where in there, ascending, there can be other bytes than zeros: what lies between is holes.
+
+        All of it where the file system does not know.
+        """
+        end = offset + length
+        while offset < end:
+            try:
+                start = os.lseek(self._fd, offset, os.SEEK_DATA)
+                stop = os.lseek(self._fd, start, os.SEEK_HOLE) if start < end else end
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # no more data; else it cannot tell
+                    yield Extent(offset, end - offset)
+                return
+            if start >= end:
+                return
+            stop = min(max(stop, start + 1), end)
+            yield Extent(start, stop - start)
+            offset = stop
+
     def read_cached(self, offset: int, length: int) -> bytes | None:
         """As `read`, but only what the page cache holds: None where the read would wait."""
         if not self._nowait:
@@ -114,6 +150,28 @@ class Device:
                 written = os.pwrite(self._fd, view, offset)
                 offset += written
                 view = view[written:]
+
+    def write_zeros(self, offset: int, length: int, *, sparse: bool) -> None:
+        """Have `length` zeros at `offset`; with `sparse` as a hole, where that can be had."""
+        if sparse and length:
+            try:
+                syscalls.punch_hole(self._fd, offset, length)
+                return
+            except OSError:
+                pass  # not here, or not at such an offset; what is wrong with the device, a write tells
+        end = offset + length
+        for position in range(offset, end, len(ZEROS)):
+            self.write(position, memoryview(ZEROS)[: end - position])
+
+    def start_writeback(self, offset: int, length: int) -> None:
+        """Have what was written there on its way to the disk, so that `sync` has less to wait for."""
+        with contextlib.suppress(OSError):  # refused: then it is all the sync's. Errors show in the sync
+            syscalls.start_writeback(self._fd, offset, length)
+
+    def drop_behind(self, offset: int, length: int) -> None:
+        """Those bytes will not be needed soon: their place in the cache is better used otherwise."""
+        with contextlib.suppress(OSError):  # an advice, no more
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def drop_cache(self) -> None:
         """What was synced is read from the disk next time, as far as the kernel heeds it."""

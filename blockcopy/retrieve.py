@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from blockcopy import __version__, identity, wire, xz
 from blockcopy.device import Device
-from blockcopy.digests import NAME, Buffer, digest
+from blockcopy.digests import ORIGINAL, Buffer, digest
 from blockcopy.errors import DeviceError, StreamError
 from blockcopy.geometry import BLOCK_SIZE
 from blockcopy.stages import PIECE_SIZE, InputStream, OutputStream, run_ordered
@@ -98,8 +98,8 @@ def _asks(source: Device, hashes: InputStream) -> Iterator[_Ask | _Say | None]:
             if not (first or agreed):
                 raise StreamError("`helo` in mid-stream")
             offered = message.facts.get("digests")
-            if isinstance(offered, list) and NAME not in offered:
-                raise StreamError(f"`helo` without a digest that both ends have; this one has {NAME}")
+            if isinstance(offered, list) and ORIGINAL not in offered:
+                raise StreamError(f"`helo` without a digest that both ends have; this one has {ORIGINAL}")
             agreed = True
             yield _Say(wire.encode(_hello(source)))
         elif isinstance(message, wire.Fence):
@@ -126,7 +126,7 @@ def _asks(source: Device, hashes: InputStream) -> Iterator[_Ask | _Say | None]:
 
 
 def _hello(source: Device) -> wire.Hello:
-    facts = {"protocol": wire.PROTOCOL, "program": f"blockcopy {__version__}", "digest": NAME}
+    facts = {"protocol": wire.PROTOCOL, "program": f"blockcopy {__version__}", "digest": ORIGINAL}
     return wire.Hello({**facts, "identity": identity.of_source(source)})
 
 

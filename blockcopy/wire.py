@@ -4,25 +4,44 @@ The original form is the original program's (messa/blockcopy 0.0.2): commands of
 integers big-endian and unsigned, no handshake, and an explicit `done`. The end of the stream
 without it is an error. Threads and trio tasks use the same `Decoder`.
 
-The agreed form is what a mount or a sync and our own `retrieve` speak between them. It opens with
-`helo` in both directions, and adds to the original form:
+The extended form is spoken between ends of ours. It has these messages more:
+
+    hash stream
+    asks  position 8 · block size 4 · length 4 · size 4 · digests
+                                the `length` bytes at `position` have these digests, one a block (the last
+                                may be short): send what differs
+    zero  position 8 · length 8     they are all zeros: send what differs
+    block stream
+    zero  position 8 · length 8     write zeros there
+    dzst  position 8 · size 4 · zstd frame      as `data`, compressed
+
+Its `data` and `dzst` hold one block or several that follow one another. It is opened in one of two ways.
+
+Over pipes, which have no way back, by `checksum --digest`:
+
+    dgst  size 4 · name         what `asks` are digested with; before all else, and `asks`, `zero`, `rest`
+                                and `done` follow
+
+Between a mount or a sync and our own `retrieve`, the agreed form, by a greeting in both directions:
 
     helo  size 4 · JSON         either way, first of all: what this end is and can. Asked again, it is
                                 answered again: what the source is by now
+    hole  position 8 · length 8     asked: where in there are holes; answered: here is one (any number of times)
     fenc  number 8              asked: tell when all before is answered; answered: it is
-    fail  position 8 · size 4 · text    the question for this position cannot be answered, and why
+    fail  position 8 · size 4 · text    what was asked of this position cannot be answered, and why
 
 In it, silence before a `fenc` means "equal" and nothing else: what the source does not have is a
 `fail`. Of the JSON, an object, these names are read, and others passed over:
 
     protocol   1
     program    name and version, for messages
-    digests    to the source: those that the questions may have, the best first
-    digest     from the source: its choice of them; `sha3_512` is the only one yet
+    digests    to the source: the digests that this end has, each with its speed here in MB/s
+    digest     from the source: the one that suits both ends best
+    compress   to the source: {"name": "zstd", "level": 1 to 19, "auto": only where it pays}, if wished for
+               and possible here; from the source: "zstd" or "none"
     identity   from the source: its size, and what else tells it from another (see `identity`)
 
-What else is to be agreed on is agreed on as the digest is: the asker names what it can, in order of
-preference, the source names its choice, and a name that is not there means the original's way.
+A name that is not there means the original's way: SHA3-512, nothing compressed.
 """
 
 from __future__ import annotations
@@ -63,18 +82,54 @@ class Rest(NamedTuple):
     offset: int
 
 
+class Asks(NamedTuple):
+    """`asks`: as many `Hash` as `length` bytes have blocks, with `digests` of the length agreed on, joined."""
+
+    position: int
+    block_size: int
+    length: int
+    digests: Buffer
+
+
+class Zero(NamedTuple):
+    """`zero`: the `length` bytes at `position` are zeros; in the hash stream here, in the other at the source."""
+
+    position: int
+    length: int
+
+
+class Digests(NamedTuple):
+    """`dgst`: the name of the digest that `asks` have. Opens the extended form over pipes."""
+
+    name: str
+
+
 class Data(NamedTuple):
     """`data`: write `payload` at `position`."""
 
     position: int
-    payload: bytes
+    payload: Buffer
 
 
 class XzData(NamedTuple):
     """`dlzm`: write what the xz stream `payload` expands to at `position`."""
 
     position: int
-    payload: bytes
+    payload: Buffer
+
+
+class ZstdData(NamedTuple):
+    """`dzst`: write what the zstd frame `payload` expands to at `position`."""
+
+    position: int
+    payload: Buffer
+
+
+class Hole(NamedTuple):
+    """`hole`: asked, where are the holes of these `length` bytes; answered, here is one."""
+
+    position: int
+    length: int
 
 
 class Hello(NamedTuple):
@@ -100,7 +155,9 @@ class Done(NamedTuple):
     """`done`: the clean end of either stream."""
 
 
-Message = Union[Hash, LegacyHash, Rest, Data, XzData, Hello, Fence, Failure, Done]
+Message = Union[
+    Hash, LegacyHash, Asks, Zero, Digests, Rest, Data, XzData, ZstdData, Hello, Hole, Fence, Failure, Done
+]
 
 PROTOCOL = 1
 
@@ -112,17 +169,35 @@ _LEGACY_HASH = struct.Struct(f">I{DIGEST_SIZE}s")
 _OFFSET = struct.Struct(">Q")
 _FRAME = struct.Struct(">QI")
 _TEXT = struct.Struct(">I")
+_ASKS = struct.Struct(">QIII")
+_RANGE = struct.Struct(">QQ")
 _NOTHING = struct.Struct("")
+
+MAX_ASKED = 16 * 1024 * 1024
+"""Bytes that one `asks` may be about."""
+
+MIN_ASKED_BLOCK = 4096
+
+_MOST_DIGESTS = MAX_ASKED // MIN_ASKED_BLOCK * DIGEST_SIZE
 
 
 def encode(message: Message) -> bytes:
     """The whole of one message. For frames with a payload see `frame_header`, which copies nothing."""
     if isinstance(message, Hash):
         return b"Hash" + _HASH.pack(*message)
-    if isinstance(message, Data):
-        return frame_header(b"data", message.position, len(message.payload)) + message.payload
-    if isinstance(message, XzData):
-        return frame_header(b"dlzm", message.position, len(message.payload)) + message.payload
+    for kind, command in ((Data, b"data"), (XzData, b"dlzm"), (ZstdData, b"dzst")):
+        if isinstance(message, kind):
+            return frame_header(command, message.position, len(message.payload)) + bytes(message.payload)
+    if isinstance(message, Asks):
+        *fields, digests = message
+        return b"asks" + _ASKS.pack(*fields, len(digests)) + bytes(digests)
+    if isinstance(message, Zero):
+        return b"zero" + _RANGE.pack(*message)
+    if isinstance(message, Hole):
+        return b"hole" + _RANGE.pack(*message)
+    if isinstance(message, Digests):
+        text = message.name.encode()
+        return b"dgst" + _TEXT.pack(len(text)) + text
     if isinstance(message, Rest):
         return b"rest" + _OFFSET.pack(*message)
     if isinstance(message, LegacyHash):
@@ -139,13 +214,13 @@ def encode(message: Message) -> bytes:
 
 
 def frame_header(command: bytes, position: int, size: int) -> bytes:
-    """What stands before the payload of `data` and `dlzm`."""
+    """What stands before the payload of `data`, `dlzm` and `dzst`."""
     return command + _FRAME.pack(position, size)
 
 
-def _hello(payload: bytes) -> Hello:
+def _hello(payload: Buffer) -> Hello:
     try:
-        facts = json.loads(payload)
+        facts = json.loads(bytes(payload))
     except (ValueError, RecursionError) as error:
         raise StreamError("`helo` without the JSON that belongs to it") from error
     if not isinstance(facts, dict):
@@ -153,8 +228,12 @@ def _hello(payload: bytes) -> Hello:
     return Hello(facts)
 
 
-def _failure(position: int, payload: bytes) -> Failure:
-    return Failure(position, payload.decode(errors="replace"))
+def _failure(position: int, payload: Buffer) -> Failure:
+    return Failure(position, bytes(payload).decode(errors="replace"))
+
+
+def _digests(payload: Buffer) -> Digests:
+    return Digests(bytes(payload).decode(errors="replace"))
 
 
 class _Layout(NamedTuple):
@@ -171,6 +250,10 @@ HASH_STREAM: Grammar = {
     b"Hash": _Layout(_HASH, Hash),
     b"hash": _Layout(_LEGACY_HASH, LegacyHash),
     b"rest": _Layout(_OFFSET, Rest),
+    b"dgst": _Layout(_TEXT, _digests, MAX_TEXT_SIZE),
+    b"asks": _Layout(_ASKS, Asks, _MOST_DIGESTS),
+    b"zero": _Layout(_RANGE, Zero),
+    b"hole": _Layout(_RANGE, Hole),
     b"helo": _Layout(_TEXT, _hello, MAX_TEXT_SIZE),
     b"fenc": _Layout(_OFFSET, Fence),
     b"done": _Layout(_NOTHING, Done),
@@ -180,12 +263,15 @@ HASH_STREAM: Grammar = {
 BLOCK_STREAM: Grammar = {
     b"data": _Layout(_FRAME, Data, MAX_BLOCK_SIZE),
     b"dlzm": _Layout(_FRAME, XzData, MAX_BLOCK_SIZE),
+    b"zero": _Layout(_RANGE, Zero),
+    b"dzst": _Layout(_FRAME, ZstdData, MAX_BLOCK_SIZE),
     b"done": _Layout(_NOTHING, Done),
 }
-"""retrieve → save."""
+"""retrieve → save, in either form."""
 
 AGREED_BLOCK_STREAM: Grammar = {
     **BLOCK_STREAM,
+    b"hole": _Layout(_RANGE, Hole),
     b"helo": _Layout(_TEXT, _hello, MAX_TEXT_SIZE),
     b"fenc": _Layout(_OFFSET, Fence),
     b"fail": _Layout(_FRAME, _failure, MAX_TEXT_SIZE),
@@ -194,17 +280,27 @@ AGREED_BLOCK_STREAM: Grammar = {
 
 _COMMAND_SIZE = 4
 
+_LONG = 64 * 1024
+"""A message of this size is read to its end and no further, so that the next one begins where nothing
+has to be moved for it."""
+
+_CAPACITY = _COMMAND_SIZE + _FRAME.size + MAX_BLOCK_SIZE + _LONG
+
 
 class Decoder:
-    """Bytes in (`feed`), messages out (`next`). Holds at most one incomplete message.
+    """Bytes in, messages out (`next`). Holds at most one incomplete message, in a buffer of fixed size.
 
+    Bytes come in by `feed`, which copies them, or into `room`, told by `filled`, which is without a
+    copy: then the payloads of messages are views of the buffer, good until `room` is asked for again.
     Every size and position is checked before the bytes it promises are waited for.
     """
 
     def __init__(self, grammar: Grammar) -> None:
         self._grammar = grammar
-        self._buffer = bytearray()
+        self._buffer = memoryview(bytearray(0))
         self._at = 0  # where the next message begins in the buffer
+        self._end = 0  # where what was fed ends
+        self._needed = 0  # bytes that the incomplete message has in all, as far as is known
         self._done = False
 
     @property
@@ -212,47 +308,78 @@ class Decoder:
         """`done` has been read: whatever follows does not belong to the stream."""
         return self._done
 
+    def room(self) -> memoryview:
+        """Where the next bytes of the stream go; then say how many by `filled`. Ends the use of all payloads."""
+        if len(self._buffer) != _CAPACITY:
+            self._replace_buffer(bytearray(_CAPACITY))
+        elif self._at:
+            rest = self._end - self._at
+            self._buffer[:rest] = bytes(self._buffer[self._at : self._end])
+            self._at, self._end = 0, rest
+        missing = self._needed - self._end
+        return self._buffer[self._end :][: missing if missing > 0 and self._needed >= _LONG else None]
+
+    def filled(self, count: int) -> None:
+        """So many bytes were put into the `room`; what follows `done` is none of the stream, and not kept."""
+        if not self._done:
+            self._end += count
+
     def feed(self, data: Buffer) -> None:
         """More bytes of the stream; what follows `done` is none of it, and not kept."""
         if self._done:
             return
-        if self._at:  # drop what has been read, once a feed rather than once a message
-            del self._buffer[: self._at]
-            self._at = 0
-        self._buffer += data
+        rest = self._end - self._at
+        self._replace_buffer(bytearray(rest + len(data)))
+        self._buffer[rest:] = data
+        self._end = len(self._buffer)
+
+    def _replace_buffer(self, new: bytearray) -> None:
+        rest = self._end - self._at
+        new[:rest] = self._buffer[self._at : self._end]
+        self._buffer, self._at, self._end = memoryview(new), 0, rest
 
     def next(self) -> Message | None:
-        """The next message, or None until more bytes are fed. StreamError for what is none."""
+        """The next message, or None until more bytes have come. StreamError for what is none."""
         if self._done:
             return None
+        self._needed = 0
         start = self._at + _COMMAND_SIZE
-        if len(self._buffer) < start:
+        if self._end < start:
             return None
         command = bytes(self._buffer[self._at : start])
         layout = self._grammar.get(command)
         if layout is None:
             raise StreamError(
-                f"unknown command in the stream: {bytes(self._buffer[self._at : self._at + 40])!r} "
+                f"unknown command in the stream: {bytes(self._buffer[self._at : min(self._at + 40, self._end)])!r} "
                 "(does a login script or another program print into it?)"
             )
         end = start + layout.fields.size
-        if len(self._buffer) < end:
+        if self._end < end:
             return None
         fields = layout.fields.unpack_from(self._buffer, start)
         if layout.most_payload is not None:
-            *positions, size = fields
-            _check_bounds(command, sum(positions), size, layout.most_payload)
+            *others, size = fields
+            if size > layout.most_payload:
+                raise StreamError(
+                    f"`{command.decode()}` with {size} bytes; {layout.most_payload} are the most it may have"
+                )
+            if others:
+                _check_range(command, others[0], size)
             start, end = end, end + size
-            if len(self._buffer) < end:
+            if self._end < end:
+                self._needed = end - self._at
                 return None
-            fields = (*positions, bytes(memoryview(self._buffer)[start:end]))
+            fields = (*others, self._buffer[start:end])
         message = layout.message(*fields)
-        if isinstance(message, Hash):
-            _check_bounds(command, message.position, message.size)
-        elif isinstance(message, LegacyHash):
-            _check_bounds(command, 0, message.size)
+        if isinstance(message, (Hash, LegacyHash)):
+            _check_size(command, message.size)
+            _check_range(command, message.position if isinstance(message, Hash) else 0, message.size)
+        elif isinstance(message, Asks):
+            _check_asks(message)
+        elif isinstance(message, (Zero, Hole)):
+            _check_range(command, message.position, message.length)
         elif isinstance(message, Rest):
-            _check_bounds(command, message.offset, 0)
+            _check_range(command, message.offset, 0)
         elif isinstance(message, Done):
             self._done = True
         self._at = end
@@ -262,7 +389,7 @@ class Decoder:
         """The stream has no more bytes. TruncatedStreamError unless it ended with `done`."""
         if self._done:
             return
-        rest = len(self._buffer) - self._at
+        rest = self._end - self._at
         raise TruncatedStreamError(
             f"the stream ended in the middle of a message, after {rest} bytes of it"
             if rest
@@ -270,8 +397,20 @@ class Decoder:
         )
 
 
-def _check_bounds(command: bytes, position: int, size: int, most: int = MAX_BLOCK_SIZE) -> None:
-    if size > most:
-        raise StreamError(f"`{command.decode()}` of {size} bytes; {most} are the most a block may have")
-    if position + size > MAX_POSITION:
+def _check_size(command: bytes, size: int) -> None:
+    if size > MAX_BLOCK_SIZE:
+        raise StreamError(f"`{command.decode()}` of {size} bytes; {MAX_BLOCK_SIZE} are the most a block may have")
+
+
+def _check_range(command: bytes, position: int, length: int) -> None:
+    if position + length > MAX_POSITION:
         raise StreamError(f"`{command.decode()}` at position {position}, which no file can have")
+
+
+def _check_asks(asks: Asks) -> None:
+    _check_range(b"asks", asks.position, asks.length)
+    if asks.length > MAX_ASKED or not MIN_ASKED_BLOCK <= asks.block_size <= MAX_BLOCK_SIZE:
+        raise StreamError(f"`asks` about {asks.length} bytes in blocks of {asks.block_size}")
+    blocks = -(-asks.length // asks.block_size)
+    if not blocks or len(asks.digests) % blocks:
+        raise StreamError(f"`asks` with {len(asks.digests)} bytes of digests for {blocks} blocks")

@@ -99,7 +99,7 @@ class Form(ABC):
         if isinstance(message, wire.XzData):
             self._take_data(message.position, xz.expand(message))
         elif isinstance(message, wire.Data):
-            self._take_data(message.position, message.payload)
+            self._take_data(message.position, bytes(message.payload))
         elif not isinstance(message, wire.Done):
             raise StreamError(f"a {type(message).__name__} out of its turn")
 

@@ -33,7 +33,7 @@ _FAREWELL_SECONDS = 2
 
 _GREETING = wire.encode(
     wire.Hello(
-        {"protocol": wire.PROTOCOL, "program": f"blockcopy {__version__}", "digests": [digests.NAME]},
+        {"protocol": wire.PROTOCOL, "program": f"blockcopy {__version__}", "digests": [digests.ORIGINAL]},
     )
 )
 
@@ -83,7 +83,7 @@ class Retriever:
             raise copy(failure)
         facts = self._hello.facts
         identity: Identity = facts.get("identity", {})
-        if not is_identity(identity) or facts.get("digest") != digests.NAME:
+        if not is_identity(identity) or facts.get("digest") != digests.ORIGINAL:
             raise SourceError(f"{self._command.source}: no agreement with {str(facts)[:500]}")
         return identity
 
