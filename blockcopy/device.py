@@ -32,6 +32,7 @@ class Device:
         self.path = path
         self._fd = fd
         self._nowait = getattr(os, "RWF_NOWAIT", 0)
+        self._cached = memoryview(bytearray(0))
         self.is_block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
 
     def __enter__(self) -> Device:
@@ -127,14 +128,18 @@ class Device:
             yield Extent(start, stop - start)
             offset = stop
 
-    def read_cached(self, offset: int, length: int) -> bytes | None:
-        """As `read`, but only what the page cache holds: None where the read would wait."""
+    def read_cached(self, offset: int, length: int) -> memoryview | None:
+        """As `read`, but only what the page cache holds: None where the read would wait.
+
+        A view of a buffer that is used again: good until the next call, and for one thread only.
+        """
         if not self._nowait:
             return None
-        buffer = bytearray(length)
+        if length > len(self._cached):
+            self._cached = memoryview(bytearray(length))
         try:
-            if os.preadv(self._fd, [buffer], offset, self._nowait) == length:
-                return bytes(buffer)
+            if os.preadv(self._fd, [self._cached[:length]], offset, self._nowait) == length:
+                return self._cached[:length]
         except BlockingIOError:
             pass  # not in the cache
         except OSError:
@@ -167,6 +172,10 @@ class Device:
         """Have what was written there on its way to the disk, so that `sync` has less to wait for."""
         with contextlib.suppress(OSError):  # refused: then it is all the sync's. Errors show in the sync
             syscalls.start_writeback(self._fd, offset, length)
+
+    def exceeds_cache(self) -> bool:
+        """Whether it is so large that to read or write all of it would push all else out of the cache."""
+        return self.size() > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
     def drop_behind(self, offset: int, length: int) -> None:
         """Those bytes will not be needed soon: their place in the cache is better used otherwise."""

@@ -8,12 +8,16 @@ from collections.abc import Iterable
 import pytest
 
 from blockcopy.geometry import Geometry
-from blockcopy.replica.blockmap import CHUNK_BLOCKS, BlockMap
+from blockcopy.replica.blockmap import CHUNK_BLOCKS, BlockMap, Kind
 
 BLOCK = 10
 """Bytes in a block of these tests: the arithmetic is the same."""
 
 SIZES = [0, 1, 9, 10, 11, *(8 * BLOCK * n + more for n in (1, 2, 3) for more in (-11, -10, -1, 0, 1, 10, 11))]
+
+
+def mark(blockmap: BlockMap, block: int, *, fetched: bool) -> None:
+    blockmap.mark(range(block, block + 1), "fetched" if fetched else "same")
 
 
 class Naive:
@@ -58,12 +62,44 @@ def test_random_marks_mean_what_sets_of_blocks_mean(size: int) -> None:
     assert_alike(blockmap, naive)
     for _ in range(3 * geometry.blocks):
         block, fetched = chance.randrange(geometry.blocks), chance.random() < 0.5
-        blockmap.mark(block, fetched=fetched)
+        mark(blockmap, block, fetched=fetched)
         naive.mark(block, fetched=fetched)
         assert_alike(blockmap, naive)
         part = some_range(chance, geometry.blocks)
         assert list(blockmap.missing(part)) == naive.missing(part)
         assert blockmap.any_missing(part) is bool(naive.missing(part))
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if size])
+def test_ranges_are_marked_as_their_blocks_are(size: int) -> None:
+    geometry, chance = Geometry(size, BLOCK), random.Random(size)
+    kinds: list[Kind] = ["same", "fetched", "zero"]
+    for _ in range(20):
+        by_range, by_block = BlockMap(geometry), BlockMap(geometry)
+        while not by_range.complete:
+            blocks, kind = some_range(chance, geometry.blocks), chance.choice(kinds)
+            by_range.mark(blocks, kind)
+            for block in blocks:
+                by_block.mark(range(block, block + 1), kind)
+            assert counts(by_range) == counts(by_block)
+            assert list(by_range.missing(range(geometry.blocks))) == list(by_block.missing(range(geometry.blocks)))
+            assert by_range.present_bytes == sum(counts(by_range))
+            assert by_range.take_changes() == by_block.take_changes()
+
+
+def counts(blockmap: BlockMap) -> tuple[int, int, int]:
+    return blockmap.same_bytes, blockmap.fetched_bytes, blockmap.zero_bytes
+
+
+def test_a_resumed_last_block_counts_once() -> None:
+    geometry = Geometry(12 * BLOCK - 3, BLOCK)
+    before = BlockMap(geometry)
+    before.mark(range(11, 12), "fetched")
+    after = BlockMap(geometry)
+    after.resume(before.take_changes())
+    after.mark(range(12), "same")
+    assert (after.resumed_bytes, after.same_bytes) == (7, 11 * BLOCK)
+    assert after.complete
 
 
 @pytest.mark.parametrize("size", [size for size in SIZES if size])
@@ -73,10 +109,10 @@ def test_the_last_missing_block_is_found_wherever_it_is(size: int) -> None:
         blockmap = BlockMap(Geometry(size, BLOCK))
         for block in blocks:
             if block != left:
-                blockmap.mark(block, fetched=False)
+                mark(blockmap, block, fetched=False)
         assert list(blockmap.missing(blocks)) == [left]
         assert not blockmap.complete
-        blockmap.mark(left, fetched=True)
+        mark(blockmap, left, fetched=True)
         assert list(blockmap.missing(blocks)) == []
         assert blockmap.complete
 
@@ -93,15 +129,15 @@ def test_nothing_is_missing_of_zero_blocks() -> None:
 def test_a_block_outside_the_size_cannot_be_marked(block: int) -> None:
     blockmap = BlockMap(Geometry(8 * BLOCK, BLOCK))
     with pytest.raises(IndexError):
-        blockmap.mark(block, fetched=True)
+        mark(blockmap, block, fetched=True)
     assert blockmap.present_bytes == 0
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_block_counts_once_and_as_it_was_marked_first(first: bool) -> None:
     blockmap = BlockMap(Geometry(25, BLOCK))
-    blockmap.mark(2, fetched=first)
-    blockmap.mark(2, fetched=not first)
+    mark(blockmap, 2, fetched=first)
+    mark(blockmap, 2, fetched=not first)
     assert (blockmap.fetched_bytes, blockmap.same_bytes) == ((5, 0) if first else (0, 5))
 
 
@@ -109,11 +145,11 @@ def test_after_forget_all_it_is_as_new() -> None:
     geometry = Geometry(12 * BLOCK - 3, BLOCK)
     blockmap = BlockMap(geometry)
     for block in range(geometry.blocks):
-        blockmap.mark(block, fetched=bool(block % 2))
+        mark(blockmap, block, fetched=bool(block % 2))
     assert blockmap.complete
     blockmap.forget_all()
     assert_alike(blockmap, Naive(geometry))
-    blockmap.mark(11, fetched=False)
+    mark(blockmap, 11, fetched=False)
     assert blockmap.same_bytes == 7
 
 
@@ -122,7 +158,7 @@ def test_a_block_marked_during_the_search_is_not_found_after_that() -> None:
     search = blockmap.missing(range(20))
     assert next(search) == 0
     for block in range(1, 18):
-        blockmap.mark(block, fetched=False)
+        mark(blockmap, block, fetched=False)
     assert list(search) == [18, 19]
 
 
@@ -130,7 +166,7 @@ def test_present_blocks_are_passed_over_quickly() -> None:
     blocks = 2**19
     blockmap = BlockMap(Geometry(blocks * BLOCK, BLOCK))
     for block in range(blocks - 1):
-        blockmap.mark(block, fetched=False)
+        mark(blockmap, block, fetched=False)
     started = time.monotonic()
     for _ in range(500):
         assert next(blockmap.missing(range(blocks))) == blocks - 1
@@ -143,7 +179,7 @@ def test_a_huge_map_takes_one_bit_a_block_and_is_searched_lazily() -> None:
     tracemalloc.start()
     try:
         blockmap = BlockMap(geometry)
-        blockmap.mark(0, fetched=False)
+        mark(blockmap, 0, fetched=False)
         search = blockmap.missing(range(geometry.blocks))
         assert [next(search), next(search)] == [1, 2]
         assert next(blockmap.missing(range(geometry.blocks - 1, geometry.blocks))) == geometry.blocks - 1
@@ -165,7 +201,7 @@ def chunks_of(blockmap: BlockMap, blocks: int) -> dict[int, bytes]:
 def marked(geometry: Geometry, blocks: Iterable[int]) -> BlockMap:
     blockmap = BlockMap(geometry)
     for block in blocks:
-        blockmap.mark(block, fetched=bool(block % 2))
+        mark(blockmap, block, fetched=bool(block % 2))
     return blockmap
 
 
@@ -216,7 +252,7 @@ def test_what_is_marked_after_a_resume_counts_besides() -> None:
     blockmap = BlockMap(geometry)
     blockmap.resume({0: bytes([0b10, 0])})
     for block in (1, 2, 11):
-        blockmap.mark(block, fetched=True)
+        mark(blockmap, block, fetched=True)
     assert (blockmap.resumed_bytes, blockmap.fetched_bytes) == (BLOCK, 2 * BLOCK - 3)
     assert blockmap.take_changes() == {0: bytes([0b110, 0b11111000])}
     blockmap.forget_all()
@@ -231,7 +267,7 @@ def test_padding_bits_are_no_blocks_whatever_the_record_has_there(padding: int) 
     assert blockmap.resumed_bytes == 2 * BLOCK
     assert list(blockmap.missing(range(8))) == [1, 3]
     for block in (1, 3):
-        blockmap.mark(block, fetched=False)
+        mark(blockmap, block, fetched=False)
     assert blockmap.complete
 
 
@@ -260,25 +296,25 @@ def test_changes_are_the_chunks_that_were_marked_in_since_the_last_time() -> Non
     geometry = Geometry((2 * CHUNK_BLOCKS + 9) * BLOCK, BLOCK)
     blockmap = BlockMap(geometry)
     assert blockmap.take_changes() == {}
-    blockmap.mark(2 * CHUNK_BLOCKS, fetched=True)
-    blockmap.mark(3, fetched=False)
+    mark(blockmap, 2 * CHUNK_BLOCKS, fetched=True)
+    mark(blockmap, 3, fetched=False)
     changes = blockmap.take_changes()
     assert list(changes) == [0, 2]
     assert (changes[0][:2], changes[2]) == (bytes([0b1000, 0]), bytes([1, 0b11111110]))
     assert blockmap.take_changes() == {}
-    blockmap.mark(3, fetched=True)  # it was before
+    mark(blockmap, 3, fetched=True)  # it was before
     assert blockmap.take_changes() == {}
-    blockmap.mark(4, fetched=True)
+    mark(blockmap, 4, fetched=True)
     assert list(blockmap.take_changes()) == [0]
 
 
 def test_changes_that_were_put_back_are_handed_out_as_they_are_then() -> None:
     geometry = Geometry((CHUNK_BLOCKS + 9) * BLOCK, BLOCK)
     blockmap = BlockMap(geometry)
-    blockmap.mark(0, fetched=True)
+    mark(blockmap, 0, fetched=True)
     changes = blockmap.take_changes()
-    blockmap.mark(1, fetched=True)
-    blockmap.mark(CHUNK_BLOCKS, fetched=True)
+    mark(blockmap, 1, fetched=True)
+    mark(blockmap, CHUNK_BLOCKS, fetched=True)
     blockmap.put_back(changes)
     again = blockmap.take_changes()
     assert list(again) == [0, 1]
@@ -291,7 +327,7 @@ def test_changes_that_were_put_back_are_handed_out_as_they_are_then() -> None:
 def test_each_time_all_is_forgotten_it_is_another_generation() -> None:
     blockmap = BlockMap(Geometry(BLOCK, BLOCK))
     before = blockmap.generation
-    blockmap.mark(0, fetched=True)
+    mark(blockmap, 0, fetched=True)
     blockmap.resume({})
     assert blockmap.generation == before
     blockmap.forget_all()

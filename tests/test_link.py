@@ -37,6 +37,7 @@ from support import (
 )
 
 from blockcopy.errors import SourceChangedError, SourceError
+from blockcopy.replica.forms import Answer
 from blockcopy.replica.link import Link
 
 Mounter = Callable[..., Mount]
@@ -554,6 +555,10 @@ def test_a_source_that_always_garbles_ends_the_pass_of_a_mount(mount: Mounter, s
 # The back-off, with a clock that jumps to whatever is waited for
 
 
+NOTHING_DIFFERS = Answer([], [])
+SINK: Any = object()  # to which nothing is given
+
+
 class FakeRetriever:
     """A connection that a test ends."""
 
@@ -567,12 +572,12 @@ class FakeRetriever:
         self.failure = SourceError("it broke")
         self.ended.set()
 
-    async def ask(self, questions: Sequence[Any]) -> list[bytes | None]:
+    async def ask(self, questions: Sequence[Any], sink: object) -> Answer:
         await trio.lowlevel.checkpoint()
         if self.failure is not None:
             raise self.failure
         self.answered_at = trio.current_time()
-        return [None for _ in questions]
+        return NOTHING_DIFFERS
 
     async def close(self) -> None:
         self.end()
@@ -641,7 +646,7 @@ def test_after_an_answer_the_next_attempt_is_soon_again() -> None:
 
     async def scenario(link: Link, connector: FakeConnector) -> None:
         for retriever in (first, second, third):
-            await link.ask([1], trio.current_time())
+            await link.ask([1], SINK, trio.current_time())
             retriever.end()
         await trio.sleep(5)
         assert connector.waits() == [1, 2, 4, 1, 1, 1, 2]
@@ -667,13 +672,13 @@ def test_who_asks_waits_as_long_as_its_patience_and_others_longer() -> None:
     async def scenario(link: Link, connector: FakeConnector) -> None:
         start = trio.current_time()
         with pytest.raises(SourceError, match="has been away for 60 seconds: nobody is there"):
-            await link.ask([1], start)
+            await link.ask([1], SINK, start)
         assert trio.current_time() - start == pytest.approx(60)
         with pytest.raises(SourceError, match="60 seconds"):  # wanted for as long already
-            await link.ask([1], start)
+            await link.ask([1], SINK, start)
         assert trio.current_time() - start == pytest.approx(60)
         with pytest.raises(SourceError, match="60 seconds"):
-            await link.ask([1], trio.current_time())
+            await link.ask([1], SINK, trio.current_time())
         assert trio.current_time() - start == pytest.approx(120)
 
     with_link(scenario)
@@ -683,11 +688,11 @@ def test_patience_is_counted_from_the_last_answer() -> None:
     first = FakeRetriever()
 
     async def scenario(link: Link, connector: FakeConnector) -> None:
-        await link.ask([1], 0)
+        await link.ask([1], SINK, 0)
         start = trio.current_time()
         first.end()
         with pytest.raises(SourceError, match="60 seconds"):
-            await link.ask([1], start - 1000)
+            await link.ask([1], SINK, start - 1000)
         assert trio.current_time() - start == pytest.approx(60)
 
     with_link(scenario, [first])
@@ -698,7 +703,7 @@ def test_what_was_in_flight_is_asked_of_the_next_connection() -> None:
     broken.end()
 
     async def scenario(link: Link, connector: FakeConnector) -> None:
-        assert await link.ask([1, 2], trio.current_time()) == [None, None]
+        assert await link.ask([1, 2], SINK, trio.current_time()) == NOTHING_DIFFERS
         assert good.answered_at is not None
         assert link.reconnects == 1
 
@@ -708,11 +713,11 @@ def test_what_was_in_flight_is_asked_of_the_next_connection() -> None:
 def test_another_source_is_the_end_of_the_link() -> None:
     async def scenario(link: Link, connector: FakeConnector) -> None:
         with pytest.raises(SourceChangedError, match="source changed"):
-            await link.ask([1], trio.current_time())
+            await link.ask([1], SINK, trio.current_time())
         await trio.sleep(100)
         assert len(connector.attempts) == 2
         with pytest.raises(SourceChangedError, match="source changed"):
-            await link.ask([1], trio.current_time())
+            await link.ask([1], SINK, trio.current_time())
 
     with_link(scenario, [SourceError("nobody is there"), SourceChangedError("source changed: it is another")])
 
@@ -723,7 +728,7 @@ def test_a_link_that_is_closed_lets_everybody_go() -> None:
 
             async def wait_in_vain() -> None:
                 with pytest.raises(SourceError, match="let go"):
-                    await link.ask([1], trio.current_time())
+                    await link.ask([1], SINK, trio.current_time())
 
             nursery.start_soon(wait_in_vain)
             await trio.sleep(5)

@@ -312,8 +312,9 @@ def test_without_a_source_no_destination_is_made(program: str, tmp_path: Path) -
 
 
 def cost_of(questions: int, program: str | None) -> int:
-    """Bytes sent for one batch: in the agreed form a fence behind it, in the original a proof and FENCES."""
-    return questions * QUESTION + 12 if program is None else (questions + 1 + FENCES) * QUESTION
+    """Bytes sent for one batch of neighbours: in the agreed form digests of 32 bytes with a head before
+    them and a fence behind; in the original each on its own, a proof and FENCES."""
+    return 24 + questions * 32 + 12 if program is None else (questions + 1 + FENCES) * QUESTION
 
 
 def test_many_readers_of_a_block_cause_one_fetch(tmp_path: Path, program: str | None) -> None:
@@ -855,6 +856,7 @@ def test_the_snapshot_has_all_fields_with_their_types(tmp_path: Path) -> None:
         "resumed_bytes": number,
         "same_bytes": number,
         "fetched_bytes": number,
+        "zero_bytes": number,
         "sent_bytes": number,
         "received_bytes": number,
         "rate_bytes_per_s": number,

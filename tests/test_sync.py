@@ -24,8 +24,8 @@ OLD = support.with_changes(DATA, [0, 7, 20, 21, 47])
 OPENING = 2 + support.sample_answers(len(DATA))
 """Answers of the stand-in before any block: two tell the size."""
 
-STALLS = f"{support.QUEUEING} --stall-at {OPENING + 3}"
-"""Of an equal destination the last of three batches stays open: each batch has one answer."""
+STALLS = f"{support.QUEUEING} --stall-at {OPENING + 5}"
+"""Of an equal destination the first four batches, of a megabyte each, are answered: with one answer each."""
 
 NEARLY = f"{support.QUEUEING} --stall-at {OPENING + 8}"
 """Of OLD the last batch stays open: its blocks that differ have five answers more."""

@@ -1,41 +1,125 @@
-"""The full pass: brings everything that is still missing, in order, at the pace it is given."""
+"""The full pass: brings everything that is still missing, at the pace it is given.
+
+It follows the reader: on from behind the latest demand to the end, then what is left from the start.
+What neither end has, holes in both, is found by asking for holes, ahead of the sweep.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
 import trio
 
+from blockcopy.device import Device
 from blockcopy.errors import BlockcopyError
-from blockcopy.geometry import Geometry
+from blockcopy.geometry import Extent, Geometry
 from blockcopy.replica.blockmap import BlockMap
 from blockcopy.replica.materialiser import Lane, Materialiser
 from blockcopy.replica.pace import Pace
 
+logger = logging.getLogger(__name__)
 
-async def hydrate(
-    materialiser: Materialiser, blockmap: BlockMap, geometry: Geometry, lane: Lane, pace: Pace
-) -> None:
-    """Return when nothing is missing. Raises the first error; what is in flight then still lands."""
-    first_error: BlockcopyError | None = None
+_SURVEYED = 64 << 30
+"""Bytes of which holes are asked for at once: a bound for what the answer can take."""
 
-    async def bring(blocks: range) -> None:
-        nonlocal first_error
-        try:
-            await materialiser.ensure(blocks, lane)
-        except BlockcopyError as error:
-            first_error = first_error or error
-        finally:
-            pace.give_back(len(blocks))
 
-    while not blockmap.complete:  # once, unless a failed sync made it forget what was behind the sweep
+class Hydration:
+    """One full pass. `demand` is the readers' lane, `lane` the pass's own; they may be the same."""
+
+    def __init__(
+        self,
+        materialiser: Materialiser,
+        device: Device,
+        geometry: Geometry,
+        blockmap: BlockMap,
+        demand: Lane,
+        lane: Lane,
+        pace: Pace,
+    ) -> None:
+        self._materialiser = materialiser
+        self._device = device
+        self._geometry = geometry
+        self._blockmap = blockmap
+        self._demand = demand
+        self._lane = lane
+        self._pace = pace
+        self._error: BlockcopyError | None = None
+
+    async def run(self) -> None:
+        """Return when nothing is missing. Raises the first error; what is in flight then still lands."""
         async with trio.open_nursery() as nursery:
-            start = 0
-            while first_error is None:
-                await pace.admit()
-                first = next(blockmap.missing(range(start, geometry.blocks)), None)
+            nursery.start_soon(self._survey)
+            while not self._blockmap.complete:  # once, unless a failed sync made it forget what it had
+                await self._sweep()
+                if self._error is not None:
+                    nursery.cancel_scope.cancel()
+                    break
+            nursery.cancel_scope.cancel()
+        if self._error is not None:
+            raise self._error
+
+    async def _sweep(self) -> None:
+        start, followed = 0, self._demand.wanted_at
+        async with trio.open_nursery() as nursery:
+            while self._error is None:
+                await self._pace.admit()
+                if self._demand is not self._lane and self._demand.wanted_at != followed:
+                    followed = self._demand.wanted_at
+                    start = min(self._demand.wanted_up_to, self._geometry.blocks)
+                first = self._unclaimed(range(start, self._geometry.blocks))
+                if first is None and start:
+                    first = self._unclaimed(range(start))
                 if first is None:
                     break
-                start = min(first + pace.batch_blocks, geometry.blocks)
-                pace.take(start - first)
-                nursery.start_soon(bring, range(first, start))
-        if first_error is not None:
-            raise first_error
+                start = min(first + self._pace.batch_blocks, self._geometry.blocks)
+                self._pace.take(start - first)
+                nursery.start_soon(self._bring, range(first, start))
+        left = next(self._blockmap.missing(range(self._geometry.blocks)), None)
+        if left is not None and self._error is None:  # somebody else is bringing it, or it was forgotten
+            self._pace.take(1)
+            await self._bring(range(left, left + 1))
+
+    def _unclaimed(self, blocks: range) -> int | None:
+        claims = self._lane.claims
+        return next((block for block in self._blockmap.missing(blocks) if block not in claims), None)
+
+    async def _bring(self, blocks: range) -> None:
+        try:
+            await self._materialiser.ensure(blocks, self._lane)
+        except BlockcopyError as error:
+            self._error = self._error or error
+        finally:
+            self._pace.give_back(len(blocks))
+
+    async def _survey(self) -> None:
+        """Mark what is a hole at both ends. Where that cannot be learnt, the sweep comes by all the same."""
+        if self._device.is_block_device:
+            return  # those have no holes that show
+        for start in range(0, self._geometry.size, _SURVEYED):
+            await self._pace.admit()
+            extent = Extent(start, min(_SURVEYED, self._geometry.size - start))
+            generation = self._blockmap.generation
+            try:
+                holes = await self._lane.link.holes(extent, self._geometry.block_size, trio.current_time())
+                both = await trio.to_thread.run_sync(list, _common_holes(self._device, self._geometry, holes))
+            except BlockcopyError as error:
+                logger.debug("holes of the source are not known: %s", error)
+                return
+            for blocks in both:
+                self._materialiser.mark_zero(blocks, generation)
+
+
+def _common_holes(device: Device, geometry: Geometry, holes: list[Extent]) -> Iterator[range]:
+    """The blocks that lie wholly in `holes` and in holes of `device`."""
+    for hole in holes:
+        start = hole.offset
+        for extent in device.data_extents(*hole):
+            yield _whole_blocks(geometry, start, extent.offset)
+            start = extent.end
+        yield _whole_blocks(geometry, start, hole.end)
+
+
+def _whole_blocks(geometry: Geometry, start: int, end: int) -> range:
+    stop = geometry.blocks if end >= geometry.size else end // geometry.block_size
+    return range(-(-start // geometry.block_size), stop)

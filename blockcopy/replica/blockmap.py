@@ -7,12 +7,16 @@ marked since it was last asked for is handed out in chunks, for the journal.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal
 
 from blockcopy.geometry import Geometry
 
 CHUNK_BLOCKS = 16384
 """Blocks whose bits are kept and recorded as one: 2 KiB for 2 GiB of the device."""
+
+Kind = Literal["same", "fetched", "zero"]
+"""How a block became present: it was equal, was sent, or is zeros, of which nobody sends the bytes."""
 
 _CHUNK_BYTES = CHUNK_BLOCKS // 8
 _NOT_FULL = re.compile(rb"[^\xff]", re.DOTALL)
@@ -39,27 +43,49 @@ class BlockMap:
         """Bytes the destination had already."""
         self.fetched_bytes = 0
         """Bytes that were fetched because they differed."""
+        self.zero_bytes = 0
+        """Bytes that the source has as zeros, and did not have to send."""
+        self._last_was_missing = True  # the last block, which may be short
 
     @property
     def present_bytes(self) -> int:
-        return self.resumed_bytes + self.same_bytes + self.fetched_bytes
+        return self.resumed_bytes + self.same_bytes + self.fetched_bytes + self.zero_bytes
 
     @property
     def complete(self) -> bool:
         return self.present_bytes == self._geometry.size
 
-    def mark(self, block: int, *, fetched: bool) -> None:
-        """`block` is right on the destination: all its bytes were written, or were found equal."""
-        length = self._geometry.extent(block).length
-        index, bit = block >> 3, 1 << (block & 7)
-        if self._bits[index] & bit:
+    def mark(self, blocks: range, kind: Kind) -> None:
+        """`blocks` are right on the destination: all their bytes were written, or were found equal.
+
+        Counted are those that were not marked before. IndexError outside of the device.
+        """
+        if not blocks:
             return
-        self._bits[index] |= bit
-        self._changed.add(block // CHUNK_BLOCKS)
-        if fetched:
+        if not 0 <= blocks.start < blocks.stop <= self._geometry.blocks:
+            raise IndexError(f"blocks {blocks.start} to {blocks.stop - 1} of {self._geometry.blocks}")
+        added = self._set(blocks)
+        if not added:
+            return
+        length = added * self._geometry.block_size
+        if blocks.stop == self._geometry.blocks and self._last_was_missing:
+            length -= self._geometry.block_size - self._geometry.extent(blocks[-1]).length
+            self._last_was_missing = False
+        self._changed.update(range(blocks.start // CHUNK_BLOCKS, blocks[-1] // CHUNK_BLOCKS + 1))
+        if kind == "fetched":
             self.fetched_bytes += length
+        elif kind == "zero":
+            self.zero_bytes += length
         else:
             self.same_bytes += length
+
+    def _set(self, blocks: range) -> int:
+        """Set their bits; how many were not set before."""
+        first, last = blocks.start >> 3, (blocks.stop - 1) >> 3
+        old = int.from_bytes(self._bits[first : last + 1], "little")
+        new = old | ((1 << len(blocks)) - 1) << (blocks.start & 7)
+        self._bits[first : last + 1] = new.to_bytes(last + 1 - first, "little")
+        return (new ^ old).bit_count()
 
     def resume(self, chunks: Mapping[int, bytes]) -> None:
         """Take recorded chunks as they are; for a map of which nothing is marked yet.
@@ -75,7 +101,8 @@ class BlockMap:
         blocks, block_size = self._geometry.blocks, self._geometry.block_size
         missing = len(self._bits) * 8 - int.from_bytes(self._bits, "little").bit_count()
         self.resumed_bytes = (blocks - missing) * block_size
-        if blocks and not self.any_missing([blocks - 1]):
+        self._last_was_missing = bool(blocks) and self.any_missing([blocks - 1])
+        if blocks and not self._last_was_missing:
             self.resumed_bytes -= block_size - self._geometry.extent(blocks - 1).length
 
     def _fill_padding(self) -> None:
@@ -103,7 +130,11 @@ class BlockMap:
             yield found
             block = found + 1
 
-    def any_missing(self, blocks: Iterable[int]) -> bool:
+    def any_missing(self, blocks: Sequence[int]) -> bool:
+        """Whether one of them is unknown; quick for a range."""
+        if isinstance(blocks, range):
+            found = self._next_missing(blocks.start) if blocks else None
+            return found is not None and found < blocks.stop
         return any(not self._bits[block >> 3] & 1 << (block & 7) for block in blocks)
 
     def _next_missing(self, block: int) -> int | None:

@@ -7,17 +7,18 @@ started again then, asked in its own form, and what there is to know of it is fo
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 import trio
 
-from blockcopy.digests import NO_DIGEST
+from blockcopy.digests import Buffer, Digest
 from blockcopy.errors import OriginalProgramError, SourceChangedError, SourceError
 from blockcopy.identity import Identity, differences, sample_extents, sample_of
 from blockcopy.remote import Command
-from blockcopy.replica.forms import Question
+from blockcopy.replica.forms import unconditional
 from blockcopy.replica.retriever import Retriever
 from blockcopy.replica.sizing import SizeSearch
 
@@ -25,14 +26,24 @@ from blockcopy.replica.sizing import SizeSearch
 class Connector:
     """See the module. `identity` is the source's, once it was reached or is known from elsewhere."""
 
-    def __init__(self, command: Command, *, guess: int, timeout: float = math.inf, prompts: bool = False) -> None:
-        """`guess` is the size in bytes that a search tries first.
+    def __init__(
+        self,
+        command: Command,
+        *,
+        guess: int,
+        timeout: float = math.inf,
+        prompts: bool = False,
+        compress: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`guess` is the size in bytes that a search tries first; `compress` what is wished for, as in `wire`.
 
         `timeout`: seconds without a sign of life after which a connection that was asked something is
         given up. Not so the greeting of the first one where a password may be asked for, `prompts`.
         """
         self.command = command
         self.identity: Identity | None = None
+        self.digest: Digest | None = None
+        """What questions are digested with, on all connections, once the source was reached."""
         self.changed: SourceChangedError | None = None
         """It was found to be another: from then on nothing of it is believed."""
         self.links_changed = trio.Event()
@@ -40,6 +51,7 @@ class Connector:
         self._guess = guess
         self._timeout = timeout
         self._prompts = prompts
+        self._compress = compress
         self._original = False
         self._finding_out = trio.Lock()
 
@@ -48,20 +60,23 @@ class Connector:
 
         SourceChangedError where the source is not the one that it was.
         """
-        if not self._original:
+        while not self._original:
             retriever = await self._start(nursery, original=False)
             async with _closed_on_failure(retriever):
                 try:
                     self._compare(await self._within(self._first_patience(), retriever.greet))
-                    return self._accepted(retriever)
+                    if self.digest in (None, retriever.digest):
+                        return self._accepted(retriever)
                 except OriginalProgramError:
                     self._original = True
-            await retriever.close()
+            await retriever.close()  # also one that, asked at the same time as another, chose another digest
         async with self._finding_out:  # its size, once
             return await self._open_original(nursery)
 
     async def _start(self, nursery: trio.Nursery, *, original: bool) -> Retriever:
-        retriever = Retriever(self.command, original=original, timeout=self._timeout)
+        retriever = Retriever(
+            self.command, original=original, timeout=self._timeout, digest=self.digest, compress=self._compress
+        )
         await nursery.start(retriever.run)
         return retriever
 
@@ -90,9 +105,12 @@ class Connector:
 
     async def _sample(self, retriever: Retriever, size: int) -> None:
         """Who the source is, of one that does not say: asked for the pieces that stand for it."""
-        pieces = [Question(*extent, NO_DIGEST) for extent in sample_extents(size)]
+        pieces = sample_extents(size)
+        found = _Pieces()
         try:
-            sample = sample_of(await retriever.ask(pieces) if pieces else [])
+            if pieces:
+                await retriever.ask([unconditional(*extent) for extent in pieces], found)
+            sample = sample_of(found.at.get(extent.offset) for extent in pieces)
         except SourceError as error:
             if self.identity is None or retriever.failure is not None:
                 raise
@@ -112,8 +130,8 @@ class Connector:
         )
         return self.changed
 
-    @staticmethod
-    def _accepted(retriever: Retriever) -> Retriever:
+    def _accepted(self, retriever: Retriever) -> Retriever:
+        self.digest = self.digest or retriever.digest
         retriever.quiet = False  # what it says from now on is told by nobody else
         retriever.answered_at = None  # so far nobody was helped
         return retriever
@@ -122,6 +140,19 @@ class Connector:
         """All that wait for a link look again."""
         self.links_changed.set()
         self.links_changed = trio.Event()
+
+
+class _Pieces:
+    """Keeps what it is given: position → bytes."""
+
+    def __init__(self) -> None:
+        self.at: dict[int, bytes] = {}
+
+    def data(self, position: int, payload: Buffer) -> None:
+        self.at[position] = bytes(payload)
+
+    def zeros(self, position: int, length: int) -> None:
+        self.at[position] = bytes(length)
 
 
 @asynccontextmanager

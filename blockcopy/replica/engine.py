@@ -56,7 +56,13 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
         try:
             async with trio.open_nursery() as nursery:
                 guess = record.binding.source["size"] if record else device.size() if device else 0
-                connector = Connector(plan.command, guess=guess, timeout=plan.timeout, prompts=plan.prompts)
+                connector = Connector(
+                    plan.command,
+                    guess=guess,
+                    timeout=plan.timeout,
+                    prompts=plan.prompts,
+                    compress=plan.compress,
+                )
                 links = [
                     Link(connector, nursery, patience=patience)
                     for patience, wanted in (

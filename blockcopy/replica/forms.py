@@ -12,73 +12,183 @@ to seek past its end). Silence is also what the original gives for a block beyon
 source which was shortened cannot pass for an equal one, each batch ends with a question for its last
 byte that cannot be equal: without that answer nothing of the batch is believed.
 
-In both, answers come in the order asked, so silence before a fence means "equal". A source that no
-longer has what it had fails the batches in question, and goes on serving others; what cannot be an
-answer at all is a StreamError, and ends the connection.
+In both, answers come in the order asked, so silence before a fence means "equal". An answer is checked
+against what was asked, and then given to the batch's sink as it comes. A source that no longer has what
+it had fails the batches in question, and goes on serving others; what cannot be an answer at all is a
+StreamError, and ends the connection.
+
+`ask` is called by tasks, `take` by the thread that receives; `pending` is what they share: the one
+appends to it, the other takes from its front.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
-import trio
-
-from blockcopy import wire, xz
-from blockcopy.digests import NO_DIGEST, digest
+from blockcopy import wire, xz, zstd
+from blockcopy.digests import NO_DIGEST, Buffer, digest
 from blockcopy.errors import BlockcopyError, SourceError, StreamError
+from blockcopy.geometry import Extent
 
 FENCES = 16
 """Empty questions behind a batch in the original form: whatever its queue held, one of them fills it."""
 
 
 class Question(NamedTuple):
-    """`size` bytes (at least 1) at `position` have `digest` here: the source's, if they differ."""
+    """`length` bytes (at least 1) at `position` have these `digests` here, one a block, joined: the
+    source's, where they differ?"""
 
     position: int
-    size: int
-    digest: bytes
+    length: int
+    block_size: int
+    digests: bytes
+
+    @property
+    def end(self) -> int:
+        return self.position + self.length
+
+    def blocks(self) -> Iterator[tuple[Extent, bytes]]:
+        """Each block, and its digest."""
+        count = -(-self.length // self.block_size)
+        size = len(self.digests) // count
+        for index in range(count):
+            start = index * self.block_size
+            extent = Extent(self.position + start, min(self.block_size, self.length - start))
+            yield extent, self.digests[index * size : (index + 1) * size]
+
+
+def unconditional(position: int, length: int) -> Question:
+    """A question for one block's bytes, whatever they are; in the original form."""
+    return Question(position, length, length, NO_DIGEST)
+
+
+class Sink(Protocol):
+    """Where answers go, in the thread that receives them. What it raises fails the batch."""
+
+    def data(self, position: int, payload: Buffer) -> None:
+        """These are the source's bytes; `payload` is good for as long as the call lasts."""
+
+    def zeros(self, position: int, length: int) -> None:
+        """The source has zeros there."""
+
+
+class Answer(NamedTuple):
+    """Where the source's bytes differ, in ascending order; all else that was asked about is equal."""
+
+    data: list[Extent]
+    zeros: list[Extent]
 
 
 class Batch:
     """Questions on their way, and what has come back for them."""
 
-    def __init__(self, questions: Sequence[Question], fence: int) -> None:
+    def __init__(self, questions: Sequence[Question], sink: Sink, settle: Callable[[], None]) -> None:
+        """`settle` is called once, from any thread, when there is nothing more to come."""
         self.questions = questions
-        self.fence = fence
-        self.answers: list[bytes | None] = [None] * len(questions)
-        self.settled = trio.Event()
+        self.fence = 0
+        self.answer = Answer([], [])
         self.error: BlockcopyError | None = None
-        self._next = 0  # the first question that can still be answered
+        self.settle = settle
+        self._sink = sink
+        self._question = 0  # the first that can still be answered
+        self._reached = 0  # and what of it was passed already
 
-    def take(self, position: int, payload: bytes, *, exact: bool) -> bool:
-        """Put an answer where it belongs; False if it answers nothing that was asked.
+    def data(self, position: int, payload: Buffer) -> bool:
+        """Take an answer; False if it answers nothing that was asked."""
+        extent = Extent(position, len(payload))
+        if not self._fits(extent):
+            return False
+        self.answer.data.append(extent)
+        self._deliver(lambda: self._sink.data(position, payload))
+        return True
 
-        With `exact` it has to be of the length asked for, else it may be shorter.
-        """
-        for index in range(self._next, len(self.questions)):
+    def zeros(self, position: int, length: int) -> bool:
+        """As `data`."""
+        extent = Extent(position, length)
+        if not self._fits(extent):
+            return False
+        self.answer.zeros.append(extent)
+        self._deliver(lambda: self._sink.zeros(position, length))
+        return True
+
+    def _deliver(self, deliver: Callable[[], None]) -> None:
+        if self.error is not None:
+            return  # the rest of it is of no use
+        try:
+            deliver()
+        except BlockcopyError as error:
+            self.error = error
+
+    def _fits(self, extent: Extent) -> bool:
+        """Whether it is whole blocks of one question, behind all that was answered before."""
+        for index in range(self._question, len(self.questions)):
             question = self.questions[index]
-            if question.position == position:
-                fits = len(payload) == question.size or (len(payload) < question.size and not exact)
-                if fits:
-                    self.answers[index] = payload
-                    self._next = index + 1
-                return fits
+            reached = self._reached if index == self._question else question.position
+            start, end = extent.offset - question.position, extent.end - question.position
+            if reached <= extent.offset < question.end and start % question.block_size == 0:
+                whole = end == question.length or (end < question.length and end % question.block_size == 0)
+                if whole and extent.length:
+                    self._question, self._reached = index, extent.end
+                return whole and extent.length > 0
         return False
+
+    def block_at(self, position: int) -> Extent | None:
+        """The block that was asked for and begins there."""
+        for question in self.questions:
+            start = position - question.position
+            if 0 <= start < question.length and start % question.block_size == 0:
+                return Extent(position, min(question.block_size, question.end - position))
+        return None
 
     def fail(self, error: BlockcopyError) -> None:
         self.error = error
-        self.settled.set()
+        self.settle()
+
+
+class Probe(Batch):
+    """Questions for single bytes that may not be there, which silence tells; in the original form."""
+
+    def __init__(self, positions: Sequence[int], settle: Callable[[], None]) -> None:
+        super().__init__([unconditional(position, 1) for position in positions], _NOWHERE, settle)
+
+
+class Survey(Batch):
+    """A question for the holes of the source in `extent`, on its way."""
+
+    def __init__(self, extent: Extent, least: int, settle: Callable[[], None]) -> None:
+        """Holes of fewer than `least` bytes are passed over."""
+        super().__init__([], _NOWHERE, settle)
+        self.extent = extent
+        self.holes: list[Extent] = []
+        self._least = least
+        self._reached = extent.offset
+
+    def hole(self, hole: Extent) -> bool:
+        """Take an answer; False if it lies elsewhere, or not behind the one before."""
+        if not (hole.length and self._reached <= hole.offset and hole.end <= self.extent.end):
+            return False
+        self._reached = hole.end
+        if hole.length >= self._least:
+            self.holes.append(hole)
+        return True
+
+
+class _Nowhere:
+    def data(self, position: int, payload: Buffer) -> None: ...
+
+    def zeros(self, position: int, length: int) -> None: ...
+
+
+_NOWHERE = _Nowhere()
 
 
 class Form(ABC):
     """The batches of one connection, in the order in which they are answered."""
 
     grammar: wire.Grammar
-    exact: bool
-    """An answer has the length asked for; else the source may end inside a block, and say what it has."""
 
     def __init__(self, source: str) -> None:
         """`source` is its name in messages."""
@@ -86,74 +196,81 @@ class Form(ABC):
         self.pending: deque[Batch] = deque()
         self._sequence = 0
 
-    def ask(self, questions: Sequence[Question]) -> tuple[Batch, bytes]:
-        """A new batch, and what to send for it."""
-        batch = Batch(questions, self._fence_of(self._sequence))
+    def ask(self, batch: Batch) -> bytes:
+        """What to send for it. It is pending from now on."""
+        batch.fence = self._fence_of(self._sequence)
         self._sequence += 1
+        stream = self._questions(batch) + self._closing(batch)
         self.pending.append(batch)
-        stream = b"".join(wire.encode(wire.Hash(*question)) for question in questions)
-        return batch, stream + self._closing(batch)
+        return stream
 
     def take(self, message: wire.Message) -> None:
         """A message that came. StreamError for what was not asked for."""
         if isinstance(message, wire.XzData):
             self._take_data(message.position, xz.expand(message))
         elif isinstance(message, wire.Data):
-            self._take_data(message.position, bytes(message.payload))
+            self._take_data(message.position, message.payload)
         elif not isinstance(message, wire.Done):
             raise StreamError(f"a {type(message).__name__} out of its turn")
 
-    def _take_data(self, position: int, payload: bytes) -> None:
-        if not self.pending or not self.pending[0].take(position, payload, exact=self.exact):
+    def _take_data(self, position: int, payload: Buffer) -> None:
+        if not self.pending or not self.pending[0].data(position, payload):
             raise StreamError(f"{len(payload)} bytes for position {position}")
 
     def _settle(self) -> None:
-        self.pending.popleft().settled.set()
+        self.pending.popleft().settle()
 
     @abstractmethod
     def _fence_of(self, sequence: int) -> int:
         """What tells a batch's fence from its neighbours'."""
 
     @abstractmethod
+    def _questions(self, batch: Batch) -> bytes:
+        """The questions as they are sent."""
+
+    @abstractmethod
     def _closing(self, batch: Batch) -> bytes:
         """What follows the questions, so that all of them are answered."""
-
-    @abstractmethod
-    def proof(self, questions: Sequence[Question]) -> list[Question]:
-        """What to ask besides, so that silence can be believed."""
-
-    @abstractmethod
-    def believe(self, questions: Sequence[Question], answers: list[bytes | None]) -> list[bytes | None]:
-        """The answers to `questions`, of those and their proof. SourceError where they prove nothing."""
 
 
 class AgreedForm(Form):
     """Between two of ours."""
 
     grammar = wire.AGREED_BLOCK_STREAM
-    exact = True
 
     def _fence_of(self, sequence: int) -> int:
         return sequence
 
+    def _questions(self, batch: Batch) -> bytes:
+        if isinstance(batch, Survey):
+            return wire.encode(wire.Hole(*batch.extent))
+        return b"".join(
+            wire.encode(wire.Asks(each.position, each.block_size, each.length, each.digests))
+            for each in batch.questions
+        )
+
     def _closing(self, batch: Batch) -> bytes:
         return wire.encode(wire.Fence(batch.fence))
-
-    def proof(self, questions: Sequence[Question]) -> list[Question]:
-        return []
-
-    def believe(self, questions: Sequence[Question], answers: list[bytes | None]) -> list[bytes | None]:
-        return answers
 
     def take(self, message: wire.Message) -> None:
         if isinstance(message, wire.Fence):
             if not self.pending or self.pending[0].fence != message.number:
                 raise StreamError(f"the fence {message.number}")
             self._settle()
+        elif isinstance(message, wire.ZstdData):
+            self._take_data(message.position, zstd.expand(message))
+        elif isinstance(message, wire.Zero):
+            if not self.pending or not self.pending[0].zeros(*message):
+                raise StreamError(f"{message.length} zeros for position {message.position}")
+        elif isinstance(message, wire.Hole):
+            survey = self.pending[0] if self.pending else None
+            if not isinstance(survey, Survey) or not survey.hole(Extent(*message)):
+                raise StreamError(f"a hole of {message.length} bytes at position {message.position}")
         elif isinstance(message, wire.Failure):
             if not self.pending:
                 raise StreamError(f"a failure for position {message.position}")
-            self.pending[0].error = SourceError(f"{self.source}: {message.reason}")
+            batch = self.pending[0]
+            batch.error = batch.error or SourceError(f"{self.source}: {message.reason}")
         else:
             super().take(message)
 
@@ -162,43 +279,61 @@ class OriginalForm(Form):
     """With the original program, whose `retrieve` is a filter and was not made to be asked."""
 
     grammar = wire.BLOCK_STREAM
-    exact = False
 
     def __init__(self, source: str) -> None:
         super().__init__(source)
         self._old_fence: int | None = None  # of the batch that was settled last; more of them follow
+        self._proven = False  # the last byte of the first pending batch is there
 
     def _fence_of(self, sequence: int) -> int:
         return 1 + sequence % 2
 
+    def _questions(self, batch: Batch) -> bytes:
+        asked = [wire.Hash(*extent, own) for question in batch.questions for extent, own in question.blocks()]
+        if not isinstance(batch, Probe):
+            asked.append(wire.Hash(self._last_byte(batch), 1, NO_DIGEST))
+        return b"".join(map(wire.encode, asked))
+
+    @staticmethod
+    def _last_byte(batch: Batch) -> int:
+        return batch.questions[-1].end - 1
+
     def _closing(self, batch: Batch) -> bytes:
         return wire.encode(wire.Hash(batch.fence, 0, NO_DIGEST)) * FENCES
 
-    def _take_data(self, position: int, payload: bytes) -> None:
-        if payload:
+    def _take_data(self, position: int, payload: Buffer) -> None:
+        if not payload:
+            self._take_fence(position)
+            return
+        batch = self.pending[0] if self.pending else None
+        if batch is not None and self._is_proof(batch, position, payload):
+            self._proven = True
+            return
+        block = batch.block_at(position) if batch else None
+        if batch is None or block is None or len(payload) > block.length:
+            raise StreamError(f"{len(payload)} bytes for position {position}")
+        if len(payload) < block.length:
+            batch.error = batch.error or self._too_short(batch)
+        else:
             super()._take_data(position, payload)
-        elif self.pending and position == self.pending[0].fence:
+
+    def _take_fence(self, position: int) -> None:
+        if self.pending and position == self.pending[0].fence:
+            batch = self.pending[0]
+            if not (self._proven or isinstance(batch, Probe)):
+                batch.error = batch.error or self._too_short(batch)
+            self._proven = False
             self._settle()
             self._old_fence = position
         elif position != self._old_fence:
             raise StreamError(f"an empty block for position {position}")
 
-    def proof(self, questions: Sequence[Question]) -> list[Question]:
-        last = questions[-1]
-        return [Question(last.position + last.size - 1, 1, NO_DIGEST)]
+    def _is_proof(self, batch: Batch, position: int, payload: Buffer) -> bool:
+        if isinstance(batch, Probe) or self._proven or len(payload) != 1 or position != self._last_byte(batch):
+            return False
+        *_, (block, own) = batch.questions[-1].blocks()
+        # A last block of one byte asks for the same byte: if that is equal, it has no answer of its own.
+        return block.length > 1 or digest(payload) == own or batch.answer.data[-1:] == [block]
 
-    def believe(self, questions: Sequence[Question], answers: list[bytes | None]) -> list[bytes | None]:
-        *answers, proven = answers
-        last = questions[-1]
-        if proven is None and last.size == 1 and answers[-1] is not None and digest(answers[-1]) == last.digest:
-            # The proof asks for the same byte as the last question: where that is equal, the one
-            # answer there is, is the proof's.
-            proven, answers[-1] = answers[-1], None
-        whole = all(
-            answer is None or len(answer) == asked.size for asked, answer in zip(questions, answers, strict=True)
-        )
-        if proven is None or not whole:
-            raise SourceError(
-                f"{self.source} is shorter than it was: it does not reach {last.position + last.size}"
-            )
-        return answers
+    def _too_short(self, batch: Batch) -> SourceError:
+        return SourceError(f"{self.source} is shorter than it was: it does not reach {self._last_byte(batch) + 1}")

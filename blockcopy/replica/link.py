@@ -11,17 +11,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from copy import copy
+from typing import TypeVar
 
 import trio
 
+from blockcopy.digests import Buffer, Digest
 from blockcopy.errors import GarbledSourceError, SourceChangedError, SourceError
+from blockcopy.geometry import Extent
 from blockcopy.replica.connector import Connector
-from blockcopy.replica.forms import Question
+from blockcopy.replica.forms import Answer, Question, Sink
 from blockcopy.replica.retriever import Retriever
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _FIRST_DELAY, _LONGEST_DELAY = 1, 30
 """Seconds between two attempts; each is twice the one before."""
@@ -31,6 +36,26 @@ _WANTED_DELAY = 5
 
 _MOST_GARBLED = 3
 """Connections that one question may end by garbled answers: then it is the source and not the link."""
+
+
+class _Guarded:
+    """Lets answers through as long as the source is not found to be another, on whatever connection."""
+
+    def __init__(self, sink: Sink, connector: Connector) -> None:
+        self._sink = sink
+        self._connector = connector
+
+    def data(self, position: int, payload: Buffer) -> None:
+        self._check()
+        self._sink.data(position, payload)
+
+    def zeros(self, position: int, length: int) -> None:
+        self._check()
+        self._sink.zeros(position, length)
+
+    def _check(self) -> None:
+        if self._connector.changed is not None:
+            raise copy(self._connector.changed)
 
 
 class Link:
@@ -138,17 +163,31 @@ class Link:
         here = self._retriever.answered_at if self._retriever is not None else None
         return self._answered_at if here is None else here
 
-    async def ask(self, questions: Sequence[Question], since: float) -> list[bytes | None]:
+    async def digest(self, since: float) -> Digest:
+        """What questions are to be digested with: known once the source was reached. SourceError as in `ask`."""
+        while (digest := self._connector.digest) is None:
+            await self._connected(since)
+        return digest
+
+    async def ask(self, questions: Sequence[Question], sink: Sink, since: float) -> Answer:
         """As `Retriever.ask`, over as many connections as it takes.
 
         `since`: when it was first wanted, in trio's time. SourceError where the patience ends, where
         the source says that it cannot answer, and where the link is closed or the source another.
         """
+        guarded = _Guarded(sink, self._connector)
+        return await self._over_connections(lambda retriever: retriever.ask(questions, guarded), since)
+
+    async def holes(self, extent: Extent, least: int, since: float) -> list[Extent]:
+        """As `Retriever.holes`, over as many connections as it takes. SourceError as in `ask`."""
+        return await self._over_connections(lambda retriever: retriever.holes(extent, least), since)
+
+    async def _over_connections(self, ask: Callable[[Retriever], Awaitable[T]], since: float) -> T:
         garbled = 0
         while True:
             retriever = await self._connected(since)
             try:
-                answers = await retriever.ask(questions)
+                answers = await ask(retriever)
                 if self._connector.changed is None:
                     return answers
             except GarbledSourceError:

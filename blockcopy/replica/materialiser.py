@@ -11,30 +11,31 @@ nursery given here, not in the task of who asked, so a reader that goes away str
 A failed flight is forgotten: the next `ensure` tries again. Who waited for a flight of the other lane
 does not inherit its failure, but tries by its own means.
 
-What holds after a crash or an error at any line of `_fetch`: a block is marked only after the
-write of all its bytes returned, or after the source said that they are equal.
+What differs is written by the `_Writer`, in the thread that receives it. What holds after a crash or an
+error at any line of `_fetch`: a block is marked only after the write of all its bytes returned, or
+after the source said that they are equal.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from copy import copy
 
 import trio
 
 from blockcopy.device import Device
-from blockcopy.digests import digest
 from blockcopy.errors import BlockcopyError, DeviceError, SourceError
 from blockcopy.geometry import Geometry, runs
 from blockcopy.replica.blockmap import BlockMap
-from blockcopy.replica.forms import Question
+from blockcopy.replica.forms import Answer
 from blockcopy.replica.link import Link
+from blockcopy.replica.questions import questions
+from blockcopy.replica.window import Window
+from blockcopy.replica.writer import Writer
 
 logger = logging.getLogger(__name__)
-
-BATCH_BLOCKS = 16
-"""Blocks asked for, held and written as one: 2 MiB."""
 
 DEMAND_PATIENCE = 0.05
 """Seconds: the pass brings a block sooner than that, or the link is slow."""
@@ -46,12 +47,17 @@ BULK_PATIENCE = 2
 class Lane:
     """One link, and how much may be in hand for it at a time. Demand and bulk have one each."""
 
-    def __init__(self, link: Link, *, flights: int, threads: int, patience: float) -> None:
-        """At most `flights` batches, so flights × BATCH_BLOCKS blocks of memory; `threads` of our own.
+    def __init__(
+        self, link: Link, window: Window, *, batch_blocks: int, flights: int, threads: int, patience: float
+    ) -> None:
+        """At most `flights` batches of `batch_blocks` at once; `threads` of our own that hash.
 
-        `patience`: seconds to wait for a block that another lane is bringing, before asking as well.
+        `window`: how much of what nobody waits for yet should be on its way. `patience`: seconds to wait
+        for a block that another lane is bringing, before asking as well.
         """
         self.link = link
+        self.window = window
+        self.batch_blocks = batch_blocks
         self.patience = patience
         self.flights = trio.CapacityLimiter(flights)
         self.threads = trio.CapacityLimiter(threads)
@@ -59,11 +65,16 @@ class Lane:
         """The blocks this lane is bringing."""
         self.active_at = -math.inf
         """When something set off here, or landed, in trio's time."""
+        self.wanted_at = -math.inf
+        """When something set off."""
+        self.wanted_up_to = 0
+        """And the block behind it."""
 
     def claim(self, flight: _Flight) -> None:
         """Its blocks are on their way."""
         self.claims.update(dict.fromkeys(flight.blocks, flight))
-        self.active_at = trio.current_time()
+        self.active_at = self.wanted_at = trio.current_time()
+        self.wanted_up_to = flight.blocks[-1] + 1
 
     def release(self, flight: _Flight) -> None:
         """They are no longer."""
@@ -75,7 +86,7 @@ class Lane:
 class _Flight:
     """Some blocks on their way, wanted since it was made."""
 
-    def __init__(self, blocks: list[int]) -> None:
+    def __init__(self, blocks: Sequence[int]) -> None:
         self.blocks = blocks
         self.since = trio.current_time()
         self.scope = trio.CancelScope()
@@ -87,22 +98,31 @@ class Materialiser:
     """See the module. `complete` is set when no block is missing any more."""
 
     def __init__(
-        self, device: Device, geometry: Geometry, blockmap: BlockMap, lanes: list[Lane], nursery: trio.Nursery
+        self,
+        device: Device,
+        geometry: Geometry,
+        blockmap: BlockMap,
+        lanes: list[Lane],
+        nursery: trio.Nursery,
+        *,
+        sparse: bool = True,
     ) -> None:
+        """`sparse`: zeros are written as holes where that can be."""
         self._device = device
         self._geometry = geometry
         self._blockmap = blockmap
         self._lanes = lanes
         self._nursery = nursery
-        self.unsynced = trio.Event()
-        """Something was written since the device was last synced: by an earlier run, for all we know.
-        Replaced by each sync."""
-        self.unsynced.set()
-        self._storing = 0
+        self._writer = Writer(device, geometry, blockmap, sparse=sparse)
         self.last_error: BlockcopyError | None = None
         self.complete = trio.Event()
         if blockmap.complete:
             self.complete.set()
+
+    @property
+    def unsynced(self) -> trio.Event:
+        """Something was written since the device was last synced. Replaced by each sync."""
+        return self._writer.unsynced
 
     async def ensure(self, blocks: range, lane: Lane) -> None:
         """Return when all of `blocks` are present. SourceError or DeviceError where one cannot be."""
@@ -116,23 +136,24 @@ class Materialiser:
                     others.add(flight)
                 else:
                     unclaimed.append(block)
-            for start in range(0, len(unclaimed), BATCH_BLOCKS):
-                own.add(self._launch(unclaimed[start : start + BATCH_BLOCKS], lane))
+            for start in range(0, len(unclaimed), lane.batch_blocks):
+                own.add(self._launch(unclaimed[start : start + lane.batch_blocks], lane))
             for flight in own:
                 await flight.landed.wait()
                 if flight.error is not None and self._blockmap.any_missing(blocks):
                     raise copy(flight.error)  # unless the other lane has brought them meanwhile
-            with trio.move_on_after(lane.patience) as waiting:
-                for flight in others:
-                    await flight.landed.wait()
-            patient = not waiting.cancelled_caught and all(flight.error is None for flight in others)
+            if others:
+                with trio.move_on_after(lane.patience) as waiting:
+                    for flight in others:
+                        await flight.landed.wait()
+                patient = not waiting.cancelled_caught and all(flight.error is None for flight in others)
 
     def _claim_elsewhere(self, block: int, lane: Lane) -> _Flight | None:
         return next(
             (other.claims[block] for other in self._lanes if other is not lane and block in other.claims), None
         )
 
-    def _launch(self, blocks: list[int], lane: Lane) -> _Flight:
+    def _launch(self, blocks: Sequence[int], lane: Lane) -> _Flight:
         flight = _Flight(blocks)
         lane.claim(flight)
         self._nursery.start_soon(self._fly, flight, lane)
@@ -156,43 +177,45 @@ class Materialiser:
             lane.release(flight)
             flight.landed.set()
 
-    def _overtake(self, blocks: list[int], lane: Lane) -> None:
+    def _overtake(self, blocks: Sequence[int], lane: Lane) -> None:
         """Flights of other lanes that have nothing left to bring need not go on, nor who waits for them."""
         for other in self._lanes:
-            flights = (
-                {other.claims[block] for block in blocks if block in other.claims} if other is not lane else ()
-            )
-            for flight in flights:
+            if other is lane or not other.claims:
+                continue
+            for flight in {other.claims[block] for block in blocks if block in other.claims}:
                 if not self._blockmap.any_missing(flight.blocks):
                     flight.scope.cancel()
 
-    async def _fetch(self, blocks: list[int], lane: Lane, since: float) -> None:
+    async def _fetch(self, blocks: Sequence[int], lane: Lane, since: float) -> None:
+        digest = await lane.link.digest(since)
         generation = self._blockmap.generation
-        asked = await trio.to_thread.run_sync(questions, self._device, self._geometry, blocks, limiter=lane.threads)
-        answers = await lane.link.ask(asked, since)
-        differing = [
-            (question.position, answer)
-            for block, question, answer in zip(blocks, asked, answers, strict=True)
-            if answer is not None and self._blockmap.any_missing([block])
-        ]
-        if differing:
-            self.unsynced.set()
-            self._storing += 1
-            try:
-                await trio.to_thread.run_sync(self._store, differing, limiter=lane.threads)
-            finally:
-                self._storing -= 1
+        asked = await trio.to_thread.run_sync(
+            questions, self._device, self._geometry, blocks, digest, limiter=lane.threads
+        )
+        asked_at = trio.current_time()
+        answer = await lane.link.ask(asked, self._writer, since)
+        lane.window.landed(len(blocks), trio.current_time() - asked_at)
         if self._blockmap.generation != generation:
             return  # a sync failed meanwhile: what was read, or written, may be gone again
-        for block, answer in zip(blocks, answers, strict=True):
-            self._blockmap.mark(block, fetched=answer is not None)
+        self._mark(blocks, answer)
         self._overtake(blocks, lane)
+
+    def _mark(self, blocks: Sequence[int], answer: Answer) -> None:
+        for extent in answer.data:
+            self._blockmap.mark(self._geometry.span(*extent), "fetched")
+        for extent in answer.zeros:
+            self._blockmap.mark(self._geometry.span(*extent), "zero")
+        for run in runs(blocks):
+            self._blockmap.mark(run, "same")
         if self._blockmap.complete:
             self.complete.set()
 
-    def _store(self, differing: list[tuple[int, bytes]]) -> None:
-        for position, data in differing:
-            self._device.write(position, data)
+    def mark_zero(self, blocks: range, generation: int) -> None:
+        """The `blocks` are zeros at both ends, as was found while the block map had that `generation`."""
+        if self._blockmap.generation == generation:
+            self._blockmap.mark(blocks, "zero")
+            if self._blockmap.complete:
+                self.complete.set()
 
     async def sync(self) -> None:
         """Return when all that is marked is durable.
@@ -200,15 +223,9 @@ class Materialiser:
         DeviceError where the device cannot say so. Then the kernel may have dropped what was
         written, and reads may give the old bytes: nothing is known any more, all is checked again.
         """
-        if not self.unsynced.is_set():
-            return
-        self.unsynced = trio.Event()
-        if self._storing:  # a sync need not have what is written while it runs
-            self.unsynced.set()
         try:
-            await trio.to_thread.run_sync(self._device.sync)
+            await self._writer.sync()
         except DeviceError as error:
-            self.unsynced.set()
             self.last_error = error
             try:  # what the cache has is not what the disk has, and would be found equal
                 await trio.to_thread.run_sync(self._device.drop_cache)
@@ -221,16 +238,3 @@ class Materialiser:
         self._blockmap.forget_all()
         if self.complete.is_set():
             self.complete = trio.Event()
-
-
-def questions(device: Device, geometry: Geometry, blocks: list[int]) -> list[Question]:
-    """What to ask about ascending `blocks`: reads and hashes them, neighbours in one read."""
-    asked = []
-    for run in runs(blocks):
-        first, last = geometry.extent(run[0]), geometry.extent(run[-1])
-        data = memoryview(device.read(first.offset, last.end - first.offset))
-        for block in run:
-            offset, length = geometry.extent(block)
-            own = data[offset - first.offset :][:length]
-            asked.append(Question(offset, length, digest(own)))
-    return asked

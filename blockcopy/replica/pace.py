@@ -8,10 +8,10 @@ from collections.abc import Callable
 import trio
 
 from blockcopy.geometry import BLOCK_SIZE
-from blockcopy.replica.materialiser import BATCH_BLOCKS
+from blockcopy.replica.window import Window
 
-WINDOW = 6
-"""Batches asked for at a time: 12 MiB, which hides a round trip of 10 ms at 1 GB/s."""
+BATCH_BLOCKS = 64
+"""Blocks asked for as one, at most: 8 MiB, so that what it costs to ask hardly counts."""
 
 _YIELDING_BLOCKS = 4
 """Blocks in hand while readers wait: what they may have to wait behind, and what keeps the pass going."""
@@ -26,8 +26,9 @@ _LIMITED_SECONDS = 0.25
 class Pace:
     """See the module. `demanded_at` tells when a reader last had to wait, in trio's time."""
 
-    def __init__(self, demanded_at: Callable[[], float], limit: int | None = None) -> None:
-        """`limit` in bytes a second, of all that the pass goes through."""
+    def __init__(self, window: Window, demanded_at: Callable[[], float], limit: int | None = None) -> None:
+        """`window`: blocks in hand, at most. `limit` in bytes a second, of all that the pass goes through."""
+        self._window = window
         self._demanded_at = demanded_at
         self._limit = limit
         self._paused = False
@@ -57,7 +58,7 @@ class Pace:
     @property
     def batch_blocks(self) -> int:
         """Blocks that the next batch should have."""
-        most = _YIELDING_BLOCKS if self._yields else BATCH_BLOCKS
+        most = _YIELDING_BLOCKS if self._yields else min(BATCH_BLOCKS, self._window.blocks // 4)
         if self._limit is not None:
             most = min(most, int(self._limit * _LIMITED_SECONDS / BLOCK_SIZE))
         return max(1, most)
@@ -73,7 +74,7 @@ class Pace:
                 await self._changed.wait()
 
     def _has_room(self) -> bool:
-        window = _YIELDING_BLOCKS if self._yields else WINDOW * BATCH_BLOCKS
+        window = _YIELDING_BLOCKS if self._yields else self._window.blocks
         return self._in_hand + self.batch_blocks <= window or not self._in_hand
 
     def _look_again_at(self) -> float:

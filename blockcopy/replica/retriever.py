@@ -1,7 +1,11 @@
-"""The trio client of one `retrieve` process. What is said with it is `forms`' to know.
+"""The client of one `retrieve` process. What is said with it is `forms`' to know.
 
-Tasks: `run` reads and owns the process, `_write` writes, `_read_messages` collects what it says to
-standard error. `ask` may be called by any task. Whatever ends the process ends every wait.
+    ask ─ stream ─► _write ─► (pipe) … (pipe) ─► _receive, a thread ─► the batch's sink ─► settled
+
+Tasks: `run` owns the process, `_write` writes, `_read_messages` collects what it says to standard error.
+One thread receives: it decodes, checks, and gives each answer to its sink, so that a block of data is
+not handed from one to another on its way to the destination. `ask` may be called by any task. Whatever
+ends the process ends every wait.
 """
 
 from __future__ import annotations
@@ -10,53 +14,68 @@ import logging
 import math
 import os
 import signal
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from functools import partial
 from subprocess import PIPE
+from typing import Any, TypeVar
 
 import trio
 
 from blockcopy import __version__, digests, wire
-from blockcopy.digests import NO_DIGEST
+from blockcopy.digests import Digest
 from blockcopy.errors import GarbledSourceError, OriginalProgramError, SourceError, StreamError
+from blockcopy.geometry import Extent
 from blockcopy.identity import Identity, is_identity
 from blockcopy.remote import Command
-from blockcopy.replica.forms import AgreedForm, OriginalForm, Question
-from blockcopy.stages import PIPE_SIZE, enlarge_pipe
+from blockcopy.replica.forms import AgreedForm, Answer, Batch, OriginalForm, Probe, Question, Sink, Survey
+from blockcopy.stages import InputStream, enlarge_pipe
 
 logger = logging.getLogger(__name__)
+
+Kind = TypeVar("Kind", bound=Batch)
 
 _FAREWELL_SECONDS = 2
 """How long a process that closed its output, or was told to end, is waited for before it is killed."""
 
 
-_GREETING = wire.encode(
-    wire.Hello(
-        {"protocol": wire.PROTOCOL, "program": f"blockcopy {__version__}", "digests": [digests.ORIGINAL]},
-    )
-)
-
-
 class Retriever:
     """One `retrieve` process. Start `run` in a nursery, `greet` it where it may be ours, then `ask`."""
 
-    def __init__(self, command: Command, *, original: bool = False, timeout: float = math.inf) -> None:
-        """It is killed where it gives nothing for `timeout` seconds while it is asked something."""
+    def __init__(
+        self,
+        command: Command,
+        *,
+        original: bool = False,
+        timeout: float = math.inf,
+        digest: Digest | None = None,
+        compress: Mapping[str, Any] | None = None,
+    ) -> None:
+        """It is killed where it gives nothing for `timeout` seconds while it is asked something.
+
+        `digest`: the only one that will do; any if None. `compress`: what is wished for, as in `wire`.
+        """
         self._command = command
         self._timeout = timeout
         self._form = (OriginalForm if original else AgreedForm)(str(command.source))
+        self.digest = digests.named(digests.ORIGINAL) if original else digest
+        """What questions are digested with; None until it was greeted."""
         # Unbounded, yet bounded by those who ask: each waits for its answer before it asks again.
         self._send, self._outgoing = trio.open_memory_channel[bytes](math.inf)
         self._messages: deque[str] = deque(maxlen=5)
         self._process: trio.Process | None = None
+        self._token = trio.lowlevel.current_trio_token()
+        self._clock_starts_at = trio.current_time() - time.perf_counter()
         self._greeted = trio.Event()
         self._hello: wire.Hello | None = None
         self._last_sign = trio.current_time()  # of life, or when it was first asked
         self.answered_at: float | None = None
-        """When it last gave anything but its greeting; None before."""
+        """When it last gave anything but its greeting, in trio's time; None before."""
         self.ended = trio.Event()
         self._closing = False
+        self._taking = False
         self._stalled = False
         self.failure: SourceError | None = None
         """Why nothing can be asked any more; None while it can."""
@@ -65,9 +84,15 @@ class Retriever:
         self.sent_bytes = 0
         self.received_bytes = 0
         if original:
+            self._greeting = b""
             self._greeted.set()  # it does not know how
         else:  # before anything else, and without waiting for whoever asks
-            self._transmit(_GREETING)
+            facts: dict[str, Any] = {"protocol": wire.PROTOCOL, "program": f"blockcopy {__version__}"}
+            facts["digests"] = {digest.name: 1} if digest else digests.speeds()
+            if compress:
+                facts["compress"] = dict(compress)
+            self._greeting = wire.encode(wire.Hello(facts))
+            self._transmit(self._greeting)
 
     async def greet(self) -> Identity:
         """Wait for the greeting of the agreed form to be returned; what the source says of itself.
@@ -83,44 +108,55 @@ class Retriever:
             raise copy(failure)
         facts = self._hello.facts
         identity: Identity = facts.get("identity", {})
-        if not is_identity(identity) or facts.get("digest") != digests.ORIGINAL:
+        name = facts.get("digest")
+        offered = [self.digest.name] if self.digest else digests.speeds()
+        if not is_identity(identity) or name not in offered:
             raise SourceError(f"{self._command.source}: no agreement with {str(facts)[:500]}")
+        self.digest = digests.named(name)
         return identity
 
     async def greet_again(self) -> Identity:
         """What the source says of itself by now; in the agreed form. SourceError."""
         self._check_open()
         self._hello, self._greeted = None, trio.Event()
-        self._transmit(_GREETING)
+        self._transmit(self._greeting)
         return await self.greet()
 
-    async def ask(self, questions: Sequence[Question]) -> list[bytes | None]:
-        """For each question, in ascending positions: the source's bytes, or None where it has the same.
+    async def ask(self, questions: Sequence[Question], sink: Sink) -> Answer:
+        """Have the source's bytes, where they differ, given to `sink`; and tell where that was.
 
-        SourceError where the process is gone or went away, sent what was not asked for, or no
-        longer has, or cannot read, all that was asked.
+        `questions` in ascending positions, digested with `digest`. SourceError where the process is gone
+        or went away, sent what was not asked for, or no longer has, or cannot read, all that was asked;
+        and what the sink raised. Then some of it may have been given.
         """
-        answers = await self._exchange([*questions, *self._form.proof(questions)])
-        return self._form.believe(questions, answers)
+        return (await self._exchange(partial(Batch, questions, sink))).answer
+
+    async def holes(self, extent: Extent, least: int) -> list[Extent]:
+        """The source's holes of `least` bytes and more in `extent`; in the original form, none. SourceError."""
+        if isinstance(self._form, OriginalForm):
+            return []
+        return (await self._exchange(partial(Survey, extent, least))).holes
 
     async def reaches(self, positions: Sequence[int]) -> list[bool]:
         """For each of the ascending positions: does the source have a byte there? In the original form.
 
         Past the end of a block device the original dies of it (SourceError).
         """
-        answers = await self._exchange([Question(position, 1, NO_DIGEST) for position in positions])
-        return [answer is not None for answer in answers]
+        answer = (await self._exchange(partial(Probe, positions))).answer
+        found = {extent.offset for extent in answer.data}
+        return [position in found for position in positions]
 
-    async def _exchange(self, questions: list[Question]) -> list[bytes | None]:
+    async def _exchange(self, make: Callable[[Callable[[], None]], Kind]) -> Kind:
         self._check_open()
         if not self._form.pending:
             self._last_sign = trio.current_time()
-        batch, stream = self._form.ask(questions)
-        self._transmit(stream)
-        await batch.settled.wait()
+        settled = trio.Event()
+        batch = make(partial(self._token.run_sync_soon, settled.set))
+        self._transmit(self._form.ask(batch))
+        await settled.wait()
         if batch.error is not None:
             raise copy(batch.error)
-        return batch.answers
+        return batch
 
     def _transmit(self, stream: bytes) -> None:
         self._check_open()
@@ -157,18 +193,32 @@ class Retriever:
 
         SourceError where it cannot be started at all.
         """
-        environment = {**os.environ, **self._command.environment}
+        output, its_output = os.pipe()
         try:
-            process = await trio.lowlevel.open_process(
+            try:
+                process = await self._start(its_output)
+            finally:
+                os.close(its_output)
+            with InputStream(output) as stream:
+                await self._attend(process, stream, task_status)
+        finally:
+            os.close(output)
+
+    async def _start(self, output: int) -> trio.Process:
+        folder = self._command.folder
+        try:
+            return await trio.lowlevel.open_process(
                 self._command.argv,
                 stdin=PIPE,
-                stdout=PIPE,
+                stdout=output,
                 stderr=PIPE,
-                env=environment,
-                cwd=self._command.folder if os.path.isdir(self._command.folder) else None,
+                env={**os.environ, **self._command.environment},
+                cwd=folder if os.path.isdir(folder) else None,
             )
         except OSError as error:
             raise SourceError(f"cannot run `{self._command.argv[0]}`: {error.strerror}") from error
+
+    async def _attend(self, process: trio.Process, stream: InputStream, task_status: trio.TaskStatus[None]) -> None:
         self._process = process
         failure = SourceError(self._let_go())
         try:
@@ -177,24 +227,17 @@ class Retriever:
                 nursery.start_soon(self._write, process)
                 nursery.start_soon(self._watch, process)
                 nursery.start_soon(self._read_messages, process, messages_read)
-                reading = trio.CancelScope()
-                nursery.start_soon(self._end_with, process, reading)
+                nursery.start_soon(self._end_with, process, stream)
                 task_status.started()
-                try:
-                    with reading:
-                        await self._read(process)
-                except StreamError as error:
-                    process.kill()
-                    garbled = f"{self._command.source} sent what was not asked for: {error}"
-                else:
-                    garbled = ""
+                garbled = await self._read(process, stream)
                 with trio.move_on_after(_FAREWELL_SECONDS):
                     await process.wait()
                     await messages_read.wait()
                 if self._stalled:
                     failure = SourceError(f"{self._command.source} gave nothing for {self._timeout:g} seconds")
-                elif garbled:
-                    failure = GarbledSourceError(garbled + self._said())
+                elif garbled is not None:
+                    words = f"{self._command.source} sent what was not asked for: {garbled}"
+                    failure = GarbledSourceError(words + self._said())
                 elif not self._closing:
                     failure = SourceError(self._describe_end(process.returncode) + self._said())
                 nursery.cancel_scope.cancel()
@@ -203,7 +246,7 @@ class Retriever:
                 if process.returncode is None:
                     process.kill()
                 await process.wait()
-                for pipe in (process.stdin, process.stdout, process.stderr):
+                for pipe in (process.stdin, process.stderr):
                     if pipe is not None:
                         await pipe.aclose()
             self._fail(failure)
@@ -212,9 +255,8 @@ class Retriever:
     def _fail(self, error: SourceError) -> None:
         """Nothing can be asked any more: every wait ends with `error`."""
         self.failure = error
-        for batch in self._form.pending:
-            batch.fail(error)
-        self._form.pending.clear()
+        while self._form.pending:
+            self._form.pending.popleft().fail(error)
         self._greeted.set()
         self._send.close()
 
@@ -231,39 +273,69 @@ class Retriever:
         except trio.BrokenResourceError:
             return  # it went away: reading tells why
 
-    async def _read(self, process: trio.Process) -> None:
-        """Settle batches until the output ends. StreamError for what was not asked for."""
-        pipe = process.stdout
-        if not isinstance(pipe, trio.lowlevel.FdStream):
-            return
-        enlarge_pipe(pipe.fileno())
-        decoder = wire.Decoder(self._form.grammar)
-        while data := await pipe.receive_some(PIPE_SIZE):
-            self.received_bytes += len(data)
-            self._last_sign = trio.current_time()
-            decoder.feed(data)
-            while (message := decoder.next()) is not None:
-                if isinstance(message, wire.Hello) and self._hello is None:
-                    self._hello = message
-                    self._greeted.set()
-                else:
-                    self._form.take(message)
-                    self.answered_at = self._last_sign
+    async def _read(self, process: trio.Process, stream: InputStream) -> StreamError | None:
+        """Settle batches until the output ends, in a thread; what was not asked for, if that ended it."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._wake_when_cancelled, stream)
+            garbled = await trio.to_thread.run_sync(self._receive, stream, limiter=trio.CapacityLimiter(1))
+            nursery.cancel_scope.cancel()
+        if garbled is not None:
+            process.kill()
+        return garbled
 
-    async def _end_with(self, process: trio.Process, reading: trio.CancelScope) -> None:
+    @staticmethod
+    async def _wake_when_cancelled(stream: InputStream) -> None:
+        """A thread cannot be cancelled: have it see the end of the stream."""
+        try:
+            await trio.sleep_forever()
+        finally:
+            stream.wake()
+
+    def _receive(self, stream: InputStream) -> StreamError | None:
+        """In the thread."""
+        decoder = wire.Decoder(self._form.grammar)
+        try:
+            while count := stream.read_into(decoder.room()):
+                self.received_bytes += count
+                self._last_sign = self._now()
+                decoder.filled(count)
+                self._taking = True  # what the destination takes its time for is no silence of the source
+                while (message := decoder.next()) is not None:
+                    self._take(message)
+                self._last_sign = self._now()
+                self._taking = False
+        except StreamError as error:
+            return error
+        return None
+
+    def _now(self) -> float:
+        """Trio's time, in any thread."""
+        return time.perf_counter() + self._clock_starts_at
+
+    def _take(self, message: wire.Message) -> None:
+        if isinstance(message, wire.Hello) and self._hello is None:
+            self._hello = message
+            self._token.run_sync_soon(self._greeted.set)
+        else:
+            self._form.take(message)
+            self.answered_at = self._last_sign
+
+    async def _end_with(self, process: trio.Process, stream: InputStream) -> None:
         """What it started may hold its output open, behind a script or a sudo: that is not waited for."""
         await process.wait()
         await trio.sleep(_FAREWELL_SECONDS)
-        reading.cancel()
+        stream.wake()
 
     async def _watch(self, process: trio.Process) -> None:
         """Kill it where it owes an answer and gives nothing: whoever waits learns that, and asks another."""
         while not self._stalled:
-            since = self._last_sign if self._form.pending else trio.current_time()
+            since = self._last_sign if self._owes() else trio.current_time()
             await trio.sleep_until(since + self._timeout)
-            silent = trio.current_time() >= self._last_sign + self._timeout
-            self._stalled = silent and bool(self._form.pending)
+            self._stalled = self._owes() and trio.current_time() >= self._last_sign + self._timeout
         process.kill()
+
+    def _owes(self) -> bool:
+        return bool(self._form.pending) and not self._taking
 
     async def _read_messages(self, process: trio.Process, finished: trio.Event) -> None:
         """What the process says to standard error is logged with the source's name, and kept."""

@@ -39,6 +39,8 @@ def to_json(snapshot: dict[str, Any]) -> bytes:
 def one_line(snapshot: dict[str, Any]) -> str:
     """For people: state, how much is here, what it took, and whether the source is still needed."""
     came = f"{human_size(snapshot['same_bytes'])} were equal, {human_size(snapshot['fetched_bytes'])} fetched"
+    if snapshot["zero_bytes"]:
+        came += f", {human_size(snapshot['zero_bytes'])} zeros"
     if snapshot["resumed_bytes"]:
         came = f"{human_size(snapshot['resumed_bytes'])} were recorded, {came}"
     parts = [

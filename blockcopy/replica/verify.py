@@ -5,21 +5,24 @@ The same questions as when copying; what comes back is counted and thrown away.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
 
 from blockcopy.device import Device, open_source
+from blockcopy.digests import Buffer
 from blockcopy.errors import BlockcopyError
 from blockcopy.geometry import Extent, Geometry
 from blockcopy.remote import Command
 from blockcopy.replica.connector import Connector
 from blockcopy.replica.link import Link
-from blockcopy.replica.materialiser import BATCH_BLOCKS, questions
+from blockcopy.replica.pace import BATCH_BLOCKS
+from blockcopy.replica.questions import questions
 
-_WINDOW = 6
-"""Batches asked for at a time."""
+_ROUND = 16
+"""Batches asked for at a time: 128 MiB."""
 
 
 @dataclass
@@ -71,29 +74,41 @@ async def compare(device: Device, geometry: Geometry, link: Link, report: Callab
 
 
 async def _compare(device: Device, geometry: Geometry, link: Link, ranges: _Ranges) -> None:
-    step = _WINDOW * BATCH_BLOCKS
+    """In rounds of _ROUND batches, so that what differs is told in order."""
+    threads = trio.CapacityLimiter(len(os.sched_getaffinity(0)))
+    step = _ROUND * BATCH_BLOCKS
     for start in range(0, geometry.blocks, step):
-        blocks = range(start, min(start + step, geometry.blocks))
-        found: dict[int, bool] = {}
+        stop = min(start + step, geometry.blocks)
+        found: list[Extent] = []
         errors: list[BlockcopyError] = []
 
-        async def ask(batch: range, found: dict[int, bool] = found, errors: list[BlockcopyError] = errors) -> None:
+        async def ask(batch: range, found: list[Extent] = found, errors: list[BlockcopyError] = errors) -> None:
             try:
-                asked = await trio.to_thread.run_sync(questions, device, geometry, list(batch))
-                answers = await link.ask(asked, trio.current_time())
+                since = trio.current_time()
+                digest = await link.digest(since)
+                asked = await trio.to_thread.run_sync(questions, device, geometry, batch, digest, limiter=threads)
+                answer = await link.ask(asked, _IGNORE, since)
             except BlockcopyError as error:
                 errors.append(error)
                 return
-            found.update((block, answer is not None) for block, answer in zip(batch, answers, strict=True))
+            found += [*answer.data, *answer.zeros]
 
         async with trio.open_nursery() as nursery:
-            for first in range(blocks.start, blocks.stop, BATCH_BLOCKS):
-                nursery.start_soon(ask, range(first, min(first + BATCH_BLOCKS, blocks.stop)))
+            for first in range(start, stop, BATCH_BLOCKS):
+                nursery.start_soon(ask, range(first, min(first + BATCH_BLOCKS, stop)))
         if errors:
             raise errors[0]
-        for block in blocks:
-            if found[block]:
-                ranges.add(geometry.extent(block))
+        for extent in sorted(found):
+            ranges.add(extent)
+
+
+class _Ignore:
+    def data(self, position: int, payload: Buffer) -> None: ...
+
+    def zeros(self, position: int, length: int) -> None: ...
+
+
+_IGNORE = _Ignore()
 
 
 class _Ranges:

@@ -19,6 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FlagT, FUSEError, InodeT
 
+from blockcopy.digests import Buffer
 from blockcopy.errors import BlockcopyError
 from blockcopy.geometry import BLOCK_SIZE
 from blockcopy.replica.replica import Replica
@@ -149,7 +150,7 @@ class Operations(pyfuse3.Operations):
         raise FUSEError(errno.EISDIR)
 
     @handler
-    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+    async def read(self, fh: FileHandleT, off: int, size: int) -> Buffer:  # type: ignore[override]  # pyfuse3 takes any buffer
         text = self._statuses.get(fh)
         if text is not None:
             return text[off : off + size]

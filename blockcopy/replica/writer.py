@@ -1,0 +1,108 @@
+"""Writes what the source has sent to the destination, and knows whether that is on the disk yet.
+
+It is the sink of every flight: called in the threads that receive, one for each link. `sync` is for
+tasks. `unsynced` is set by the first write after a sync began.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import trio
+
+from blockcopy.device import Device
+from blockcopy.digests import Buffer
+from blockcopy.errors import DeviceError
+from blockcopy.geometry import Geometry
+from blockcopy.replica.blockmap import BlockMap
+
+_WRITE_BACK = 8 * 1024 * 1024
+"""Bytes after which what was written is sent on its way to the disk: then a sync has little to wait for."""
+
+
+class Writer:
+    """See the module."""
+
+    def __init__(self, device: Device, geometry: Geometry, blockmap: BlockMap, *, sparse: bool) -> None:
+        self._device = device
+        self._geometry = geometry
+        self._blockmap = blockmap
+        self._sparse = sparse
+        self._token = trio.lowlevel.current_trio_token()
+        self._lock = threading.Lock()  # of what follows
+        self._writing = 0
+        self._dirty = True  # by an earlier run, for all we know
+        self._to_write_back: list[tuple[int, int]] = []
+        self._to_write_back_bytes = 0
+        self.unsynced = trio.Event()
+        self.unsynced.set()
+
+    def data(self, position: int, payload: Buffer) -> None:
+        """The source's bytes; those that are here already, by way of the other link, are dropped. DeviceError."""
+        if self._is_wanted(position, len(payload)):
+            with self._written(position, len(payload)):
+                self._device.write(position, payload)
+
+    def zeros(self, position: int, length: int) -> None:
+        """As `data`."""
+        if self._is_wanted(position, length):
+            with self._written(position, length):
+                self._device.write_zeros(position, length, sparse=self._sparse)
+
+    def _is_wanted(self, position: int, length: int) -> bool:
+        return self._blockmap.any_missing(self._geometry.span(position, length))
+
+    @contextmanager
+    def _written(self, position: int, length: int) -> Iterator[None]:
+        with self._lock:
+            self._writing += 1
+            if not self._dirty:
+                self._dirty = True
+                self._token.run_sync_soon(self.unsynced.set)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._writing -= 1
+        self._write_back(position, length)
+
+    def _write_back(self, position: int, length: int) -> None:
+        with self._lock:
+            self._to_write_back.append((position, length))
+            self._to_write_back_bytes += length
+            if self._to_write_back_bytes < _WRITE_BACK:
+                return
+            extents, self._to_write_back, self._to_write_back_bytes = self._to_write_back, [], 0
+        for extent in _joined(extents):
+            self._device.start_writeback(*extent)
+
+    async def sync(self) -> None:
+        """Return when all that was written before is durable. DeviceError where the device cannot say so."""
+        with self._lock:
+            if not self._dirty:
+                return
+            self._dirty = self._writing > 0  # a sync need not have what is written while it runs
+            if not self._dirty:
+                self.unsynced = trio.Event()
+        try:
+            await trio.to_thread.run_sync(self._device.sync)
+        except DeviceError:
+            with self._lock:
+                self._dirty = True
+            self.unsynced.set()
+            raise
+
+
+def _joined(extents: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Neighbours as one, in ascending order."""
+    start = end = -1
+    for position, length in sorted(extents):
+        if position > end:
+            if end > start:
+                yield start, end - start
+            start = position
+        end = max(end, position + length)
+    if end > start:
+        yield start, end - start
