@@ -168,6 +168,10 @@ class Device:
         with contextlib.suppress(OSError):  # refused: then it is all the sync's. Errors show in the sync
             syscalls.start_writeback(self._fd, offset, length)
 
+    def exceeds_cache(self) -> bool:
+        """Whether it is so large that to read or write all of it would push all else out of the cache."""
+        return self.size() > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
     def drop_behind(self, offset: int, length: int) -> None:
         """Those bytes will not be needed soon: their place in the cache is better used otherwise."""
         with contextlib.suppress(OSError):  # an advice, no more
