@@ -7,7 +7,8 @@ import math
 import re
 from typing import Any
 
-from blockcopy import __version__
+from blockcopy import __version__, digests, zstd
+from blockcopy.packing import Wish
 from blockcopy.remote import DEFAULT_RSH
 
 
@@ -26,12 +27,30 @@ def parser() -> argparse.ArgumentParser:
     checksum.add_argument("--start", type=int, metavar="OFFSET", default=0, help="first byte (default 0)")
     checksum.add_argument("--end", type=int, metavar="OFFSET", help="byte to stop before (default: the end)")
 
+    checksum.add_argument(
+        "--digest",
+        metavar="NAME",
+        choices=[*digests.NAMES, "auto"],
+        help=f"hash with {', '.join(digests.NAMES)}, or auto, the fastest here; a retrieve of ours "
+        "understands it (default: as the original program)",
+    )
+
     retrieve = _command(commands, "retrieve", "hash stream in, blocks that differ out")
     retrieve.add_argument("source_file", metavar="FILE", help="file or device")
-    retrieve.add_argument("--lzma", action="store_true", help="compress blocks where that makes them smaller")
+    compression = retrieve.add_mutually_exclusive_group()
+    compression.add_argument(
+        "--lzma", action="store_true", help="compress with xz, for any save, where that makes blocks smaller"
+    )
+    compression.add_argument(
+        "--compress",
+        metavar="zstd[:LEVEL]|auto|none",
+        type=_compression,
+        help="compress with zstd, for a save of ours; auto: only while that is faster (default: none)",
+    )
 
     save = _command(commands, "save", "write the blocks to the destination, and sync it")
     save.add_argument("destination_file", metavar="FILE", help="file or device; it must exist")
+    save.add_argument("--no-sparse", action="store_true", help="write zeros out, rather than leave holes")
     _add_force(save)
 
     mount = _command(commands, "mount", "show a remote device as a file while it is being copied")
@@ -87,6 +106,20 @@ def _size(text: str) -> int:
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, as 4096, 64K or 1G")
     return int(found[1]) * _UNITS[found[2]]
+
+
+def _compression(text: str) -> Wish | None:
+    """Also of a mount's or a sync's wish."""
+    if text == "none":
+        return None
+    if text == "auto":
+        return Wish(auto=True)
+    name, colon, level = text.partition(":")
+    if name != "zstd" or (colon and not (level.isdecimal() and int(level) in zstd.LEVELS)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither zstd, zstd:{zstd.LEVELS[0]} to zstd:{zstd.LEVELS[-1]}, auto nor none"
+        )
+    return Wish(int(level)) if level else Wish()
 
 
 def _rate(text: str) -> int | None:

@@ -1,27 +1,46 @@
-"""Stage 1: the destination's blocks → the hash stream. Reads; changes nothing."""
+"""Stage 1: the destination's blocks → the hash stream. Reads; changes nothing.
+
+In the original form, or with a digest of choice in the extended form (see `wire`). In either, blocks of
+zeros are not hashed, because their digest is known, and holes of the destination are not even read.
+"""
 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from typing import Callable, NamedTuple
 
-from blockcopy import wire
-from blockcopy.digests import digest
+from blockcopy import digests, wire
+from blockcopy.device import Device
+from blockcopy.digests import Digest
 from blockcopy.errors import BlockcopyError, DeviceError
-from blockcopy.geometry import BLOCK_SIZE
+from blockcopy.geometry import BLOCK_SIZE, Extent
+from blockcopy.pieces import PIECE_SIZE, Piece, Pieces
 from blockcopy.progress import LineProgress
-from blockcopy.stages import PIECE_SIZE, InputStream, OutputStream, run_ordered
+from blockcopy.stages import Buffers, InputStream, OutputStream, run_ordered
+
+ASKED_SIZE = 4 * PIECE_SIZE
+"""Bytes that one `asks` is about at most."""
 
 
-class _Piece(NamedTuple):
+class _Run(NamedTuple):
+    """`length` bytes at `position` that have these digests; none where they are zeros."""
+
     position: int
-    data: bytes
+    length: int
+    digests: bytes
+
+    @property
+    def end(self) -> int:
+        return self.position + self.length
 
 
-class _Hashes(NamedTuple):
-    end: int  # of the piece
-    stream: bytes
+class _Item(NamedTuple):
+    """What a worker does next: read `piece` and hash it, or hash what is in `room` of it already."""
+
+    piece: Piece
+    room: memoryview | None = None
 
 
 def checksum(
@@ -31,32 +50,43 @@ def checksum(
     *,
     start: int = 0,
     end: int | None = None,
+    digest: str | None = None,
     progress: LineProgress | None = None,
 ) -> None:
     """Write the hash stream of bytes `start` … `end` of `fd`, a file, device or pipe called `path`.
 
-    Without `end`, what can tell its position (all but a pipe) is followed by `rest`, which asks the
-    source for all that it has beyond. Errors: DeviceError, OutputError; BlockcopyError for a range that is none.
+    In the original form, or with `digest`, the name of one, in the extended form. Without `end`, what can
+    tell its position (all but a pipe) is followed by `rest`, which asks the source for all that it has
+    beyond. Errors: DeviceError, OutputError; BlockcopyError for a range or a digest that is none.
     """
     if start < 0:
         raise BlockcopyError(f"--start {start} does not lie in {path}")
     if end is not None and end <= start:
         raise BlockcopyError(f"--end {end} does not lie behind --start {start}")
+    voice = _Extended(output, digests.named(digest)) if digest else _Original(output)
+    hasher = _Hasher(voice.digest)
     seekable = _seek(fd, path, start)
     reached = start
 
-    def send(hashes: _Hashes) -> None:
+    def send(runs: list[_Run]) -> None:
         nonlocal reached
-        output.write([hashes.stream])
-        reached = hashes.end
+        for run in runs:
+            voice.say(run)
+            reached = run.end
         if progress is not None:
             progress.update(reached - start, reached)
 
-    if seekable:
-        run_ordered(_pieces(_device_reader(fd, path), start, end), _hash, send)
-    else:  # a pipe may be silent for ever, so its reader has to be woken where the writer fails
+    if _is_device(fd):
+        device = Device(path, fd)
+        stop = device.size() if end is None else min(end, device.size())
+        hasher.read_from(device)
+        run_ordered(voice.items(Pieces(device), start, stop), hasher.hash, send)
+    elif seekable:
+        run_ordered(_piped(_reader(fd, path), hasher, start, end), hasher.hash, send)
+    else:  # a pipe may be silent for ever, so whoever reads it has to be woken where the writer fails
         with InputStream(fd) as pipe:
-            run_ordered(_pieces(pipe.read, start, end), _hash, send, wake=pipe.wake)
+            run_ordered(_piped(pipe.read_into, hasher, start, end), hasher.hash, send, wake=pipe.wake)
+    voice.pause()
     if end is not None and reached < end:
         raise DeviceError(f"{path} ends at {reached}, before the --end {end} that was asked for")
     tail = [wire.encode(wire.Done())]
@@ -80,6 +110,123 @@ def total_size(fd: int, start: int, end: int | None) -> int | None:
     return size - start
 
 
+class _Original:
+    """Says each block by itself."""
+
+    def __init__(self, output: OutputStream) -> None:
+        self.digest = digests.named(digests.ORIGINAL)
+        self._output = output
+
+    def items(self, pieces: Pieces, start: int, stop: int) -> Iterator[_Item]:
+        """All pieces, because each block of them has its message."""
+        for at in range(start, stop, PIECE_SIZE):
+            yield _Item(pieces.piece(at, min(PIECE_SIZE, stop - at), BLOCK_SIZE))
+
+    def say(self, run: _Run) -> None:
+        hashes = []
+        for index, at in enumerate(range(0, run.length, BLOCK_SIZE)):
+            size = min(BLOCK_SIZE, run.length - at)
+            digest = run.digests[index * self.digest.size :][: self.digest.size] or self.digest.of_zeros(size)
+            hashes.append(wire.encode(wire.Hash(run.position + at, size, digest)))
+        self._output.write(hashes)
+
+    def pause(self) -> None:
+        """Have all of it said."""
+
+
+class _Extended(_Original):
+    """Says many blocks at once."""
+
+    def __init__(self, output: OutputStream, digest: Digest) -> None:
+        self.digest = digest
+        self._output = output
+        self._unsaid: _Run | None = None
+        output.write([wire.encode(wire.Digests(digest.name))])
+
+    def items(self, pieces: Pieces, start: int, stop: int) -> Iterator[_Item]:
+        """The pieces that have data; and what lies between, as pieces that have none, however large."""
+        at = start
+        for piece in pieces.with_data(start, stop - start, BLOCK_SIZE):
+            if at < piece.position:
+                yield _Item(Piece(at, piece.position - at, []))
+            yield _Item(piece)
+            at = piece.position + piece.length
+        if at < stop:
+            yield _Item(Piece(at, stop - at, []))
+
+    def say(self, run: _Run) -> None:
+        last = self._unsaid
+        if last is None:
+            self._unsaid = run
+        elif (
+            last.end == run.position
+            and bool(last.digests) == bool(run.digests)
+            and (not run.digests or last.length + run.length <= ASKED_SIZE)
+        ):
+            self._unsaid = _Run(last.position, last.length + run.length, last.digests + run.digests)
+        else:
+            self.pause()
+            self._unsaid = run
+
+    def pause(self) -> None:
+        run, self._unsaid = self._unsaid, None
+        if run is None:
+            return
+        said = wire.Asks(run.position, BLOCK_SIZE, run.length, run.digests)
+        self._output.write([wire.encode(said if run.digests else wire.Zero(run.position, run.length))])
+
+
+class _Hasher:
+    """Items → what is said of them, in the worker threads."""
+
+    def __init__(self, digest: Digest) -> None:
+        self._digest = digest
+        self._device: Device | None = None
+        self._passing = False
+        self.buffers = Buffers(PIECE_SIZE)
+
+    def read_from(self, device: Device) -> None:
+        """Where pieces are that are not read yet."""
+        self._device = device
+        self._passing = device.exceeds_cache()
+
+    def hash(self, item: _Item) -> list[_Run]:
+        piece, room = item
+        size = piece.length
+        if room is None:
+            room = self.buffers.take()
+            if self._device is not None:
+                size = piece.read(self._device, room)
+        if piece.data:
+            runs = list(self._runs(piece, room[:size]))
+        else:
+            runs = [_Run(piece.position, size, b"")] if size else []
+        self.buffers.give(room)
+        if self._passing and self._device is not None:
+            self._device.drop_behind(piece.position, size)
+        return runs
+
+    def _runs(self, piece: Piece, data: memoryview) -> Iterator[_Run]:
+        start = 0
+        found: list[bytes] = []  # digests of the blocks from `start` on, or none where these are zeros
+        for at in range(0, len(data), BLOCK_SIZE):
+            block = data[at : at + BLOCK_SIZE]
+            zeros = piece.zeros_at(at, block)
+            if at > start and zeros == bool(found):
+                yield _Run(piece.position + start, at - start, b"".join(found))
+                start, found = at, []
+            if not zeros:
+                found.append(self._digest(block))
+        if len(data) > start:
+            yield _Run(piece.position + start, len(data) - start, b"".join(found))
+
+
+def _is_device(fd: int) -> bool:
+    """Whether any part of it can be read at any time."""
+    mode = os.fstat(fd).st_mode
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
+
+
 def _seek(fd: int, path: str, start: int) -> bool:
     """Go to `start`; False for a pipe, which is where it is and can start nowhere else."""
     try:
@@ -91,35 +238,27 @@ def _seek(fd: int, path: str, start: int) -> bool:
     return True
 
 
-def _device_reader(fd: int, path: str) -> Callable[[int], bytes]:
-    def read(most: int) -> bytes:
+def _reader(fd: int, path: str) -> Callable[[memoryview], int]:
+    def read_into(buffer: memoryview) -> int:
         try:
-            return os.read(fd, most)
+            return os.readv(fd, [buffer])
         except OSError as error:
             raise DeviceError.of("read", path, error) from error
 
-    return read
+    return read_into
 
 
-def _pieces(read: Callable[[int], bytes], start: int, end: int | None) -> Iterator[_Piece]:
+def _piped(read_into: Callable[[memoryview], int], hasher: _Hasher, start: int, end: int | None) -> Iterator[_Item]:
     """What there is, as whole blocks but for the last, however little a pipe gives at once."""
     position = start
-    while True:
+    while end is None or position < end:
         wanted = PIECE_SIZE if end is None else min(PIECE_SIZE, end - position)
-        data = read(wanted)
-        while len(data) < wanted and (more := read(wanted - len(data))):
-            data += more
-        if data:
-            yield _Piece(position, data)
-            position += len(data)
-        if len(data) < wanted or not wanted:
+        room = hasher.buffers.take()
+        filled = 0
+        while filled < wanted and (count := read_into(room[filled:wanted])):
+            filled += count
+        if filled:
+            yield _Item(Piece(position, filled, [Extent(position, filled)]), room)
+            position += filled
+        if filled < wanted:
             return
-        del data
-
-
-def _hash(piece: _Piece) -> _Hashes:
-    position, data = piece
-    view = memoryview(data)
-    blocks = ((at, view[at : at + BLOCK_SIZE]) for at in range(0, len(view), BLOCK_SIZE))
-    stream = b"".join(wire.encode(wire.Hash(position + at, len(block), digest(block))) for at, block in blocks)
-    return _Hashes(position + len(data), stream)

@@ -94,8 +94,19 @@ def _checksum(args: argparse.Namespace) -> None:
             stages.OutputStream(1),
             start=args.start,
             end=args.end,
+            digest=_digest(args.digest),
             progress=progress,
         )
+
+
+def _digest(name: str | None) -> str | None:
+    """The fastest of this host for `auto`."""
+    from blockcopy import digests
+
+    if name != "auto":
+        return name
+    speeds = digests.speeds()
+    return max(speeds, key=lambda each: speeds[each])
 
 
 @contextlib.contextmanager
@@ -115,13 +126,18 @@ def _checksum_input(path: str) -> Iterator[int]:
 
 
 def _retrieve(args: argparse.Namespace) -> None:
+    from blockcopy import packing, zstd
     from blockcopy.device import open_source
     from blockcopy.retrieve import retrieve
 
     _refuse_dash(args.source_file)
     stages.refuse_terminal(1)
+    output = stages.OutputStream(1)
+    if args.compress and not args.compress.auto:
+        zstd.check_available()
+    chosen = packing.Xz() if args.lzma else packing.wished(args.compress, output)
     with open_source(args.source_file) as source, stages.InputStream(0) as hashes:
-        retrieve(source, hashes, stages.OutputStream(1), compress=args.lzma)
+        retrieve(source, hashes, output, packing=chosen)
 
 
 def _save(args: argparse.Namespace) -> None:
@@ -132,7 +148,7 @@ def _save(args: argparse.Namespace) -> None:
     _refuse_dash(args.destination_file)
     with open_destination(args.destination_file, force=args.force) as destination, stages.InputStream(0) as blocks:
         retire(default_path(destination))  # what a mount or sync has on record is overwritten
-        save(destination, blocks)
+        save(destination, blocks, sparse=not args.no_sparse)
 
 
 def _refuse_dash(path: str) -> None:

@@ -1,30 +1,29 @@
 """Stage 2: the hash stream → what the source has and the destination does not. Reads; changes nothing.
 
+    InputStream → decoder → _Questions → _batches → run_ordered: Run.answer, in a lent buffer → OutputStream
+
 Answers come in the order asked, and as soon as nothing more is at hand to be asked: a mount asks
 a few blocks and waits. (The original answers when 16 are queued. The bytes are the same.)
 
-A stream that opens with `helo` is of the agreed form (see `wire`): then what cannot be read, or is
-not there, is said and not passed over, and the next question is answered all the same.
+The first message tells the form (see `wire`): `dgst` the extended one, `helo` the agreed one, in which
+what cannot be read, or is not there, is said and not passed over, and the next question is answered all
+the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Union
 
-from blockcopy import __version__, identity, wire, xz
+from blockcopy import __version__, digests, identity, packing, wire
+from blockcopy.answers import Run, Terms
 from blockcopy.device import Device
-from blockcopy.digests import ORIGINAL, Buffer, digest
-from blockcopy.errors import DeviceError, StreamError
+from blockcopy.digests import ORIGINAL, Buffer
+from blockcopy.errors import StreamError
 from blockcopy.geometry import BLOCK_SIZE
-from blockcopy.stages import PIECE_SIZE, InputStream, OutputStream, run_ordered
-
-
-class _Ask(NamedTuple):
-    position: int
-    size: int
-    digest: bytes | None  # None: send it whatever it is
-    agreed: bool = False  # say where it cannot be answered
+from blockcopy.packing import Packing
+from blockcopy.pieces import PIECE_SIZE, Pieces
+from blockcopy.stages import Buffers, InputStream, OutputStream, run_ordered
 
 
 class _Say(NamedTuple):
@@ -33,118 +32,216 @@ class _Say(NamedTuple):
     stream: bytes
     size: int = 0
 
+    def answer(self, source: Device, room: memoryview) -> list[Buffer]:
+        return [self.stream]
 
-_MOST_ASKS = 64
-"""Asks in one item. Empty ones cost nothing to read, but each is answered."""
+
+_Item = Union[Run, _Say]
+
+_MOST_ITEMS = 64
+"""In one batch. Empty ones cost nothing to read, but each is answered."""
 
 
-def retrieve(source: Device, hashes: InputStream, output: OutputStream, *, compress: bool = False) -> None:
-    """Answer the hash stream from `source`, with xz where `compress` and where that is smaller.
+class _Answer(NamedTuple):
+    frames: list[Buffer]
+    room: memoryview  # what they are views of
+
+
+def retrieve(source: Device, hashes: InputStream, output: OutputStream, *, packing: Packing | None = None) -> None:
+    """Answer the hash stream from `source`, packed as `packing` or the asker has it.
 
     A stream that is cut short is an error after all that arrived was answered. Errors: StreamError,
-    DeviceError, OutputError.
+    DeviceError, OutputError; BlockcopyError for a digest that this host has not.
     """
-    if compress:
-        xz.check_available()
+    buffers = Buffers(PIECE_SIZE)
+    passing = source.exceeds_cache()
 
-    def answer(asks: list[_Ask | _Say]) -> list[Buffer]:
-        buffers: list[Buffer] = []
-        for ask in asks:
-            if isinstance(ask, _Say):
-                buffers.append(ask.stream)
-                continue
-            try:
-                data = (source.read if ask.agreed else source.read_up_to)(ask.position, ask.size)
-            except DeviceError as error:
-                if not ask.agreed:
-                    raise
-                buffers.append(wire.encode(wire.Failure(ask.position, str(error))))
-                continue
-            if ask.size and not data:
-                continue  # beyond the end of the source: there is nothing to send
-            if len(data) == ask.size and ask.digest is not None and digest(data) == ask.digest:
-                continue
-            buffers += _frame(ask.position, data, compress)
-        return buffers
+    def answer(batch: list[_Item]) -> _Answer:
+        room, used = buffers.take(), 0
+        frames: list[Buffer] = []
+        for item in batch:
+            frames += item.answer(source, room[used : used + item.size])
+            used += item.size
+            if passing and isinstance(item, Run):
+                source.drop_behind(item.piece.position, item.size)
+        return _Answer(frames, room)
 
-    run_ordered(_batches(_asks(source, hashes)), answer, output.write, wake=hashes.wake)
+    def send(answer: _Answer) -> None:
+        output.write(answer.frames)
+        buffers.give(answer.room)
+
+    questions = _Questions(source, output, packing or Packing())
+    run_ordered(_batches(_items(hashes, questions)), answer, send, wake=hashes.wake)
     output.write([wire.encode(wire.Done())])
 
 
-def _frame(position: int, data: bytes, compress: bool) -> tuple[bytes, bytes]:
-    if compress:
-        packed = xz.compress(data)
-        if len(packed) < len(data):
-            return wire.frame_header(b"dlzm", position, len(packed)), packed
-    return wire.frame_header(b"data", position, len(data)), data
-
-
-def _asks(source: Device, hashes: InputStream) -> Iterator[_Ask | _Say | None]:
-    """What is asked, in order; None where nothing more is at hand for now."""
+def _items(hashes: InputStream, questions: _Questions) -> Iterator[_Item | None]:
+    """What is to be answered, in order; None where nothing more is at hand for now."""
     decoder = wire.Decoder(wire.HASH_STREAM)
-    first, agreed = True, False
-    position = 0  # where the last read of the source ended, for the old form
-    while True:
+    while not decoder.done:
         message = decoder.next()
-        if message is None:
-            yield None
-            data = hashes.read()
-            if not data:
-                decoder.end()
-                return
-            decoder.feed(data)
+        if message is not None:
+            yield from questions.take(message)
             continue
-        if isinstance(message, wire.Hello):
-            if not (first or agreed):
-                raise StreamError("`helo` in mid-stream")
-            offered = message.facts.get("digests")
-            if isinstance(offered, list) and ORIGINAL not in offered:
-                raise StreamError(f"`helo` without a digest that both ends have; this one has {ORIGINAL}")
-            agreed = True
-            yield _Say(wire.encode(_hello(source)))
-        elif isinstance(message, wire.Fence):
-            if not agreed:
-                raise StreamError("`fenc` before `helo`")
-            yield _Say(wire.encode(message))
-        elif isinstance(message, wire.Hash):
-            yield _Ask(*message, agreed=agreed)
-            position = max(message.position, min(message.position + message.size, source.size()))
-        elif isinstance(message, wire.LegacyHash):
-            size = min(message.size, source.size() - position)
-            if size <= 0:
-                raise StreamError(f"`hash` asks beyond the end of {source.path}, at {position}")
-            yield _Ask(position, size, message.digest)
-            position += size
-        elif isinstance(message, wire.Rest):
-            end = source.size()
-            for position in range(message.offset, end, BLOCK_SIZE):
-                yield _Ask(position, min(BLOCK_SIZE, end - position), None)
-            position = max(message.offset, end)
-        else:
-            return
-        first = False
+        yield None
+        count = hashes.read_into(decoder.room())
+        if not count:
+            decoder.end()
+        decoder.filled(count)
 
 
-def _hello(source: Device) -> wire.Hello:
-    facts = {"protocol": wire.PROTOCOL, "program": f"blockcopy {__version__}", "digest": ORIGINAL}
-    return wire.Hello({**facts, "identity": identity.of_source(source)})
-
-
-def _batches(asks: Iterator[_Ask | _Say | None]) -> Iterator[list[_Ask | _Say]]:
-    """Asks in items of at most PIECE_SIZE bytes (or one ask), closed early where input runs dry."""
-    batch: list[_Ask | _Say] = []
+def _batches(items: Iterator[_Item | None]) -> Iterator[list[_Item]]:
+    """Items of PIECE_SIZE bytes at most together, closed early where input runs dry."""
+    batch: list[_Item] = []
     size = 0
     try:
-        for ask in asks:
-            if batch and (ask is None or size + ask.size > PIECE_SIZE or len(batch) == _MOST_ASKS):
+        for item in items:
+            if batch and (item is None or size + item.size > PIECE_SIZE or len(batch) == _MOST_ITEMS):
                 yield batch
                 batch, size = [], 0
-            if ask is not None:
-                batch.append(ask)
-                size += ask.size
+            if item is not None:
+                batch.append(item)
+                size += item.size
     except StreamError:
         if batch:  # all that arrived is answered before the error is told
             yield batch
         raise
     if batch:
         yield batch
+
+
+class _Questions:
+    """Messages of the hash stream → what is to be answered. Knows what was agreed on so far."""
+
+    def __init__(self, source: Device, output: OutputStream, packing: Packing) -> None:
+        self._source = source
+        self._output = output
+        self._pieces = Pieces(source)
+        self._packing = packing  # unless the asker wishes for another
+        self._original = self._terms = Terms(digests.named(ORIGINAL), packing)
+        self._first = True
+        self._position = 0  # where the last read of the source ended, for `hash`
+
+    def take(self, message: wire.Message) -> Iterable[_Item]:
+        """StreamError for what does not belong where it stands, or cannot be answered."""
+        first, self._first = self._first, False
+        if isinstance(message, wire.Hash):
+            return self._hash(message)
+        if isinstance(message, wire.Asks):
+            return self._asks(message)
+        if isinstance(message, wire.Zero):
+            return self._zero(message)
+        if isinstance(message, wire.Fence):
+            self._need(self._terms.agreed, "`fenc` before `helo`")
+            return [_Say(wire.encode(message))]
+        if isinstance(message, wire.Hole):
+            self._need(self._terms.agreed, "`hole` before `helo`")
+            return self._holes(message)
+        if isinstance(message, wire.LegacyHash):
+            return self._legacy_hash(message)
+        if isinstance(message, wire.Rest):
+            return self._rest(message)
+        if isinstance(message, wire.Hello):
+            self._need(first or self._terms.agreed, "`helo` in mid-stream")
+            return [_Say(wire.encode(self._agree(message.facts)))]
+        if isinstance(message, wire.Digests):
+            self._need(first, "`dgst` in mid-stream")
+            self._terms = self._terms._replace(digest=digests.named(message.name), joined=True)
+        return []
+
+    def _need(self, condition: bool, otherwise: str) -> None:
+        if not condition:
+            raise StreamError(otherwise)
+
+    def _agree(self, facts: dict[str, Any]) -> wire.Hello:
+        name = _digest_for(facts.get("digests"))
+        wish = packing.wish_of(facts.get("compress"))
+        pack = packing.wished(wish, self._output) if wish else self._packing
+        self._original = self._original._replace(packing=pack, agreed=True)
+        self._terms = Terms(digests.named(name), pack, joined=True, agreed=True)
+        answer = {
+            "protocol": wire.PROTOCOL,
+            "program": f"blockcopy {__version__}",
+            "digest": name,
+            "compress": pack.name,
+        }
+        return wire.Hello({**answer, "identity": identity.of_source(self._source)})
+
+    def _hash(self, asked: wire.Hash) -> Iterable[_Item]:
+        position, size, digest = asked
+        self._position = max(position, min(position + size, self._source.size()))
+        if size:
+            return [Run(self._pieces.piece(position, size, size), size, bytes(digest), self._original)]
+        if digest == self._original.digest.of_zeros(0):
+            return []
+        return [_Say(wire.frame_header(b"data", position, 0))]  # how the original is asked for a fence
+
+    def _legacy_hash(self, asked: wire.LegacyHash) -> Iterable[_Item]:
+        position = self._position
+        size = min(asked.size, self._source.size() - position)
+        self._need(size > 0, f"`hash` asks beyond the end of {self._source.path}, at {position}")
+        return self._hash(wire.Hash(position, size, asked.digest))
+
+    def _asks(self, asked: wire.Asks) -> Iterator[_Item]:
+        position, block_size, length, theirs = asked
+        self._need(self._terms.joined, "`asks` before `helo` or `dgst`")
+        size = self._terms.digest.size
+        blocks = -(-length // block_size)
+        self._need(len(theirs) == blocks * size, f"`asks` with other digests than {self._terms.digest.name}")
+        step = PIECE_SIZE // block_size
+        theirs = bytes(theirs)  # the decoder needs its buffer while this is being answered
+        for block in range(0, blocks, step):
+            at = block * block_size
+            piece = self._pieces.piece(position + at, min(step * block_size, length - at), block_size)
+            yield Run(piece, block_size, theirs[block * size : (block + step) * size], self._terms)
+
+    def _zero(self, asked: wire.Zero) -> Iterator[_Item]:
+        position, length = asked
+        self._need(self._terms.joined, "`zero` before `helo` or `dgst`")
+        end = min(position + length, self._source.size())
+        for piece in self._pieces.with_data(position, end - position, BLOCK_SIZE):
+            sizes = [min(BLOCK_SIZE, piece.length - at) for at in range(0, piece.length, BLOCK_SIZE)]
+            yield Run(piece, BLOCK_SIZE, b"".join(map(self._terms.digest.of_zeros, sizes)), self._terms)
+        beyond = max(position, end)
+        if self._terms.agreed and beyond < position + length:
+            reason = f"cannot read at {beyond} of {self._source.path}: it is shorter"
+            yield _Say(wire.encode(wire.Failure(beyond, reason)))
+
+    def _rest(self, asked: wire.Rest) -> Iterator[_Item]:
+        at, end = asked.offset, self._source.size()
+        if not self._terms.joined:
+            for position in range(at, end, PIECE_SIZE):
+                piece = self._pieces.piece(position, min(PIECE_SIZE, end - position), BLOCK_SIZE)
+                yield Run(piece, BLOCK_SIZE, None, self._terms)
+            self._position = max(at, end)
+            return
+        for piece in self._pieces.with_data(at, end - at, BLOCK_SIZE):
+            if at < piece.position:
+                yield _Say(wire.encode(wire.Zero(at, piece.position - at)))
+            yield Run(piece, BLOCK_SIZE, None, self._terms)
+            at = piece.position + piece.length
+        if at < end:
+            yield _Say(wire.encode(wire.Zero(at, end - at)))
+
+    def _holes(self, asked: wire.Hole) -> Iterator[_Item]:
+        at, end = asked.position, min(asked.position + asked.length, self._source.size())
+        while at < end:
+            data = self._pieces.next_data(at)
+            if at < data.offset:
+                yield _Say(wire.encode(wire.Hole(at, min(data.offset, end) - at)))
+            at = data.end
+
+
+def _digest_for(offered: object) -> str:
+    """The best for both ends, where the asker has those `offered` (see `wire`). StreamError where there is none."""
+    if offered is None:
+        return ORIGINAL
+    if isinstance(offered, list):  # of ours before speeds were told
+        offered = {name: 1 for name in offered if isinstance(name, str)}
+    there = offered if isinstance(offered, dict) else {}
+    usable = {name: speed for name, speed in there.items() if type(speed) in (int, float) and speed > 0}
+    name = digests.choose(digests.speeds(), usable)
+    if name is None:
+        has = ", ".join(digests.speeds())
+        raise StreamError(f"`helo` without a digest that both ends have; this one has {has}")
+    return name

@@ -2,39 +2,86 @@
 
 from __future__ import annotations
 
-from blockcopy import wire, xz
+from blockcopy import wire, xz, zstd
 from blockcopy.device import Device
+from blockcopy.digests import Buffer
 from blockcopy.errors import DestinationRefusedError
 from blockcopy.stages import InputStream
 
+_WRITEBACK_SIZE = 16 * 1024 * 1024
+"""Bytes after whose writing the disk is set to work."""
 
-def save(destination: Device, blocks: InputStream) -> None:
+
+def save(destination: Device, blocks: InputStream, *, sparse: bool = True) -> None:
     """Write each block of the stream, then sync. The destination is never shortened.
 
-    A stream that is cut short, or wrong, is an error, but all that came before it is written and
-    synced. Errors: StreamError, DeviceError.
+    Zeros become holes where the destination can have some, unless not `sparse`. A stream that is cut
+    short, or wrong, is an error, but all that came before it is written and synced. Errors: StreamError,
+    DeviceError; BlockcopyError for a compression that this host has not.
     """
-    limit = destination.size() if destination.is_block_device else None
+    writer = _Writer(destination, sparse)
     decoder = wire.Decoder(wire.BLOCK_STREAM)
     try:
         while not decoder.done:
             message = decoder.next()
             if message is None:
-                data = blocks.read()
-                if not data:
+                count = blocks.read_into(decoder.room())
+                if not count:
                     decoder.end()
-                decoder.feed(data)
-            elif isinstance(message, (wire.Data, wire.XzData)):
-                payload = xz.expand(message) if isinstance(message, wire.XzData) else message.payload
-                _check_fits(destination, limit, message.position, len(payload))
-                destination.write(message.position, payload)
+                decoder.filled(count)
+            else:
+                writer.take(message)
     finally:
         destination.sync()
 
 
-def _check_fits(destination: Device, limit: int | None, position: int, size: int) -> None:
-    if limit is not None and position + size > limit:
-        raise DestinationRefusedError(
-            f"{destination.path} is too small: it has {limit} bytes, and the source sent {size} for position "
-            f"{position}. All before was written"
-        )
+class _Writer:
+    def __init__(self, destination: Device, sparse: bool) -> None:
+        self._destination = destination
+        self._sparse = sparse
+        self._passing = destination.exceeds_cache()
+        self._limit = destination.size() if destination.is_block_device else None
+        self._unsent = 0  # bytes written since the disk was set to work, all between these two
+        self._first, self._end = wire.MAX_POSITION, 0
+
+    def take(self, message: wire.Message) -> None:
+        """Write what it is about, if it is about anything."""
+        if isinstance(message, wire.Zero):
+            self._check_fits(*message)
+            self._write_zeros(*message)
+            self._written(*message)
+            return
+        if isinstance(message, wire.XzData):
+            payload: Buffer = xz.expand(message)
+        elif isinstance(message, wire.ZstdData):
+            payload = zstd.expand(message)
+        elif isinstance(message, wire.Data):
+            payload = message.payload
+        else:
+            return
+        self._check_fits(message.position, len(payload))
+        self._destination.write(message.position, payload)
+        self._written(message.position, len(payload))
+
+    def _write_zeros(self, position: int, length: int) -> None:
+        end = position + length
+        if self._limit is None and self._sparse and end > self._destination.size():
+            self._destination.grow(end)  # a hole that is punched makes no file longer
+        self._destination.write_zeros(position, length, sparse=self._sparse)
+
+    def _written(self, position: int, length: int) -> None:
+        """Have the disk at work while more is coming, so that the sync in the end has little to wait for."""
+        self._unsent += length
+        self._first, self._end = min(self._first, position), max(self._end, position + length)
+        if self._unsent >= _WRITEBACK_SIZE:
+            self._destination.start_writeback(self._first, self._end - self._first)
+            if self._passing:
+                self._destination.drop_behind(0, self._first)  # on the disk by now, most of it
+            self._unsent, self._first, self._end = 0, wire.MAX_POSITION, 0
+
+    def _check_fits(self, position: int, size: int) -> None:
+        if self._limit is not None and position + size > self._limit:
+            raise DestinationRefusedError(
+                f"{self._destination.path} is too small: it has {self._limit} bytes, and the source sent "
+                f"{size} for position {position}. All before was written"
+            )

@@ -1,25 +1,27 @@
-"""What the three stages share: an ordered pipeline of threads, the two ends of a pipe, signals.
+"""What the three stages share: an ordered pipeline of threads, the two ends of a pipe, buffers, signals.
 
-    reader thread ── items ──> worker threads ── results, in the order of the items ──> caller
+    items ──> worker threads ── results, in the order of the items ──> caller
 
-The caller of `run_ordered` is the writer. Errors travel in the same order as results, so all that
-came before an error is still delivered, and the first error is the one that is told. When the
-caller stops early, the reader is woken, the workers are let finish, and no thread is left.
+Whichever worker is free takes the next item itself, one at a time, and goes on to work on it: nothing
+is handed over but the result. The caller of `run_ordered` is the writer. Errors travel in the same
+order as results, so all that came before an error is still delivered, and the first error is the one
+that is told. When the caller stops early, a worker that waits for input is woken, all are let finish,
+and no thread is left.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
+import itertools
 import os
 import queue
 import select
 import signal
 import threading
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType
-from typing import Callable, NoReturn, TypeVar
+from typing import Callable, Generic, NoReturn, TypeVar
 
 from blockcopy.digests import Buffer
 from blockcopy.errors import BlockcopyError, Interrupted, OutputError, StreamError
@@ -30,10 +32,7 @@ Result = TypeVar("Result")
 WORKERS = min(len(os.sched_getaffinity(0)), 8)
 
 DEPTH = 2 * WORKERS
-"""Items between the reader and the writer: enough that neither waits for a slow one of the other."""
-
-PIECE_SIZE = 512 * 1024
-"""Bytes of a device that make one item, so DEPTH of them are what a stage holds: 8 MiB at most."""
+"""Items that are taken before the writer has the first of them: enough that nobody waits for a slow one."""
 
 PIPE_SIZE = 1024 * 1024
 """What a pipe is enlarged to: the default of 64 KiB costs a wake-up for half a block."""
@@ -61,13 +60,13 @@ class InputStream:
         """From any thread: what is read from now on is the end of the stream."""
         os.write(self._wake_write, b"x")
 
-    def read(self, most: int = PIPE_SIZE) -> bytes:
-        """What has arrived, up to `most` bytes, waiting for at least one; empty at the end of the stream."""
+    def read_into(self, buffer: memoryview) -> int:
+        """What has arrived, as far as `buffer` has room, waiting for at least one byte: how many; 0 at the end."""
         try:
             ready = self._poll.poll()
             if any(fd == self._wake_read for fd, _ in ready):
-                return b""
-            return os.read(self._fd, most)
+                return 0
+            return os.readv(self._fd, [buffer])
         except OSError as error:
             raise StreamError(f"cannot read the input: {error.strerror}") from error
 
@@ -77,11 +76,15 @@ class OutputStream:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self.seconds_per_byte = 0.0
+        """What writing took of late: little where a pipe has room, and its reader's pace where that is slow."""
         enlarge_pipe(fd)
 
     def write(self, buffers: Sequence[Buffer]) -> None:
         """All of `buffers`, in order. OutputError where the reader went away or the disk is full."""
         views = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        size = sum(map(len, views))
+        started = time.perf_counter()
         try:
             while views:
                 written = os.writev(self._fd, views[:1024])
@@ -89,10 +92,36 @@ class OutputStream:
                     written -= len(views.pop(0))
                 if written:
                     views[0] = views[0][written:]
-        except BrokenPipeError as error:
+        except (BrokenPipeError, ConnectionResetError) as error:
             raise OutputError("whoever reads the output has gone away") from error
         except OSError as error:
             raise OutputError(f"cannot write the output: {error.strerror}") from error
+        if size:
+            seconds = time.perf_counter() - started
+            self.seconds_per_byte += (seconds / size - self.seconds_per_byte) * min(1, size / _OF_LATE)
+
+
+_OF_LATE = 4 * 1024 * 1024
+"""Bytes after which what was before counts for little."""
+
+
+class Buffers:
+    """Buffers of `size` bytes that are used again, from any thread; as many as were ever in use at once."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._free: list[memoryview] = []
+
+    def take(self) -> memoryview:
+        """One whose content may be anything."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return memoryview(bytearray(self._size))
+
+    def give(self, buffer: memoryview) -> None:
+        """Back, when nothing of it is needed any more."""
+        self._free.append(buffer)
 
 
 def enlarge_pipe(fd: int) -> None:
@@ -118,42 +147,95 @@ def run_ordered(
     *,
     wake: Callable[[], None] | None = None,
 ) -> None:
-    """`consume(work(item))` for each item, in order: items are made in one thread, worked on in
-    WORKERS others, DEPTH ahead, and consumed here.
+    """`consume(work(item))` for each item, in order: items are made, one after the other, and worked on
+    in WORKERS threads, DEPTH ahead, and consumed here.
 
     Raises the first error, in the order of the items. `wake` is called, from the caller's thread,
-    when the items' thread has to end although it may be waiting for input.
+    when a worker has to end although it may be waiting for input.
     """
-    pending: queue.Queue[Future[Result] | None] = queue.Queue(DEPTH)
-    stopping = threading.Event()
+    line = _Line(items, work)
+    workers = [threading.Thread(target=line.serve, name=f"work-{number}") for number in range(WORKERS)]
+    try:
+        for worker in workers:
+            worker.start()
+        for result in line.results():
+            consume(result)
+    finally:
+        line.stop()
+        if wake is not None:
+            wake()
+        for worker in workers:
+            if worker.ident is not None:  # it was started
+                worker.join()
 
-    def read(executor: ThreadPoolExecutor) -> None:
-        try:
-            for item in items:
-                if stopping.is_set():
+
+class _End(Exception):
+    """There are no more items: what comes in the turn of the one after the last."""
+
+
+class _Line(Generic[Item, Result]):
+    def __init__(self, items: Iterable[Item], work: Callable[[Item], Result]) -> None:
+        self._items = iter(items)
+        self._work = work
+        self._taking = threading.Lock()  # held by the worker that takes the next item, or waits for it
+        self._taken = 0
+        self._ended = False
+        self._may_take: queue.SimpleQueue[bool] = queue.SimpleQueue()  # a permit for each item; False: end
+        for _ in range(DEPTH):
+            self._may_take.put(True)
+        self._outcomes: queue.SimpleQueue[tuple[int, Callable[[], Result]]] = queue.SimpleQueue()
+
+    def serve(self) -> None:
+        """A worker's life."""
+        while self._may_take.get():
+            with self._taking:
+                if self._ended:
                     return
-                pending.put(executor.submit(work, item))
-                del item  # not held while the next one is waited for
-            pending.put(None)
-        except BaseException as error:  # noqa: BLE001  (handed on in order, raised by the caller)
-            failed: Future[Result] = Future()
-            failed.set_exception(error)
-            pending.put(failed)
+                number = self._taken
+                self._taken += 1
+                try:
+                    item = next(self._items)
+                except BaseException as error:  # noqa: BLE001  (handed on in order, raised by the caller)
+                    self._ended = True
+                    self._outcomes.put((number, _raiser(_End() if isinstance(error, StopIteration) else error)))
+                    return
+            try:
+                outcome = _returner(self._work(item))
+            except BaseException as error:  # noqa: BLE001  (as above)
+                outcome = _raiser(error)
+            self._outcomes.put((number, outcome))
+            del item, outcome  # not held while the next one is waited for
 
-    with ThreadPoolExecutor(WORKERS, thread_name_prefix="work") as executor:
-        reader = threading.Thread(target=read, args=(executor,), name="read")
-        reader.start()
-        try:
-            for future in iter(pending.get, None):
-                consume(future.result())
-                del future
-        finally:
-            stopping.set()
-            if wake is not None:
-                wake()
-            while reader.is_alive():  # it may be waiting for room in the queue
-                with contextlib.suppress(queue.Empty):
-                    pending.get(timeout=0.05)
+    def results(self) -> Iterator[Result]:
+        """In order; raises what was raised in their place."""
+        early: dict[int, Callable[[], Result]] = {}
+        for number in itertools.count():
+            while number not in early:
+                early.update([self._outcomes.get()])
+            try:
+                result = early.pop(number)()
+            except _End:
+                return
+            self._may_take.put(True)
+            yield result
+            del result
+
+    def stop(self) -> None:
+        """No item is taken from now on."""
+        self._ended = True
+        for _ in range(WORKERS):
+            self._may_take.put(False)
+
+
+def _returner(result: Result) -> Callable[[], Result]:
+    return lambda: result
+
+
+def _raiser(error: BaseException) -> Callable[[], NoReturn]:
+    def throw() -> NoReturn:
+        raise error
+
+    return throw
 
 
 def raise_on_signals() -> None:

@@ -5,6 +5,7 @@ The module `lzma` is loaded when first needed: a Python built without it still s
 
 from __future__ import annotations
 
+from blockcopy.digests import Buffer
 from blockcopy.errors import BlockcopyError, StreamError
 from blockcopy.wire import MAX_BLOCK_SIZE, XzData
 
@@ -22,7 +23,7 @@ def check_available() -> None:
         ) from error
 
 
-def compress(data: bytes) -> bytes:
+def compress(data: Buffer) -> bytes:
     """`data` as one xz stream (which may be the larger of the two)."""
     import lzma
 

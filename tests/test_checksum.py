@@ -169,7 +169,7 @@ def test_a_read_error_is_told_with_its_place(
     path = file(noise(32 * BLOCK_SIZE))
     device = loop_device(path, "--direct-io=on")
     os.truncate(path, 8 * BLOCK_SIZE)
-    stream = failed(run("checksum", device), f"cannot read {device}: Input/output error")
+    stream = failed(run("checksum", device), f"of {device}: Input/output error")
     assert hashes(noise(32 * BLOCK_SIZE)).startswith(stream)
 
 

@@ -15,6 +15,9 @@ from support import PYTHON
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 ROOTS = (CHECKOUT, CHECKOUT / "fuse")
+OPTIONAL = {"blockcopy.digests": "blake3"}
+"""What a module of the stages uses where it is installed, and does without elsewhere. (`blockcopy.zstd` names
+its own as a string, because it is called differently from one Python to the next.)"""
 LEAVES = ("print", "exit", "quit", "sys.exit", "os._exit", "SystemExit")
 
 
@@ -110,6 +113,7 @@ def test_the_stages_import_the_standard_library_and_each_other_only(module: str)
         for each in READ[module].imports
         if top(each.module) not in sys.stdlib_module_names
         and each.module not in CORE
+        and not (each.lazy and each.module == OPTIONAL.get(module))
         # The command line knows every part, but loads the others only for the commands that need them.
         and not (
             module == "blockcopy.cli"

@@ -1,0 +1,82 @@
+"""A device in pieces: where it has data, and reading that. What lies between, its holes, is not read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from blockcopy.device import ZEROS, Device
+from blockcopy.geometry import Extent
+from blockcopy.wire import MAX_POSITION
+
+PIECE_SIZE = 1024 * 1024
+"""Bytes that are read, compared and sent at once. No block is larger."""
+
+
+class Piece(NamedTuple):
+    """`length` bytes at `position`, of which those in `data`, whole blocks, can be other than zeros."""
+
+    position: int
+    length: int
+    data: list[Extent]
+
+    def read(self, device: Device, room: memoryview) -> int:
+        """Have what is in `data` in `room`, each byte in its place. How many bytes of the piece the
+        device has; fewer than its length only where it ends before. DeviceError."""
+        for extent in self.data:
+            start = extent.offset - self.position
+            count = device.read_into(extent.offset, room[start : start + extent.length])
+            if count < extent.length:
+                return start + count
+        # The end may lie in a hole.
+        end = self.position + self.length
+        if self.data and self.data[-1].end == end:
+            return self.length
+        return max(0, min(end, device.size()) - self.position)
+
+    def zeros_at(self, start: int, view: memoryview) -> bool:
+        """Whether the block that begins `start` bytes into it, `view` of the room, is all zeros."""
+        here = self.position + start
+        return not any(extent.offset <= here < extent.end for extent in self.data) or ZEROS.startswith(view)
+
+
+class Pieces:
+    """Where `device` has data. For one thread at a time.
+
+    What was found last is remembered: to look for the end of much data takes long on some file systems.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._from = 0  # there is a hole from here up to _data, if anything
+        self._data = Extent(0, 0)
+
+    def next_data(self, offset: int) -> Extent:
+        """The first that is no hole from `offset` on; at MAX_POSITION where there is none."""
+        if not self._from <= offset < self._data.end:
+            extents = self._device.data_extents(offset, MAX_POSITION - offset)
+            self._from, self._data = offset, next(extents, Extent(MAX_POSITION, 0))
+        start = max(offset, self._data.offset)
+        return Extent(start, self._data.end - start)
+
+    def piece(self, position: int, length: int, block_size: int) -> Piece:
+        """With blocks of `block_size` from `position` on."""
+        end = position + length
+        data: list[Extent] = []
+        at = position
+        while at < end and (found := self.next_data(at)).offset < end:
+            start = position + (found.offset - position) // block_size * block_size
+            at = min(end, position - (position - found.end) // block_size * block_size)
+            if data and data[-1].end == start:
+                start = data.pop().offset
+            data.append(Extent(start, at - start))
+        return Piece(position, length, data)
+
+    def with_data(self, position: int, length: int, block_size: int) -> Iterator[Piece]:
+        """Of the pieces that `length` bytes at `position` fall into, those that are not all hole."""
+        most = PIECE_SIZE // block_size * block_size
+        at, end = position, position + length
+        while at < end and (found := self.next_data(at).offset) < end:
+            at = position + (found - position) // most * most
+            yield self.piece(at, min(most, end - at), block_size)
+            at += most
