@@ -33,6 +33,7 @@ from blockcopy.replica.running import ending_signals
 from blockcopy_fuse import STATUS_NAME, control, control_socket
 from blockcopy_fuse.control_socket import ControlSocket
 from blockcopy_fuse.operations import Operations
+from blockcopy_fuse.tuning import tune
 
 logger = logging.getLogger(__name__)
 
@@ -175,10 +176,12 @@ def _init(mount: MountPlan, replica: Replica, socket: str | None) -> None:
     source = str(mount.plan.command.source).replace("\\", "\\\\").replace(",", "\\,")
     options = {*pyfuse3.default_options, "ro", f"fsname={source}", "subtype=blockcopy", *mount.options}
     operations = Operations(replica, mount.name, snapshot, shared=mount.shared)
+    mountpoint = os.path.realpath(mount.mountpoint)  # not to be looked at once it is ours to answer for
     try:
         pyfuse3.init(operations, mount.mountpoint, options)
     except RuntimeError as error:  # libfuse has printed the reason itself
         raise MountError(f"cannot mount on {mount.mountpoint}: {error}") from error
+    tune(mountpoint)
 
 
 async def _watch_connection(stop: trio.Event) -> None:

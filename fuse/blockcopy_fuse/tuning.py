@@ -1,0 +1,45 @@
+"""What the kernel lets root set of a mount, once it is there: how far ahead it reads, how much at once.
+
+The default of 128 KiB ahead makes requests of 128 KiB, two at a time. With READ_AHEAD_KB they are of
+1 MiB, and several are on their way: measured twice as fast, where the blocks are here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+READ_AHEAD_KB = 4096
+
+MAX_BACKGROUND = 64
+"""Requests of the kernel's own read-ahead that may be on their way; it says 12 by itself."""
+
+
+def tune(mountpoint: str) -> None:
+    """As far as we may; nobody but root may. Does not touch the mount, which we serve ourselves."""
+    number = _device_number(mountpoint)
+    if number is None:
+        return
+    _set(Path("/sys/class/bdi", number, "read_ahead_kb"), READ_AHEAD_KB)
+    _set(Path("/sys/fs/fuse/connections", number.partition(":")[2], "max_background"), MAX_BACKGROUND)
+
+
+def _device_number(mountpoint: str) -> str | None:
+    """MAJOR:MINOR of what is mounted there last. From proc(5), /proc/pid/mountinfo."""
+    found = None
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        fields = line.split()
+        path = fields[4].replace(b"\\\\", b"\\134")
+        if path.decode("unicode_escape").encode("latin-1") == os.fsencode(mountpoint):
+            found = fields[2].decode()
+    return found
+
+
+def _set(file: Path, value: int) -> None:
+    try:
+        file.write_text(str(value))
+    except OSError as error:
+        logger.debug("%s stays as it is: %s", file, error.strerror)
