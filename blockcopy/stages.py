@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 WORKERS = min(len(os.sched_getaffinity(0)), 8)
 
-DEPTH = 2 * WORKERS
+DEPTH = WORKERS + 2
 """Items that are taken before the writer has the first of them: enough that nobody waits for a slow one."""
 
 PIPE_SIZE = 1024 * 1024

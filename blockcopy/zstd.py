@@ -48,8 +48,10 @@ def check_available() -> None:
 
 
 def compress(data: Buffer, level: int) -> bytes:
-    """`data` as one zstd frame (which may be the larger of the two)."""
-    packed: bytes = _module().compress(data, level)
+    """`data` as one zstd frame, with a check sum (which may be the larger of the two)."""
+    parameter = _module().CompressionParameter
+    options = {parameter.compression_level: level, parameter.checksum_flag: 1}
+    packed: bytes = _module().compress(data, options=options)
     return packed
 
 

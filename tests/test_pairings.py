@@ -22,6 +22,8 @@ from typing import NamedTuple
 import pytest
 from support import BLOCKCOPY, PATIENCE, noise, with_changes
 
+from blockcopy import zstd
+from blockcopy.digests import speeds
 from blockcopy.geometry import BLOCK_SIZE
 from blockcopy.wire import BLOCK_STREAM, Decoder, XzData, encode
 from blockcopy.xz import expand
@@ -45,15 +47,17 @@ class Case(NamedTuple):
     end: int | None = None
     lzma: bool = False
     pipe: bool = False
+    more: tuple[str, str] = ("", "")
+    """Options of `checksum` and `retrieve` that the original has not."""
 
     @property
     def checksum_options(self) -> list[str]:
         end = [] if self.end is None else ["--end", str(self.end)]
-        return ([f"--start={self.start}"] if self.start else []) + end
+        return ([f"--start={self.start}"] if self.start else []) + end + [each for each in self.more[:1] if each]
 
     @property
     def retrieve_options(self) -> list[str]:
-        return ["--lzma"] if self.lzma else []
+        return (["--lzma"] if self.lzma else []) + [each for each in self.more[1:] if each]
 
     @property
     def result(self) -> bytes:
@@ -147,6 +151,21 @@ def copy(
 def test_the_three_stages_make_a_copy(tmp_path: Path, case: Case) -> None:
     write_sparse(tmp_path / "source", case.source)
     write_sparse(tmp_path / "destination", case.destination)
+    copy(case, tmp_path / "source", tmp_path / "destination")
+    assert (tmp_path / "destination").read_bytes() == case.result
+    assert (tmp_path / "source").read_bytes() == case.source
+
+
+@pytest.mark.parametrize("options", ["", "--compress=zstd", "--lzma"])
+@pytest.mark.parametrize("digest", sorted(speeds()))
+def test_the_three_stages_make_a_copy_in_the_extended_form(
+    tmp_path: Path, case: Case, digest: str, options: str
+) -> None:
+    if options == "--compress=zstd" and not zstd.available():
+        pytest.skip("this host has no zstd")
+    write_sparse(tmp_path / "source", case.source)
+    write_sparse(tmp_path / "destination", case.destination)
+    case = case._replace(lzma=False, more=(f"--digest={digest}", options))
     copy(case, tmp_path / "source", tmp_path / "destination")
     assert (tmp_path / "destination").read_bytes() == case.result
     assert (tmp_path / "source").read_bytes() == case.source

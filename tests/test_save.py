@@ -24,9 +24,24 @@ from support import (
     until,
 )
 
+from blockcopy import zstd
 from blockcopy.digests import NO_DIGEST
 from blockcopy.geometry import BLOCK_SIZE
-from blockcopy.wire import MAX_BLOCK_SIZE, Data, Done, Hash, Message, Rest, XzData, encode, frame_header
+from blockcopy.wire import (
+    MAX_BLOCK_SIZE,
+    Asks,
+    Data,
+    Digests,
+    Done,
+    Hash,
+    Message,
+    Rest,
+    XzData,
+    Zero,
+    ZstdData,
+    encode,
+    frame_header,
+)
 
 HELLO = b"Hello World!"
 DONE = Done()
@@ -116,6 +131,106 @@ def test_nothing_is_read_behind_done(file: Callable[[bytes], Path]) -> None:
     path = file(HELLO)
     done = run("save", path, input=b"donejunk")
     assert (done.returncode, done.stderr, path.read_bytes()) == (0, b"", HELLO)
+
+
+# Zeros
+
+
+@pytest.mark.parametrize("options", [(), ("--no-sparse",)], ids=["sparse", "written"])
+def test_zeros_are_where_they_belong_and_nowhere_else(file: Callable[[bytes], Path], options: tuple[str]) -> None:
+    before = noise(5 * MIB + 5)
+    path = file(before)
+    saved(path, Zero(MIB, 2 * MIB), Zero(7, 3), Zero(5 * MIB, 5), Zero(4 * MIB, 0), options=options)
+    expected = bytearray(before)
+    for position, length in ((MIB, 2 * MIB), (7, 3), (5 * MIB, 5)):
+        expected[position : position + length] = bytes(length)
+    assert path.read_bytes() == expected
+    assert (path.stat().st_blocks * 512 < 4 * MIB) == (not options)
+
+
+@pytest.mark.parametrize("options", [(), ("--no-sparse",)], ids=["sparse", "written"])
+def test_zeros_make_a_file_longer(file: Callable[[bytes], Path], options: tuple[str]) -> None:
+    path = file(HELLO)
+    saved(path, Zero(6, 3 * MIB), Zero(2, 1), options=options)
+    assert path.read_bytes() == b"He\0lo " + bytes(3 * MIB)
+    saved(path, Zero(2, 1), options=options)
+    assert path.stat().st_size == 3 * MIB + 6
+
+
+def test_zeros_take_no_time_and_no_space(file: Callable[[bytes], Path]) -> None:
+    path = file(HELLO)
+    saved(path, Zero(12, 2**42))
+    assert path.stat().st_size == 2**42 + 12
+    assert path.stat().st_blocks * 512 < MIB
+
+
+@pytest.mark.parametrize("options", [(), ("--no-sparse",)], ids=["sparse", "written"])
+def test_zeros_fit_on_a_device_or_are_refused(
+    file: Callable[[bytes], Path], loop_device: Callable[[Path], str], options: tuple[str]
+) -> None:
+    path = file(noise(3 * MIB))
+    device = loop_device(path)
+    saved(device, Zero(512, MIB), Zero(2 * MIB, MIB), options=options)
+    expected = noise(3 * MIB)[:512] + bytes(MIB) + noise(3 * MIB)[512 + MIB : 2 * MIB] + bytes(MIB)
+    assert path.read_bytes() == expected
+    failed(run("save", device, input=stream_of(Zero(512, 3 * MIB), DONE)), device, "too small")
+    assert path.read_bytes() == expected
+
+
+def test_a_file_that_cannot_be_so_long_is_told(file: Callable[[bytes], Path]) -> None:
+    failed(run("save", file(HELLO), input=stream_of(Zero(2**62, 2**62 - 1), DONE)), "cannot grow")
+
+
+# zstd
+
+needs_zstd = pytest.mark.skipif(not zstd.available(), reason="this host has no zstd")
+
+
+@needs_zstd
+def test_a_zstd_frame_is_expanded(file: Callable[[bytes], Path]) -> None:
+    path = file(bytes(5))
+    data = noise(MAX_BLOCK_SIZE // 2) * 2
+    saved(path, ZstdData(3, zstd.compress(data, 1)), ZstdData(0, zstd.compress(b"abc", 19)))
+    assert path.read_bytes() == b"abc" + data
+
+
+def zstd_payloads() -> dict[str, bytes]:
+    """What is not one whole frame of at most a block."""
+    if not zstd.available():
+        return {}
+    packed = zstd.compress(noise(1000), 3)
+    flipped = bytearray(zstd.compress(b"to be compressed " * 1000, 3))
+    flipped[12] ^= 0xFF
+    return {
+        "empty": b"",
+        "junk": b"junk that is no zstd frame",
+        "short by one": packed[:-1],
+        "half": packed[:500],
+        "junk behind": packed + b"junk",
+        "two frames": packed + packed,
+        "flipped": bytes(flipped),
+        "bomb": zstd.compress(bytes(64 * MIB), 1),
+        "bomb that does not tell": bomb_without_size(),
+        "larger by one": zstd.compress(bytes(MAX_BLOCK_SIZE + 1), 1),
+    }
+
+
+def bomb_without_size() -> bytes:
+    compressor = zstd._module().ZstdCompressor()
+    return b"".join(compressor.compress(bytes(MIB)) for _ in range(64)) + bytes(compressor.flush())
+
+
+@needs_zstd
+@pytest.mark.parametrize("kind", zstd_payloads())
+def test_a_zstd_frame_that_is_none_is_refused_and_nothing_of_it_is_written(
+    file: Callable[[bytes], Path], kind: str
+) -> None:
+    path = file(HELLO)
+    done = measured("save", path, input=stream_of(Data(0, b"abc"), ZstdData(5, zstd_payloads()[kind]), DONE))
+    assert done.status == 1
+    assert b"zstd frame for position 5" in done.errors
+    assert done.peak <= PEAK
+    assert path.read_bytes() == b"abc" + HELLO[3:]
 
 
 # Streams that are none
@@ -236,6 +351,25 @@ def test_checksum_and_retrieve_take_little_memory(large: Path, workers: int, mos
     assert sent.peak <= most
 
 
+@pytest.mark.parametrize(("workers", "most"), [(1, PEAK), (8, PEAK + 6 * MIB)])
+@pytest.mark.parametrize("level", ["none", "zstd:1"])
+def test_the_extended_form_takes_little_memory(large: Path, workers: int, most: int, level: str) -> None:
+    """Where all differs, so that as much as can be is on its way to a reader."""
+    large.write_bytes(noise(64 * MIB))
+    done = measured("checksum", "--digest", "sha256", large, workers=workers)
+    assert (done.status, done.errors, len(done.output)) == (0, b"", 8 + 6 + 16 * (24 + 32 * 32) + 16)
+    assert done.peak <= most
+    run_of_nothing = Asks(0, BLOCK_SIZE, 16 * MIB, bytes(128 * 32))
+    asked = [run_of_nothing._replace(position=at) for at in range(0, 64 * MIB, 16 * MIB)]
+    stream = stream_of(Digests("sha256"), *asked, DONE)
+    with open(os.devnull, "wb") as nowhere:
+        sent = measured(
+            "retrieve", "--compress", level, large, workers=workers, input=stream, stdout=nowhere.fileno()
+        )
+    assert (sent.status, sent.errors) == (0, b"")
+    assert sent.peak <= most
+
+
 def test_a_pipe_takes_little_memory(large: Path) -> None:
     with large.open("rb") as opened:
         command = [PYTHON, "-I", "-S", "-c", MEASURE, *BLOCKCOPY, "checksum", "-"]
@@ -267,7 +401,7 @@ def test_save_takes_little_memory(large: Path, command: bytes) -> None:
     assert int(errors) <= PEAK
 
 
-@pytest.mark.parametrize("command", [b"data", b"dlzm"])
+@pytest.mark.parametrize("command", [b"data", b"dlzm", b"dzst"])
 def test_an_oversized_frame_is_refused_before_memory_is_taken(
     file: Callable[[bytes], Path], command: bytes
 ) -> None:

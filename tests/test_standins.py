@@ -177,6 +177,8 @@ QUESTION = b"".join(
         wire.Fence(7),
     )
 )
+WISH = {"protocol": wire.PROTOCOL, "compress": {"name": "zstd", "level": 1}}
+RUN = wire.Asks(0, BLOCK_SIZE, BLOCKS * BLOCK_SIZE, BLOCKS * NO_DIGEST)
 
 
 @pytest.fixture
@@ -282,6 +284,39 @@ def test_a_fault_once_only(source: Path, tmp_path: Path) -> None:
     assert answers(source, "--once", once, "--short-at", 2) != truth()
     assert once.exists()
     assert answers(source, "--once", once, "--short-at", 2) == truth()
+
+
+def answers_to_a_run(source: Path, *options: object) -> list[wire.Message]:
+    """Of all blocks at once, from a source that compresses; without the greeting and the fence."""
+    stream = b"".join(map(wire.encode, (wire.Hello(WISH), RUN, wire.Fence(7), wire.Done())))
+    done = finish(retrieve(source, *options), stream)
+    assert done.returncode == 0, done.stderr
+    _, *said, fence, _ = decoded(done.stdout)
+    assert fence == wire.Fence(7)
+    return said
+
+
+def test_a_run_is_answered_block_by_block(source: Path) -> None:
+    assert answers_to_a_run(source) == truth()[:BLOCKS]
+
+
+@pytest.mark.parametrize("fault", LIES)
+def test_one_block_of_a_run_is_another(source: Path, fault: str) -> None:
+    said = answers_to_a_run(source, f"--{fault}-at", 2)
+    assert LIES[fault](said.pop(1))
+    assert said == [each for each in truth()[:BLOCKS] if each != SECOND]
+
+
+def test_zeros_and_compressed_blocks_are_counted_too(source: Path) -> None:
+    """The second of two blocks of zeros, and the one of two that were compressed as one."""
+    text = b"to be compressed " * BLOCK_SIZE
+    source.write_bytes(bytes(2 * BLOCK_SIZE) + text[: 2 * BLOCK_SIZE])
+    first, *said = answers_to_a_run(source, "--fail-at", 2)
+    assert first == wire.Zero(0, BLOCK_SIZE)
+    assert isinstance(said.pop(0), wire.Failure)
+    assert said == [wire.Data(at * BLOCK_SIZE, text[(at - 2) * BLOCK_SIZE :][:BLOCK_SIZE]) for at in (2, 3)]
+    *_, last = answers_to_a_run(source, "--short-at", 4)
+    assert last == wire.Data(3 * BLOCK_SIZE, text[BLOCK_SIZE:][: BLOCK_SIZE // 2])
 
 
 def test_another_greeting(source: Path) -> None:
