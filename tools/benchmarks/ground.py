@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from benchmarks import namespace
+
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 MARK = "BLOCKCOPY_BENCH_ID"
 """In the environment of all that is started, so that what is left of it is found."""
@@ -36,6 +38,7 @@ class Ground:
         self.folder = Path(tempfile.mkdtemp(prefix="blockcopy-bench-", dir=parent)).resolve()
         self.folder.chmod(0o711)  # an ordinary user has a folder in it
         self._log = (self.folder / "log").open("ab", buffering=0)
+        namespace.let_everybody_use_fuse(self.folder)
         self.python = sys.executable
         self.blockcopy = [self.python, "-P", "-m", "blockcopy"]
         self._mark = uuid.uuid4().hex

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -95,7 +96,9 @@ def run(ground: Ground, pipeline: list[list[Any]], destination: str) -> Cost:
                 before.close()  # the next one has it
             before = process.stdout
             processes.append(process)
-        watchdog = threading.Timer(PATIENCE, lambda: [os.kill(process.pid, signal.SIGKILL) for process in processes])
+        watchdog = threading.Timer(
+            PATIENCE, lambda: [os.kill(process.pid, signal.SIGKILL) for process in processes]
+        )
         watchdog.start()
         cpu = sum(wait(process) for process in processes)
         watchdog.cancel()

@@ -124,10 +124,8 @@ def over_a_link(bench: Bench) -> None:
     pipelines[OURS] = sync(ground, str(source), str(file), link[:-1])
     those = contestants(bench.args, ground)[0]
     if any(each.name == "rsync" for each in those):
-        pipelines["rsync"] = [
-            ["rsync", "--no-whole-file", "--ignore-times", "--inplace", "--blocking-io"]
-            + ["-e", rsh(bench, link[:-1]), f"host:{source}", file]
-        ]
+        delta = ["rsync", "--no-whole-file", "--ignore-times", "--inplace", "--blocking-io"]
+        pipelines["rsync"] = [[*delta, "-e", shlex.join(link[:-1]), f"host:{source}", file]]
     words = f"{size >> 20} MiB, the destination is of zeros that are written out; {DELAY} ms each way"
     group = bench.results.group("pipes-delay", case.name, words, ORIGINAL if bench.args.original else FLOOR)
     for _, (who, pipeline) in bench.alternating(pipelines.items()):
@@ -136,12 +134,3 @@ def over_a_link(bench: Bench) -> None:
         one(bench, group, case, contestant, pipeline, (str(source), str(file)))
     for each in (source, zeros, file):
         each.unlink()
-
-
-def rsh(bench: Bench, link: list[str]) -> Path:
-    """What rsync is told to take for ssh. It closes its end before it has read that of the stream, which the link
-    takes for a lost connection: `cat` does not."""
-    script = bench.ground.name("rsh")
-    script.write_text(f'#!/bin/sh\n{shlex.join(link)} "$@" | cat\n')
-    script.chmod(0o755)
-    return script

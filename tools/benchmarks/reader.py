@@ -1,7 +1,7 @@
 """Reads a file and tells how long it took, as JSON: a program of its own, that any user can run.
 
     reader.py random FILE SOURCE SEED COUNT SECONDS     4 KiB at random, each in a block of its own
-    reader.py order FILE SOURCE                         all of it, twice
+    reader.py order FILE SOURCE [BYTES]                 all of it, or the first so many bytes, twice
 
 What is read is compared with SOURCE; exit status 1 where it differs.
 """
@@ -37,19 +37,20 @@ def at_random(file: str, source: str, seed: str, count: str, seconds: str) -> di
     return {"ms": times}
 
 
-def in_order(file: str, source: str) -> dict[str, object]:
-    """MB/s of the first reading and of the one after it; then a third one, that compares."""
+def in_order(file: str, source: str, most: str = "") -> dict[str, object]:
+    """MB/s of the first reading and of the one after it, of `most` bytes; then a third one, that compares."""
     rates = []
     buffer, known = bytearray(PIECE), bytearray(PIECE)
+    end = int(most) if most else os.stat(file).st_size
     for _ in range(2):
         size = 0
         began = time.perf_counter()
         with open(file, "rb", buffering=0) as reading:
-            while got := reading.readinto(buffer):
+            while size < end and (got := reading.readinto(buffer)):
                 size += got
         rates.append(size / (time.perf_counter() - began) / 1e6)
     with open(file, "rb") as reading, open(source, "rb") as knowing:
-        while got := knowing.readinto(known):
+        while reading.tell() < end and (got := knowing.readinto(known)):
             if reading.readinto(buffer) != got or buffer[:got] != known[:got]:
                 sys.exit(f"what was read before {reading.tell()} is not what the source has")
     return {"first": rates[0], "again": rates[1]}
