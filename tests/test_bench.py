@@ -1,0 +1,142 @@
+"""tools/bench: what it makes of figures, and a run so small that its figures mean nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import support
+from support import PYTHON
+
+from benchmarks import data, tables
+from benchmarks.bench import Bench
+from benchmarks.ground import BenchError
+from benchmarks.results import Results
+
+BENCH = Path(__file__).resolve().parent.parent / "tools" / "bench"
+SIZE = 8 * data.MIB
+
+
+def command(folder: Path, *words: object) -> list[str]:
+    return [PYTHON, *map(str, (BENCH, "--quick", "--size", 8, "--folder", folder, *words))]
+
+
+def test_medians_and_ratios() -> None:
+    group = Results().group("part", "case", reference="slow")
+    for seconds in (4.0, 100.0, 5.0):
+        group.add("slow", seconds=seconds, first=10.0)
+    group.add("fast", seconds=0.5, first=40.0)
+    group.add("other", peak=3.0)
+    assert group.median("slow", "seconds") == 5
+    assert group.ratio("fast", "seconds") == 10  # less is better
+    assert group.ratio("fast", "first") == 4  # more is
+    assert group.ratio("other", "peak") is None  # there is nothing to compare it with
+    assert "0.50 (10.0×)" in tables.table(group)
+
+
+def test_order_alternates() -> None:
+    class Args:
+        runs = 3
+
+    bench = Bench(Args(), ground=None)
+    assert [(run, item) for run, item in bench.alternating("ab")] == [
+        *[(0, "a"), (0, "b")],
+        *[(1, "b"), (1, "a")],
+        *[(2, "a"), (2, "b")],
+    ]
+
+
+def test_cases_are_what_they_say(tmp_path: Path) -> None:
+    made = {case.name: case for case in data.cases(tmp_path, SIZE, seed=3)}
+    for case in made.values():
+        source, before = case.source.read_bytes(), case.before.read_bytes()
+        assert len(source) == len(before) == SIZE
+        destination = support.written(tmp_path / "destination", before)
+        if case.differing:
+            with pytest.raises(BenchError, match="not what the source is"):
+                data.compare(case.source, destination, "nobody")
+        data.copy(case.source, destination, case.differing)
+        data.compare(case.source, destination, "everybody")
+        assert destination.read_bytes() == source
+    blocks = SIZE // data.BLOCK
+    assert len(made["5 % differ"].differing) == blocks // 20
+    half = made["source half zero"].source
+    assert half.read_bytes()[SIZE // 2 :] == bytes(SIZE // 2)
+    assert half.stat().st_blocks * 512 >= SIZE  # written out
+
+
+def test_seed_decides_the_data(tmp_path: Path) -> None:
+    one, same, other = (data.noise(tmp_path / str(n), [(0, 5000)], 9000, seed) for n, seed in enumerate("112"))
+    assert one.read_bytes() == same.read_bytes() != other.read_bytes()
+    assert one.read_bytes()[5000:] == bytes(4000)
+
+
+def test_compare_sees_one_byte_in_a_hole(tmp_path: Path) -> None:
+    size = 64 * data.MIB
+    source = data.noise(tmp_path / "source", [], size, 0)
+    destination = data.noise(tmp_path / "destination", [], size, 0)
+    data.compare(source, destination, "holes")
+    with destination.open("r+b") as file:
+        file.seek(size - 1)
+        file.write(b"x")
+    with pytest.raises(BenchError, match="from"):
+        data.compare(source, destination, "holes")
+
+
+@pytest.mark.timeout(120)
+def test_copies_are_measured_and_nothing_is_left(tmp_path: Path) -> None:
+    target = tmp_path / "figures.json"
+    words = command(tmp_path, "--parts", "sync,cpu", "--json", target)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    groups = {group["case"]: group for group in json.loads(target.read_text())["groups"]}
+    assert set(groups) == {"equal", "5 % differ", "destination zero", "source half zero"}
+    for group in groups.values():
+        ours = group["rows"]["blockcopy sync"]
+        assert ours["seconds"]["median"] > 0
+        assert ours["seconds"]["times_better_than_reference"] > 0
+        assert ours["cpu"]["median"] > 0
+        assert ours["peak"]["median"] > 1
+        assert group["reference"] == "dd"
+    assert "blockcopy sync" in done.stdout
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.timeout(120)
+def test_a_wrong_copy_fails_loudly(tmp_path: Path) -> None:
+    """The original is a program that says it is done, and is not."""
+    liar = support.written(
+        tmp_path / "liar.py", b"import sys; sys.stdin.read() if sys.argv[1] != 'checksum' else 0\n"
+    )
+    words = command(tmp_path, "--parts", "sync", "--original", liar)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 1
+    assert "original, 3 pipes: the destination is not what the source is" in done.stderr
+
+
+@pytest.mark.timeout(120)
+def test_ctrl_c_takes_everything_down(tmp_path: Path) -> None:
+    """In the middle of a mount."""
+    support.require_fuse()
+    with subprocess.Popen(command(tmp_path, "--parts", "lazy"), stderr=subprocess.PIPE, text=True) as bench:
+        for line in bench.stderr:
+            if "in order: blockcopy" in line:
+                break
+        bench.send_signal(signal.SIGINT)
+        bench.stderr.read()
+    assert bench.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--parts", "sink"], "no part sink"), (["--original", "/nowhere"], "--original: there is no")],
+)
+def test_what_cannot_be_meant(tmp_path: Path, words: list[str], said: str) -> None:
+    done = subprocess.run(command(tmp_path, *words), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode
+    assert said in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,1 @@
+"""The parts of tools/bench: what is measured, how, and how it is told."""

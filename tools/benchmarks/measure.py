@@ -1,0 +1,127 @@
+"""Running a command, or a pipeline of them, and what it takes: seconds, CPU, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ground import BenchError, Ground
+
+PATIENCE = 1800
+"""Seconds for one copy: what hangs is to fail, not to be waited for."""
+
+INTERVAL = 0.02
+"""Seconds between two looks at the memory of what runs."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    seconds: float
+    durable: float
+    """Seconds until the destination was synced as well, by a fdatasync after the last command's end."""
+    cpu: float
+    """Seconds of CPU, of all processes that were waited for."""
+    peak: float
+    """MiB: the largest process."""
+    peak_all: float
+    """MiB: the sum of each process's own largest."""
+
+
+class Memory:
+    """Watches the peak of processes and of all their descendants.
+
+    Not ru_maxrss: that begins with what the process that forked had, which is us.
+    """
+
+    def __init__(self) -> None:
+        self.peaks: dict[int, int] = {}
+        """Of each process: KiB."""
+        self._roots: list[int] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def follow(self, pid: int) -> None:
+        """It runs its own program already."""
+        self._roots.append(pid)
+
+    def _watch(self) -> None:
+        while not self._over.is_set():
+            for pid in list(self._roots):
+                self._look(pid)
+            self._over.wait(INTERVAL)
+
+    def _look(self, pid: int) -> None:
+        with contextlib.suppress(OSError):
+            if peak := high_water(pid):
+                self.peaks[pid] = max(self.peaks.get(pid, 0), peak)
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                for child in (task / "children").read_text().split():
+                    self._look(int(child))
+
+
+def high_water(pid: int) -> int:
+    """KiB. 0 of one that has ended. OSError where there is none."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1])
+    return 0
+
+
+def run(ground: Ground, pipeline: list[list[Any]], destination: str) -> Cost:
+    """Commands joined by pipes, to their end; then a sync of the destination. BenchError where one fails."""
+    processes: list[subprocess.Popen[bytes]] = []
+    with Memory() as memory:
+        began = time.monotonic()
+        before: Any = subprocess.DEVNULL
+        for number, words in enumerate(pipeline, 1):
+            output = {"stdout": subprocess.PIPE} if number < len(pipeline) else {}
+            process = ground.popen(words, stdin=before, **output)
+            memory.follow(process.pid)
+            if before is not subprocess.DEVNULL:
+                before.close()  # the next one has it
+            before = process.stdout
+            processes.append(process)
+        watchdog = threading.Timer(
+            PATIENCE, lambda: [os.kill(process.pid, signal.SIGKILL) for process in processes]
+        )
+        watchdog.start()
+        cpu = sum(wait(process) for process in processes)
+        watchdog.cancel()
+        seconds = time.monotonic() - began
+        sync(destination)
+        durable = time.monotonic() - began
+    for words, process in zip(pipeline, processes, strict=True):
+        if process.returncode:
+            raise BenchError(ground.failure(words, process.returncode))
+    peaks = [peak / 1024 for peak in memory.peaks.values()] or [0.0]
+    return Cost(seconds, durable, cpu, max(peaks), sum(peaks))
+
+
+def wait(process: subprocess.Popen[bytes]) -> float:
+    """Its end: the seconds of CPU that it and those it waited for took."""
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return used.ru_utime + used.ru_stime
+
+
+def sync(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)

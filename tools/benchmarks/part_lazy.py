@@ -1,0 +1,229 @@
+"""The part `lazy`: a source that is read before it is here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks import data
+from benchmarks.bench import Bench
+from benchmarks.contestants import LINK
+from benchmarks.ground import ORDINARY, BenchError, Ground, until
+from benchmarks.mounts import Mounted, nbdfuse, peers, replica
+from benchmarks.results import Group
+
+DELAY = 5.0
+"""Milliseconds each way."""
+
+READER = Path(__file__).with_name("reader.py")
+LAZY_PEERS = ["nbdfuse", "sshfs", "qemu, copy-on-read"]
+QUICK_BYTES = 32 << 20
+READS = 400
+SECONDS = 20
+"""The most that reading at random takes."""
+
+SATURATED = "64M"
+"""Bytes a second of the link under the saturating pass: so few that the pass outlasts the reads."""
+
+Make = Callable[[], AbstractContextManager[Mounted]]
+
+
+def lazy(bench: Bench) -> None:
+    folder = bench.ground.folder / "lazy"
+    folder.mkdir()
+    source = data.noise(folder / "source", [(0, bench.size)], bench.size, f"{bench.args.seed} lazy")
+    first_byte(bench, source)
+    at_random(bench, source)
+    under_the_pass(bench, source)
+    in_order(bench, source)
+
+
+def first_byte(bench: Bench, source: Path) -> None:
+    """From the command to the first byte."""
+    ground = bench.ground
+    words = "from the command to the first byte of a local source"
+    group = bench.results.group("lazy", "mount to first byte", words, "python, nothing imported")
+    data.warm(source)
+
+    def python() -> bytes | None:
+        ground.output([ground.python, "-P", "-c", "pass"])
+        return None
+
+    def ours() -> bytes:
+        destination, point = fresh(ground, bench.size), ground.point()
+        ground.output([*ground.blockcopy, "mount", "--no-state", source, destination, point])
+        try:
+            return first(point / destination.name)
+        finally:
+            stop.append(lambda: ground.output([*ground.blockcopy, "umount", point], right=(0, 75)))
+            stop.append(destination.unlink)
+
+    def theirs() -> bytes:
+        made = nbdfuse(ground, source, None)
+        mounted = made.__enter__()
+        stop.append(lambda: made.__exit__(None, None, None))
+        return first(mounted.file)
+
+    those: dict[str, Callable[[], bytes | None]] = {"python, nothing imported": python, "blockcopy mount": ours}
+    if "nbdfuse" in peers(["nbdfuse"], bench.results.note):
+        those["nbdfuse"] = theirs
+    for _, (who, act) in bench.alternating(those.items()):
+        bench.say(f"lazy, mount to first byte: {who}")
+        stop: list[Callable[[], object]] = []
+        began = time.monotonic()
+        got = act()
+        group.add(who, seconds=time.monotonic() - began)
+        for each in stop:
+            each()
+        if got is not None and got != first(source):
+            raise BenchError(f"{who}: the first byte is wrong")
+
+
+def first(file: Path) -> bytes:
+    with file.open("rb", buffering=0) as reading:
+        return reading.read(1)
+
+
+def fresh(ground: Ground, size: int, owner: int | None = None) -> Path:
+    """A new destination: a hole."""
+    path = data.noise(ground.name("destination"), [], size, 0)
+    if owner is not None:
+        os.chown(path, owner, owner)
+    return path
+
+
+def ours(bench: Bench, source: Path, *options: Any, user: list[str] | None = None, **more: Any) -> Make:
+    """`blockcopy mount`, of a destination of its own each time."""
+
+    def made() -> AbstractContextManager[Mounted]:
+        destination = fresh(bench.ground, bench.size, ORDINARY if user else None)
+        return replica(bench.ground, source, destination, "--no-state", *options, delay=DELAY, user=user, **more)
+
+    return made
+
+
+def them(bench: Bench, source: Path) -> dict[str, Make]:
+    """The peers, behind the same delay. nbdkit delays by request, so that is both ways at once."""
+    found = peers(LAZY_PEERS, bench.results.note)
+    delays = {name: DELAY if name == "sshfs" else 2 * DELAY for name in found}
+    return {name: partial(maker, bench.ground, source, delays[name]) for name, maker in found.items()}
+
+
+def read(bench: Bench, mounted: Mounted, user: list[str] | None, how: str, *words: Any) -> dict[str, Any]:
+    """What the reader tells."""
+    command = [*(user or []), bench.ground.python, "-I", READER, how, mounted.file, *words]
+    return json.loads(bench.ground.output(command, seconds=900))
+
+
+def quantiles(times: list[float]) -> dict[str, float]:
+    ordered = sorted(times)
+    return {"p50": statistics.median(ordered), "p99": ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)]}
+
+
+def round_trip(bench: Bench, group: Group) -> None:
+    """The floor: what a byte takes through the link and back."""
+    words = [*LINK, "--delay", str(DELAY), "host", "cat"]
+    process = bench.ground.popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    times = []
+    for _ in range(50):
+        began = time.perf_counter()
+        process.stdin.write(b"x")
+        process.stdout.read(1)
+        times.append((time.perf_counter() - began) * 1000)
+    process.stdin.close()
+    process.stdout.close()
+    process.wait()
+    group.add("the link itself", **quantiles(times[1:]))  # the first one saw the start as well
+
+
+def at_random(bench: Bench, source: Path) -> None:
+    words = f"random 4 KiB, each in a new 128 KiB block, {2 * DELAY:g} ms round trip, nothing else under way"
+    group = bench.results.group("lazy", "random, idle", words, "the link itself")
+    those = {"blockcopy mount": ours(bench, source, "--no-background"), **them(bench, source)}
+    reads = READS // 4 if bench.args.quick else READS
+    for run, (who, make) in bench.alternating([("the link itself", None), *those.items()]):
+        bench.say(f"lazy, random, idle: {who}")
+        if make is None:
+            round_trip(bench, group)
+            continue
+        with make() as mounted:
+            told = read(bench, mounted, None, "random", source, f"{bench.args.seed} {run}", reads, SECONDS)
+        group.add(who, **quantiles(told["ms"]))
+
+
+def under_the_pass(bench: Bench, source: Path) -> None:
+    """A read that takes less than a round trip was here already, or nearly: it is not counted, so that the
+    figures are those of reads that had to wait for the link beside the pass."""
+    case = "random, under the pass"
+    words = f"random 4 KiB, {2 * DELAY:g} ms round trip, while the pass saturates "
+    variants = {
+        f"blockcopy, link of {SATURATED}iB/s": ours(bench, source, rate=SATURATED),
+        "blockcopy, both CPUs": ours(bench, source),
+    }
+    group = bench.results.group(
+        "lazy", case, words + "the link or the CPUs; of reads that waited", "the link itself"
+    )
+    for run, (who, make) in bench.alternating([("the link itself", None), *variants.items()]):
+        bench.say(f"lazy, {case}: {who}")
+        if make is None:
+            round_trip(bench, group)
+            continue
+        with make() as mounted:
+            seed = f"{bench.args.seed} {run}"
+            times = read(bench, mounted, None, "random", source, seed, READS, 3 if bench.args.quick else SECONDS)[
+                "ms"
+            ]
+        waited = [each for each in times if each >= 2 * DELAY]
+        if waited:
+            group.add(who, **quantiles(waited))
+        group.add(who, waited=100 * len(waited) / len(times))
+
+
+def in_order(bench: Bench, source: Path) -> None:
+    size = QUICK_BYTES if bench.args.quick else bench.size
+    words = f"{size >> 20} MiB in order, {2 * DELAY:g} ms round trip, and again (the link: the source itself)"
+    group = bench.results.group("lazy", "in order", words, "the link itself")
+    as_root = os.geteuid() == 0
+    mine = "blockcopy, as root" if as_root else "blockcopy, as an ordinary user"
+    those: dict[str, tuple[Make | None, list[str] | None]] = {"the link itself": (None, None)}
+    those[mine] = (ours(bench, source, "--no-background"), None)
+    those[f"{mine}, with the pass"] = (ours(bench, source), None)
+    user = bench.ground.as_ordinary_user()
+    if as_root and user:
+        those["blockcopy, as an ordinary user"] = (ours(bench, source, "--no-background", user=user), user)
+        those["blockcopy, as an ordinary user, with the pass"] = (ours(bench, source, user=user), user)
+    elif as_root:
+        bench.results.note("in order, as an ordinary user: left out, nobody cannot run blockcopy here")
+    those |= {name: (make, None) for name, make in them(bench, source).items()}
+    for _, (who, (make, reader)) in bench.alternating(those.items()):
+        bench.say(f"lazy, in order: {who}")
+        if make is None:
+            told = json.loads(bench.ground.output([bench.ground.python, "-I", READER, "order", source, source]))
+            group.add(who, first=through_the_link(bench, source), again=told["again"])
+            continue
+        with make() as mounted:
+            told = read(bench, mounted, reader, "order", source, size)
+        group.add(who, first=told["first"], again=told["again"])
+
+
+def through_the_link(bench: Bench, source: Path) -> float:
+    """The floor: MB/s of `cat` at its other end."""
+    words = [*LINK, "--delay", str(DELAY), "host", shlex.join(["cat", str(source)])]
+    began = time.monotonic()
+    process = bench.ground.popen(words, stdout=subprocess.PIPE, bufsize=0)
+    buffer = bytearray(1 << 20)
+    while process.stdout.readinto(buffer):
+        pass
+    seconds = time.monotonic() - began
+    process.stdout.close()
+    until(lambda: process.poll() is not None, "the end of the link")
+    return bench.size / seconds / 1e6

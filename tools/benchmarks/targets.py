@@ -1,0 +1,75 @@
+"""What the project wants to reach, and whether one run of the benchmark has."""
+
+from __future__ import annotations
+
+from benchmarks.contestants import OURS, STAGES, STAGES_BLAKE3
+from benchmarks.results import KINDS, Group, Results
+from benchmarks.tables import grid, number
+
+CASES = ("equal", "5 % differ", "destination zero", "source half zero")
+LINK, ROOT, USER = "the link itself", "blockcopy mount", "blockcopy, as an ordinary user"
+
+Target = tuple[str, "float | None", float, bool]
+"""What, the figure, what it is to be, and whether it is to be that at least (or at most)."""
+
+
+def targets(results: Results) -> list[Target]:
+    """Those whose figures were measured, or are partly."""
+    found: list[Target] = []
+
+    def times(who: str, wanted: tuple[float, ...], figure: str = "seconds") -> None:
+        for case, value in zip(CASES, wanted, strict=True):
+            group = results.find("sync", case)
+            if group and group.reference.startswith("original"):
+                found.append((f"{who}, {case}: × the original", group.ratio(who, figure), value, True))
+
+    def plain(what: str, part: str, case: str, who: str, figure: str, wanted: float) -> None:
+        if group := results.find(part, case):
+            is_least = KINDS[figure].more_is_better
+            found.append((f"{what}: {KINDS[figure].label}", group.median(who, figure), wanted, is_least))
+
+    times(OURS, (10, 10, 6, 8))
+    times(STAGES_BLAKE3, (8, 8, 5, 6))
+    times(STAGES, (1, 1, 1, 1))
+    for group in results.of("sync"):
+        found += [
+            (f"{OURS}, {group.case}: × {peer}", against(group, peer), 1, True)
+            for peer in ("rsync", "diskrsync", "bdsync")
+            if peer in group.rows
+        ]
+    if (group := results.find("sync", "5 % differ")) and group.reference.startswith("original"):
+        ratio = group.ratio(OURS, "cpu")
+        found.append((f"{OURS}, 5 % differ: CPU, part of the original's", ratio and 1 / ratio, 0.12, False))
+    plain("link of 10 ms, destination zero", "pipes-delay", "destination zero", OURS, "seconds", 3)
+    plain("in order, cold, 10 ms, ordinary user", "lazy", "in order", USER, "first", 400)
+    plain("random, idle, 10 ms", "lazy", "random, idle", ROOT, "p50", 12)
+    for variant in ("blockcopy, link of 64MiB/s", "blockcopy, both CPUs"):
+        plain(f"random, under the pass ({variant})", "lazy", "random, under the pass", variant, "p50", 15)
+        plain(f"random, under the pass ({variant})", "lazy", "random, under the pass", variant, "p99", 70)
+    if group := results.find("present", "a complete replica"):
+        example, value = group.median("passthrough_ll", "first"), group.median(ROOT, "first")
+        if example and value:
+            found.append(("present, first: × passthrough_ll", value / example, 1, True))
+        found.append(("present, again: × the backing file", group.ratio(ROOT, "again"), 0.9, True))
+        plain("present", "present", group.case, ROOT, "depth_1", 10_000)
+        plain("present", "present", group.case, ROOT, "depth_16", 22_000)
+    plain("mount to first byte", "lazy", "mount to first byte", ROOT, "seconds", 0.4)
+    plain("1 TiB sparse, until complete", "scale", "1,024 GiB", ROOT, "seconds", 30)
+    for group in results.of("scale"):
+        plain(f"{group.case} sparse", "scale", group.case, ROOT, "peak", 100)
+    return found
+
+
+def against(group: Group, peer: str) -> float | None:
+    """How many times faster ours is, where a sync of the destination belongs to both."""
+    mine, theirs = group.median(OURS, "durable"), group.median(peer, "durable")
+    return theirs / mine if mine and theirs else None
+
+
+def table(results: Results) -> str:
+    lines = [["target", "wanted", "measured", ""]]
+    for what, value, wanted, is_least in targets(results):
+        is_met = value is not None and (value >= wanted if is_least else value <= wanted)
+        told = "yes" if is_met else "not measured" if value is None else "NO"
+        lines.append([what, f"{'≥' if is_least else '≤'} {number(wanted)}", number(value), told])
+    return grid(lines) if len(lines) > 1 else ""
