@@ -175,13 +175,14 @@ def _init(mount: MountPlan, replica: Replica, socket: str | None) -> None:
 
     source = str(mount.plan.command.source).replace("\\", "\\\\").replace(",", "\\,")
     options = {*pyfuse3.default_options, "ro", f"fsname={source}", "subtype=blockcopy", *mount.options}
-    operations = Operations(replica, mount.name, snapshot, shared=mount.shared)
     mountpoint = os.path.realpath(mount.mountpoint)  # not to be looked at once it is ours to answer for
+    operations = Operations(
+        replica, mount.name, snapshot, shared=mount.shared, before_first_open=lambda: tune(mountpoint)
+    )
     try:
         pyfuse3.init(operations, mount.mountpoint, options)
     except RuntimeError as error:  # libfuse has printed the reason itself
         raise MountError(f"cannot mount on {mount.mountpoint}: {error}") from error
-    tune(mountpoint)
 
 
 async def _watch_connection(stop: trio.Event) -> None:

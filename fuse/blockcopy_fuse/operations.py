@@ -66,9 +66,16 @@ class Operations(pyfuse3.Operations):
     """
 
     def __init__(
-        self, replica: Replica, name: str, snapshot: Callable[[], dict[str, Any]], *, shared: bool
+        self,
+        replica: Replica,
+        name: str,
+        snapshot: Callable[[], dict[str, Any]],
+        *,
+        shared: bool,
+        before_first_open: Callable[[], None],
     ) -> None:
         super().__init__()
+        self._before_first_open: Callable[[], None] | None = before_first_open
         self._replica = replica
         self._volume = replica.volume
         self._snapshot = snapshot
@@ -141,6 +148,9 @@ class Operations(pyfuse3.Operations):
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EROFS)
         if inode == _REPLICA:
+            if self._before_first_open is not None:
+                self._before_first_open()
+                self._before_first_open = None
             return FileInfo(fh=FileHandleT(inode), keep_cache=True)
         if inode == _STATUS:
             # The text is made once an open file, so that its reader sees one moment.

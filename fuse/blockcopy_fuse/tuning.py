@@ -1,7 +1,9 @@
-"""What the kernel lets root set of a mount, once it is there: how far ahead it reads, how much at once.
+"""What the kernel lets root set of a mount: how far ahead it reads, and how much at once.
 
 The default of 128 KiB ahead makes requests of 128 KiB, two at a time. With READ_AHEAD_KB they are of
-1 MiB, and several are on their way: measured twice as fast, where the blocks are here.
+1 MiB, and several are on their way. Not before the first requests: when the kernel and libfuse greet each
+other, which they do after the mount is there, the kernel goes back to what it had said. And before a file
+is open, since that keeps what it finds.
 """
 
 from __future__ import annotations
@@ -32,8 +34,7 @@ def _device_number(mountpoint: str) -> str | None:
     found = None
     for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
         fields = line.split()
-        path = fields[4].replace(b"\\\\", b"\\134")
-        if path.decode("unicode_escape").encode("latin-1") == os.fsencode(mountpoint):
+        if fields[4].decode("unicode_escape").encode("latin-1") == os.fsencode(mountpoint):  # \040 for a blank
             found = fields[2].decode()
     return found
 
