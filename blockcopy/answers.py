@@ -135,5 +135,5 @@ class _Answers:
         block = self._block(at)
         return self._failures.get(at) or (
             f"cannot read {block.length} bytes at {block.position} of {self._path}: "
-            f"it is shorter, and ends at {self._piece.position + self._available}"
+            f"it is shorter than it was, and ends at {self._piece.position + self._available}"
         )

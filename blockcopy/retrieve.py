@@ -204,7 +204,7 @@ class _Questions:
             yield Run(piece, BLOCK_SIZE, b"".join(map(self._terms.digest.of_zeros, sizes)), self._terms)
         beyond = max(position, end)
         if self._terms.agreed and beyond < position + length:
-            reason = f"cannot read at {beyond} of {self._source.path}: it is shorter"
+            reason = f"cannot read at {beyond} of {self._source.path}: it is shorter than it was"
             yield _Say(wire.encode(wire.Failure(beyond, reason)))
 
     def _rest(self, asked: wire.Rest) -> Iterator[_Item]:

@@ -166,7 +166,7 @@ def test_a_block_that_is_zeros_there_differs_from_one_that_is_not(
 
 @BOTH
 def test_holes_of_the_source_are_zeros(tmp_path: Path, answers: Answers) -> None:
-    path = sparse(tmp_path / "source", 40 * MIB, (5 * MIB, noise(B)), (20 * MIB + 9, b"x"))
+    path = sparse(tmp_path / "source", 40 * MIB, (5 * MIB, noise(B)), (20 * MIB + 50_000, b"x"))
     data = path.read_bytes()
     assert answers(path, asks(data[: 16 * MIB])) == []
     assert answers(path, asks(b"x" * (2 * B), 6 * MIB)) == [Zero(6 * MIB, 2 * B)]

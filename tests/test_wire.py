@@ -10,21 +10,27 @@ from blockcopy.wire import (
     AGREED_BLOCK_STREAM,
     BLOCK_STREAM,
     HASH_STREAM,
+    MAX_ASKED,
     MAX_BLOCK_SIZE,
     MAX_POSITION,
     MAX_TEXT_SIZE,
+    Asks,
     Data,
     Decoder,
+    Digests,
     Done,
     Failure,
     Fence,
     Grammar,
     Hash,
     Hello,
+    Hole,
     LegacyHash,
     Message,
     Rest,
     XzData,
+    Zero,
+    ZstdData,
     encode,
 )
 
@@ -46,12 +52,36 @@ BLOCKS: list[Message] = [
     Data(0, bytes(MAX_BLOCK_SIZE)),
     Done(),
 ]
-AGREED_HASHES: list[Message] = [Hello({"protocol": 1}), Hash(7, 9, DIGEST), Fence(0), Fence(2**64 - 1), Done()]
+EXTENDED_HASHES: list[Message] = [
+    Digests("blake3"),
+    Asks(0, 131072, 131073, DIGEST),
+    Asks(MAX_POSITION - 64, 4096, 64, bytes(32)),
+    Zero(0, MAX_POSITION),
+    Zero(7, 0),
+    Rest(5),
+    Done(),
+]
+EXTENDED_BLOCKS: list[Message] = [
+    Zero(0, 2**50),
+    ZstdData(131072, b"\x28\xb5\x2f\xfd not looked into"),
+    Data(0, b"zero"),
+    Done(),
+]
+AGREED_HASHES: list[Message] = [
+    Hello({"protocol": 1}),
+    Hash(7, 9, DIGEST),
+    Hole(0, 2**40),
+    Fence(0),
+    Fence(2**64 - 1),
+    Done(),
+]
 AGREED_BLOCKS: list[Message] = [
     Hello({"size": 12, "program": "größer"}),
     Data(0, b"fenc"),
     Failure(131072, "cannot read — the disk is on fire"),
     Failure(0, ""),
+    Hole(4096, 4096),
+    Zero(5, 6),
     Fence(5),
     Done(),
 ]
@@ -60,6 +90,8 @@ STREAMS = pytest.mark.parametrize(
     [
         (HASH_STREAM, HASHES),
         (BLOCK_STREAM, BLOCKS),
+        (HASH_STREAM, EXTENDED_HASHES),
+        (BLOCK_STREAM, EXTENDED_BLOCKS),
         (HASH_STREAM, AGREED_HASHES),
         (AGREED_BLOCK_STREAM, AGREED_BLOCKS),
     ],
@@ -81,6 +113,14 @@ def messages_of(decoder: Decoder) -> list[Message]:
         (Done(), b"done"),
         (Hello({"size": 7}), b"helo" + bytes(3) + b'\x0b{"size": 7}'),
         (Fence(258), b"fenc" + bytes(6) + b"\x01\x02"),
+        (Digests("any"), b"dgst" + bytes(3) + b"\x03any"),
+        (
+            Asks(1, 4096, 5000, b"0123"),
+            b"asks" + bytes(7) + b"\x01" + b"\0\0\x10\0" + b"\0\0\x13\x88" + b"\0\0\0\x04" + b"0123",
+        ),
+        (Zero(1, 258), b"zero" + bytes(7) + b"\x01" + bytes(6) + b"\x01\x02"),
+        (Hole(1, 258), b"hole" + bytes(7) + b"\x01" + bytes(6) + b"\x01\x02"),
+        (ZstdData(0, b"abcd"), b"dzst" + bytes(8) + bytes(3) + b"\x04" + b"abcd"),
         (Failure(3, "why"), b"fail" + bytes(7) + b"\x03" + bytes(3) + b"\x03why"),
     ],
 )
@@ -97,6 +137,29 @@ def test_what_is_encoded_is_decoded(grammar: Grammar, messages: list[Message]) -
     decoder = Decoder(grammar)
     decoder.feed(b"".join(map(encode, messages)))
     assert messages_of(decoder) == messages
+    assert decoder.done
+    decoder.end()
+
+
+@STREAMS
+@pytest.mark.parametrize("step", [1, 7, 2**20])
+def test_what_is_put_into_the_room_is_decoded(grammar: Grammar, messages: list[Message], step: int) -> None:
+    """Without a copy: a payload is good until there has to be room again."""
+    stream = b"".join(
+        map(encode, messages if step > 1 else [each for each in messages if len(encode(each)) < 1000])
+    )
+    decoder = Decoder(grammar)
+    at = 0
+    found = b""
+    while at < len(stream):
+        room = decoder.room()
+        count = min(step, len(room), len(stream) - at)
+        assert count
+        room[:count] = stream[at : at + count]
+        decoder.filled(count)
+        at += count
+        found += b"".join(map(encode, iter(decoder.next, None)))
+    assert found == stream
     assert decoder.done
     decoder.end()
 
@@ -183,7 +246,7 @@ OUT_OF_BOUNDS = [
 ]
 
 
-@pytest.mark.parametrize("command", [b"data", b"dlzm"])
+@pytest.mark.parametrize("command", [b"data", b"dlzm", b"dzst"])
 @pytest.mark.parametrize(("position", "size"), OUT_OF_BOUNDS)
 def test_bounds_of_a_frame_are_checked_before_its_payload_comes(command: bytes, position: int, size: int) -> None:
     decoder = Decoder(BLOCK_STREAM)
@@ -209,7 +272,38 @@ def test_bounds_of_what_is_asked_are_checked(command: bytes, position: int, size
         decoder.next()
 
 
-@pytest.mark.parametrize("command", [b"data", b"dlzm"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Asks(0, 4095, 4095, bytes(32)),
+        Asks(0, 0, 0, b""),
+        Asks(0, MAX_BLOCK_SIZE + 1, 5, bytes(32)),
+        Asks(0, 2**32 - 1, 2**32 - 1, bytes(32)),
+        Asks(0, MAX_BLOCK_SIZE, MAX_ASKED + 1, bytes(17)),
+        Asks(0, 4096, 0, b""),
+        Asks(0, 4096, 8193, bytes(32)),
+        Asks(MAX_POSITION, 4096, 1, bytes(32)),
+        Asks(2**64 - 1, 4096, 1, bytes(32)),
+        Zero(0, 2**64 - 1),
+        Zero(MAX_POSITION, 1),
+        Hole(2**63, 0),
+    ],
+)
+def test_bounds_of_what_is_asked_in_the_other_forms_are_checked(bad: Message) -> None:
+    decoder = Decoder(HASH_STREAM)
+    decoder.feed(encode(bad))
+    with pytest.raises(StreamError):
+        decoder.next()
+
+
+def test_more_digests_than_can_be_asked_for_are_not_waited_for() -> None:
+    decoder = Decoder(HASH_STREAM)
+    decoder.feed(encode(Asks(0, 4096, MAX_ASKED, b""))[:-4] + (MAX_ASKED // 4096 * 64 + 1).to_bytes(4, "big"))
+    with pytest.raises(StreamError, match="asks"):
+        decoder.next()
+
+
+@pytest.mark.parametrize("command", [b"data", b"dlzm", b"dzst"])
 @pytest.mark.parametrize(("position", "size"), [(0, MAX_BLOCK_SIZE), (MAX_POSITION, 0), (MAX_POSITION - 1, 1)])
 def test_what_is_just_inside_the_bounds_is_waited_for(command: bytes, position: int, size: int) -> None:
     decoder = Decoder(BLOCK_STREAM)
@@ -217,7 +311,7 @@ def test_what_is_just_inside_the_bounds_is_waited_for(command: bytes, position: 
     if size:
         assert decoder.next() is None
         decoder.feed(bytes(size))
-    assert decoder.next() in (Data(position, bytes(size)), XzData(position, bytes(size)))
+    assert decoder.next() in [kind(position, bytes(size)) for kind in (Data, XzData, ZstdData)]
 
 
 @STREAMS
@@ -268,7 +362,7 @@ def test_a_greeting_or_a_reason_that_is_none(stream: bytes) -> None:
         decoder.next()
 
 
-@pytest.mark.parametrize("message", [Hello({}), Fence(1), Failure(0, "why")])
+@pytest.mark.parametrize("message", [Hello({}), Fence(1), Hole(0, 1), Failure(0, "why")])
 def test_save_knows_nothing_of_the_agreed_form(message: Message) -> None:
     decoder = Decoder(BLOCK_STREAM)
     decoder.feed(encode(message))

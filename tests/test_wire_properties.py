@@ -15,25 +15,30 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from blockcopy import wire, xz
+from blockcopy import wire, xz, zstd
 from blockcopy.digests import DIGEST_SIZE, digest
 from blockcopy.errors import SourceError, StreamError, TruncatedStreamError
 from blockcopy.replica.forms import AgreedForm, Batch, Form, OriginalForm, Question
 from blockcopy.wire import (
     MAX_BLOCK_SIZE,
     MAX_POSITION,
+    Asks,
     Data,
     Decoder,
+    Digests,
     Done,
     Failure,
     Fence,
     Grammar,
     Hash,
     Hello,
+    Hole,
     LegacyHash,
     Message,
     Rest,
     XzData,
+    Zero,
+    ZstdData,
     encode,
 )
 
@@ -48,6 +53,20 @@ FACTS = st.dictionaries(st.text(max_size=5), st.none() | st.booleans() | st.inte
 GREETINGS = st.builds(Hello, FACTS)
 FENCES = st.builds(Fence, st.integers(0, 2**64 - 1))
 FRAMES = st.builds(Data, POSITIONS, PAYLOADS) | st.builds(XzData, POSITIONS, PAYLOADS)
+RANGES = st.integers(0, MAX_POSITION).flatmap(lambda at: st.tuples(st.just(at), st.integers(0, MAX_POSITION - at)))
+ZEROS = RANGES.map(lambda each: Zero(*each))
+HOLES = RANGES.map(lambda each: Hole(*each))
+EXTENDED_FRAMES = FRAMES | st.builds(ZstdData, POSITIONS, PAYLOADS) | ZEROS
+RUNS = st.builds(
+    lambda position, block_size, blocks, short, digest: Asks(
+        position, block_size, blocks * block_size - short, blocks * digest
+    ),
+    POSITIONS,
+    st.integers(4096, 8192),
+    st.integers(1, 3),
+    st.integers(0, 4095),
+    st.binary(min_size=4, max_size=8),
+)
 FAILURES = st.builds(Failure, POSITIONS, st.text(max_size=20))
 ASKS = (
     st.builds(Hash, POSITIONS, SIZES, DIGESTS)
@@ -57,9 +76,15 @@ ASKS = (
 GRAMMARS = pytest.mark.parametrize(
     ("grammar", "messages"),
     [
-        pytest.param(wire.HASH_STREAM, ASKS | GREETINGS | FENCES, id="hashes"),
-        pytest.param(wire.BLOCK_STREAM, FRAMES, id="blocks"),
-        pytest.param(wire.AGREED_BLOCK_STREAM, FRAMES | GREETINGS | FENCES | FAILURES, id="agreed"),
+        pytest.param(
+            wire.HASH_STREAM,
+            ASKS | GREETINGS | FENCES | RUNS | ZEROS | HOLES | st.builds(Digests, st.text(max_size=9)),
+            id="hashes",
+        ),
+        pytest.param(wire.BLOCK_STREAM, EXTENDED_FRAMES, id="blocks"),
+        pytest.param(
+            wire.AGREED_BLOCK_STREAM, EXTENDED_FRAMES | GREETINGS | FENCES | FAILURES | HOLES, id="agreed"
+        ),
     ],
 )
 
@@ -97,6 +122,20 @@ def decode(decoder: Decoder, parts: Iterable[bytes]) -> list[Message]:
     return messages
 
 
+def in_the_room(decoder: Decoder, parts: Iterable[bytes]) -> bytes:
+    """What comes of `parts` that are put where the decoder wants them, encoded before the next is."""
+    found = b""
+    for part in parts:
+        while part:
+            room = decoder.room()
+            count = min(len(part), len(room))
+            room[:count] = part[:count]
+            decoder.filled(count)
+            part = part[count:]
+            found += encode_all(iter(decoder.next, None))
+    return found
+
+
 @GRAMMARS
 @given(data=st.data())
 @stable
@@ -109,6 +148,7 @@ def test_a_stream_is_decoded_however_it_is_cut(
         decoder = Decoder(grammar)
         assert decode(decoder, parts) == sent
         decoder.end()
+        assert in_the_room(Decoder(grammar), parts) == stream
 
 
 @GRAMMARS
@@ -300,6 +340,30 @@ def test_any_xz_block_is_expanded_or_a_stream_error(payload: bytes) -> None:
         return
     assert len(data) <= MAX_BLOCK_SIZE
     assert lzma.decompress(payload) == data
+
+
+needs_zstd = pytest.mark.skipif(not zstd.available(), reason="this host has no zstd")
+
+
+@needs_zstd
+@given(
+    payload=PAYLOADS.map(lambda data: zstd.compress(data, 3) if zstd.available() else data).flatmap(damaged)
+    | PAYLOADS
+)
+@stable
+def test_any_zstd_frame_is_expanded_or_a_stream_error(payload: bytes) -> None:
+    try:
+        data = zstd.expand(ZstdData(0, payload))
+    except StreamError:
+        return
+    assert len(data) <= MAX_BLOCK_SIZE
+    assert zstd._module().decompress(payload) == data
+
+
+@needs_zstd
+@pytest.mark.parametrize("size", [0, MAX_BLOCK_SIZE])
+def test_a_zstd_frame_may_expand_to_a_whole_block(size: int) -> None:
+    assert zstd.expand(ZstdData(0, zstd.compress(bytes(size), 19))) == bytes(size)
 
 
 @pytest.mark.parametrize("size", [0, MAX_BLOCK_SIZE])
