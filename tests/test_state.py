@@ -23,7 +23,7 @@ import support
 from support import BLOCK_SIZE, BLOCKCOPY, FAULTY, QUEUEING, Mount, noise, run, until, written
 
 from blockcopy import wire
-from blockcopy.geometry import Extent
+from blockcopy.geometry import Extent, Geometry
 from blockcopy.identity import sample_extents
 from blockcopy.replica.journal import Journal
 
@@ -143,8 +143,8 @@ def asked(folder: Path) -> set[int]:
         decoder = wire.Decoder(wire.HASH_STREAM)
         decoder.feed(stream.read_bytes())
         while message := decoder.next():
-            if isinstance(message, wire.Hash):
-                blocks.add(message.position // BLOCK_SIZE)
+            if isinstance(message, wire.Asks):
+                blocks |= set(Geometry(len(DATA)).span(message.position, message.length))
     return blocks
 
 

@@ -44,6 +44,7 @@ class Hydration:
         self._demand = demand
         self._lane = lane
         self._pace = pace
+        self._in_hand: set[int] = set()
         self._error: BlockcopyError | None = None
 
     async def run(self) -> None:
@@ -62,27 +63,26 @@ class Hydration:
     async def _sweep(self) -> None:
         start, followed = 0, self._demand.wanted_at
         async with trio.open_nursery() as nursery:
-            while self._error is None:
+            while True:
                 await self._pace.admit()
+                if self._error is not None:
+                    break
                 if self._demand is not self._lane and self._demand.wanted_at != followed:
                     followed = self._demand.wanted_at
                     start = min(self._demand.wanted_up_to, self._geometry.blocks)
-                first = self._unclaimed(range(start, self._geometry.blocks))
-                if first is None and start:
-                    first = self._unclaimed(range(start))
+                first = self._next(range(start, self._geometry.blocks))
+                if first is None:
+                    first = self._next(range(start))
                 if first is None:
                     break
                 start = min(first + self._pace.batch_blocks, self._geometry.blocks)
                 self._pace.take(start - first)
+                self._in_hand.update(range(first, start))
                 nursery.start_soon(self._bring, range(first, start))
-        left = next(self._blockmap.missing(range(self._geometry.blocks)), None)
-        if left is not None and self._error is None:  # somebody else is bringing it, or it was forgotten
-            self._pace.take(1)
-            await self._bring(range(left, left + 1))
 
-    def _unclaimed(self, blocks: range) -> int | None:
-        claims = self._lane.claims
-        return next((block for block in self._blockmap.missing(blocks) if block not in claims), None)
+    def _next(self, blocks: range) -> int | None:
+        """The first that is missing, and that nobody here is bringing."""
+        return next((block for block in self._blockmap.missing(blocks) if block not in self._in_hand), None)
 
     async def _bring(self, blocks: range) -> None:
         try:
@@ -90,6 +90,7 @@ class Hydration:
         except BlockcopyError as error:
             self._error = self._error or error
         finally:
+            self._in_hand.difference_update(blocks)
             self._pace.give_back(len(blocks))
 
     async def _survey(self) -> None:
