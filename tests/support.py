@@ -257,7 +257,7 @@ def _marked(mark: str) -> list[int]:
 def reap(mark: str) -> list[str]:
     """Processes of this test that do not end by themselves; ended now."""
     with contextlib.suppress(AssertionError):
-        end = time.monotonic() + 5
+        end = time.monotonic() + 10
         until(lambda: not _marked(mark) or time.monotonic() > end)
     left = []
     for pid in _marked(mark):

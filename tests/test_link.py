@@ -223,7 +223,7 @@ def test_a_link_behind_a_script_is_given_up_as_well(
     """Killed is the shell alone: what it started stands still, and keeps the pipes."""
     script = written(tmp_path / "rsh", b'#!/bin/sh\nshift\nsh -c "$*"\nexit $?\n')
     script.chmod(0o700)
-    mounted = mount(f"host:{source}", destination, "-e", script, "--no-background", "--timeout", 1, program=OURS)
+    mounted = mount(f"host:{source}", destination, "-e", script, "--no-background", "--timeout", 3, program=OURS)
     assert read(mounted, 5) == right(5)
     [shell] = mounted.retrievers()
     behind = descendants(shell)
