@@ -9,16 +9,15 @@ import lzma
 import tracemalloc
 from collections.abc import Iterable
 from itertools import accumulate, pairwise
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockcopy import wire, xz, zstd
-from blockcopy.digests import DIGEST_SIZE, digest
-from blockcopy.errors import SourceError, StreamError, TruncatedStreamError
-from blockcopy.replica.forms import AgreedForm, Batch, Form, OriginalForm, Question
+from blockcopy.digests import DIGEST_SIZE
+from blockcopy.errors import StreamError, TruncatedStreamError
 from blockcopy.wire import (
     MAX_BLOCK_SIZE,
     MAX_POSITION,
@@ -229,106 +228,6 @@ def test_a_reason_may_name_a_path_that_is_no_utf_8() -> None:
     decoder = Decoder(wire.AGREED_BLOCK_STREAM)
     decoder.feed(encode(Failure(0, "cannot read /srv/\udcff")))
     assert isinstance(decoder.next(), Failure)
-
-
-FORMS = pytest.mark.parametrize("form_class", [AgreedForm, OriginalForm])
-
-
-@st.composite
-def questions(draw: st.DrawFn) -> list[Question]:
-    """Blocks of any sizes that lie side by side."""
-    bounds = sorted(draw(st.sets(st.integers(0, 40), min_size=2, max_size=6)))
-    return [Question(start, end - start, digest(bytes(end - start))) for start, end in pairwise(bounds)]
-
-
-def honest(batch: Batch, form: Form) -> list[Message]:
-    """All that is asked, and the fence."""
-    answers: list[Message] = [Data(question.position, bytes(question.size)) for question in batch.questions]
-    if isinstance(form, AgreedForm):
-        return [*answers, Fence(batch.fence)]
-    return [*answers, *[Data(batch.fence, b"")] * 2]  # the second stands for the FENCES - 1 others
-
-
-STRAY = st.one_of(
-    FRAMES,
-    FAILURES,
-    GREETINGS,
-    ASKS,
-    st.just(Done()),
-    st.builds(Fence, st.integers(0, 3)),
-    st.builds(Failure, st.integers(0, 40), st.text(max_size=5)),
-    st.builds(Data, st.integers(0, 40), st.integers(0, 5).map(bytes)),
-)
-
-
-@st.composite
-def garbled(draw: st.DrawFn, words: list[Message]) -> list[Message]:
-    """`words` with some left out, said again, packed, of another length, or others among them."""
-    words = list(words)
-    for _ in range(draw(st.integers(0, 5))):
-        at = draw(st.integers(0, len(words) - 1)) if words else 0
-        here = words[at : at + 1]
-        instead: list[list[Message]] = [[], here * 2, [draw(STRAY), *here]]
-        if here and isinstance(here[0], Data):
-            position, payload = here[0]
-            instead += [[Data(position, payload[1:])], [Data(position, payload + b"x")]]
-            instead += [[XzData(position, xz.compress(payload))]]
-        words[at : at + 1] = draw(st.sampled_from(instead))
-    return words
-
-
-class Talk(NamedTuple):
-    form: Form
-    asked: list[list[Question]]
-    batches: list[Batch]
-    said: set[tuple[int, bytes]]
-    """Positions and bytes the peer sent, asked for or not."""
-
-
-def listen(form: Form, data: st.DataObject) -> Talk:
-    """Ask some batches, and take what a garbled peer says to them, until it is an error."""
-    asked = data.draw(st.lists(questions(), max_size=3))
-    batches = [form.ask([*each, *form.proof(each)])[0] for each in asked]
-    said: set[tuple[int, bytes]] = set()
-    try:
-        for word in data.draw(garbled([word for batch in batches for word in honest(batch, form)])):
-            if isinstance(word, (Data, XzData)):
-                said.add((word.position, word.payload if isinstance(word, Data) else xz.expand(word)))
-            form.take(word)
-    except StreamError:
-        pass  # the connection ends here
-    return Talk(form, asked, batches, said)
-
-
-@FORMS
-@given(data=st.data())
-@stable
-def test_an_answer_is_what_was_said_for_what_was_asked(form_class: type[Form], data: st.DataObject) -> None:
-    form, asked, batches, said = listen(form_class("source"), data)
-    for batch in batches:
-        for question, answer in zip(batch.questions, batch.answers, strict=True):
-            assert answer is None or (question.position, answer) in said
-    settled = [batch.settled.is_set() for batch in batches]
-    assert settled == sorted(settled, reverse=True)  # in the order asked
-    assert list(form.pending) == batches[sum(settled) :]
-    for questions, batch in zip(asked, batches[: sum(settled)], strict=False):
-        try:
-            believed = form.believe(questions, batch.answers)
-        except SourceError:
-            continue
-        assert all(
-            answer is None or len(answer) == question.size
-            for question, answer in zip(questions, believed, strict=True)
-        )
-
-
-@FORMS
-@given(data=st.data())
-@settings(stable, phases=[Phase.generate])  # there is little to learn from a shorter example
-def test_no_answer_is_kept_that_is_longer_than_asked(form_class: type[Form], data: st.DataObject) -> None:
-    for batch in listen(form_class("source"), data).batches:
-        for question, answer in zip(batch.questions, batch.answers, strict=True):
-            assert answer is None or len(answer) <= question.size
 
 
 @given(payload=PAYLOADS.map(xz.compress).flatmap(damaged) | PAYLOADS)

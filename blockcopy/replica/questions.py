@@ -33,6 +33,8 @@ def questions(device: Device, geometry: Geometry, blocks: Sequence[int], digest:
 
 def _question(device: Device, geometry: Geometry, run: range, digest: Digest) -> Question:
     offset, end = geometry.extent(run[0]).offset, geometry.extent(run[-1]).end
+    if device.size() < end:
+        raise _is_shorter(device, Extent(offset, end - offset))  # what is not there is no hole
     with_data = [geometry.span(*extent) for extent in device.data_extents(offset, end - offset)]
     digests = []
     block = run.start
@@ -59,12 +61,15 @@ def _digests(device: Device, geometry: Geometry, blocks: range, digest: Digest) 
 
 
 def _fill(device: Device, extent: Extent, buffer: memoryview) -> None:
-    count = device.read_into(extent.offset, buffer[: extent.length])
-    if count != extent.length:
-        raise DeviceError(
-            f"cannot read {extent.length} bytes at {extent.offset} of {device.path}: "
-            f"it is shorter than it was, and ends after {count}"
-        )
+    if device.read_into(extent.offset, buffer[: extent.length]) != extent.length:
+        raise _is_shorter(device, extent)
+
+
+def _is_shorter(device: Device, extent: Extent) -> DeviceError:
+    return DeviceError(
+        f"cannot read {extent.length} bytes at {extent.offset} of {device.path}: "
+        f"it is shorter than it was, and ends at {device.size()}"
+    )
 
 
 def _buffer() -> memoryview:

@@ -1,0 +1,313 @@
+"""What answers mean, whatever a peer says: only what was asked for reaches a sink, and it was said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_wire_properties import ASKS, FAILURES, FRAMES, GREETINGS, stable
+
+from blockcopy import xz, zstd
+from blockcopy.digests import NO_DIGEST, Buffer, digest
+from blockcopy.errors import BlockcopyError, DeviceError, SourceError, StreamError
+from blockcopy.geometry import Extent
+from blockcopy.replica.forms import AgreedForm, Batch, Form, OriginalForm, Probe, Question, Survey
+from blockcopy.wire import Data, Done, Failure, Fence, Hole, Message, XzData, Zero, ZstdData
+
+FORMS = pytest.mark.parametrize("form_class", [AgreedForm, OriginalForm])
+BLOCK = 4
+
+
+class Kept:
+    """A sink that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.given: list[tuple[int, bytes]] = []
+
+    def data(self, position: int, payload: Buffer) -> None:
+        self.given.append((position, bytes(payload)))
+
+    def zeros(self, position: int, length: int) -> None:
+        self.given.append((position, bytes(length)))
+
+
+class Asked:
+    """A batch, its sink, and whether it is settled."""
+
+    def __init__(self, form: Form, make: Callable[[Any, Callable[[], None]], Batch]) -> None:
+        self.sink = Kept()
+        self.settled = 0
+        self.batch = make(self.sink, self.settle)
+        self.stream = form.ask(self.batch)
+
+    def settle(self) -> None:
+        self.settled += 1
+
+
+def question(position: int, length: int) -> Question:
+    return Question(position, length, BLOCK, NO_DIGEST * -(-length // BLOCK))
+
+
+def asked(form: Form, *questions: Question) -> Asked:
+    return Asked(form, partial(Batch, questions))
+
+
+def survey(form: Form, extent: Extent, least: int = 1) -> Asked:
+    return Asked(form, lambda _, settle: Survey(extent, least, settle))
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> list[Question]:
+    """Runs of blocks, ascending, with room between them."""
+    starts = sorted(draw(st.sets(st.integers(0, 8), min_size=1, max_size=3)))
+    return [question(100 * start, draw(st.integers(1, 20))) for start in starts]
+
+
+def honest(form: Form, each: Asked) -> list[Message]:
+    """All that is asked, and the fence."""
+    blocks = [extent for run in each.batch.questions for extent, _ in run.blocks()]
+    answers: list[Message] = [Data(extent.offset, bytes(extent.length)) for extent in blocks]
+    if isinstance(form, AgreedForm):
+        return [*answers, Fence(each.batch.fence)]
+    proof = Data(blocks[-1].end - 1, b"\0")
+    return [*answers, proof, *[Data(each.batch.fence, b"")] * 2]  # the second stands for the others
+
+
+STRAY = st.one_of(
+    FRAMES,
+    FAILURES,
+    GREETINGS,
+    ASKS,
+    st.just(Done()),
+    st.builds(Fence, st.integers(0, 3)),
+    st.builds(Hole, st.integers(0, 40), st.integers(0, 40)),
+    st.builds(Zero, st.integers(0, 40), st.integers(0, 40)),
+    st.builds(Failure, st.integers(0, 40), st.text(max_size=5)),
+    st.builds(Data, st.integers(0, 40), st.integers(0, 5).map(bytes)),
+)
+
+
+@st.composite
+def garbled(draw: st.DrawFn, words: list[Message]) -> list[Message]:
+    """`words` with some left out, said again, packed, joined, of another length, or others among them."""
+    words = list(words)
+    for _ in range(draw(st.integers(0, 5))):
+        at = draw(st.integers(0, len(words) - 1)) if words else 0
+        here = words[at : at + 1]
+        instead: list[list[Message]] = [[], here * 2, [draw(STRAY), *here]]
+        if here and isinstance(here[0], Data):
+            position, payload = here[0].position, bytes(here[0].payload)
+            instead += [[Data(position, payload[1:])], [Data(position, payload + b"x")]]
+            instead += [[Data(position, bytes(size))] for size in (2 * BLOCK, 3 * BLOCK)]
+            instead += [[Zero(position, size)] for size in (0, len(payload), 2 * BLOCK)]
+            instead += [[XzData(position, xz.compress(payload))]]
+            if zstd.available():
+                instead += [[ZstdData(position, zstd.compress(payload, 1))]]
+        words[at : at + 1] = draw(st.sampled_from(instead))
+    return words
+
+
+class Talk(NamedTuple):
+    form: Form
+    batches: list[Asked]
+    said: set[tuple[int, bytes]]
+    """Positions and bytes the peer sent, asked for or not."""
+
+
+def listen(form: Form, data: st.DataObject) -> Talk:
+    """Ask some batches, and take what a garbled peer says to them, until it is an error."""
+    batches = [asked(form, *each) for each in data.draw(st.lists(runs(), max_size=3))]
+    said: set[tuple[int, bytes]] = set()
+    try:
+        for word in data.draw(garbled([word for each in batches for word in honest(form, each)])):
+            if isinstance(word, Data):
+                said.add((word.position, bytes(word.payload)))
+            elif isinstance(word, XzData):
+                said.add((word.position, xz.expand(word)))
+            elif isinstance(word, ZstdData):
+                said.add((word.position, zstd.expand(word)))
+            elif isinstance(word, Zero) and word.length < 1000:
+                said.add((word.position, bytes(word.length)))
+            form.take(word)
+    except StreamError:
+        pass  # the connection ends here
+    return Talk(form, batches, said)
+
+
+@FORMS
+@given(data=st.data())
+@stable
+def test_what_reaches_a_sink_was_said_and_was_asked_for(form_class: type[Form], data: st.DataObject) -> None:
+    talk = listen(form_class("source"), data)
+    for each in talk.batches:
+        assert set(each.sink.given) <= talk.said
+        blocks = {extent.offset: extent.length for run in each.batch.questions for extent, _ in run.blocks()}
+        reached = -1
+        for position, payload in each.sink.given:
+            assert position >= reached  # in their order, and none twice
+            reached = position + len(payload)
+            while position < reached:  # made of whole blocks
+                position += blocks[position]
+            assert position == reached
+
+
+@FORMS
+@given(data=st.data())
+@stable
+def test_batches_are_settled_once_and_in_the_order_asked(form_class: type[Form], data: st.DataObject) -> None:
+    form, batches, _ = listen(form_class("source"), data)
+    settled = [each.settled for each in batches]
+    assert settled == sorted(settled, reverse=True)
+    assert set(settled) <= {0, 1}
+    assert [each.batch for each in batches if not each.settled] == list(form.pending)
+
+
+@given(data=st.data())
+@stable
+def test_without_the_proof_nothing_is_believed(data: st.DataObject) -> None:
+    _, batches, said = listen(OriginalForm("source"), data)
+    for each in batches:
+        last = each.batch.questions[-1].end - 1
+        if each.settled and each.batch.error is None:
+            assert any(position == last and len(payload) == 1 for position, payload in said)
+
+
+def test_silence_is_equal_in_the_agreed_form() -> None:
+    form = AgreedForm("source")
+    first, second = asked(form, question(0, 10)), asked(form, question(20, 4), question(40, 3))
+    form.take(Fence(0))
+    assert (first.settled, second.settled) == (1, 0)
+    assert first.batch.answer == ([], [])
+    form.take(Data(40, b"abc"))
+    form.take(Fence(1))
+    assert second.batch.answer == ([Extent(40, 3)], [])
+
+
+def test_several_blocks_may_come_as_one() -> None:
+    form = AgreedForm("source")
+    each = asked(form, question(0, 18))
+    form.take(Data(4, b"abcdefgh"))
+    form.take(Zero(12, 6))
+    assert each.batch.answer == ([Extent(4, 8)], [Extent(12, 6)])
+    assert each.sink.given == [(4, b"abcdefgh"), (12, bytes(6))]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        Data(1, b"abc"),
+        Data(0, b"abc"),
+        Data(0, b"abcde"),
+        Data(0, b""),
+        Data(8, b"ab"),
+        Data(8, bytes(8)),
+        Data(12, b"abcd"),
+        Zero(0, 0),
+        Zero(0, 2),
+        Zero(4, 8),
+        Hole(0, 4),
+        Fence(1),
+    ],
+)
+def test_what_was_not_asked_for_ends_the_agreed_form(word: Message) -> None:
+    form = AgreedForm("source")
+    each = asked(form, question(0, 11))
+    with pytest.raises(StreamError):
+        form.take(word)
+    assert (each.sink.given, each.settled) == ([], 0)
+
+
+def test_nothing_comes_before_what_came_before() -> None:
+    form = AgreedForm("source")
+    asked(form, question(0, 12))
+    form.take(Data(8, b"abcd"))
+    with pytest.raises(StreamError):
+        form.take(Data(4, b"abcd"))
+
+
+def test_a_failure_is_of_its_batch_alone() -> None:
+    form = AgreedForm("source")
+    first, second = asked(form, question(0, 8)), asked(form, question(8, 4))
+    form.take(Failure(0, "the disk is on fire"))
+    form.take(Data(4, b"abcd"))
+    form.take(Fence(0))
+    form.take(Fence(1))
+    assert isinstance(first.batch.error, SourceError)
+    assert "the disk is on fire" in str(first.batch.error)
+    assert (first.sink.given, second.batch.error) == ([], None)  # the rest of it is of no use
+
+
+def test_a_sink_that_fails_fails_its_batch_alone() -> None:
+    class Full(Kept):
+        def data(self, position: int, payload: Buffer) -> None:
+            raise DeviceError("no space left")
+
+    form = AgreedForm("source")
+    full = Batch([question(0, 8)], Full(), lambda: None)
+    form.ask(full)
+    after = asked(form, question(8, 4))
+    for word in (Data(0, b"abcd"), Data(4, b"abcd"), Fence(0), Data(8, b"abcd"), Fence(1)):
+        form.take(word)
+    assert isinstance(full.error, DeviceError)
+    assert (after.sink.given, after.batch.error) == ([(8, b"abcd")], None)
+
+
+def test_holes_are_told_within_what_was_asked() -> None:
+    form = AgreedForm("source")
+    each = survey(form, Extent(100, 100), least=10)
+    for word in (Hole(100, 5), Hole(110, 20), Hole(190, 10), Fence(0)):
+        form.take(word)
+    assert isinstance(each.batch, Survey)
+    assert each.batch.holes == [Extent(110, 20), Extent(190, 10)]
+    assert each.settled == 1
+
+
+@pytest.mark.parametrize("hole", [Hole(99, 5), Hole(190, 11), Hole(120, 0), Hole(105, 5)])
+def test_a_hole_that_lies_elsewhere_ends_the_connection(hole: Hole) -> None:
+    form = AgreedForm("source")
+    survey(form, Extent(100, 100))
+    form.take(Hole(101, 9))
+    with pytest.raises(StreamError):
+        form.take(hole)
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 8])
+@pytest.mark.parametrize("equal", [True, False])
+def test_the_proof_is_no_answer_in_the_original_form(length: int, equal: bool) -> None:
+    """Also where the last block is the byte that the proof asks for."""
+    content = b"abcdefgh"[:length]
+    blocks = [content[at : at + BLOCK] for at in range(0, length, BLOCK)]
+    own = blocks if equal else [bytes(len(each)) for each in blocks]
+    form = OriginalForm("source")
+    each = asked(form, Question(0, length, BLOCK, b"".join(map(digest, own))))
+    if not equal:
+        for index, block in enumerate(blocks):
+            form.take(Data(index * BLOCK, block))
+    form.take(Data(length - 1, content[-1:]))
+    form.take(Data(1, b""))
+    assert (each.settled, each.batch.error) == (1, None)
+    assert each.sink.given == ([] if equal else [(at * BLOCK, block) for at, block in enumerate(blocks)])
+
+
+@pytest.mark.parametrize("answers", [[], [Data(0, b"ab")], [Data(0, b"abcd")]])
+def test_a_source_that_is_too_short_fails_its_batch(answers: list[Message]) -> None:
+    form = OriginalForm("source")
+    each = asked(form, question(0, 8))
+    for word in (*answers, Data(1, b"")):
+        form.take(word)
+    assert each.settled == 1
+    with pytest.raises(SourceError, match="shorter than it was"):
+        raise each.batch.error or BlockcopyError("it was believed")
+
+
+def test_a_probe_needs_no_proof() -> None:
+    form = OriginalForm("source")
+    each = Asked(form, lambda _, settle: Probe([0, 5, 9], settle))
+    form.take(Data(5, b"x"))
+    form.take(Data(1, b""))
+    assert (each.settled, each.batch.error) == (1, None)
+    assert each.batch.answer.data == [Extent(5, 1)]

@@ -1,0 +1,175 @@
+"""Questions about the destination, and writing what comes for them, without a source."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+from support import BLOCK_SIZE, noise
+
+from blockcopy import digests
+from blockcopy.device import Device, open_destination
+from blockcopy.errors import DeviceError
+from blockcopy.geometry import Extent, Geometry, runs
+from blockcopy.replica.blockmap import BlockMap
+from blockcopy.replica.questions import questions
+from blockcopy.replica.writer import Writer
+
+SIZE = 20 * BLOCK_SIZE + 1000
+DIGEST = digests.named("sha256")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Data, a hole, zeros that are written, data."""
+    made = tmp_path / "destination"
+    made.write_bytes(noise(SIZE))
+    with made.open("r+b") as file:
+        file.seek(12 * BLOCK_SIZE)
+        file.write(bytes(3 * BLOCK_SIZE))
+    with open_destination(str(made)) as device:
+        device.write_zeros(4 * BLOCK_SIZE + 5, 4 * BLOCK_SIZE, sparse=True)
+    return made
+
+
+@pytest.mark.parametrize("blocks", [range(21), [0, 3, 4, 5, 6, 7, 9], [20], [5, 6], range(3, 10)])
+def test_questions_are_the_digests_of_what_is_there(path: Path, blocks: list[int]) -> None:
+    data, geometry = path.read_bytes(), Geometry(SIZE)
+    with open_destination(str(path)) as device:
+        asked = questions(device, geometry, blocks, DIGEST)
+    assert [(each.position, each.end) for each in asked] == [
+        (geometry.extent(run[0]).offset, geometry.extent(run[-1]).end) for run in runs(blocks)
+    ]
+    found = [extent_and_digest for each in asked for extent_and_digest in each.blocks()]
+    extents = [geometry.extent(block) for block in blocks]
+    assert found == [(extent, DIGEST(data[extent.offset : extent.end])) for extent in extents]
+
+
+def test_holes_are_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Extent] = []
+    read_into = Device.read_into
+
+    def noted(device: Device, offset: int, buffer: memoryview) -> int:
+        read.append(Extent(offset, len(buffer)))
+        return read_into(device, offset, buffer)
+
+    monkeypatch.setattr(Device, "read_into", noted)
+    with open_destination(str(path)) as device:
+        questions(device, Geometry(SIZE), range(21), DIGEST)
+    for extent in read:  # 4 and 8 have data beside the hole
+        assert extent.end <= 5 * BLOCK_SIZE or extent.offset >= 8 * BLOCK_SIZE
+
+
+def test_a_destination_that_became_shorter(path: Path) -> None:
+    with open_destination(str(path)) as device:
+        os.truncate(path, BLOCK_SIZE)
+        with pytest.raises(DeviceError, match="shorter than it was"):
+            questions(device, Geometry(SIZE), [0, 1], DIGEST)
+
+
+# Writing
+
+
+class Watched:
+    """A device that notes what is done to it."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[object, ...]] = []
+        self.during_sync: Callable[[], None] = lambda: None
+        self.fails = False
+
+    def write(self, offset: int, data: bytes) -> None:
+        self.done.append(("write", offset, len(data)))
+
+    def write_zeros(self, offset: int, length: int, *, sparse: bool) -> None:
+        self.done.append(("zeros", offset, length, sparse))
+
+    def start_writeback(self, offset: int, length: int) -> None:
+        self.done.append(("write back", offset, length))
+
+    def sync(self) -> None:
+        self.during_sync()
+        if self.fails:
+            raise DeviceError("the disk is on fire")
+        self.done.append(("sync",))
+
+
+def with_writer(scenario: Callable[[Writer, Watched, BlockMap], object]) -> None:
+    async def main() -> None:
+        device, geometry = Watched(), Geometry(1000 * BLOCK_SIZE)
+        blockmap = BlockMap(geometry)
+        writer = Writer(device, geometry, blockmap, sparse=True)  # type: ignore[arg-type]
+        await scenario(writer, device, blockmap)  # type: ignore[misc]
+
+    trio.run(main)
+
+
+def test_what_is_present_is_not_written_again() -> None:
+    async def scenario(writer: Writer, device: Watched, blockmap: BlockMap) -> None:
+        blockmap.mark(range(2), "fetched")
+        writer.data(0, bytes(BLOCK_SIZE))
+        writer.zeros(BLOCK_SIZE, BLOCK_SIZE)
+        assert device.done == []
+        writer.data(BLOCK_SIZE, bytes(2 * BLOCK_SIZE))
+        writer.zeros(3 * BLOCK_SIZE, BLOCK_SIZE)
+        assert device.done == [
+            ("write", BLOCK_SIZE, 2 * BLOCK_SIZE),
+            ("zeros", 3 * BLOCK_SIZE, BLOCK_SIZE, True),
+        ]
+
+    with_writer(scenario)
+
+
+def test_neighbours_are_written_back_as_one() -> None:
+    async def scenario(writer: Writer, device: Watched, blockmap: BlockMap) -> None:
+        mib = 8 * BLOCK_SIZE
+        for at in (0, 2, 1, 3, 50, 51, 52, 53):
+            writer.data(at * mib, bytes(mib))
+        assert [each for each in device.done if each[0] == "write back"] == [
+            ("write back", 0, 4 * mib),
+            ("write back", 50 * mib, 4 * mib),
+        ]
+
+    with_writer(scenario)
+
+
+def test_nothing_is_synced_twice() -> None:
+    async def scenario(writer: Writer, device: Watched, blockmap: BlockMap) -> None:
+        await writer.sync()  # an earlier run may have written
+        await writer.sync()
+        assert device.done == [("sync",)]
+        assert not writer.unsynced.is_set()
+        writer.data(0, b"x")
+        await writer.unsynced.wait()
+        await writer.sync()
+        assert device.done.count(("sync",)) == 2
+
+    with_writer(scenario)
+
+
+def test_what_is_written_while_it_syncs_is_not_synced_yet() -> None:
+    async def scenario(writer: Writer, device: Watched, blockmap: BlockMap) -> None:
+        device.during_sync = lambda: writer.data(0, b"x")
+        await writer.sync()
+        device.during_sync = lambda: None
+        await writer.unsynced.wait()
+        await writer.sync()
+        assert device.done.count(("sync",)) == 2
+
+    with_writer(scenario)
+
+
+def test_a_sync_that_failed_is_tried_again() -> None:
+    async def scenario(writer: Writer, device: Watched, blockmap: BlockMap) -> None:
+        device.fails = True
+        with pytest.raises(DeviceError):
+            await writer.sync()
+        assert writer.unsynced.is_set()
+        device.fails = False
+        await writer.sync()
+        assert device.done == [("sync",)]
+
+    with_writer(scenario)
