@@ -1,6 +1,8 @@
 """What the source has, against what the asker says it has → the frames that make these equal.
 
-One `Run` is answered by one worker of `retrieve`, in a buffer that is lent to it.
+One `Run` is answered by one worker of `retrieve`, in a buffer that is lent to it. Blocks that the asker
+has as zeros are not read into that, where the first bytes tell that they differ: they go from the device
+to the pipe without a copy.
 """
 
 from __future__ import annotations
@@ -9,11 +11,12 @@ from typing import NamedTuple
 
 from blockcopy import wire
 from blockcopy.device import ZEROS, Device
-from blockcopy.digests import Buffer, Digest
+from blockcopy.digests import Digest
 from blockcopy.errors import DeviceError
 from blockcopy.geometry import Extent
 from blockcopy.packing import Packing
 from blockcopy.pieces import Piece
+from blockcopy.stages import FromDevice, Output
 
 
 class Terms(NamedTuple):
@@ -40,9 +43,9 @@ class Run(NamedTuple):
     def size(self) -> int:
         return self.piece.length
 
-    def answer(self, source: Device, room: memoryview) -> list[Buffer]:
+    def answer(self, source: Device, room: memoryview) -> list[Output]:
         """What is to be sent; it has views of `room`, of `size` bytes, in it. DeviceError unless `agreed`."""
-        frames: list[Buffer] = []
+        frames: list[Output] = []
         answers = _Answers(self, source, room)
         start, kind = 0, _EQUAL
         for at in answers.blocks:
@@ -53,7 +56,10 @@ class Run(NamedTuple):
         return frames + answers.say(kind, start, self.size)
 
 
-_EQUAL, _ZEROS, _DATA, _FAILED = "equal", "zeros", "data", "failed"
+_EQUAL, _ZEROS, _DATA, _UNREAD, _FAILED = "equal", "zeros", "data", "data that was not read", "failed"
+
+_HEAD_SIZE = 4096
+"""Bytes that tell, of most blocks, that they are not zeros."""
 
 
 class _Answers:
@@ -61,17 +67,38 @@ class _Answers:
 
     def __init__(self, run: Run, source: Device, room: memoryview) -> None:
         self._piece, self._block_size, self._theirs, self._terms = run
-        self._path = source.path
+        self._source = source
         self._room = room
         self._failures: dict[int, str] = {}
         self._available = self._piece.length
         self.blocks = range(0, self._piece.length, self._block_size)
+        self._unread = self._find_unread() if self._terms.packing.takes_unread else frozenset()
         try:
-            self._available = self._piece.read(source, room)
+            self._available = self._piece.without(self._unread, self._block_size).read(source, room)
         except DeviceError:
             if not self._terms.agreed:
                 raise
+            self._unread = frozenset()
             self._read_block_by_block(source)
+
+    def _find_unread(self) -> frozenset[int]:
+        """The blocks of which the asker has zeros, or nothing, and the source has no zeros."""
+        return frozenset(at for at in self.blocks if self._wanted_unless_zeros(at) and self._has_head(at))
+
+    def _wanted_unless_zeros(self, at: int) -> bool:
+        if self._theirs is None:
+            return True
+        size, digest = min(self._block_size, self._piece.length - at), self._terms.digest
+        return self._theirs.startswith(digest.of_zeros(size), at // self._block_size * digest.size)
+
+    def _has_head(self, at: int) -> bool:
+        block = self._block(at)
+        head = self._room[at : at + min(block.length, _HEAD_SIZE)]
+        try:
+            whole = bool(block.data) and block.position + block.length <= self._source.size()
+            return whole and self._source.read_into(block.position, head) > 0 and not ZEROS.startswith(head)
+        except DeviceError:
+            return False  # found once more, and told, when it is read
 
     def _read_block_by_block(self, source: Device) -> None:
         """So that one bad sector is the fault of its own block only."""
@@ -93,6 +120,8 @@ class _Answers:
 
     def judge(self, at: int) -> str:
         """What is to be said of that block."""
+        if at in self._unread:
+            return _UNREAD
         terms = self._terms
         size = min(self._block_size, self._piece.length - at)
         ours = self._room[at : min(at + size, self._available)]
@@ -112,18 +141,25 @@ class _Answers:
         """Whether ours, which are not zeros, have that digest."""
         return theirs != self._terms.digest.of_zeros(len(ours)) and self._terms.digest(ours) == theirs
 
-    def say(self, kind: str, start: int, end: int) -> list[Buffer]:
+    def say(self, kind: str, start: int, end: int) -> list[Output]:
         """That the blocks from `start` to `end` are of that kind."""
         position, joined = self._piece.position, self._terms.joined
+        frames: list[Output] = []
         if kind is _EQUAL:
             return []
         if kind is _FAILED:
             blocks = range(start, end, self._block_size)
             return [wire.encode(wire.Failure(position + at, self._reason(at))) for at in blocks]
+        if kind is _UNREAD:
+            step = end - start if joined else self._block_size
+            for at in range(start, end, step):
+                size = min(step, end - at)
+                frames += [wire.frame_header(b"data", position + at, size)]
+                frames += [FromDevice(self._source, position + at, size)]
+            return frames
         end = min(end, self._available)
         if kind is _ZEROS and joined:
             return [wire.encode(wire.Zero(position + start, end - start))]
-        frames: list[Buffer] = []
         step = end - start if joined else self._block_size
         for at in range(start, end, step):
             size = min(step, end - at)
@@ -134,6 +170,6 @@ class _Answers:
     def _reason(self, at: int) -> str:
         block = self._block(at)
         return self._failures.get(at) or (
-            f"cannot read {block.length} bytes at {block.position} of {self._path}: "
+            f"cannot read {block.length} bytes at {block.position} of {self._source.path}: "
             f"it is shorter than it was, and ends at {self._piece.position + self._available}"
         )

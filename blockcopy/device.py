@@ -108,6 +108,11 @@ class Device:
                 filled += count
         return filled
 
+    def splice_to(self, pipe: int, offset: int, length: int) -> int:
+        """Some of those bytes into `pipe`, without a copy of them: how many, 0 at the end. OSError, and not
+        a DeviceError, where that cannot be had."""
+        return os.splice(self._fd, pipe, length, offset_src=offset)
+
     def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Where in there, ascending, there can be other bytes than zeros: what lies between is holes.
 

@@ -38,6 +38,8 @@ class Packing:
     """In a greeting."""
 
     command = b"data"
+    takes_unread = True
+    """Bytes go as they are, whoever reads them."""
 
     def frame(self, position: int, data: Buffer) -> list[Buffer]:
         """The frame of `data` for `position`; may hold on to `data` itself."""
@@ -54,6 +56,7 @@ class Xz(Packing):
     """As the original's --lzma. BlockcopyError where this Python has none."""
 
     command = b"dlzm"
+    takes_unread = False
 
     def __init__(self) -> None:
         xz.check_available()
@@ -67,6 +70,7 @@ class Zstd(Packing):
 
     name = "zstd"
     command = b"dzst"
+    takes_unread = False
 
     def __init__(self, level: int) -> None:
         zstd.check_available()

@@ -20,6 +20,22 @@ class Piece(NamedTuple):
     length: int
     data: list[Extent]
 
+    def without(self, blocks: frozenset[int], block_size: int) -> Piece:
+        """The same, of which `blocks`, counted in bytes from its beginning, need not be read."""
+        if not blocks:
+            return self
+        data: list[Extent] = []
+        for extent in self.data:
+            for offset in range(extent.offset, extent.end, block_size):
+                if offset - self.position in blocks:
+                    continue
+                length = min(block_size, extent.end - offset)
+                if data and data[-1].end == offset:
+                    data[-1] = Extent(data[-1].offset, data[-1].length + length)
+                else:
+                    data.append(Extent(offset, length))
+        return Piece(self.position, self.length, data)
+
     def read(self, device: Device, room: memoryview) -> int:
         """Have what is in `data` in `room`, each byte in its place. How many bytes of the piece the
         device has; fewer than its length only where it ends before. DeviceError."""

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple, Union
 from blockcopy import __version__, digests, identity, packing, wire
 from blockcopy.answers import Run, Terms
 from blockcopy.device import Device
-from blockcopy.digests import ORIGINAL, Buffer
+from blockcopy.digests import ORIGINAL
 from blockcopy.errors import StreamError
 from blockcopy.geometry import BLOCK_SIZE
 from blockcopy.packing import Packing
 from blockcopy.pieces import PIECE_SIZE, Pieces
-from blockcopy.stages import Buffers, InputStream, OutputStream, run_ordered
+from blockcopy.stages import Buffers, InputStream, Output, OutputStream, run_ordered
 
 
 class _Say(NamedTuple):
@@ -32,7 +32,7 @@ class _Say(NamedTuple):
     stream: bytes
     size: int = 0
 
-    def answer(self, source: Device, room: memoryview) -> list[Buffer]:
+    def answer(self, source: Device, room: memoryview) -> list[Output]:
         return [self.stream]
 
 
@@ -43,7 +43,7 @@ _MOST_ITEMS = 64
 
 
 class _Answer(NamedTuple):
-    frames: list[Buffer]
+    frames: list[Output]
     room: memoryview  # what they are views of
 
 
@@ -58,7 +58,7 @@ def retrieve(source: Device, hashes: InputStream, output: OutputStream, *, packi
 
     def answer(batch: list[_Item]) -> _Answer:
         room, used = buffers.take(), 0
-        frames: list[Buffer] = []
+        frames: list[Output] = []
         for item in batch:
             frames += item.answer(source, room[used : used + item.size])
             used += item.size

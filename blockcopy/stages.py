@@ -11,6 +11,7 @@ and no thread is left.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import os
@@ -21,8 +22,9 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType
-from typing import Callable, Generic, NoReturn, TypeVar
+from typing import Callable, Generic, NamedTuple, NoReturn, TypeVar, Union
 
+from blockcopy.device import Device
 from blockcopy.digests import Buffer
 from blockcopy.errors import BlockcopyError, Interrupted, OutputError, StreamError
 
@@ -71,20 +73,47 @@ class InputStream:
             raise StreamError(f"cannot read the input: {error.strerror}") from error
 
 
+class FromDevice(NamedTuple):
+    """`length` bytes at `offset` of `device`, to be sent without being looked at."""
+
+    device: Device
+    offset: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+
+Output = Union[Buffer, FromDevice]
+
+
 class OutputStream:
     """A descriptor that is written in full or not at all."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._splices = hasattr(os, "splice")  # since Python 3.10; until it is found that this is no pipe
         self.seconds_per_byte = 0.0
         """What writing took of late: little where a pipe has room, and its reader's pace where that is slow."""
         enlarge_pipe(fd)
 
-    def write(self, buffers: Sequence[Buffer]) -> None:
-        """All of `buffers`, in order. OutputError where the reader went away or the disk is full."""
-        views = [memoryview(buffer) for buffer in buffers if len(buffer)]
-        size = sum(map(len, views))
+    def write(self, outputs: Sequence[Output]) -> None:
+        """All of `outputs`, in order. OutputError where the reader went away or the disk is full; DeviceError
+        where a device has not, or cannot read, what is to be sent of it."""
         started = time.perf_counter()
+        size = sum(map(len, outputs))
+        for is_device, group in itertools.groupby(outputs, key=lambda output: isinstance(output, FromDevice)):
+            if is_device:
+                for each in group:
+                    if isinstance(each, FromDevice):
+                        self._send(each)
+            else:
+                self._write([memoryview(each) for each in group if not isinstance(each, FromDevice)])
+        if size:
+            seconds = time.perf_counter() - started
+            self.seconds_per_byte += (seconds / size - self.seconds_per_byte) * min(1, size / _OF_LATE)
+
+    def _write(self, views: list[memoryview]) -> None:
         try:
             while views:
                 written = os.writev(self._fd, views[:1024])
@@ -92,13 +121,32 @@ class OutputStream:
                     written -= len(views.pop(0))
                 if written:
                     views[0] = views[0][written:]
-        except (BrokenPipeError, ConnectionResetError) as error:
-            raise OutputError("whoever reads the output has gone away") from error
         except OSError as error:
-            raise OutputError(f"cannot write the output: {error.strerror}") from error
-        if size:
-            seconds = time.perf_counter() - started
-            self.seconds_per_byte += (seconds / size - self.seconds_per_byte) * min(1, size / _OF_LATE)
+            raise self._error(error) from error
+
+    def _send(self, stretch: FromDevice) -> None:
+        device, offset, length = stretch
+        while self._splices and length:
+            try:
+                count = device.splice_to(self._fd, offset, length)
+            except OSError as error:
+                if error.errno in (errno.EPIPE, errno.ECONNRESET):
+                    raise self._error(error) from error
+                self._splices = False  # no pipe, or a device that cannot; what is wrong with it, reading tells
+                break
+            if not count:
+                break  # likewise
+            offset, length = offset + count, length - count
+        while length:
+            data = device.read(offset, min(length, PIPE_SIZE))
+            self._write([memoryview(data)])
+            offset, length = offset + len(data), length - len(data)
+
+    @staticmethod
+    def _error(error: OSError) -> OutputError:
+        if error.errno in (errno.EPIPE, errno.ECONNRESET):
+            return OutputError("whoever reads the output has gone away")
+        return OutputError(f"cannot write the output: {error.strerror}")
 
 
 _OF_LATE = 4 * 1024 * 1024
