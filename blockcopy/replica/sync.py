@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TextIO
 
-from blockcopy.replica import bar
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.replica import Plan
 
@@ -16,5 +15,7 @@ async def sync(plan: Plan, terminal: TextIO | None) -> None:
     """
     async with open_replica(plan) as replica:
         if terminal is not None:
+            from blockcopy.replica import bar  # what draws it is loaded where it is drawn
+
             await bar.show(replica, terminal)
         await replica.wait_complete()
