@@ -172,6 +172,14 @@ def _add_copy_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-state", action="store_true", help="record nothing; a restart checks every block")
     parser.add_argument("--recheck", action="store_true", help="believe no record; check every block")
     parser.add_argument("--verify", action="store_true", help="compare both ends when the copy is complete")
+    parser.add_argument("--no-sparse", action="store_true", help="write zeros out, rather than leave holes")
+    parser.add_argument(
+        "--compress",
+        metavar="zstd[:LEVEL]|auto|none",
+        type=_compression,
+        default=argparse.SUPPRESS,
+        help="what the source compresses with (default: auto, only while that is faster, of a HOST)",
+    )
     parser.add_argument("--limit", metavar="RATE", type=_rate, help="most bytes a second of the pass, with K, M, G")
 
 

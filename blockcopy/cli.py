@@ -180,8 +180,24 @@ def _plan(args: argparse.Namespace, **more: Any) -> Plan:
         prompts=_prompts(args),
         limit=args.limit,
         verify=args.verify,
+        compress=_wish(args),
+        sparse=not args.no_sparse,
         **more,
     )
+
+
+def _wish(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What the source is asked to compress with: `auto` over a network, if nothing is said."""
+    from blockcopy import packing, zstd
+    from blockcopy.remote import parse_source
+
+    if "compress" in args:
+        wish = args.compress
+        if wish is not None and not wish.auto:
+            zstd.check_available()
+    else:
+        wish = packing.Wish(auto=True) if parse_source(args.source).host else None
+    return packing.fact_of(wish) if zstd.available() else None
 
 
 def _prompts(args: argparse.Namespace) -> bool:

@@ -7,7 +7,7 @@ a guess at most, and a race about it costs a chance to compress, nothing else.
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from blockcopy import wire, xz, zstd
 from blockcopy.digests import Buffer
@@ -29,6 +29,11 @@ def wish_of(fact: object) -> Wish | None:
     if type(level) is not int:
         level = zstd.DEFAULT_LEVEL
     return Wish(min(max(level, zstd.LEVELS[0]), zstd.LEVELS[-1]), bool(fact.get("auto")))
+
+
+def fact_of(wish: Wish | None) -> dict[str, Any] | None:
+    """What a greeting says for it: what `wish_of` reads."""
+    return None if wish is None else {"name": "zstd", "level": wish.level, "auto": wish.auto}
 
 
 class Packing:

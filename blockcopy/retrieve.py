@@ -236,8 +236,6 @@ def _digest_for(offered: object) -> str:
     """The best for both ends, where the asker has those `offered` (see `wire`). StreamError where there is none."""
     if offered is None:
         return ORIGINAL
-    if isinstance(offered, list):  # of ours before speeds were told
-        offered = {name: 1 for name in offered if isinstance(name, str)}
     there = offered if isinstance(offered, dict) else {}
     usable = {name: speed for name, speed in there.items() if type(speed) in (int, float) and speed > 0}
     name = digests.choose(digests.speeds(), usable)
