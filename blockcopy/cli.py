@@ -29,6 +29,8 @@ from blockcopy.errors import (
 )
 
 if TYPE_CHECKING:
+    from subprocess import Popen
+
     from blockcopy.geometry import Extent
     from blockcopy.remote import Command
     from blockcopy.replica.replica import Plan
@@ -214,10 +216,25 @@ def _prompts(args: argparse.Namespace) -> bool:
 
 
 def _sync(args: argparse.Namespace) -> None:
-    with _extra():
-        from blockcopy.replica import running, sync
-    plan = _plan(args, demand=False)
-    running.run(lambda: running.interruptible(lambda: sync.sync(plan, _terminal())))
+    with _started(_source_command(args)) as started:
+        with _extra():
+            from blockcopy.replica import running, sync
+        plan = _plan(args, demand=False, started=started)
+        running.run(lambda: running.interruptible(lambda: sync.sync(plan, _terminal())))
+
+
+@contextlib.contextmanager
+def _started(command: Command) -> Iterator[list[Popen[bytes]]]:
+    """Start it already, as long as we are still loading what will talk to it. Ended if nobody took it."""
+    started: list[Popen[bytes]] = []
+    with contextlib.suppress(OSError):  # who starts it again tells why
+        started.append(command.start())
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
 
 
 def _verify(args: argparse.Namespace) -> None:

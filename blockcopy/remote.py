@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -57,6 +58,18 @@ class Command(NamedTuple):
     environment: dict[str, str]
     folder: str
     """Where it is run: relative paths in it are meant from there, whatever we change into."""
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Run it, with three pipes. OSError where it cannot be."""
+        return subprocess.Popen(
+            self.argv,
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **self.environment},
+            cwd=self.folder if os.path.isdir(self.folder) else None,
+        )
 
     def outliving_terminal(self) -> Command:
         """The same for an ssh that asks for its password at a terminal which may be gone afterwards."""

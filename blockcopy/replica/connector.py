@@ -10,6 +10,7 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
+from subprocess import Popen
 from typing import Any
 
 import trio
@@ -19,6 +20,7 @@ from blockcopy.errors import OriginalProgramError, SourceChangedError, SourceErr
 from blockcopy.identity import Identity, differences, sample_extents, sample_of
 from blockcopy.remote import Command
 from blockcopy.replica.forms import unconditional
+from blockcopy.replica.process import Process
 from blockcopy.replica.retriever import Retriever
 from blockcopy.replica.sizing import SizeSearch
 
@@ -34,8 +36,10 @@ class Connector:
         timeout: float = math.inf,
         prompts: bool = False,
         compress: Mapping[str, Any] | None = None,
+        started: list[Popen[bytes]] | None = None,
     ) -> None:
         """`guess` is the size in bytes that a search tries first; `compress` what is wished for, as in `wire`.
+        `started`: a process that was started already, taken out of the list when it is put to use.
 
         `timeout`: seconds without a sign of life after which a connection that was asked something is
         given up. Not so the greeting of the first one where a password may be asked for, `prompts`.
@@ -52,6 +56,7 @@ class Connector:
         self._timeout = timeout
         self._prompts = prompts
         self._compress = compress
+        self._started = started if started is not None else []
         self._original = False
         self._finding_out = trio.Lock()
 
@@ -75,7 +80,12 @@ class Connector:
 
     async def _start(self, nursery: trio.Nursery, *, original: bool) -> Retriever:
         retriever = Retriever(
-            self.command, original=original, timeout=self._timeout, digest=self.digest, compress=self._compress
+            self.command,
+            original=original,
+            timeout=self._timeout,
+            digest=self.digest,
+            compress=self._compress,
+            started=Process(self._started.pop()) if self._started else None,
         )
         await nursery.start(retriever.run)
         return retriever

@@ -62,6 +62,7 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
                     timeout=plan.timeout,
                     prompts=plan.prompts,
                     compress=plan.compress,
+                    started=plan.started,
                 )
                 links = [
                     Link(connector, nursery, patience=patience)

@@ -13,7 +13,8 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from subprocess import Popen
 from typing import Any
 
 import trio
@@ -62,6 +63,8 @@ class Plan:
 
     command: Command
     destination: str
+    started: list[Popen[bytes]] = field(default_factory=list)
+    """A process of `command` that was started already, if any; out of the list once it is put to use."""
     demand: bool = True
     hydrate: bool = True
     force: bool = False

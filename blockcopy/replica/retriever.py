@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import partial
-from subprocess import PIPE
 from typing import Any, TypeVar
 
 import trio
@@ -31,6 +29,7 @@ from blockcopy.geometry import Extent
 from blockcopy.identity import Identity, is_identity
 from blockcopy.remote import Command
 from blockcopy.replica.forms import AgreedForm, Answer, Batch, OriginalForm, Probe, Question, Sink, Survey
+from blockcopy.replica.process import Process, start
 from blockcopy.stages import InputStream, enlarge_pipe
 
 logger = logging.getLogger(__name__)
@@ -52,12 +51,15 @@ class Retriever:
         timeout: float = math.inf,
         digest: Digest | None = None,
         compress: Mapping[str, Any] | None = None,
+        started: Process | None = None,
     ) -> None:
         """It is killed where it gives nothing for `timeout` seconds while it is asked something.
 
         `digest`: the only one that will do; any if None. `compress`: what is wished for, as in `wire`.
+        `started`: the process, where it was started already.
         """
         self._command = command
+        self._started = started
         self._timeout = timeout
         self._form = (OriginalForm if original else AgreedForm)(str(command.source))
         self.digest = digests.named(digests.ORIGINAL) if original else digest
@@ -65,7 +67,7 @@ class Retriever:
         # Unbounded, yet bounded by those who ask: each waits for its answer before it asks again.
         self._send, self._outgoing = trio.open_memory_channel[bytes](math.inf)
         self._messages: deque[str] = deque(maxlen=5)
-        self._process: trio.Process | None = None
+        self._process: Process | None = None
         self._token = trio.lowlevel.current_trio_token()
         self._clock_starts_at = trio.current_time() - time.perf_counter()
         self._greeted = trio.Event()
@@ -193,64 +195,38 @@ class Retriever:
 
         SourceError where it cannot be started at all.
         """
-        output, its_output = os.pipe()
-        try:
-            try:
-                process = await self._start(its_output)
-            finally:
-                os.close(its_output)
-            with InputStream(output) as stream:
-                await self._attend(process, stream, task_status)
-        finally:
-            os.close(output)
-
-    async def _start(self, output: int) -> trio.Process:
-        folder = self._command.folder
-        try:
-            return await trio.lowlevel.open_process(
-                self._command.argv,
-                stdin=PIPE,
-                stdout=output,
-                stderr=PIPE,
-                env={**os.environ, **self._command.environment},
-                cwd=folder if os.path.isdir(folder) else None,
-            )
-        except OSError as error:
-            raise SourceError(f"cannot run `{self._command.argv[0]}`: {error.strerror}") from error
-
-    async def _attend(self, process: trio.Process, stream: InputStream, task_status: trio.TaskStatus[None]) -> None:
-        self._process = process
+        process = self._process = self._started or start(self._command)
         failure = SourceError(self._let_go())
         try:
-            async with trio.open_nursery() as nursery:
-                messages_read = trio.Event()
-                nursery.start_soon(self._write, process)
-                nursery.start_soon(self._watch, process)
-                nursery.start_soon(self._read_messages, process, messages_read)
-                nursery.start_soon(self._end_with, process, stream)
-                task_status.started()
-                garbled = await self._read(process, stream)
-                with trio.move_on_after(_FAREWELL_SECONDS):
-                    await process.wait()
-                    await messages_read.wait()
-                if self._stalled:
-                    failure = SourceError(f"{self._command.source} gave nothing for {self._timeout:g} seconds")
-                elif garbled is not None:
-                    words = f"{self._command.source} sent what was not asked for: {garbled}"
-                    failure = GarbledSourceError(words + self._said())
-                elif not self._closing:
-                    failure = SourceError(self._describe_end(process.returncode) + self._said())
-                nursery.cancel_scope.cancel()
+            with InputStream(process.stdout) as stream:
+                async with trio.open_nursery() as nursery:
+                    messages_read = trio.Event()
+                    nursery.start_soon(self._write, process)
+                    nursery.start_soon(self._watch, process)
+                    nursery.start_soon(self._read_messages, process, messages_read)
+                    nursery.start_soon(self._end_with, process, stream)
+                    task_status.started()
+                    garbled = await self._read(process, stream)
+                    with trio.move_on_after(_FAREWELL_SECONDS):
+                        await process.wait()
+                        await messages_read.wait()
+                    failure = self._why(process, garbled) or failure
+                    nursery.cancel_scope.cancel()
         finally:
-            with trio.CancelScope(shield=True):
-                if process.returncode is None:
-                    process.kill()
-                await process.wait()
-                for pipe in (process.stdin, process.stderr):
-                    if pipe is not None:
-                        await pipe.aclose()
+            await process.aclose()
             self._fail(failure)
             self.ended.set()
+
+    def _why(self, process: Process, garbled: StreamError | None) -> SourceError | None:
+        """Why it ended, unless it was told to."""
+        if self._stalled:
+            return SourceError(f"{self._command.source} gave nothing for {self._timeout:g} seconds")
+        if garbled is not None:
+            words = f"{self._command.source} sent what was not asked for: {garbled}"
+            return GarbledSourceError(words + self._said())
+        if not self._closing:
+            return SourceError(self._describe_end(process.returncode) + self._said())
+        return None
 
     def _fail(self, error: SourceError) -> None:
         """Nothing can be asked any more: every wait ends with `error`."""
@@ -260,20 +236,17 @@ class Retriever:
         self._greeted.set()
         self._send.close()
 
-    async def _write(self, process: trio.Process) -> None:
-        pipe = process.stdin
-        if not isinstance(pipe, trio.lowlevel.FdStream):
-            return
-        enlarge_pipe(pipe.fileno())
+    async def _write(self, process: Process) -> None:
+        enlarge_pipe(process.stdin.fileno())
         try:
-            async with pipe:
+            async with process.stdin:
                 async for stream in self._outgoing:
-                    await pipe.send_all(stream)
+                    await process.stdin.send_all(stream)
                     self.sent_bytes += len(stream)
         except trio.BrokenResourceError:
             return  # it went away: reading tells why
 
-    async def _read(self, process: trio.Process, stream: InputStream) -> StreamError | None:
+    async def _read(self, process: Process, stream: InputStream) -> StreamError | None:
         """Settle batches until the output ends, in a thread; what was not asked for, if that ended it."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._wake_when_cancelled, stream)
@@ -320,13 +293,13 @@ class Retriever:
             self._form.take(message)
             self.answered_at = self._last_sign
 
-    async def _end_with(self, process: trio.Process, stream: InputStream) -> None:
+    async def _end_with(self, process: Process, stream: InputStream) -> None:
         """What it started may hold its output open, behind a script or a sudo: that is not waited for."""
         await process.wait()
         await trio.sleep(_FAREWELL_SECONDS)
         stream.wake()
 
-    async def _watch(self, process: trio.Process) -> None:
+    async def _watch(self, process: Process) -> None:
         """Kill it where it owes an answer and gives nothing: whoever waits learns that, and asks another."""
         while not self._stalled:
             since = self._last_sign if self._owes() else trio.current_time()
@@ -337,11 +310,10 @@ class Retriever:
     def _owes(self) -> bool:
         return bool(self._form.pending) and not self._taking
 
-    async def _read_messages(self, process: trio.Process, finished: trio.Event) -> None:
+    async def _read_messages(self, process: Process, finished: trio.Event) -> None:
         """What the process says to standard error is logged with the source's name, and kept."""
-        pipe = process.stderr
         rest = b""
-        while pipe is not None and (data := await pipe.receive_some(4096)):
+        while data := await process.stderr.receive_some(4096):
             *lines, rest = (rest + data).split(b"\n")
             self._note(lines)
             rest = rest[-4096:]  # a line without an end is not waited for
