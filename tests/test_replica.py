@@ -773,6 +773,19 @@ def test_a_full_destination_fails_the_pass_and_not_the_reads_of_what_is_there(
     trio.run(main)
 
 
+def test_a_read_does_not_fail_of_what_was_read_ahead(tmp_path: Path, loop_device: Callable[..., str]) -> None:
+    """Block 12 cannot be read, and is in the batch that is brought ahead of block 6."""
+    backing, destination = file_of(tmp_path, "backing", DATA[: 16 * BLOCK_SIZE]), tmp_path / "destination"
+    device = loop_device(backing, "--read-only")
+
+    async def main() -> None:
+        async with replica_of(plan_of(device, destination, hydrate=False)) as replica:
+            os.truncate(backing, 12 * BLOCK_SIZE)
+            assert [block for block in range(16) if await read_block(replica, block)] == list(range(12))
+
+    trio.run(main)
+
+
 def test_a_destination_that_fills_up_while_it_is_read(small_tmpfs: Path, tmp_path: Path) -> None:
     source, destination = file_of(tmp_path, "source", DATA), small_tmpfs / "destination"
 

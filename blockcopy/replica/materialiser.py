@@ -8,8 +8,8 @@ demand read that has waited DEMAND_PATIENCE for the pass asks as well, so that i
 that is slow or stands still; the pass does so after BULK_PATIENCE. The second to arrive, with the
 same bytes, is dropped, and a flight that has nothing left to bring ends. Each flight runs in the
 nursery given here, not in the task of who asked, so a reader that goes away strands nobody.
-A failed flight is forgotten: the next `ensure` tries again. Who waited for a flight of the other lane
-does not inherit its failure, but tries by its own means.
+A failed flight is forgotten: the next `ensure` tries again. Who waited for a flight of the other lane, or
+for one of more blocks than it wants, does not inherit its failure, but tries by its own means.
 
 What differs is written by the `_Writer`, in the thread that receives it. What holds after a crash or an
 error at any line of `_fetch`: a block is marked only after the write of all its bytes returned, or
@@ -84,11 +84,11 @@ class Lane:
 
 
 class _Flight:
-    """Some blocks on their way, wanted since it was made."""
+    """Some blocks on their way, wanted since a time of trio's."""
 
-    def __init__(self, blocks: Sequence[int]) -> None:
+    def __init__(self, blocks: Sequence[int], since: float) -> None:
         self.blocks = blocks
-        self.since = trio.current_time()
+        self.since = since
         self.scope = trio.CancelScope()
         self.landed = trio.Event()
         self.error: BlockcopyError | None = None
@@ -126,6 +126,7 @@ class Materialiser:
 
     async def ensure(self, blocks: range, lane: Lane) -> None:
         """Return when all of `blocks` are present. SourceError or DeviceError where one cannot be."""
+        since = trio.current_time()
         patient = True
         while missing := list(self._blockmap.missing(blocks)):
             own, others, unclaimed = set(), set(), []
@@ -137,11 +138,17 @@ class Materialiser:
                 else:
                     unclaimed.append(block)
             for start in range(0, len(unclaimed), lane.batch_blocks):
-                own.add(self._launch(unclaimed[start : start + lane.batch_blocks], lane))
+                own.add(self._launch(unclaimed[start : start + lane.batch_blocks], lane, since))
             for flight in own:
                 await flight.landed.wait()
-                if flight.error is not None and self._blockmap.any_missing(blocks):
-                    raise copy(flight.error)  # unless the other lane has brought them meanwhile
+                # Not where the other lane has brought them meanwhile; and what was read ahead for somebody may
+                # have failed of a block that is not wanted here.
+                if (
+                    flight.error is not None
+                    and all(block in blocks for block in flight.blocks)
+                    and self._blockmap.any_missing(blocks)
+                ):
+                    raise copy(flight.error)
             if others:
                 with trio.move_on_after(lane.patience) as waiting:
                     for flight in others:
@@ -153,8 +160,8 @@ class Materialiser:
             (other.claims[block] for other in self._lanes if other is not lane and block in other.claims), None
         )
 
-    def _launch(self, blocks: Sequence[int], lane: Lane) -> _Flight:
-        flight = _Flight(blocks)
+    def _launch(self, blocks: Sequence[int], lane: Lane, since: float) -> _Flight:
+        flight = _Flight(blocks, since)
         lane.claim(flight)
         self._nursery.start_soon(self._fly, flight, lane)
         return flight

@@ -21,9 +21,14 @@ class Process:
         """Of one that was started with three pipes, unbuffered."""
         self._popen = popen
         self._ended = os.pidfd_open(popen.pid)
+        self._waiting = trio.Lock()
         self.stdout = _own(popen.stdout)
         self.stdin = trio.lowlevel.FdStream(_own(popen.stdin))
         self.stderr = trio.lowlevel.FdStream(_own(popen.stderr))
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
 
     @property
     def returncode(self) -> int | None:
@@ -36,9 +41,10 @@ class Process:
 
     async def wait(self) -> None:
         """Return when it has ended, and is reaped."""
-        if self._popen.returncode is None:
-            await trio.lowlevel.wait_readable(self._ended)
-            self._popen.wait()
+        async with self._waiting:  # one task at a time may wait for a descriptor
+            if self._popen.returncode is None:
+                await trio.lowlevel.wait_readable(self._ended)
+                self._popen.wait()
 
     async def aclose(self) -> None:
         """Kill it, and return when nothing of it is left."""
