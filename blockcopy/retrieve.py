@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Union
 
 from blockcopy import __version__, digests, identity, packing, wire
 from blockcopy.answers import Run, Terms
+from blockcopy.decoder import Decoder
 from blockcopy.device import Device
 from blockcopy.digests import ORIGINAL
 from blockcopy.errors import StreamError
@@ -77,7 +78,7 @@ def retrieve(source: Device, hashes: InputStream, output: OutputStream, *, packi
 
 def _items(hashes: InputStream, questions: _Questions) -> Iterator[_Item | None]:
     """What is to be answered, in order; None where nothing more is at hand for now."""
-    decoder = wire.Decoder(wire.HASH_STREAM)
+    decoder = Decoder(wire.HASH_STREAM)
     while not decoder.done:
         message = decoder.next()
         if message is not None:

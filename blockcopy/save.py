@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from blockcopy import wire, xz, zstd
+from blockcopy.decoder import Decoder
 from blockcopy.device import Device
 from blockcopy.digests import Buffer
 from blockcopy.errors import DestinationRefusedError
@@ -20,7 +21,7 @@ def save(destination: Device, blocks: InputStream, *, sparse: bool = True) -> No
     DeviceError; BlockcopyError for a compression that this host has not.
     """
     writer = _Writer(destination, sparse)
-    decoder = wire.Decoder(wire.BLOCK_STREAM)
+    decoder = Decoder(wire.BLOCK_STREAM)
     try:
         while not decoder.done:
             message = decoder.next()

@@ -15,6 +15,7 @@ import pytest
 from support import BLOCKCOPY, PATIENCE, noise, run, with_changes, written
 
 from blockcopy import digests, wire, zstd
+from blockcopy.decoder import Decoder
 from blockcopy.digests import NO_DIGEST
 from blockcopy.geometry import BLOCK_SIZE
 from blockcopy.wire import (
@@ -60,7 +61,7 @@ def stream_of(*messages: Message) -> bytes:
 
 
 def decoded(stream: bytes, grammar: wire.Grammar = wire.AGREED_BLOCK_STREAM) -> list[Message]:
-    decoder = wire.Decoder(grammar)
+    decoder = Decoder(grammar)
     decoder.feed(stream)
     return list(iter(decoder.next, None))
 
@@ -325,7 +326,7 @@ def test_a_lone_run_is_answered_at_once(source: Callable[[bytes], Path]) -> None
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        decoder = wire.Decoder(wire.AGREED_BLOCK_STREAM)
+        decoder = Decoder(wire.AGREED_BLOCK_STREAM)
 
         def answer() -> Message:
             assert process.stdout is not None

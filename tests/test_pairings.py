@@ -23,9 +23,10 @@ import pytest
 from support import BLOCKCOPY, PATIENCE, noise, with_changes
 
 from blockcopy import zstd
+from blockcopy.decoder import Decoder
 from blockcopy.digests import speeds
 from blockcopy.geometry import BLOCK_SIZE
-from blockcopy.wire import BLOCK_STREAM, Decoder, XzData, encode
+from blockcopy.wire import BLOCK_STREAM, XzData, encode
 from blockcopy.xz import expand
 
 GOLDEN = Path(__file__).resolve().parent / "golden"

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from support import BLOCKCOPY, PATIENCE, noise, run, with_changes
 
+from blockcopy.decoder import Decoder
 from blockcopy.digests import NO_DIGEST, digest
 from blockcopy.geometry import BLOCK_SIZE
 from blockcopy.wire import (
     AGREED_BLOCK_STREAM,
     BLOCK_STREAM,
     Data,
-    Decoder,
     Done,
     Failure,
     Fence,

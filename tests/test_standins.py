@@ -18,6 +18,7 @@ import support
 from support import BLOCK_SIZE, PATIENCE, PYTHON, STANDINS, noise, until, written
 
 from blockcopy import wire
+from blockcopy.decoder import Decoder
 from blockcopy.digests import NO_DIGEST
 
 LOST = 255
@@ -191,7 +192,7 @@ def retrieve(source: Path, *options: object) -> list[str]:
 
 
 def decoded(stream: bytes) -> list[wire.Message]:
-    decoder = wire.Decoder(wire.AGREED_BLOCK_STREAM)
+    decoder = Decoder(wire.AGREED_BLOCK_STREAM)
     decoder.feed(stream)
     return list(iter(decoder.next, None))
 
@@ -266,7 +267,7 @@ def test_death(source: Path) -> None:
 def test_standing_still(source: Path) -> None:
     with running(retrieve(source, "--stall-at", 2)) as process:
         tell(process, QUESTION)
-        decoder = wire.Decoder(wire.AGREED_BLOCK_STREAM)
+        decoder = Decoder(wire.AGREED_BLOCK_STREAM)
         said: list[wire.Message] = []
         while len(said) < 2 and (stream := says(process, BLOCK_SIZE)):
             decoder.feed(stream)

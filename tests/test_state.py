@@ -23,6 +23,7 @@ import support
 from support import BLOCK_SIZE, BLOCKCOPY, FAULTY, QUEUEING, Mount, noise, run, until, written
 
 from blockcopy import wire
+from blockcopy.decoder import Decoder
 from blockcopy.geometry import Extent, Geometry
 from blockcopy.identity import sample_extents
 from blockcopy.replica.journal import Journal
@@ -140,7 +141,7 @@ def listening(folder: Path) -> str:
 def asked(folder: Path) -> set[int]:
     blocks = set()
     for stream in folder.glob("asked.*"):
-        decoder = wire.Decoder(wire.HASH_STREAM)
+        decoder = Decoder(wire.HASH_STREAM)
         decoder.feed(stream.read_bytes())
         while message := decoder.next():
             if isinstance(message, wire.Asks):

@@ -5,6 +5,7 @@ import hashlib
 import pytest
 
 from blockcopy import wire
+from blockcopy.decoder import Decoder
 from blockcopy.errors import StreamError, TruncatedStreamError
 from blockcopy.wire import (
     AGREED_BLOCK_STREAM,
@@ -16,7 +17,6 @@ from blockcopy.wire import (
     MAX_TEXT_SIZE,
     Asks,
     Data,
-    Decoder,
     Digests,
     Done,
     Failure,

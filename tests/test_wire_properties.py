@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockcopy import wire, xz, zstd
+from blockcopy.decoder import _COMMAND_SIZE, Decoder
 from blockcopy.digests import DIGEST_SIZE
 from blockcopy.errors import StreamError, TruncatedStreamError
 from blockcopy.wire import (
@@ -23,7 +24,6 @@ from blockcopy.wire import (
     MAX_POSITION,
     Asks,
     Data,
-    Decoder,
     Digests,
     Done,
     Failure,
@@ -190,7 +190,7 @@ def test_any_bytes_are_messages_or_a_stream_error_in_bounded_memory(
 ) -> None:
     streams = st.lists(messages, max_size=6).map(encode_all)
     stream = data.draw(streams.flatmap(damaged) | GREETINGS_OF_ANYTHING | st.binary(max_size=500))
-    header = wire._COMMAND_SIZE + max(layout.fields.size for layout in grammar.values())
+    header = _COMMAND_SIZE + max(layout.fields.size for layout in grammar.values())
     decoder = Decoder(shrink(grammar))
     for part in data.draw(pieces(stream) | st.just(in_bytes(stream))):
         decoder.feed(part)

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import trio
 
 from blockcopy import __version__, digests, wire
+from blockcopy.decoder import Decoder
 from blockcopy.digests import Digest
 from blockcopy.errors import GarbledSourceError, OriginalProgramError, SourceError, StreamError
 from blockcopy.geometry import Extent
@@ -266,7 +267,7 @@ class Retriever:
 
     def _receive(self, stream: InputStream) -> StreamError | None:
         """In the thread."""
-        decoder = wire.Decoder(self._form.grammar)
+        decoder = Decoder(self._form.grammar)
         try:
             while count := stream.read_into(decoder.room()):
                 self.received_bytes += count
