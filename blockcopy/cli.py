@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, Callable, NoReturn, TextIO, TypeVar
 
 from blockcopy import stages
 from blockcopy.arguments import parser
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from blockcopy.geometry import Extent
     from blockcopy.remote import Command
     from blockcopy.replica.replica import Plan
+
+
+T = TypeVar("T")
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -161,6 +165,13 @@ def _refuse_dash(path: str) -> None:
 # The lazy replica
 
 
+def _run(program: Callable[[], Awaitable[T]]) -> T:
+    from blockcopy.replica import running
+
+    gc.freeze()  # what was imported stays: looking through it for garbage again and again costs a few percent
+    return running.run(program)
+
+
 def _source_command(args: argparse.Namespace) -> Command:
     from blockcopy.remote import parse_source, retrieve_command
 
@@ -220,7 +231,7 @@ def _sync(args: argparse.Namespace) -> None:
         with _extra():
             from blockcopy.replica import running, sync
         plan = _plan(args, demand=False, started=started)
-        running.run(lambda: running.interruptible(lambda: sync.sync(plan, _terminal())))
+        _run(lambda: running.interruptible(lambda: sync.sync(plan, _terminal())))
 
 
 @contextlib.contextmanager
@@ -258,7 +269,7 @@ def _verify(args: argparse.Namespace) -> None:
         patience=args.reconnect_timeout,
         prompts=_prompts(args),
     )
-    verdict = running.run(lambda: running.interruptible(run_verify))
+    verdict = _run(lambda: running.interruptible(run_verify))
     if args.json:
         _print(json.dumps({"size": verdict.size, "differing_bytes": verdict.differing, "ranges": ranges}))
     if verdict.differing:
@@ -272,7 +283,6 @@ def _mount(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     with _extra():
-        from blockcopy.replica import running
         from blockcopy_fuse import daemon, mounting
     plan = _plan(
         args,
@@ -291,8 +301,8 @@ def _mount(args: argparse.Namespace) -> None:
     )
     mounting.check(mount)
     if args.foreground:
-        running.run(lambda: mounting.serve(mount, lambda: None, _terminal()))
-    elif daemon.run_in_background(lambda ready: running.run(lambda: mounting.serve(mount, ready, None))):
+        _run(lambda: mounting.serve(mount, lambda: None, _terminal()))
+    elif daemon.run_in_background(lambda ready: _run(lambda: mounting.serve(mount, ready, None))):
         mounting.await_first_answer(mount)
 
 

@@ -407,3 +407,63 @@ def test_a_source_that_answers_with_nothing_at_all_is_no_empty_one(tmp_path: Pat
     assert done.returncode == 3
     assert "not asked for" in done.stderr.decode()
     assert destination.read_bytes() == OLD
+
+
+# What the source compresses with, zeros, holes
+
+
+PLAIN = b"it compresses well, and is no zeros. " * 60000
+LINK = f"{support.PYTHON} {support.STANDINS / 'link'} --count"
+
+
+@pytest.mark.parametrize("wish", ["zstd", "zstd:9", "none", None])
+def test_what_crosses_the_link_is_compressed_as_wished(wish: str | None, tmp_path: Path) -> None:
+    source, destination = file_of(tmp_path, "source", PLAIN), tmp_path / "destination"
+    options = [] if wish is None else ["--compress", wish]
+    program = shlex.join(support.BLOCKCOPY)
+    rsh = f"{LINK} {tmp_path}/counts"
+    done = support.run("sync", *options, "-e", rsh, "--blockcopy-path", program, f"host:{source}", destination)
+    assert_silent_success(done)
+    assert destination.read_bytes() == PLAIN
+    answered = sum(int(line.split()[1]) for line in (tmp_path / "counts").read_text().splitlines())
+    if wish in ("zstd", "zstd:9"):
+        assert answered < len(PLAIN) // 10
+    elif wish == "none":
+        assert answered > len(PLAIN)
+
+
+@pytest.mark.parametrize("wish", ["zstd:0", "zstd:20", "gzip", ""])
+def test_a_compression_that_cannot_be_meant(wish: str, source: Path, destination: Path) -> None:
+    assert support.run("sync", "--compress", wish, source, destination).returncode == 2
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_zeros_become_holes_unless_they_are_to_be_written_out(sparse: bool, tmp_path: Path) -> None:
+    data = support.noise(BLOCK_SIZE) + bytes(4 * BLOCK_SIZE) + support.noise(1000)
+    source, destination = file_of(tmp_path, "source", data), file_of(tmp_path, "destination", b"\xff" * len(data))
+    assert_silent_success(support.run("sync", *([] if sparse else ["--no-sparse"]), source, destination))
+    assert destination.read_bytes() == data
+    allocated = destination.stat().st_blocks * 512
+    assert (allocated < 3 * BLOCK_SIZE) is sparse
+
+
+def test_holes_at_both_ends_cost_next_to_nothing(tmp_path: Path) -> None:
+    """A TiB of them: read one by one, they would take minutes."""
+    source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+    for each in (source, destination):
+        os.truncate(each, 1 << 40)
+    with source.open("r+b") as file:
+        file.seek((1 << 39) + 5)
+        file.write(b"far away")
+    assert_silent_success(support.run("sync", source, destination))
+    with destination.open("rb") as file:
+        assert file.read(len(DATA)) == DATA
+        file.seek((1 << 39) + 5)
+        assert file.read(8) == b"far away"
+    assert destination.stat().st_blocks * 512 < len(DATA) + 3 * BLOCK_SIZE
+
+
+def test_a_destination_that_is_refused_leaves_no_process_behind(source: Path) -> None:
+    """That of the source is started before anything else; the fixtures look for what is left."""
+    done = support.run("sync", source, source)
+    assert_failed(done, 1)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import gc
+import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
 import trio
 
 from blockcopy.errors import BlockcopyError, Interrupted
+
+T = TypeVar("T")
+
+_noted: list[int] = []
+"""Signals that came while trio ran and nobody received them."""
 
 
 def ending_signals() -> list[signal.Signals]:
@@ -18,19 +24,40 @@ def ending_signals() -> list[signal.Signals]:
     return [each for each in wanted if signal.getsignal(each) != signal.SIG_IGN]
 
 
-T = TypeVar("T")
-
-
 def run(main: Callable[[], Awaitable[T]]) -> T:
     """trio.run, with the one error that a user has to be told taken out of its exception groups."""
-    gc.freeze()  # what was imported stays: looking through it for garbage again and again costs a few percent
     try:
-        return trio.run(main)
+        with _noting():
+            return trio.run(main)
     except BaseExceptionGroup as group:
         leaves = _leaves(group)
         if not all(isinstance(leaf, (BlockcopyError, Interrupted)) for leaf in leaves):
             raise  # a fault of ours: with all there is to see
         raise next((leaf for leaf in leaves if isinstance(leaf, Interrupted)), leaves[0]) from group
+
+
+@contextmanager
+def _noting() -> Iterator[None]:
+    """A signal that came just before or behind `received` would raise in trio's own midst, which breaks it.
+    So it is noted: the first who receives signals gets it, or else it is raised behind the run."""
+    _noted.clear()
+    before = {each: signal.signal(each, lambda signum, _: _noted.append(signum)) for each in ending_signals()}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    if _noted:
+        raise Interrupted(_noted[0])
+
+
+@asynccontextmanager
+async def received() -> AsyncIterator[AsyncIterator[int]]:
+    """The ending signals as they come, those that came before it too."""
+    with trio.open_signal_receiver(*ending_signals()) as signals:
+        while _noted:
+            os.kill(os.getpid(), _noted.pop())
+        yield signals
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
@@ -42,12 +69,11 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
 
 async def interruptible(main: Callable[[], Awaitable[T]]) -> T:
     """`main()`; a signal cancels it, and is raised as Interrupted when it has come to its orderly end."""
-    with trio.open_signal_receiver(*ending_signals()) as signals:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_raise_interrupted, signals)
-            result = await main()
-            nursery.cancel_scope.cancel()
-        return result
+    async with received() as signals, trio.open_nursery() as nursery:
+        nursery.start_soon(_raise_interrupted, signals)
+        result = await main()
+        nursery.cancel_scope.cancel()
+    return result
 
 
 async def _raise_interrupted(signals: AsyncIterator[int]) -> None:

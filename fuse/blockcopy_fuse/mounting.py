@@ -29,7 +29,7 @@ from blockcopy.errors import Interrupted, MountError, UsageError
 from blockcopy.replica import bar
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.replica import Plan, Replica
-from blockcopy.replica.running import ending_signals
+from blockcopy.replica.running import received
 from blockcopy_fuse import STATUS_NAME, control, control_socket
 from blockcopy_fuse.control_socket import ControlSocket
 from blockcopy_fuse.operations import Operations
@@ -129,19 +129,18 @@ async def serve(mount: MountPlan, ready: Callable[[], None], terminal: TextIO | 
             logger.info("ending on %s", signal.Signals(signum).name)
             stop.set()
 
-    with trio.open_signal_receiver(*ending_signals()) as signals:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(watch_signals)
-            async with open_replica(mount.plan) as replica:
-                with control_socket.opened() as socket:
-                    _init(mount, replica, socket.path if socket else None)
-                    mounted = True
-                    try:
-                        with _pid_file(mount.pid_file):
-                            await _serve(replica, socket, stop, ready, terminal)
-                    finally:
-                        pyfuse3.close(unmount=True)
-            nursery.cancel_scope.cancel()
+    async with received() as signals, trio.open_nursery() as nursery:
+        nursery.start_soon(watch_signals)
+        async with open_replica(mount.plan) as replica:
+            with control_socket.opened() as socket:
+                _init(mount, replica, socket.path if socket else None)
+                mounted = True
+                try:
+                    with _pid_file(mount.pid_file):
+                        await _serve(replica, socket, stop, ready, terminal)
+                finally:
+                    pyfuse3.close(unmount=True)
+        nursery.cancel_scope.cancel()
 
 
 @contextmanager
