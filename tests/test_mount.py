@@ -68,6 +68,19 @@ def read_at(path: Path, offset: int, length: int) -> bytes:
 # What it shows
 
 
+def test_the_kernel_reads_ahead_in_large_requests_for_root(mount: Mounter, source: Path, destination: Path) -> None:
+    """From the first open on: before that, the kernel takes it back."""
+    support.require_root()
+    mounted = mount(source, destination)
+    number = next(
+        line.split()[2]
+        for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        if line.split()[4] == str(mounted.point)
+    )
+    assert read_at(mounted.file, 0, 1) == source.read_bytes()[:1]
+    assert Path("/sys/class/bdi", number, "read_ahead_kb").read_text() == "4096\n"
+
+
 def test_shows_the_replica_and_its_status_and_nothing_else(mount: Mounter, source: Path, destination: Path) -> None:
     mounted = mount(source, destination)
     assert sorted(os.listdir(mounted.point)) == ["replica.img", "status.json"]

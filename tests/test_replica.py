@@ -360,6 +360,26 @@ def test_a_reader_in_order_is_read_ahead_for(tmp_path: Path, program: str | None
     trio.run(main)
 
 
+def test_the_pass_goes_on_behind_the_latest_read(tmp_path: Path, program: str | None) -> None:
+    """And comes back for what is left."""
+
+    async def main() -> None:
+        source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+        async with replica_of(plan_of(source, destination, program, limit=SLOW)) as replica:
+            await both_processes(replica)
+            before = present(replica)
+            assert await read_block(replica, 20)
+            replica.pace.limit = 2 * BLOCK_SIZE
+            while len(present(replica)) < len(before) + 2:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+            assert present(replica) == before | {20, 21}
+            replica.pace.limit = None
+            await replica.wait_complete()
+        assert destination.read_bytes() == DATA
+
+    trio.run(main)
+
+
 def test_without_a_pass_only_what_is_read_is_copied(tmp_path: Path, program: str | None) -> None:
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
