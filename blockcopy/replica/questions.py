@@ -8,15 +8,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 
-from blockcopy.device import ZEROS, Device
+from blockcopy.device import Device
 from blockcopy.digests import Digest
 from blockcopy.errors import DeviceError
-from blockcopy.geometry import Extent, Geometry, runs
+from blockcopy.geometry import Geometry, runs
+from blockcopy.pieces import PIECE_SIZE, Pieces
 from blockcopy.replica.forms import Question
 from blockcopy.wire import MAX_ASKED
-
-_PIECE_SIZE = 1024 * 1024
-"""Bytes read at once: large enough for the call not to count, small enough for the cache of the CPU."""
 
 _own = threading.local()
 
@@ -33,48 +31,30 @@ def questions(device: Device, geometry: Geometry, blocks: Sequence[int], digest:
 
 def _question(device: Device, geometry: Geometry, run: range, digest: Digest) -> Question:
     offset, end = geometry.extent(run[0]).offset, geometry.extent(run[-1]).end
-    if device.size() < end:
-        raise _is_shorter(device, Extent(offset, end - offset))  # what is not there is no hole
-    with_data = [geometry.span(*extent) for extent in device.data_extents(offset, end - offset)]
-    digests = []
-    block = run.start
-    for span in with_data:
-        if span.stop > block:
-            start = max(span.start, block)
-            digests += [digest.of_zeros(geometry.extent(hole).length) for hole in range(block, start)]
-            digests += _digests(device, geometry, range(start, span.stop), digest)
-            block = span.stop
-    digests += [digest.of_zeros(geometry.extent(hole).length) for hole in range(block, run.stop)]
-    return Question(offset, end - offset, geometry.block_size, b"".join(digests))
+    digests = b"".join(_digests(device, geometry, offset, end, digest))
+    return Question(offset, end - offset, geometry.block_size, digests)
 
 
-def _digests(device: Device, geometry: Geometry, blocks: range, digest: Digest) -> Iterator[bytes]:
-    buffer = _buffer()
-    per_piece = max(1, _PIECE_SIZE // geometry.block_size)
-    for first in range(blocks.start, blocks.stop, per_piece):
-        offset = geometry.extent(first).offset
-        end = geometry.extent(min(first + per_piece, blocks.stop) - 1).end
-        _fill(device, Extent(offset, end - offset), buffer)
-        for at in range(0, end - offset, geometry.block_size):
-            own = buffer[at : min(at + geometry.block_size, end - offset)]
-            yield digest.of_zeros(len(own)) if ZEROS.startswith(own) else digest(own)
-
-
-def _fill(device: Device, extent: Extent, buffer: memoryview) -> None:
-    if device.read_into(extent.offset, buffer[: extent.length]) != extent.length:
-        raise _is_shorter(device, extent)
-
-
-def _is_shorter(device: Device, extent: Extent) -> DeviceError:
-    return DeviceError(
-        f"cannot read {extent.length} bytes at {extent.offset} of {device.path}: "
-        f"it is shorter than it was, and ends at {device.size()}"
-    )
+def _digests(device: Device, geometry: Geometry, offset: int, end: int, digest: Digest) -> Iterator[bytes]:
+    buffer, pieces, block_size = _buffer(), Pieces(device), geometry.block_size
+    step = PIECE_SIZE // block_size * block_size
+    for position in range(offset, end, step):
+        length = min(step, end - position)
+        piece = pieces.piece(position, length, block_size)
+        there = piece.read(device, buffer)
+        if there < length:  # what is not there is no hole
+            raise DeviceError(
+                f"cannot read {length} bytes at {position} of {device.path}: "
+                f"it is shorter than it was, and ends after {there}"
+            )
+        for at in range(0, length, block_size):
+            own = buffer[at : min(at + block_size, length)]
+            yield digest.of_zeros(len(own)) if piece.zeros_at(at, own) else digest(own)
 
 
 def _buffer() -> memoryview:
     """One a thread, for as long as that lives."""
     if not hasattr(_own, "buffer"):
-        _own.buffer = memoryview(bytearray(_PIECE_SIZE))
+        _own.buffer = memoryview(bytearray(PIECE_SIZE))
     found: memoryview = _own.buffer
     return found

@@ -86,8 +86,12 @@ def check(mount: MountPlan) -> None:
             raise UsageError(f"the mount on {mountpoint} would hide the {what} {path}")
     if "/" in mount.name or mount.name in ("", ".", "..", STATUS_NAME):
         raise UsageError(f"--name {mount.name!r} cannot be the name of the file")
+    if not os.path.exists("/dev/fuse"):
+        raise MountError("there is no /dev/fuse: load it (modprobe fuse), or have the container given it")
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        raise MountError("cannot use /dev/fuse: load it (modprobe fuse), or have the container given it")
+        raise MountError(
+            "this user may not use /dev/fuse; where all users may mount it is readable and writable by all"
+        )
 
 
 def longest_request() -> float:
