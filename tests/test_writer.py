@@ -80,6 +80,7 @@ class Watched:
         self.done: list[tuple[object, ...]] = []
         self.during_sync: Callable[[], None] = lambda: None
         self.fails = False
+        self.is_large = False
 
     def write(self, offset: int, data: bytes) -> None:
         self.done.append(("write", offset, len(data)))
@@ -90,6 +91,12 @@ class Watched:
     def start_writeback(self, offset: int, length: int) -> None:
         self.done.append(("write back", offset, length))
 
+    def drop_behind(self, offset: int, length: int) -> None:
+        self.done.append(("drop", offset, length))
+
+    def exceeds_cache(self) -> bool:
+        return self.is_large
+
     def sync(self) -> None:
         self.during_sync()
         if self.fails:
@@ -97,9 +104,10 @@ class Watched:
         self.done.append(("sync",))
 
 
-def with_writer(scenario: Callable[[Writer, Watched, BlockMap], object]) -> None:
+def with_writer(scenario: Callable[[Writer, Watched, BlockMap], object], *, is_large: bool = False) -> None:
     async def main() -> None:
         device, geometry = Watched(), Geometry(1000 * BLOCK_SIZE)
+        device.is_large = is_large
         blockmap = BlockMap(geometry)
         writer = Writer(device, geometry, blockmap, sparse=True)  # type: ignore[arg-type]
         await scenario(writer, device, blockmap)  # type: ignore[misc]
@@ -134,6 +142,31 @@ def test_neighbours_are_written_back_as_one() -> None:
         ]
 
     with_writer(scenario)
+
+
+def test_of_a_large_device_what_was_written_back_does_not_stay_in_the_cache() -> None:
+    async def scenario(writer: Writer, device: Watched, blockmap: BlockMap) -> None:
+        mib = 8 * BLOCK_SIZE
+        for at in range(24):
+            writer.data(at * mib, bytes(mib))
+        assert [each for each in device.done if each[0] == "drop"] == [
+            ("drop", 0, 8 * mib),
+            ("drop", 8 * mib, 8 * mib),
+        ]
+
+    with_writer(scenario, is_large=True)
+
+
+def test_what_the_pass_has_read_of_a_large_device_does_not_stay_in_the_cache(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: list[tuple[int, int]] = []
+    monkeypatch.setattr(Device, "drop_behind", lambda _, offset, length: dropped.append((offset, length)))
+    with open_destination(str(path)) as device:
+        questions(device, Geometry(SIZE), [3, 4, 9], DIGEST)
+        assert dropped == []
+        questions(device, Geometry(SIZE), [3, 4, 9], DIGEST, passing=True)
+    assert dropped == [(3 * BLOCK_SIZE, 2 * BLOCK_SIZE), (9 * BLOCK_SIZE, BLOCK_SIZE)]
 
 
 def test_nothing_is_synced_twice() -> None:

@@ -22,6 +22,7 @@ import logging
 import math
 from collections.abc import Sequence
 from copy import copy
+from functools import partial
 
 import trio
 
@@ -59,6 +60,8 @@ class Lane:
         self.window = window
         self.batch_blocks = batch_blocks
         self.patience = patience
+        self.passing = False
+        """It goes through a device that is larger than the page cache: what it has seen need not stay there."""
         self.flights = trio.CapacityLimiter(flights)
         self.threads = trio.CapacityLimiter(threads)
         self.claims: dict[int, _Flight] = {}
@@ -196,9 +199,8 @@ class Materialiser:
     async def _fetch(self, blocks: Sequence[int], lane: Lane, since: float) -> None:
         digest = await lane.link.digest(since)
         generation = self._blockmap.generation
-        asked = await trio.to_thread.run_sync(
-            questions, self._device, self._geometry, blocks, digest, limiter=lane.threads
-        )
+        read = partial(questions, self._device, self._geometry, blocks, digest, passing=lane.passing)
+        asked = await trio.to_thread.run_sync(read, limiter=lane.threads)
         asked_at = trio.current_time()
         answer = await lane.link.ask(asked, self._writer, since)
         lane.window.landed(len(blocks), trio.current_time() - asked_at)

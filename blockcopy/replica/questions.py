@@ -19,14 +19,23 @@ from blockcopy.wire import MAX_ASKED
 _own = threading.local()
 
 
-def questions(device: Device, geometry: Geometry, blocks: Sequence[int], digest: Digest) -> list[Question]:
-    """What to ask about ascending `blocks`; neighbours are one question. DeviceError where they cannot be read."""
+def questions(
+    device: Device, geometry: Geometry, blocks: Sequence[int], digest: Digest, *, passing: bool = False
+) -> list[Question]:
+    """What to ask about ascending `blocks`; neighbours are one question. DeviceError where they cannot be read.
+
+    `passing`: they are not going to be read again soon, and need not stay in the page cache.
+    """
     most = MAX_ASKED // geometry.block_size
-    return [
+    asked = [
         _question(device, geometry, run[start : start + most], digest)
         for run in runs(blocks)
         for start in range(0, len(run), most)
     ]
+    if passing:
+        for question in asked:
+            device.drop_behind(question.position, question.length)
+    return asked
 
 
 def _question(device: Device, geometry: Geometry, run: range, digest: Digest) -> Question:

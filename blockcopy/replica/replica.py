@@ -122,6 +122,7 @@ class Replica:
             threads=len(os.sched_getaffinity(0)),
             patience=BULK_PATIENCE,
         )
+        self._bulk.passing = device.exceeds_cache()
         self._materialiser = Materialiser(
             device, geometry, blockmap, [demand, self._bulk], nursery, sparse=plan.sparse
         )

@@ -36,6 +36,8 @@ class Writer:
         self._dirty = True  # by an earlier run, for all we know
         self._to_write_back: list[tuple[int, int]] = []
         self._to_write_back_bytes = 0
+        self._written_back: list[tuple[int, int]] = []  # the last time: on the disk by now, as a rule
+        self._passing = device.exceeds_cache()
         self.unsynced = trio.Event()
         self.unsynced.set()
 
@@ -74,9 +76,13 @@ class Writer:
             self._to_write_back_bytes += length
             if self._to_write_back_bytes < _WRITE_BACK:
                 return
-            extents, self._to_write_back, self._to_write_back_bytes = self._to_write_back, [], 0
-        for extent in _joined(extents):
+            extents, self._to_write_back, self._to_write_back_bytes = list(_joined(self._to_write_back)), [], 0
+            before, self._written_back = self._written_back, extents
+        for extent in extents:
             self._device.start_writeback(*extent)
+        if self._passing:  # or else it would push all else out of the cache
+            for extent in before:
+                self._device.drop_behind(*extent)
 
     async def sync(self) -> None:
         """Return when all that was written before is durable. DeviceError where the device cannot say so."""
