@@ -117,6 +117,7 @@ class Materialiser:
         self._lanes = lanes
         self._nursery = nursery
         self._writer = Writer(device, geometry, blockmap, sparse=sparse)
+        self._dropping = False
         self.last_error: BlockcopyError | None = None
         self.complete = trio.Event()
         if blockmap.complete:
@@ -204,7 +205,7 @@ class Materialiser:
         asked_at = trio.current_time()
         answer = await lane.link.ask(asked, self._writer, since)
         lane.window.landed(len(blocks), trio.current_time() - asked_at)
-        if self._blockmap.generation != generation:
+        if self._blockmap.generation != generation or self._dropping:
             return  # a sync failed meanwhile: what was read, or written, may be gone again
         self._mark(blocks, answer)
         self._overtake(blocks, lane)
@@ -221,7 +222,7 @@ class Materialiser:
 
     def mark_zero(self, blocks: range, generation: int) -> None:
         """The `blocks` are zeros at both ends, as was found while the block map had that `generation`."""
-        if self._blockmap.generation == generation:
+        if self._blockmap.generation == generation and not self._dropping:
             self._blockmap.mark(blocks, "zero")
             if self._blockmap.complete:
                 self.complete.set()
@@ -236,11 +237,22 @@ class Materialiser:
             await self._writer.sync()
         except DeviceError as error:
             self.last_error = error
-            try:  # what the cache has is not what the disk has, and would be found equal
-                await trio.to_thread.run_sync(self._device.drop_cache)
-            finally:  # after that: what was read before it counts for nothing
-                self.forget()
+            await self._forget_cached()
             raise
+
+    async def _forget_cached(self) -> None:
+        """What the cache has is not what the disk has, and would be found equal: drop it.
+
+        Forgotten before, so that no reader takes what is dropped from under it for the source's bytes; and
+        nothing is marked meanwhile, of what may have been read before it was dropped.
+        """
+        self._dropping = True
+        self.forget()
+        try:
+            await trio.to_thread.run_sync(self._device.drop_cache)
+        finally:
+            self.forget()
+            self._dropping = False
 
     def forget(self) -> None:
         """Nothing is known any more: every block has to be checked again."""

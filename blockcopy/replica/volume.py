@@ -50,18 +50,24 @@ class Volume:
         They are good until the caller's task waits for anything: the buffer is used again.
         """
         length = max(0, min(length, self.size - offset))
-        if not self._blockmap.complete and length:
-            blocks = self._geometry.span(offset, length)
-            missing = self._blockmap.any_missing(blocks)
-            for ahead in self._ahead.touch(blocks, waits=missing):
-                if self._blockmap.any_missing(ahead):
-                    self._nursery.start_soon(self._bring, ahead)
-            if missing:
-                await self._ensure(blocks)
-        data = self._device.read_cached(offset, length)
-        if data is not None:
-            return data
-        return await trio.to_thread.run_sync(self._device.read, offset, length, limiter=self._threads)
+        while True:
+            generation = self._blockmap.generation
+            if not self._blockmap.complete and length:
+                await self._bring_all(self._geometry.span(offset, length))
+            data = self._device.read_cached(offset, length)
+            if data is not None and self._blockmap.generation == generation:
+                return data
+            read = await trio.to_thread.run_sync(self._device.read, offset, length, limiter=self._threads)
+            if self._blockmap.generation == generation:  # else a sync failed, and it was of what was written
+                return read
+
+    async def _bring_all(self, blocks: range) -> None:
+        missing = self._blockmap.any_missing(blocks)
+        for ahead in self._ahead.touch(blocks, waits=missing):
+            if self._blockmap.any_missing(ahead):
+                self._nursery.start_soon(self._bring, ahead)
+        if missing:
+            await self._ensure(blocks)
 
     async def _ensure(self, blocks: range) -> None:
         with trio.move_on_after(self._patience):
