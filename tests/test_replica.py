@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -766,6 +767,43 @@ def test_a_sync_that_fails_in_mid_pass_makes_it_check_again(
 
     monkeypatch.setattr(Device, "sync", fail_once)
     monkeypatch.setattr(keeper, "_SECONDS", NEVER)  # no sync but the one here, and the last
+    trio.run(main)
+
+
+def test_no_read_gets_what_the_disk_has_while_the_cache_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a sync that failed. The drop is made to take its time, and to bring the old bytes back."""
+    dropped, go_on = threading.Event(), threading.Event()
+    source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+
+    def fail(device: Device) -> None:
+        raise DeviceError("the write-back failed")
+
+    def drop(device: Device) -> None:
+        device.write(0, OLD[:BLOCK_SIZE])
+        dropped.set()
+        go_on.wait(10)
+
+    async def main() -> None:
+        async with replica_of(plan_of(source, destination, hydrate=False)) as replica:
+            assert await read_block(replica, 0)
+            with monkeypatch.context() as patch:
+                patch.setattr(Device, "sync", fail)
+                patch.setattr(Device, "drop_cache", drop)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(failing_commit, replica)
+                    await trio.to_thread.run_sync(dropped.wait, 10)
+                    with trio.move_on_after(0.3):
+                        assert await read_block(replica, 0)
+                    go_on.set()
+            assert await read_block(replica, 0)
+
+    async def failing_commit(replica: Replica) -> None:
+        with pytest.raises(DeviceError, match="write-back"):
+            await replica.commit()
+
+    monkeypatch.setattr(keeper, "_SECONDS", NEVER)
     trio.run(main)
 
 
