@@ -1,14 +1,12 @@
-"""What the command line takes: commands, options, and how their values are read."""
+"""What the command line takes: commands and options."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import re
 from typing import Any
 
-from blockcopy import __version__, digests, zstd
-from blockcopy.packing import Wish
+from blockcopy import __version__, digests, values
 from blockcopy.remote import DEFAULT_RSH
 
 
@@ -44,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     compression.add_argument(
         "--compress",
         metavar="zstd[:LEVEL]|auto|none",
-        type=_compression,
+        type=values.compression,
         help="compress with zstd, for a save of ours; auto: only while that is faster (default: none)",
     )
 
@@ -91,68 +89,11 @@ def parser() -> argparse.ArgumentParser:
     prefetch = _command(commands, "prefetch", "bring parts first; return when they are here")
     for each in (status, wait, umount, pause, resume, limit, prefetch):
         each.add_argument("mountpoint", metavar="MOUNTPOINT")
-    limit.add_argument("rate", metavar="RATE", type=_rate, help="bytes a second, with K, M, G; or none")
+    limit.add_argument("rate", metavar="RATE", type=values.rate, help="bytes a second, with K, M, G; or none")
     prefetch.add_argument(
-        "extents", metavar="OFFSET:LENGTH", type=_extent, nargs="+", help="bytes, with K, M, G, T"
+        "extents", metavar="OFFSET:LENGTH", type=values.extent, nargs="+", help="bytes, with K, M, G, T"
     )
     return top
-
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def _size(text: str) -> int:
-    found = re.fullmatch(r"(\d+)([KMGT]?)", text.upper())
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, as 4096, 64K or 1G")
-    return int(found[1]) * _UNITS[found[2]]
-
-
-def _compression(text: str) -> Wish | None:
-    """Also of a mount's or a sync's wish."""
-    if text == "none":
-        return None
-    if text == "auto":
-        return Wish(auto=True)
-    name, colon, level = text.partition(":")
-    if name != "zstd" or (colon and not (level.isdecimal() and int(level) in zstd.LEVELS)):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither zstd, zstd:{zstd.LEVELS[0]} to zstd:{zstd.LEVELS[-1]}, auto nor none"
-        )
-    return Wish(int(level)) if level else Wish()
-
-
-def _rate(text: str) -> int | None:
-    if text == "none":
-        return None
-    rate = _size(text)
-    if not 0 < rate < 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text!r} is no rate; pause stops the pass, none lifts the limit")
-    return rate
-
-
-def _extent(text: str) -> tuple[int, int]:
-    offset, colon, length = text.partition(":")
-    if not colon:
-        raise argparse.ArgumentTypeError(f"{text!r} is not OFFSET:LENGTH")
-    return _size(offset), _size(length)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1
-    if not seconds >= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
-    return seconds
-
-
-def _some_seconds(text: str) -> float:
-    seconds = _seconds(text)
-    if not seconds:
-        raise argparse.ArgumentTypeError("nothing answers in 0 seconds")
-    return seconds
 
 
 def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
@@ -176,11 +117,13 @@ def _add_copy_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compress",
         metavar="zstd[:LEVEL]|auto|none",
-        type=_compression,
+        type=values.compression,
         default=argparse.SUPPRESS,
         help="what the source compresses with (default: auto, only while that is faster, of a HOST)",
     )
-    parser.add_argument("--limit", metavar="RATE", type=_rate, help="most bytes a second of the pass, with K, M, G")
+    parser.add_argument(
+        "--limit", metavar="RATE", type=values.rate, help="most bytes a second of the pass, with K, M, G"
+    )
 
 
 def _add_source_options(parser: argparse.ArgumentParser, *, reconnect_timeout: float) -> None:
@@ -193,7 +136,7 @@ def _add_source_options(parser: argparse.ArgumentParser, *, reconnect_timeout: f
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
-        type=_some_seconds,
+        type=values.some_seconds,
         default=30,
         help="start a connection again that gives nothing for so long (default: 30)",
     )
@@ -201,7 +144,7 @@ def _add_source_options(parser: argparse.ArgumentParser, *, reconnect_timeout: f
     parser.add_argument(
         "--reconnect-timeout",
         metavar="SECONDS",
-        type=_seconds,
+        type=values.seconds,
         default=reconnect_timeout,
         help=f"how long to wait for a source that is away (default: {default})",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import graphlib
 import subprocess
@@ -12,6 +13,9 @@ from typing import NamedTuple
 
 import pytest
 from support import PYTHON
+
+from blockcopy import cli
+from blockcopy.arguments import parser
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 ROOTS = (CHECKOUT, CHECKOUT / "fuse")
@@ -31,10 +35,12 @@ class Visitor(ast.NodeVisitor):
     def __init__(self) -> None:
         self.imports: list[Import] = []
         self.calls: set[str] = set()
+        self.functions: set[str] = set()
         self.asserts: list[int] = []
         self._functions = self._typing = 0
 
     def _visit_function(self, node: ast.AST) -> None:
+        self.functions.add(getattr(node, "name", ""))
         self._functions += 1
         self.generic_visit(node)
         self._functions -= 1
@@ -114,12 +120,6 @@ def test_the_stages_import_the_standard_library_and_each_other_only(module: str)
         if top(each.module) not in sys.stdlib_module_names
         and each.module not in CORE
         and not (each.lazy and each.module == OPTIONAL.get(module))
-        # The command line knows every part, but loads the others only for the commands that need them.
-        and not (
-            module == "blockcopy.cli"
-            and (each.lazy or each.typing_only)
-            and (each.module in REPLICA or top(each.module) == "blockcopy_fuse")
-        )
     }
     assert not foreign
 
@@ -154,8 +154,20 @@ def test_only_the_program_imports_the_command_line() -> None:
     assert importers("blockcopy.cli") == {"blockcopy.__main__"}
 
 
-def test_only_the_command_line_prints_or_exits() -> None:
-    assert {module for module, seen in READ.items() if seen.calls.intersection(LEAVES)} == {"blockcopy.cli"}
+def test_one_place_prints_and_one_exits() -> None:
+    calls = {module: seen.calls.intersection(LEAVES) for module, seen in READ.items()}
+    assert {module: found for module, found in calls.items() if found} == {
+        "blockcopy.console": {"print"},
+        "blockcopy.cli": {"sys.exit"},
+    }
+
+
+def test_each_command_is_in_the_module_of_its_layer() -> None:
+    """They are named in strings, so that one host needs not have them all."""
+    for module, commands in cli._LAYERS.items():
+        assert set(commands) <= READ[module].functions
+    [named] = [action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    assert set(named.choices) == {command for commands in cli._LAYERS.values() for command in commands}
 
 
 def test_imports_have_no_cycle() -> None:
