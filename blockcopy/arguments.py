@@ -21,7 +21,6 @@ def parser() -> argparse.ArgumentParser:
 
     checksum = _command(commands, "checksum", "hash the destination's blocks: the hash stream")
     checksum.add_argument("destination_file", metavar="FILE", help="file, device or pipe; - is standard input")
-    checksum.add_argument("--progress", action="store_true", help="tell progress on standard error")
     checksum.add_argument("--start", type=int, metavar="OFFSET", default=0, help="first byte (default 0)")
     checksum.add_argument("--end", type=int, metavar="OFFSET", help="byte to stop before (default: the end)")
 
@@ -32,6 +31,8 @@ def parser() -> argparse.ArgumentParser:
         help=f"hash with {', '.join(digests.NAMES)}, or auto, the fastest here; a retrieve of ours "
         "understands it (default: as the original program)",
     )
+
+    _add_progress(checksum)
 
     retrieve = _command(commands, "retrieve", "hash stream in, blocks that differ out")
     retrieve.add_argument("source_file", metavar="FILE", help="file or device")
@@ -46,10 +47,13 @@ def parser() -> argparse.ArgumentParser:
         help="compress with zstd, for a save of ours; auto: only while that is faster (default: none)",
     )
 
+    _add_progress(retrieve)
+
     save = _command(commands, "save", "write the blocks to the destination, and sync it")
     save.add_argument("destination_file", metavar="FILE", help="file or device; it must exist")
     save.add_argument("--no-sparse", action="store_true", help="write zeros out, rather than leave holes")
     _add_force(save)
+    _add_progress(save)
 
     mount = _command(commands, "mount", "show a remote device as a file while it is being copied")
     mount.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground, show progress")
@@ -64,24 +68,34 @@ def parser() -> argparse.ArgumentParser:
     mount.add_argument("--no-background", action="store_true", help="copy only what is read")
     mount.add_argument("--name", help="name of the file (default: the destination's)")
     mount.add_argument("--pid-file", metavar="FILE", help="write the id of the mount's process here")
+    _add_metrics(mount)
+    _add_progress(mount)
     _add_copy_options(mount)
     _add_source_options(mount, reconnect_timeout=60)
     _add_both_ends(mount)
     mount.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing folder")
 
     sync = _command(commands, "sync", "make the destination a copy of the source")
+    _add_metrics(sync)
+    _add_progress(sync)
     _add_copy_options(sync)
     _add_source_options(sync, reconnect_timeout=math.inf)
     _add_both_ends(sync)
 
     verify = _command(commands, "verify", "tell where the destination differs from the source")
     verify.add_argument("--json", action="store_true", help="as JSON, instead of lines of OFFSET:LENGTH")
+    _add_progress(verify)
     _add_source_options(verify, reconnect_timeout=math.inf)
     _add_both_ends(verify)
 
     status = _command(commands, "status", "tell how a mount is doing")
-    status.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
+    how = status.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
+    how.add_argument("--watch", action="store_true", help="go on telling, on the whole terminal; q ends it")
+    listing = _command(commands, "list", "tell of all mounts of this machine")
+    listing.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
     wait = _command(commands, "wait", "return when the copy is complete")
+    _add_progress(wait)
     umount = _command(commands, "umount", "unmount, and return when the destination is synced")
     pause = _command(commands, "pause", "stop the pass in the background; reads go on")
     resume = _command(commands, "resume", "let the pass in the background go on")
@@ -105,6 +119,31 @@ def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
 
 def _add_force(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="write even to a destination that is in use")
+
+
+def _add_progress(parser: argparse.ArgumentParser) -> None:
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--progress",
+        action="store_const",
+        const="lines",
+        help="tell progress on standard error: as a bar on a terminal, as lines elsewhere",
+    )
+    # An option by itself, because the value of one that may have none would be taken from what follows.
+    how.add_argument(
+        "--progress=json",
+        dest="progress",
+        action="store_const",
+        const="json",
+        help="tell it as a line of JSON each second",
+    )
+    how.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
+
+
+def _add_metrics(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--metrics", metavar="FILE", help="write the status there each 10 seconds, as text for Prometheus"
+    )
 
 
 def _add_copy_options(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from blockcopy.digests import Digest
 from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.geometry import BLOCK_SIZE, Extent
 from blockcopy.pieces import PIECE_SIZE, Piece, Pieces
-from blockcopy.progress import LineProgress
+from blockcopy.progress import Counts, Progress
 from blockcopy.stages import Buffers, InputStream, OutputStream, run_ordered
 
 ASKED_SIZE = 4 * PIECE_SIZE
@@ -51,7 +51,7 @@ def checksum(
     start: int = 0,
     end: int | None = None,
     digest: str | None = None,
-    progress: LineProgress | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write the hash stream of bytes `start` … `end` of `fd`, a file, device or pipe called `path`.
 
@@ -65,6 +65,8 @@ def checksum(
         raise BlockcopyError(f"--end {end} does not lie behind --start {start}")
     voice = _Extended(output, digests.named(digest)) if digest else _Original(output)
     hasher = _Hasher(voice.digest)
+    progress = progress or Progress()
+    total = total_size(fd, start, end)
     seekable = _seek(fd, path, start)
     reached = start
 
@@ -73,8 +75,7 @@ def checksum(
         for run in runs:
             voice.say(run)
             reached = run.end
-        if progress is not None:
-            progress.update(reached - start, reached)
+        progress.update(Counts(reached - start, total, position=reached))
 
     if _is_device(fd):
         device = Device(path, fd)
@@ -93,8 +94,7 @@ def checksum(
     if end is None and seekable:
         tail.insert(0, wire.encode(wire.Rest(reached)))
     output.write(tail)
-    if progress is not None:
-        progress.finish()
+    progress.finish()
 
 
 def total_size(fd: int, start: int, end: int | None) -> int | None:

@@ -22,7 +22,7 @@ _STAGES = "blockcopy.commands"
 _LAYERS = {
     _STAGES: ("checksum", "retrieve", "save"),
     "blockcopy.replica.commands": ("sync", "verify"),
-    "blockcopy_fuse.commands": ("mount", "status", "wait", "umount", "pause", "resume", "limit", "prefetch"),
+    "blockcopy_fuse.commands": ("mount", "status", "list", "wait", "umount", "pause", "resume", "limit", "prefetch"),
 }
 
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Run a command and exit with its status; by the signal where one ended it."""
     console.fill_closed_streams()
     args = parser().parse_args(argv)
-    _setup_logging(bool(args.verbose or os.environ.get("DEBUG")))
+    _setup_logging(bool(args.verbose or os.environ.get("DEBUG")), quiet=getattr(args, "quiet", False))
     stages.raise_on_signals()
     try:
         _command(args.command)(args)
@@ -55,10 +55,11 @@ def _exit_with(command: str, error: BlockcopyError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def _setup_logging(verbose: bool) -> None:
+def _setup_logging(verbose: bool, *, quiet: bool) -> None:
     logging.basicConfig(
         format="%(asctime)s [%(process)d %(threadName)s] %(name)s %(levelname)5s: %(message)s"
         if verbose
         else "%(message)s",
-        level=logging.DEBUG if verbose else logging.WARNING,
+        level=logging.DEBUG if verbose else logging.ERROR if quiet else logging.WARNING,
+        handlers=[console.Log()],
     )

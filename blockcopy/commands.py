@@ -16,14 +16,9 @@ from blockcopy.errors import DeviceError
 
 def checksum(args: argparse.Namespace) -> None:
     from blockcopy.checksum import checksum as write_hashes
-    from blockcopy.checksum import total_size
-    from blockcopy.progress import LineProgress
 
     stages.refuse_terminal(1)
-    with _checksum_input(args.destination_file) as fd:
-        progress = None
-        if args.progress:
-            progress = LineProgress(total_size(fd, args.start, args.end), console.say)
+    with _checksum_input(args.destination_file) as fd, console.progress(args) as progress:
         write_hashes(
             fd,
             args.destination_file,
@@ -72,8 +67,12 @@ def retrieve(args: argparse.Namespace) -> None:
     if args.compress and not args.compress.auto:
         zstd.check_available()
     chosen = packing.Xz() if args.lzma else packing.wished(args.compress, output)
-    with open_source(args.source_file) as source, stages.InputStream(0) as hashes:
-        answer(source, hashes, output, packing=chosen)
+    with (
+        open_source(args.source_file) as source,
+        stages.InputStream(0) as hashes,
+        console.progress(args) as progress,
+    ):
+        answer(source, hashes, output, packing=chosen, progress=progress)
 
 
 def save(args: argparse.Namespace) -> None:
@@ -82,9 +81,13 @@ def save(args: argparse.Namespace) -> None:
     from blockcopy.statefile import default_path, retire
 
     _refuse_dash(args.destination_file)
-    with open_destination(args.destination_file, force=args.force) as destination, stages.InputStream(0) as blocks:
+    with (
+        open_destination(args.destination_file, force=args.force) as destination,
+        stages.InputStream(0) as blocks,
+        console.progress(args) as progress,
+    ):
         retire(default_path(destination))  # what a mount or sync has on record is overwritten
-        write_blocks(destination, blocks, sparse=not args.no_sparse)
+        write_blocks(destination, blocks, sparse=not args.no_sparse, progress=progress)
 
 
 def _refuse_dash(path: str) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
 import os
 import sys
 from typing import TextIO
 
+from blockcopy import bar
+from blockcopy.progress import JsonProgress, LineProgress, Progress
 from blockcopy.stages import OutputStream
 
 
@@ -27,6 +31,37 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+class Log(logging.Handler):
+    """Log lines to standard error as it is at the time: where a bar is drawn, they pass by above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
+
+
 def terminal() -> TextIO | None:
     """Where a progress bar can be drawn, if anywhere."""
-    return sys.stderr if sys.stderr is not None and sys.stderr.isatty() else None
+    return sys.stderr if _can_draw(sys.stderr) else None
+
+
+def shows_screens() -> bool:
+    """Whether standard output is a terminal that more than lines can be drawn on."""
+    return _can_draw(sys.stdout)
+
+
+def _can_draw(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+
+
+def progress(args: argparse.Namespace, *, unasked: bool = False) -> Progress:
+    """What tells, on standard error, how far the command of `args` is: as its `quiet` and `progress` say.
+
+    `unasked`: a bar is drawn even where nobody asked for progress.
+    """
+    if args.quiet:
+        return Progress()
+    if args.progress == "json":
+        return JsonProgress(args.command, say)
+    stream = terminal()
+    if stream is not None and (args.progress or unasked) and bar.available():
+        return bar.Bar(stream)
+    return LineProgress(args.command, say) if args.progress else Progress()

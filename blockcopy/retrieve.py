@@ -24,6 +24,7 @@ from blockcopy.errors import StreamError
 from blockcopy.geometry import BLOCK_SIZE
 from blockcopy.packing import Packing
 from blockcopy.pieces import PIECE_SIZE, Pieces
+from blockcopy.progress import Counts, Progress
 from blockcopy.stages import Buffers, InputStream, Output, OutputStream, run_ordered
 
 
@@ -46,34 +47,54 @@ _MOST_ITEMS = 64
 class _Answer(NamedTuple):
     frames: list[Output]
     room: memoryview  # what they are views of
+    end: int  # of what they are about; 0 where it is nothing
 
 
-def retrieve(source: Device, hashes: InputStream, output: OutputStream, *, packing: Packing | None = None) -> None:
+def retrieve(
+    source: Device,
+    hashes: InputStream,
+    output: OutputStream,
+    *,
+    packing: Packing | None = None,
+    progress: Progress | None = None,
+) -> None:
     """Answer the hash stream from `source`, packed as `packing` or the asker has it.
+
+    `progress` is told the position answered, and how many bytes were sent.
 
     A stream that is cut short is an error after all that arrived was answered. Errors: StreamError,
     DeviceError, OutputError; BlockcopyError for a digest that this host has not.
     """
     buffers = Buffers(PIECE_SIZE)
     passing = source.exceeds_cache()
+    progress = progress or Progress()
+    size = source.size()
+    position = sent = 0
 
     def answer(batch: list[_Item]) -> _Answer:
-        room, used = buffers.take(), 0
+        room, used, end = buffers.take(), 0, 0
         frames: list[Output] = []
         for item in batch:
             frames += item.answer(source, room[used : used + item.size])
             used += item.size
-            if passing and isinstance(item, Run):
-                source.drop_behind(item.piece.position, item.size)
-        return _Answer(frames, room)
+            if isinstance(item, Run):
+                end = item.piece.position + item.size
+                if passing:
+                    source.drop_behind(item.piece.position, item.size)
+        return _Answer(frames, room, end)
 
     def send(answer: _Answer) -> None:
+        nonlocal position, sent
         output.write(answer.frames)
         buffers.give(answer.room)
+        position = answer.end or position
+        sent += sum(map(len, answer.frames))
+        progress.update(Counts(min(position, size), size, {"sent": sent}))
 
     questions = _Questions(source, output, packing or Packing())
     run_ordered(_batches(_items(hashes, questions)), answer, send, wake=hashes.wake)
     output.write([wire.encode(wire.Done())])
+    progress.finish()
 
 
 def _items(hashes: InputStream, questions: _Questions) -> Iterator[_Item | None]:

@@ -7,20 +7,25 @@ from blockcopy.decoder import Decoder
 from blockcopy.device import Device
 from blockcopy.digests import Buffer
 from blockcopy.errors import DestinationRefusedError
+from blockcopy.progress import Counts, Progress
 from blockcopy.stages import InputStream
 
 _WRITEBACK_SIZE = 16 * 1024 * 1024
 """Bytes after whose writing the disk is set to work."""
 
 
-def save(destination: Device, blocks: InputStream, *, sparse: bool = True) -> None:
+def save(
+    destination: Device, blocks: InputStream, *, sparse: bool = True, progress: Progress | None = None
+) -> None:
     """Write each block of the stream, then sync. The destination is never shortened.
 
     Zeros become holes where the destination can have some, unless not `sparse`. A stream that is cut
     short, or wrong, is an error, but all that came before it is written and synced. Errors: StreamError,
-    DeviceError; BlockcopyError for a compression that this host has not.
+    DeviceError; BlockcopyError for a compression that this host has not. `progress` is told the bytes written;
+    how many there will be, nobody knows.
     """
-    writer = _Writer(destination, sparse)
+    progress = progress or Progress()
+    writer = _Writer(destination, sparse, progress)
     decoder = Decoder(wire.BLOCK_STREAM)
     try:
         while not decoder.done:
@@ -34,11 +39,14 @@ def save(destination: Device, blocks: InputStream, *, sparse: bool = True) -> No
                 writer.take(message)
     finally:
         destination.sync()
+    progress.finish()
 
 
 class _Writer:
-    def __init__(self, destination: Device, sparse: bool) -> None:
+    def __init__(self, destination: Device, sparse: bool, progress: Progress) -> None:
         self._destination = destination
+        self._progress = progress
+        self._done = self._zeros = 0
         self._sparse = sparse
         self._passing = destination.exceeds_cache()
         self._limit = destination.size() if destination.is_block_device else None
@@ -50,6 +58,7 @@ class _Writer:
         if isinstance(message, wire.Zero):
             self._check_fits(*message)
             self._write_zeros(*message)
+            self._zeros += message.length
             self._written(*message)
             return
         if isinstance(message, wire.XzData):
@@ -72,6 +81,8 @@ class _Writer:
 
     def _written(self, position: int, length: int) -> None:
         """Have the disk at work while more is coming, so that the sync in the end has little to wait for."""
+        self._done += length
+        self._progress.update(Counts(self._done, parts={"zero": self._zeros}, position=position + length))
         self._unsent += length
         self._first, self._end = min(self._first, position), max(self._end, position + length)
         if self._unsent >= _WRITEBACK_SIZE:

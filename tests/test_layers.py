@@ -19,7 +19,7 @@ from blockcopy.arguments import parser
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 ROOTS = (CHECKOUT, CHECKOUT / "fuse")
-OPTIONAL = {"blockcopy.digests": "blake3"}
+OPTIONAL = {"blockcopy.digests": "blake3", "blockcopy.bar": "rich"}
 """What a module of the stages uses where it is installed, and does without elsewhere. (`blockcopy.zstd` names
 its own as a string, because it is called differently from one Python to the next.)"""
 LEAVES = ("print", "exit", "quit", "sys.exit", "os._exit", "SystemExit")
@@ -119,7 +119,7 @@ def test_the_stages_import_the_standard_library_and_each_other_only(module: str)
         for each in READ[module].imports
         if top(each.module) not in sys.stdlib_module_names
         and each.module not in CORE
-        and not (each.lazy and each.module == OPTIONAL.get(module))
+        and not ((each.lazy or each.typing_only) and top(each.module) == OPTIONAL.get(module))
     }
     assert not foreign
 

@@ -30,7 +30,7 @@ from blockcopy.replica import keeper, link
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.forms import FENCES
 from blockcopy.replica.replica import Plan, Replica
-from blockcopy.replica.status import floored_percent
+from blockcopy.meters import floored_percent
 
 QUICKLY, NEVER = 0.05, 1000
 """Seconds until a link that was lost is made again."""

@@ -1,35 +1,12 @@
-"""One snapshot of a replica, as JSON and as a line. Counts completed work; percents are floored."""
+"""One snapshot of a replica: as JSON, as a line, as counts for a progress bar."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections import deque
 from typing import Any
 
-_RATE_SECONDS = 10
-
-
-class RateMeter:
-    """Bytes a second over the last ten seconds, of a counter that is sampled each second."""
-
-    def __init__(self) -> None:
-        self._samples: deque[tuple[float, int]] = deque(maxlen=_RATE_SECONDS)
-
-    def sample(self, count: int) -> None:
-        self._samples.append((time.monotonic(), count))
-
-    def rate(self, count: int) -> int:
-        """Of the counter that stands at `count` now; 0 as long as nothing can be said."""
-        if not self._samples:
-            return 0
-        then, before = self._samples[0]
-        return max(0, int((count - before) / max(time.monotonic() - then, 0.001)))
-
-
-def floored_percent(part: int, whole: int) -> float:
-    """With two digits, and 100 only for the whole."""
-    return 100.0 if part >= whole else part * 10000 // whole / 100
+from blockcopy.meters import human_size, human_time
+from blockcopy.progress import Counts
 
 
 def to_json(snapshot: dict[str, Any]) -> bytes:
@@ -58,15 +35,10 @@ def one_line(snapshot: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def human_size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} TiB"
-
-
-def human_time(seconds: int) -> str:
-    minutes, seconds = divmod(seconds, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+def counts_of(snapshot: dict[str, Any]) -> Counts:
+    """What a progress bar is told: how much is here, or while it is compared once more, how much of that is done."""
+    if snapshot["state"] == "verifying":
+        return Counts(snapshot["verified_bytes"], snapshot["size"], state="verifying")
+    names = ["same", "fetched", "zero", *(["resumed"] if snapshot["resumed_bytes"] else [])]
+    parts = {name: snapshot[f"{name}_bytes"] for name in names}
+    return Counts(snapshot["hydrated_bytes"], snapshot["size"], parts, state=snapshot["state"])
