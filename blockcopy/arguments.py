@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from blockcopy import __version__, digests, values
-from blockcopy.remote import DEFAULT_RSH
+from blockcopy.remote import DEFAULT_PYTHON, DEFAULT_RSH
 
 
 def parser() -> argparse.ArgumentParser:
@@ -132,6 +132,15 @@ def _add_source_options(parser: argparse.ArgumentParser, *, reconnect_timeout: f
     )
     parser.add_argument(
         "--blockcopy-path", metavar="PROGRAM", help="what to run at the source, as in: sudo blockcopy"
+    )
+    parser.add_argument(
+        "--python",
+        metavar="PYTHON",
+        default=DEFAULT_PYTHON,
+        help="what runs our own stages on the host, as in: sudo -n python3 (default: python3)",
+    )
+    parser.add_argument(
+        "--no-control-master", action="store_true", help="log in once for each connection, not once for all"
     )
     parser.add_argument(
         "--timeout",

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from blockcopy import console, packing, zstd
 from blockcopy.errors import DifferentError, UsageError
-from blockcopy.remote import Command, parse_source, retrieve_command
+from blockcopy.login import control_path, logged_in
+from blockcopy.remote import Command, parse_location, stage_command
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -46,16 +47,23 @@ def run(program: Callable[[], Awaitable[T]]) -> T:
     return running.run(program)
 
 
-def _source_command(args: argparse.Namespace) -> Command:
-    return retrieve_command(parse_source(args.source), args.rsh, args.blockcopy_path)
+def source_command(args: argparse.Namespace) -> Command:
+    """A `retrieve` of SOURCE, run as the options say. UsageError."""
+    return stage_command(
+        parse_location(args.source),
+        args.rsh,
+        args.blockcopy_path,
+        python=args.python,
+        control=control_path(shared=not args.no_control_master),
+    )
 
 
-def plan_of(args: argparse.Namespace, **more: Any) -> Plan:
+def plan_of(args: argparse.Namespace, command: Command, **more: Any) -> Plan:
     """What the options that `mount` and `sync` share ask for, and `more` of a Plan. UsageError."""
     from blockcopy.replica.replica import Plan
 
     return Plan(
-        _source_command(args),
+        command,
         os.path.abspath(args.destination),
         force=args.force,
         keep_state=not args.no_state,
@@ -79,13 +87,13 @@ def _wish(args: argparse.Namespace) -> dict[str, Any] | None:
         if wish is not None and not wish.auto:
             zstd.check_available()
     else:
-        wish = packing.Wish(auto=True) if parse_source(args.source).host else None
+        wish = packing.Wish(auto=True) if parse_location(args.source).host else None
     return packing.fact_of(wish) if zstd.available() else None
 
 
 def _prompts(args: argparse.Namespace) -> bool:
     """Whether the way to the source may ask something at a terminal."""
-    if parse_source(args.source).host is None:
+    if parse_location(args.source).host is None:
         return False
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC))
@@ -95,11 +103,12 @@ def _prompts(args: argparse.Namespace) -> bool:
 
 
 def sync(args: argparse.Namespace) -> None:
-    with _started(_source_command(args)) as started:
+    command = source_command(args)
+    with logged_in(command), _started(command) as started:
         with needs_extra():
             from blockcopy.replica import running
             from blockcopy.replica.sync import sync as make_copy
-        plan = plan_of(args, demand=False, started=started)
+        plan = plan_of(args, command, demand=False, started=started)
         run(lambda: running.interruptible(lambda: make_copy(plan, console.terminal())))
 
 
@@ -129,16 +138,18 @@ def verify(args: argparse.Namespace) -> None:
             console.write(f"{extent.offset}:{extent.length}")
 
     ranges: list[dict[str, int]] = []
+    command = source_command(args)
     run_verify = functools.partial(
         compare,
-        _source_command(args),
+        command,
         os.path.abspath(args.destination),
         report,
         timeout=args.timeout,
         patience=args.reconnect_timeout,
         prompts=_prompts(args),
     )
-    verdict = run(lambda: running.interruptible(run_verify))
+    with logged_in(command):
+        verdict = run(lambda: running.interruptible(run_verify))
     if args.json:
         console.write(json.dumps({"size": verdict.size, "differing_bytes": verdict.differing, "ranges": ranges}))
     if verdict.differing:

@@ -194,7 +194,7 @@ class Replica:
         await self.let_go()
         self._complete = True
         self.settled.set()
-        logger.info("%s is a complete copy of %s", self._plan.destination, self._plan.command.source)
+        logger.info("%s is a complete copy of %s", self._plan.destination, self._plan.command.location)
 
     async def _verify(self) -> None:
         """Ask about every block once more, of what is on the disk. DifferentError."""
@@ -208,7 +208,7 @@ class Replica:
         if ranges:
             await self._keeper.forget()
             raise DifferentError(
-                f"{self._plan.destination} is not a copy of {self._plan.command.source} after all: "
+                f"{self._plan.destination} is not a copy of {self._plan.command.location} after all: "
                 f"{verdict.differing} bytes in {len(ranges)} ranges differ, the first at {ranges[0].offset}"
             )
 
@@ -271,7 +271,7 @@ class Replica:
         error = self._links[0].changed or self._failure or self._materialiser.last_error
         return {
             "state": self.state,
-            "source": str(self._plan.command.source),
+            "source": str(self._plan.command.location),
             "destination": self._plan.destination,
             "pid": os.getpid(),
             "size": size,

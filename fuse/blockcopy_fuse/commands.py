@@ -6,12 +6,14 @@ import argparse
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from blockcopy import console
 from blockcopy.errors import IncompleteError
-from blockcopy.replica.commands import needs_extra, plan_of, run
+from blockcopy.login import logged_in
+from blockcopy.replica.commands import needs_extra, plan_of, run, source_command
 from blockcopy.replica.status import one_line
 from blockcopy_fuse import control
 
@@ -21,6 +23,7 @@ def mount(args: argparse.Namespace) -> None:
         from blockcopy_fuse import daemon, mounting
     plan = plan_of(
         args,
+        source_command(args),
         hydrate=not args.no_background,
         may_be_away=True,
         read_timeout=mounting.longest_request(),
@@ -35,9 +38,14 @@ def mount(args: argparse.Namespace) -> None:
         pid_file=os.path.abspath(args.pid_file) if args.pid_file else None,
     )
     mounting.check(shown)
+
+    def serve(ready: Callable[[], None], terminal: TextIO | None) -> None:
+        with logged_in(plan.command):
+            run(lambda: mounting.serve(shown, ready, terminal))
+
     if args.foreground:
-        run(lambda: mounting.serve(shown, lambda: None, console.terminal()))
-    elif daemon.run_in_background(lambda ready: run(lambda: mounting.serve(shown, ready, None))):
+        serve(lambda: None, console.terminal())
+    elif daemon.run_in_background(lambda ready: serve(ready, None)):
         mounting.await_first_answer(shown)
 
 

@@ -176,7 +176,7 @@ def _init(mount: MountPlan, replica: Replica, socket: str | None) -> None:
     def snapshot() -> dict[str, Any]:
         return {**replica.snapshot(), "control_socket": socket}
 
-    source = str(mount.plan.command.source).replace("\\", "\\\\").replace(",", "\\,")
+    source = str(mount.plan.command.location).replace("\\", "\\\\").replace(",", "\\,")
     options = {*pyfuse3.default_options, "ro", f"fsname={source}", "subtype=blockcopy", *mount.options}
     mountpoint = os.path.realpath(mount.mountpoint)  # not to be looked at once it is ours to answer for
     operations = Operations(
