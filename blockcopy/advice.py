@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from blockcopy.remote import Command
 
+TRANSPORT_FAILED = 255
+"""What ssh ends with where it is the connection that failed, or the command was killed."""
+
 
 class _Case(NamedTuple):
     words: str
@@ -91,7 +94,7 @@ def _by_status(status: int | None, *, ours: bool) -> str | None:
         return "there is no `{runs}` on {host}: name it by --blockcopy-path; without that option python3 will do"
     if status == 126:
         return "`{runs}` cannot be run there by that user"
-    if ours:
+    if ours and status != TRANSPORT_FAILED:
         return (
             "{host} did not run `{runs}`. Where a login may run certain programs only, name one by --blockcopy-path"
         )

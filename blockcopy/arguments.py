@@ -51,6 +51,17 @@ def parser() -> argparse.ArgumentParser:
     save.add_argument("--no-sparse", action="store_true", help="write zeros out, rather than leave holes")
     _add_force(save)
 
+    receive = _command(commands, "receive", "the destination's end of a push: asks, and writes what comes back")
+    receive.add_argument("destination_file", metavar="FILE", help="file or device")
+    receive.add_argument("--no-sparse", action="store_true", help="write zeros out, rather than leave holes")
+    receive.add_argument(
+        "--compress",
+        metavar="zstd[:LEVEL]|auto|none",
+        type=values.compression,
+        help="what is wished for (default: none)",
+    )
+    _add_force(receive)
+
     mount = _command(commands, "mount", "show a remote device as a file while it is being copied")
     mount.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground, show progress")
     mount.add_argument(

@@ -20,7 +20,7 @@ from blockcopy.errors import BlockcopyError, Interrupted, UsageError
 _STAGES = "blockcopy.commands"
 
 _LAYERS = {
-    _STAGES: ("checksum", "retrieve", "save"),
+    _STAGES: ("checksum", "retrieve", "save", "receive"),
     "blockcopy.replica.commands": ("sync", "verify"),
     "blockcopy_fuse.commands": ("mount", "status", "wait", "umount", "pause", "resume", "limit", "prefetch"),
 }

@@ -87,6 +87,23 @@ def save(args: argparse.Namespace) -> None:
         write_blocks(destination, blocks, sparse=not args.no_sparse)
 
 
+def receive(args: argparse.Namespace) -> None:
+    from blockcopy.packing import fact_of
+    from blockcopy.receive import receive as write_answers
+
+    _refuse_dash(args.destination_file)
+    stages.refuse_terminal(1)
+    with stages.InputStream(0) as answers:
+        write_answers(
+            args.destination_file,
+            stages.OutputStream(1),
+            answers,
+            force=args.force,
+            sparse=not args.no_sparse,
+            compress=fact_of(args.compress),
+        )
+
+
 def _refuse_dash(path: str) -> None:
     if path == "-":
         raise DeviceError("FILE must be a file or device, not `-`: the stream takes standard input")

@@ -18,6 +18,9 @@ DEFAULT_RSH = "ssh"
 
 DEFAULT_PYTHON = "python3"
 
+MOST_NOISE = 64 * 1024
+"""Bytes that a login may print before a stage begins."""
+
 _KEEP_ALIVE = ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
 """ssh notices within half a minute that the other end is gone. What was said before, in -e, it heeds first."""
 
@@ -39,10 +42,11 @@ class Location(NamedTuple):
         return f"{self.host}:{self.path}" if self.host else self.path
 
 
-def parse_location(text: str) -> Location:
+def parse_location(text: str, what: str = "SOURCE") -> Location:
     """As rsync reads it: a colon before any slash parts host and path. UsageError for what is neither.
 
-    An IPv6 address stands in brackets. A local path with a colon in its first part is written `./a:b`.
+    `what` it is, for the message. An IPv6 address stands in brackets. A local path with a colon in its first
+    part is written `./a:b`.
     """
     bracketed = re.match(r"((?:[^/:@]+@)?)\[([^/\]]*)\]:(.*)", text, re.DOTALL)
     if bracketed:
@@ -52,14 +56,14 @@ def parse_location(text: str) -> Location:
         host, colon, path = text.partition(":")
         if not colon or "/" in host:
             if not text:
-                raise UsageError("SOURCE is empty; it is [user@]host:/path or a local path")
+                raise UsageError(f"{what} is empty; it is [user@]host:/path or a local path")
             return Location(None, text)
     if not host or not path:
         raise UsageError(
-            f"SOURCE {text!r} has no {'path' if host else 'host'}; it is [user@]host:/path or a local path"
+            f"{what} {text!r} has no {'path' if host else 'host'}; it is [user@]host:/path or a local path"
         )
     if host.startswith("-"):
-        raise UsageError(f"SOURCE {text!r}: a host does not begin with `-`")
+        raise UsageError(f"{what} {text!r}: a host does not begin with `-`")
     return Location(host, path)
 
 

@@ -20,7 +20,7 @@ def save(destination: Device, blocks: InputStream, *, sparse: bool = True) -> No
     short, or wrong, is an error, but all that came before it is written and synced. Errors: StreamError,
     DeviceError; BlockcopyError for a compression that this host has not.
     """
-    writer = _Writer(destination, sparse)
+    writer = Writer(destination, sparse)
     decoder = Decoder(wire.BLOCK_STREAM)
     try:
         while not decoder.done:
@@ -36,7 +36,9 @@ def save(destination: Device, blocks: InputStream, *, sparse: bool = True) -> No
         destination.sync()
 
 
-class _Writer:
+class Writer:
+    """Writes what a block stream says; its destination has to be synced in the end."""
+
     def __init__(self, destination: Device, sparse: bool) -> None:
         self._destination = destination
         self._sparse = sparse

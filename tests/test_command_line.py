@@ -151,6 +151,7 @@ def test_exit_statuses_are_those_that_scripts_rely_on() -> None:
     of = {error.__name__: error.exit_code for error in CLASSES}
     promised = {
         "UsageError": 2,
+        "PeerError": 3,
         "SourceError": 3,
         "GarbledSourceError": 3,
         "SourceChangedError": 3,

@@ -11,19 +11,21 @@ import functools
 import gc
 import json
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from blockcopy import console, packing, zstd
+from blockcopy.device import open_source
 from blockcopy.errors import DifferentError, UsageError
 from blockcopy.login import control_path, logged_in
-from blockcopy.remote import Command, parse_location, stage_command
+from blockcopy.remote import Command, Location, parse_location, stage_command
 
 if TYPE_CHECKING:
     from subprocess import Popen
 
     from blockcopy.geometry import Extent
     from blockcopy.replica.replica import Plan
+    from blockcopy.replica.verify import Verdict
 
 T = TypeVar("T")
 
@@ -49,12 +51,18 @@ def run(program: Callable[[], Awaitable[T]]) -> T:
 
 def source_command(args: argparse.Namespace) -> Command:
     """A `retrieve` of SOURCE, run as the options say. UsageError."""
+    return _command(args, parse_location(args.source), "retrieve")
+
+
+def _command(args: argparse.Namespace, location: Location, stage: str, options: Sequence[str] = ()) -> Command:
     return stage_command(
-        parse_location(args.source),
+        location,
         args.rsh,
         args.blockcopy_path,
         python=args.python,
         control=control_path(shared=not args.no_control_master),
+        stage=stage,
+        options=options,
     )
 
 
@@ -62,16 +70,19 @@ def plan_of(args: argparse.Namespace, command: Command, **more: Any) -> Plan:
     """What the options that `mount` and `sync` share ask for, and `more` of a Plan. UsageError."""
     from blockcopy.replica.replica import Plan
 
+    destination = parse_location(args.destination, "DESTINATION")
+    if destination.host is not None:
+        raise UsageError(f"DESTINATION {args.destination} has to be here: blocks of it are what a mount reads")
     return Plan(
         command,
-        os.path.abspath(args.destination),
+        os.path.abspath(destination.path),
         force=args.force,
         keep_state=not args.no_state,
         state=os.path.abspath(args.state) if args.state else None,
         recheck=args.recheck,
         timeout=args.timeout,
         reconnect_timeout=args.reconnect_timeout,
-        prompts=_prompts(args),
+        prompts=_prompts(command.location),
         limit=args.limit,
         verify=args.verify,
         compress=_wish(args),
@@ -82,18 +93,19 @@ def plan_of(args: argparse.Namespace, command: Command, **more: Any) -> Plan:
 
 def _wish(args: argparse.Namespace) -> dict[str, Any] | None:
     """What the source is asked to compress with: `auto` over a network, if nothing is said."""
-    if "compress" in args:
-        wish = args.compress
-        if wish is not None and not wish.auto:
-            zstd.check_available()
-    else:
-        wish = packing.Wish(auto=True) if parse_location(args.source).host else None
+    wish = args.compress if "compress" in args else _default_wish(parse_location(args.source))
+    if wish is not None and not wish.auto:
+        zstd.check_available()
     return packing.fact_of(wish) if zstd.available() else None
 
 
-def _prompts(args: argparse.Namespace) -> bool:
-    """Whether the way to the source may ask something at a terminal."""
-    if parse_location(args.source).host is None:
+def _default_wish(location: Location) -> packing.Wish | None:
+    return packing.Wish(auto=True) if location.host else None
+
+
+def _prompts(location: Location) -> bool:
+    """Whether the way there may ask something at a terminal."""
+    if location.host is None:
         return False
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC))
@@ -103,6 +115,10 @@ def _prompts(args: argparse.Namespace) -> bool:
 
 
 def sync(args: argparse.Namespace) -> None:
+    destination = parse_location(args.destination, "DESTINATION")
+    if destination.host is not None:
+        _push(args, destination)
+        return
     command = source_command(args)
     with logged_in(command), _started(command) as started:
         with needs_extra():
@@ -110,6 +126,28 @@ def sync(args: argparse.Namespace) -> None:
             from blockcopy.replica.sync import sync as make_copy
         plan = plan_of(args, command, demand=False, started=started)
         run(lambda: running.interruptible(lambda: make_copy(plan, console.terminal())))
+
+
+def _push(args: argparse.Namespace, destination: Location) -> None:
+    from blockcopy.push import push
+
+    source = _local(args)
+    if args.state or args.recheck:
+        raise UsageError("a push keeps no state: each block is checked, every time")
+    options = [name for name, given in (("--force", args.force), ("--no-sparse", args.no_sparse)) if given]
+    wish = args.compress if "compress" in args else _default_wish(destination)
+    command = _command(args, destination, "receive", [*options, "--compress", packing.text_of(wish)])
+    with logged_in(command), open_source(source) as device:
+        push(command, device, patience=args.reconnect_timeout)
+        if args.verify:
+            _refuse_differing(args, _compare(args, _command(args, destination, "retrieve"), source, device.size()))
+
+
+def _local(args: argparse.Namespace) -> str:
+    source = parse_location(args.source)
+    if source.host is not None:
+        raise UsageError("SOURCE and DESTINATION are both on another host: run it on one of the two")
+    return os.path.abspath(source.path)
 
 
 @contextlib.contextmanager
@@ -127,31 +165,48 @@ def _started(command: Command) -> Iterator[list[Popen[bytes]]]:
 
 
 def verify(args: argparse.Namespace) -> None:
+    destination = parse_location(args.destination, "DESTINATION")
+    if destination.host is None:
+        verdict = _compare(args, source_command(args), os.path.abspath(args.destination))
+    else:  # there is no difference between the two ends but this: what the destination has beyond does not count
+        source = _local(args)
+        with open_source(source) as device:
+            verdict = _compare(args, _command(args, destination, "retrieve"), source, device.size())
+    _refuse_differing(args, verdict)
+
+
+def _compare(args: argparse.Namespace, command: Command, path: str, size: int | None = None) -> Verdict:
+    """Tell where they differ, to standard output."""
     with needs_extra():
         from blockcopy.replica import running
         from blockcopy.replica.verify import verify as compare
 
     def report(extent: Extent) -> None:
-        if args.json:
+        if as_json:
             ranges.append(extent._asdict())
         else:
             console.write(f"{extent.offset}:{extent.length}")
 
+    as_json = getattr(args, "json", False)
     ranges: list[dict[str, int]] = []
-    command = source_command(args)
     run_verify = functools.partial(
         compare,
         command,
-        os.path.abspath(args.destination),
+        path,
         report,
         timeout=args.timeout,
         patience=args.reconnect_timeout,
-        prompts=_prompts(args),
+        prompts=_prompts(command.location),
+        size=size,
     )
     with logged_in(command):
         verdict = run(lambda: running.interruptible(run_verify))
-    if args.json:
+    if as_json:
         console.write(json.dumps({"size": verdict.size, "differing_bytes": verdict.differing, "ranges": ranges}))
+    return verdict
+
+
+def _refuse_differing(args: argparse.Namespace, verdict: Verdict) -> None:
     if verdict.differing:
         raise DifferentError(
             f"{args.destination} is not a copy of {args.source}: {verdict.differing} of {verdict.size} bytes "

@@ -25,11 +25,10 @@ import math
 import os
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
-from pathlib import Path
 
 import trio
 
-from blockcopy.device import Device, open_destination, open_source
+from blockcopy.device import Device, existing_destination, make_room, open_destination, open_source
 from blockcopy.errors import DestinationRefusedError, DeviceError, SourceError, StateError
 from blockcopy.geometry import BLOCK_SIZE, Geometry
 from blockcopy.replica import keeper
@@ -82,7 +81,7 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
                 if device is None:
                     device = stack.enter_context(open_destination(plan.destination, force=plan.force, create=True))
                     journal, record = _recall(plan, device, stack)
-                _make_room(device, geometry.size)
+                make_room(device, geometry.size)
                 blockmap = BlockMap(geometry)
                 if journal and record and keeper.is_of(journal, record, source):
                     blockmap = keeper.resume(journal, record, device, geometry, source if is_there else None)
@@ -147,12 +146,10 @@ async def _connect(
 
 def _open_existing(plan: Plan, devices: ExitStack) -> Device | None:
     """Claim the destination before anything is asked of anybody; None where it has to be created."""
-    path = Path(plan.destination)
-    if not path.exists():
-        if not os.access(path.parent, os.W_OK | os.X_OK):
-            raise DeviceError(f"cannot create {path}: there is no folder {path.parent} to write into")
+    device = existing_destination(plan.destination, force=plan.force)
+    if device is None:
         return None
-    device = devices.enter_context(open_destination(plan.destination, force=plan.force))
+    devices.enter_context(device)
     if plan.command.location.host is None and _is_same(plan.command.location.path, device):
         raise DestinationRefusedError(f"{plan.destination} is the source itself")
     return device
@@ -164,15 +161,3 @@ def _is_same(path: str, device: Device) -> bool:
             return other.identity == device.identity
     except DeviceError:
         return False  # missing, which the retrieve process tells, or only sudo can read it
-
-
-def _make_room(device: Device, size: int) -> None:
-    """The destination holds at least `size` bytes; a longer one keeps its tail."""
-    own = device.size()
-    if own >= size:
-        return
-    if device.is_block_device:
-        raise DestinationRefusedError(
-            f"{device.path} is too small: it has {own} bytes, and the source {size}. Nothing was written"
-        )
-    device.grow(size)

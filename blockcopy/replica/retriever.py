@@ -29,7 +29,7 @@ from blockcopy.digests import Digest
 from blockcopy.errors import GarbledSourceError, OriginalProgramError, SourceError, StreamError
 from blockcopy.geometry import Extent
 from blockcopy.identity import Identity, is_identity
-from blockcopy.remote import Command
+from blockcopy.remote import MOST_NOISE, Command
 from blockcopy.replica.forms import AgreedForm, Answer, Batch, OriginalForm, Probe, Question, Sink, Survey
 from blockcopy.replica.process import Process, start
 from blockcopy.stages import InputStream, enlarge_pipe
@@ -37,9 +37,6 @@ from blockcopy.stages import InputStream, enlarge_pipe
 logger = logging.getLogger(__name__)
 
 Kind = TypeVar("Kind", bound=Batch)
-
-_MOST_NOISE = 64 * 1024
-"""Bytes that a login may print."""
 
 _FAREWELL_SECONDS = 2
 """How long a process that closed its output, or was told to end, is waited for before it is killed."""
@@ -293,7 +290,7 @@ class Retriever:
 
     def _begins(self, stream: InputStream) -> bool:
         """Pass over what a login prints. Where nothing else comes, that may tell why."""
-        self._begun, noise = stream.skip_past(self._command.mark, _MOST_NOISE)
+        self._begun, noise = stream.skip_past(self._command.mark, MOST_NOISE)
         if not self._begun:
             self._note(noise.split(b"\n"))
         return self._begun

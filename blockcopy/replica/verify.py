@@ -41,10 +41,12 @@ async def verify(
     timeout: float,
     patience: float,
     prompts: bool,
+    size: int | None = None,
 ) -> Verdict:
     """Compare every block; `report` gets each range that differs, in order, neighbours as one.
 
-    Where the destination is shorter, all that it lacks differs; what it has beyond does not count.
+    Where the destination is shorter, all that it lacks differs; what it has beyond does not count. With `size`
+    it is the other end that is the copy, of so many bytes.
     `timeout` and `prompts` as for a Connector, `patience` as for a Link. SourceError, DeviceError, in
     exception groups.
     """
@@ -55,10 +57,20 @@ async def verify(
             link = Link(connector, nursery, patience=patience)
             await link.open()
             nursery.start_soon(link.run)
-            size = connector.identity["size"] if connector.identity else 0
-            verdict = await compare(device, Geometry(size), link, report)
+            there = connector.identity["size"] if connector.identity else 0
+            verdict = await _compare_ends(device, there, size, link, report)
             await link.close()
     return verdict
+
+
+async def _compare_ends(
+    device: Device, there: int, size: int | None, link: Link, report: Callable[[Extent], None]
+) -> Verdict:
+    if size is None or size <= there:
+        return await compare(device, Geometry(there if size is None else size), link, report)
+    verdict = await compare(device, Geometry(there), link, report)
+    report(Extent(there, size - there))
+    return Verdict(size, verdict.differing + size - there)
 
 
 async def compare(device: Device, geometry: Geometry, link: Link, report: Callable[[Extent], None]) -> Verdict:
