@@ -62,6 +62,11 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_force(receive)
 
+    facts = _command(commands, "facts", "tell what this host can do for a copy, as JSON")
+    facts.add_argument(
+        "source_file", metavar="FILE", nargs="?", help="file or device that it should be able to read"
+    )
+
     mount = _command(commands, "mount", "show a remote device as a file while it is being copied")
     mount.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground, show progress")
     mount.add_argument(
@@ -89,6 +94,12 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="as JSON, instead of lines of OFFSET:LENGTH")
     _add_source_options(verify, reconnect_timeout=math.inf)
     _add_both_ends(verify)
+
+    doctor = _command(commands, "doctor", "tell what is missing here, and on a host")
+    _add_way(doctor)
+    doctor.add_argument(
+        "host", metavar="HOST", nargs="?", help="[user@]host, or [user@]host:/path of a source there"
+    )
 
     status = _command(commands, "status", "tell how a mount is doing")
     status.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
@@ -137,7 +148,7 @@ def _add_copy_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_source_options(parser: argparse.ArgumentParser, *, reconnect_timeout: float) -> None:
+def _add_way(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-e", "--rsh", metavar="RSH", default=DEFAULT_RSH, help="how to reach the host (default: ssh)"
     )
@@ -153,6 +164,10 @@ def _add_source_options(parser: argparse.ArgumentParser, *, reconnect_timeout: f
     parser.add_argument(
         "--no-control-master", action="store_true", help="log in once for each connection, not once for all"
     )
+
+
+def _add_source_options(parser: argparse.ArgumentParser, *, reconnect_timeout: float) -> None:
+    _add_way(parser)
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",

@@ -20,9 +20,19 @@ from blockcopy.errors import BlockcopyError, Interrupted, UsageError
 _STAGES = "blockcopy.commands"
 
 _LAYERS = {
-    _STAGES: ("checksum", "retrieve", "save", "receive"),
+    _STAGES: ("checksum", "retrieve", "save", "receive", "facts"),
     "blockcopy.replica.commands": ("sync", "verify"),
-    "blockcopy_fuse.commands": ("mount", "status", "wait", "umount", "pause", "resume", "limit", "prefetch"),
+    "blockcopy_fuse.commands": (
+        "mount",
+        "status",
+        "wait",
+        "umount",
+        "pause",
+        "resume",
+        "limit",
+        "prefetch",
+        "doctor",
+    ),
 }
 
 
@@ -46,7 +56,12 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
     module = next(each for each, commands in _LAYERS.items() if name in commands)
     if module != _STAGES and sys.version_info < (3, 11):
         raise UsageError(f"{name} needs Python 3.11 or newer; the copy stages work with this one")
-    command: Callable[[argparse.Namespace], None] = getattr(importlib.import_module(module), name)
+    try:
+        command: Callable[[argparse.Namespace], None] = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{name} is not in this copy of the stages; pip install 'blockcopy[fuse]' has it"
+        ) from error
     return command
 
 

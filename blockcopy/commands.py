@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 
@@ -102,6 +103,12 @@ def receive(args: argparse.Namespace) -> None:
             sparse=not args.no_sparse,
             compress=fact_of(args.compress),
         )
+
+
+def facts(args: argparse.Namespace) -> None:
+    from blockcopy.facts import facts as found
+
+    console.write(json.dumps(found(args.source_file)))
 
 
 def _refuse_dash(path: str) -> None:

@@ -94,6 +94,10 @@ class MountError(BlockcopyError):
     exit_code = 4
 
 
+class UnfitError(BlockcopyError):
+    """`doctor` found that something is missing which a mount or a sync cannot do without."""
+
+
 class DifferentError(BlockcopyError):
     """`verify` found that the destination is not the source's copy."""
 

@@ -23,14 +23,14 @@ so that no byte behind the line is taken."""
 
 def opening(arguments: Sequence[str]) -> bytes:
     """What to send first to a python3 that runs CODE, so that it runs `blockcopy` with `arguments`."""
-    content = {"package": PACKAGE, "modules": _modules(), "program": f"{PACKAGE}.cli", "arguments": [*arguments]}
+    content = {"package": PACKAGE, "modules": modules(), "program": f"{PACKAGE}.cli", "arguments": [*arguments]}
     parcel = zlib.compress(json.dumps(content).encode())
-    program = f"{_modules()[f'{PACKAGE}.bootstrap']}\nbegin({len(parcel)})\n"
+    program = f"{modules()[f'{PACKAGE}.bootstrap']}\nbegin({len(parcel)})\n"
     return f"exec({program!a})\n".encode() + parcel
 
 
 @functools.cache
-def _modules() -> dict[str, str]:
+def modules() -> dict[str, str]:
     """Name → text of the stages: the modules of the package itself, and not those of packages in it."""
     texts = {path.stem: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.py")}
     return {PACKAGE if name == "__init__" else f"{PACKAGE}.{name}": text for name, text in texts.items()}

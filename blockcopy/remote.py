@@ -33,13 +33,13 @@ _IDLE_SECONDS = 10
 
 
 class Location(NamedTuple):
-    """`[user@]host:/path`, or a local path where `host` is None."""
+    """`[user@]host:/path`, or a local path where `host` is None; a host itself where `path` is empty."""
 
     host: str | None
     path: str
 
     def __str__(self) -> str:
-        return f"{self.host}:{self.path}" if self.host else self.path
+        return ":".join(filter(None, self))
 
 
 def parse_location(text: str, what: str = "SOURCE") -> Location:
@@ -125,13 +125,13 @@ def stage_command(
     way = _way_to(login, control)
     shares = way != login and control not in (None, NO_CONTROL)
     end_login = [*way[:-2], "-O", "exit", *way[-2:]] if shares else []
-    path = _no_option(location.path)
+    path = [_no_option(location.path)] if location.path else []
     if program is not None:
         words = _remote_words("--blockcopy-path", program)
-        argv = [*way, *words, stage, *options, shlex.quote(path)]
+        argv = [*way, *words, stage, *options, *map(shlex.quote, path)]
         return Command(location, argv, {}, _here(), runs=program, login=login, end_login=end_login)
     # What stands behind the code is for whoever lists the processes there; it tells Python nothing.
-    shown = [word for word in ("blockcopy", stage, path) if re.fullmatch(r"[\w@%+:,./-]+", word, re.ASCII)]
+    shown = [word for word in ("blockcopy", stage, *path) if re.fullmatch(r"[\w@%+:,./-]+", word, re.ASCII)]
     return Command(
         location,
         [*way, *_remote_words("--python", python), "-c", parcel.CODE, *shown],
@@ -140,7 +140,7 @@ def stage_command(
         runs=python,
         login=login,
         end_login=end_login,
-        opening=parcel.opening([stage, *options, path]),
+        opening=parcel.opening([stage, *options, *path]),
         mark=bootstrap.MARK,
     )
 

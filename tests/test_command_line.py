@@ -46,6 +46,9 @@ OPTIONS = {
     "umount": ["MOUNTPOINT"],
     "pause": ["MOUNTPOINT"],
     "resume": ["MOUNTPOINT"],
+    "receive": ["FILE", "--force", "--no-sparse", "--compress"],
+    "facts": ["FILE"],
+    "doctor": ["HOST", "-e RSH", "--python", "--blockcopy-path"],
     "limit": ["MOUNTPOINT", "RATE"],
     "prefetch": ["MOUNTPOINT", "OFFSET:LENGTH"],
 }
@@ -152,6 +155,7 @@ def test_exit_statuses_are_those_that_scripts_rely_on() -> None:
     promised = {
         "UsageError": 2,
         "PeerError": 3,
+        "UnfitError": 1,
         "SourceError": 3,
         "GarbledSourceError": 3,
         "SourceChangedError": 3,

@@ -118,7 +118,7 @@ def python_of(version: str) -> str:
 def test_the_parcel_is_made_of_the_packages_own_files() -> None:
     folder = Path(parcel.__file__).parent
     names = {f"blockcopy.{path.stem}" for path in folder.glob("*.py")} - {"blockcopy.__init__"} | {"blockcopy"}
-    assert set(parcel._modules()) == names
+    assert set(parcel.modules()) == names
 
 
 # What fails, each with its reason and its advice

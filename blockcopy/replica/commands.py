@@ -51,10 +51,11 @@ def run(program: Callable[[], Awaitable[T]]) -> T:
 
 def source_command(args: argparse.Namespace) -> Command:
     """A `retrieve` of SOURCE, run as the options say. UsageError."""
-    return _command(args, parse_location(args.source), "retrieve")
+    return command_for(args, parse_location(args.source), "retrieve")
 
 
-def _command(args: argparse.Namespace, location: Location, stage: str, options: Sequence[str] = ()) -> Command:
+def command_for(args: argparse.Namespace, location: Location, stage: str, options: Sequence[str] = ()) -> Command:
+    """A stage of what is at `location`, run as the options say. UsageError."""
     return stage_command(
         location,
         args.rsh,
@@ -136,11 +137,13 @@ def _push(args: argparse.Namespace, destination: Location) -> None:
         raise UsageError("a push keeps no state: each block is checked, every time")
     options = [name for name, given in (("--force", args.force), ("--no-sparse", args.no_sparse)) if given]
     wish = args.compress if "compress" in args else _default_wish(destination)
-    command = _command(args, destination, "receive", [*options, "--compress", packing.text_of(wish)])
+    command = command_for(args, destination, "receive", [*options, "--compress", packing.text_of(wish)])
     with logged_in(command), open_source(source) as device:
         push(command, device, patience=args.reconnect_timeout)
         if args.verify:
-            _refuse_differing(args, _compare(args, _command(args, destination, "retrieve"), source, device.size()))
+            _refuse_differing(
+                args, _compare(args, command_for(args, destination, "retrieve"), source, device.size())
+            )
 
 
 def _local(args: argparse.Namespace) -> str:
@@ -171,7 +174,7 @@ def verify(args: argparse.Namespace) -> None:
     else:  # there is no difference between the two ends but this: what the destination has beyond does not count
         source = _local(args)
         with open_source(source) as device:
-            verdict = _compare(args, _command(args, destination, "retrieve"), source, device.size())
+            verdict = _compare(args, command_for(args, destination, "retrieve"), source, device.size())
     _refuse_differing(args, verdict)
 
 

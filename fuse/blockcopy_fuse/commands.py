@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from blockcopy import console
-from blockcopy.errors import IncompleteError
+from blockcopy.errors import IncompleteError, UnfitError
 from blockcopy.login import logged_in
-from blockcopy.replica.commands import needs_extra, plan_of, run, source_command
+from blockcopy.remote import Location
+from blockcopy.replica.commands import command_for, needs_extra, plan_of, run, source_command
 from blockcopy.replica.status import one_line
 from blockcopy_fuse import control
 
@@ -83,6 +85,21 @@ def limit(args: argparse.Namespace) -> None:
 
 def prefetch(args: argparse.Namespace) -> None:
     _tell(args, extents=args.extents)
+
+
+def doctor(args: argparse.Namespace) -> None:
+    from blockcopy_fuse.doctor import examine, examine_host
+
+    findings = examine()
+    if args.host is not None:
+        host, _, path = args.host.partition(":")
+        findings = itertools.chain(findings, examine_host(command_for(args, Location(host, path), "facts")))
+    failures = 0
+    for verdict, words in findings:
+        console.write(f"{verdict:5} {words}")
+        failures += verdict == "FAIL"
+    if failures:
+        raise UnfitError(f"{failures} of these have to be mended first")
 
 
 def _tell(args: argparse.Namespace, **more: Any) -> None:
