@@ -36,7 +36,7 @@ class Finding(NamedTuple):
 
 def examine() -> Iterator[Finding]:
     """This host, point by point."""
-    yield _python()
+    yield Finding("ok", f"Python {platform.python_version()} ({sys.executable})")
     for name, least in _REQUIRED.items():
         yield _package(name, least)
     yield from _fuse()
@@ -92,13 +92,6 @@ def _pair(host: str, found: dict[str, Any]) -> Iterator[Finding]:
 
 def _speeds(speeds: dict[str, int]) -> str:
     return ", ".join(f"{name} {speed} MB/s" for name, speed in speeds.items())
-
-
-def _python() -> Finding:
-    version = platform.python_version()
-    if sys.version_info < (3, 11):
-        return Finding("FAIL", f"Python {version}: mount and sync need 3.11 or newer")
-    return Finding("ok", f"Python {version} ({sys.executable})")
 
 
 def _package(name: str, least: tuple[int, int]) -> Finding:
