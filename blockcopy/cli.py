@@ -32,6 +32,8 @@ _LAYERS = {
         "limit",
         "prefetch",
         "doctor",
+        "manual",
+        "completion",
     ),
 }
 

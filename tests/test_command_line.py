@@ -31,7 +31,7 @@ OPTIONS = {
     "mount": [
         *(
             "-f",
-            "-o FUSE_OPTIONS",
+            "-o OPTIONS",
             "--no-background",
             "--name",
             "--pid-file",
@@ -48,6 +48,8 @@ OPTIONS = {
     "resume": ["MOUNTPOINT"],
     "receive": ["FILE", "--force", "--no-sparse", "--compress"],
     "facts": ["FILE"],
+    "manual": [],
+    "completion": ["SHELL"],
     "doctor": ["HOST", "-e RSH", "--python", "--blockcopy-path"],
     "limit": ["MOUNTPOINT", "RATE"],
     "prefetch": ["MOUNTPOINT", "OFFSET:LENGTH"],

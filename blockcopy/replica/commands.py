@@ -37,7 +37,7 @@ def needs_extra() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"mount and sync need the module `{error.name}`; install it with: pip install 'blockcopy[fuse]'"
+            f"this needs the module `{error.name}`; install it with: pip install 'blockcopy[fuse]'"
         ) from error
 
 

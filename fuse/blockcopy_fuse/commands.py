@@ -102,5 +102,17 @@ def doctor(args: argparse.Namespace) -> None:
         raise UnfitError(f"{failures} of these have to be mended first")
 
 
+def manual(args: argparse.Namespace) -> None:
+    with needs_extra():
+        from blockcopy_fuse.manual import page
+    console.write(page().rstrip())
+
+
+def completion(args: argparse.Namespace) -> None:
+    with needs_extra():
+        from blockcopy_fuse.manual import completion as script
+    console.write(script(args.shell).rstrip())
+
+
 def _tell(args: argparse.Namespace, **more: Any) -> None:
     control.command(args.mountpoint, {"command": args.command, **more})
