@@ -13,7 +13,8 @@ import secrets
 import subprocess
 from collections.abc import Iterator
 
-from blockcopy.errors import DeviceError
+from blockcopy.advice import advice
+from blockcopy.errors import DeviceError, PeerError
 from blockcopy.remote import NO_CONTROL, Command
 from blockcopy.runfolder import run_folder
 
@@ -37,6 +38,22 @@ def control_path(*, shared: bool) -> str:
     if len(os.fsencode(path)) > _MOST_PATH:
         return NO_CONTROL
     return f"{path}-%C"  # of host, port and user: never a way to another host
+
+
+def log_in(command: Command) -> Command:
+    """Make the login that is shared, with the terminal's help, and what goes through it. PeerError where it fails.
+
+    ssh itself, asked to go to the background, minds a terminal that is closed.
+    """
+    try:
+        done = subprocess.run(command.log_in, check=False, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    except OSError as error:
+        raise PeerError(f"cannot run `{command.argv[0]}`: {error.strerror}") from error
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip()
+        todo = advice(command, done.returncode, said, begun=False)
+        raise PeerError(f"{command.location.host}: no login; ssh said: {said}" + (f" – {todo}" if todo else ""))
+    return command.logged_in()
 
 
 @contextlib.contextmanager

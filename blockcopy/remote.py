@@ -79,8 +79,11 @@ class Command(NamedTuple):
     """What is run there, in words of who asked for it; for messages."""
     login: Sequence[str] = ()
     """How the host is reached by hand."""
+    log_in: Sequence[str] = ()
     end_login: Sequence[str] = ()
-    """What ends the login that all connections share; nothing where each has its own."""
+    """What makes and ends the login that all connections share; nothing where each has its own."""
+    own_session: bool = False
+    """It needs no terminal, and whatever happens to ours does not concern it."""
     opening: bytes = b""
     """What its standard input gets before anything else."""
     mark: bytes = b""
@@ -96,11 +99,16 @@ class Command(NamedTuple):
             stderr=subprocess.PIPE,
             env={**os.environ, **self.environment},
             cwd=self.folder if os.path.isdir(self.folder) else None,
+            start_new_session=self.own_session,
         )
 
     def outliving_terminal(self) -> Command:
         """The same for an ssh that asks for its password at a terminal which may be gone afterwards."""
         return self._replace(argv=["nohup", *self.argv])
+
+    def logged_in(self) -> Command:
+        """The same where `log_in` has asked for all there was to ask."""
+        return self._replace(own_session=True)
 
 
 def stage_command(
@@ -124,12 +132,13 @@ def stage_command(
     login = [*_words("-e", rsh), location.host]
     way = _way_to(login, control)
     shares = way != login and control not in (None, NO_CONTROL)
+    log_in = [*way[:-2], "-fN", *way[-2:]] if shares else []
     end_login = [*way[:-2], "-O", "exit", *way[-2:]] if shares else []
     path = [_no_option(location.path)] if location.path else []
     if program is not None:
         words = _remote_words("--blockcopy-path", program)
         argv = [*way, *words, stage, *options, *map(shlex.quote, path)]
-        return Command(location, argv, {}, _here(), runs=program, login=login, end_login=end_login)
+        return Command(location, argv, {}, _here(), runs=program, login=login, log_in=log_in, end_login=end_login)
     # What stands behind the code is for whoever lists the processes there; it tells Python nothing.
     shown = [word for word in ("blockcopy", stage, *path) if re.fullmatch(r"[\w@%+:,./-]+", word, re.ASCII)]
     return Command(
@@ -139,6 +148,7 @@ def stage_command(
         _here(),
         runs=python,
         login=login,
+        log_in=log_in,
         end_login=end_login,
         opening=parcel.opening([stage, *options, *path]),
         mark=bootstrap.MARK,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -10,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import PYTHON, Sshd, noise, run, until, written
+from support import BLOCKCOPY, PYTHON, Mount, Sshd, noise, run, until, written
 
 from blockcopy import parcel
 
@@ -211,7 +214,7 @@ def logins(sshd: Sshd) -> int:
     return sshd.log.read_text().count("Accepted publickey")
 
 
-def test_connections_share_a_login(sshd: Sshd, mount: Callable[..., object], source: Path, tmp_path: Path) -> None:
+def test_connections_share_a_login(sshd: Sshd, mount: Callable[..., Mount], source: Path, tmp_path: Path) -> None:
     before = logins(sshd)
     mount(f"{sshd.host}:{source}", tmp_path / "one", "-e", sshd.rsh, "--python", sys.executable, wait=True)
     assert logins(sshd) == before + 1
@@ -247,3 +250,25 @@ def test_a_host_key_that_is_not_known(sshd: Sshd, source: Path, tmp_path: Path) 
 def test_a_port_where_nobody_listens(source: Path, tmp_path: Path) -> None:
     done = run("sync", "-e", "ssh -F none -p 1 -o BatchMode=yes", f"127.0.0.1:{source}", tmp_path / "copy")
     refused(done, "Connection refused", "127.0.0.1 cannot be reached")
+
+
+def test_a_mount_outlives_the_terminal_it_was_started_at(sshd: Sshd, source: Path, tmp_path: Path) -> None:
+    """Where ssh could have asked for a password: nothing that goes through the login is hung up on."""
+    point = tmp_path / "mnt"
+    point.mkdir()
+    way = ["-e", sshd.rsh, "--python", sys.executable, "--no-background", f"{sshd.host}:{source}"]
+    child, terminal = pty.fork()
+    if not child:
+        os.execv(PYTHON, [*BLOCKCOPY, "mount", *way, str(tmp_path / "copy"), str(point)])
+    said = b""
+    with contextlib.suppress(OSError):  # EIO: nobody has it open any more
+        while data := os.read(terminal, 1000):
+            said += data
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, said
+    try:
+        assert (point / "copy").read_bytes() == DATA
+        link = json.loads((point / "status.json").read_bytes())["link"]
+        assert (link["reconnects"], link["last_error"]) == (0, None)
+    finally:
+        assert run("umount", point).returncode in (0, 75)

@@ -6,32 +6,37 @@ import argparse
 import dataclasses
 import itertools
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from blockcopy import console
-from blockcopy.errors import IncompleteError, UnfitError
-from blockcopy.login import logged_in
+from blockcopy.errors import IncompleteError, PeerError, UnfitError
+from blockcopy.login import log_in, logged_in
 from blockcopy.remote import Location
 from blockcopy.replica.commands import command_for, needs_extra, plan_of, run, source_command
 from blockcopy.replica.status import one_line
 from blockcopy_fuse import control
 
+if TYPE_CHECKING:
+    from blockcopy.replica.replica import Plan
+
+logger = logging.getLogger(__name__)
+
 
 def mount(args: argparse.Namespace) -> None:
     with needs_extra():
         from blockcopy_fuse import daemon, mounting
+    command = source_command(args)
     plan = plan_of(
         args,
-        source_command(args),
+        command,
         hydrate=not args.no_background,
         may_be_away=True,
         read_timeout=mounting.longest_request(),
     )
-    if plan.prompts and not args.foreground:
-        plan = dataclasses.replace(plan, command=plan.command.outliving_terminal())
     shown = mounting.MountPlan(
         plan=plan,
         mountpoint=os.path.abspath(args.mountpoint),
@@ -40,15 +45,27 @@ def mount(args: argparse.Namespace) -> None:
         pid_file=os.path.abspath(args.pid_file) if args.pid_file else None,
     )
     mounting.check(shown)
+    if plan.prompts and not args.foreground:
+        shown = dataclasses.replace(shown, plan=_asked_beforehand(plan))
 
     def serve(ready: Callable[[], None], terminal: TextIO | None) -> None:
-        with logged_in(plan.command):
+        with logged_in(command):
             run(lambda: mounting.serve(shown, ready, terminal))
 
     if args.foreground:
         serve(lambda: None, console.terminal())
     elif daemon.run_in_background(lambda ready: serve(ready, None)):
         mounting.await_first_answer(shown)
+
+
+def _asked_beforehand(plan: Plan) -> Plan:
+    """The same for processes that will outlive the terminal, at which a password may be asked for now."""
+    if plan.command.log_in:
+        try:
+            return dataclasses.replace(plan, command=log_in(plan.command), prompts=False)
+        except PeerError as error:
+            logger.info("%s", error)  # a mount may begin without its source; where not, that is told again
+    return dataclasses.replace(plan, command=plan.command.outliving_terminal())
 
 
 def status(args: argparse.Namespace) -> None:
