@@ -81,7 +81,7 @@ def advice(command: Command, status: int | None, said: str, *, begun: bool) -> s
         host=host,
         where=host or "this host",
         runs=command.runs,
-        login=shlex.join(command.login),
+        login=shlex.join(command.way.by_hand),
         more_rights=more_rights,
     )
 

@@ -46,7 +46,7 @@ def log_in(command: Command) -> Command:
     ssh itself, asked to go to the background, minds a terminal that is closed.
     """
     try:
-        done = subprocess.run(command.log_in, check=False, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        done = subprocess.run(command.way.log_in, check=False, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     except OSError as error:
         raise PeerError(f"cannot run `{command.argv[0]}`: {error.strerror}") from error
     if done.returncode:
@@ -62,10 +62,10 @@ def logged_in(command: Command) -> Iterator[None]:
     try:
         yield
     finally:
-        if command.end_login:
+        if command.way.end_login:
             try:
                 subprocess.run(
-                    command.end_login,
+                    command.way.end_login,
                     check=False,
                     stdin=subprocess.DEVNULL,
                     capture_output=True,

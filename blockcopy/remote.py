@@ -67,6 +67,18 @@ def parse_location(text: str, what: str = "SOURCE") -> Location:
     return Location(host, path)
 
 
+class Way(NamedTuple):
+    """How a host is reached, as argument lists; empty for this one."""
+
+    argv: Sequence[str] = ()
+    """What the words of a command are put behind."""
+    by_hand: Sequence[str] = ()
+    """What a user would type to log in."""
+    log_in: Sequence[str] = ()
+    end_login: Sequence[str] = ()
+    """What makes and ends the login that all connections share; nothing where each has its own."""
+
+
 class Command(NamedTuple):
     """What to run to have a stage work on what is at `location`: arguments, and additions to the environment."""
 
@@ -77,11 +89,7 @@ class Command(NamedTuple):
     """Where it is run: relative paths in it are meant from there, whatever we change into."""
     runs: str = ""
     """What is run there, in words of who asked for it; for messages."""
-    login: Sequence[str] = ()
-    """How the host is reached by hand."""
-    log_in: Sequence[str] = ()
-    end_login: Sequence[str] = ()
-    """What makes and ends the login that all connections share; nothing where each has its own."""
+    way: Way = Way()
     own_session: bool = False
     """It needs no terminal, and whatever happens to ours does not concern it."""
     opening: bytes = b""
@@ -129,40 +137,37 @@ def stage_command(
     """
     if location.host is None:
         return _local_command(location, program, [stage, *options])
-    login = [*_words("-e", rsh), location.host]
-    way = _way_to(login, control)
-    shares = way != login and control not in (None, NO_CONTROL)
-    log_in = [*way[:-2], "-fN", *way[-2:]] if shares else []
-    end_login = [*way[:-2], "-O", "exit", *way[-2:]] if shares else []
+    way = _way_to(location.host, _words("-e", rsh), control)
     path = [_no_option(location.path)] if location.path else []
     if program is not None:
         words = _remote_words("--blockcopy-path", program)
-        argv = [*way, *words, stage, *options, *map(shlex.quote, path)]
-        return Command(location, argv, {}, _here(), runs=program, login=login, log_in=log_in, end_login=end_login)
+        argv = [*way.argv, *words, stage, *options, *map(shlex.quote, path)]
+        return Command(location, argv, {}, _here(), runs=program, way=way)
     # What stands behind the code is for whoever lists the processes there; it tells Python nothing.
     shown = [word for word in ("blockcopy", stage, *path) if re.fullmatch(r"[\w@%+:,./-]+", word, re.ASCII)]
     return Command(
         location,
-        [*way, *_remote_words("--python", python), "-c", parcel.CODE, *shown],
+        [*way.argv, *_remote_words("--python", python), "-c", parcel.CODE, *shown],
         {},
         _here(),
         runs=python,
-        login=login,
-        log_in=log_in,
-        end_login=end_login,
+        way=way,
         opening=parcel.opening([stage, *options, *path]),
         mark=bootstrap.MARK,
     )
 
 
-def _way_to(login: list[str], control: str | None) -> list[str]:
-    *rsh, host = login
+def _way_to(host: str, rsh: list[str], control: str | None) -> Way:
     if Path(rsh[0]).name != "ssh":
-        return login
-    shared = ["-o", f"ControlPath={control}"] if control else []
-    if control and control != NO_CONTROL:
-        shared += ["-o", "ControlMaster=auto", "-o", f"ControlPersist={_IDLE_SECONDS}"]
-    return [*rsh, *shared, *_KEEP_ALIVE, "--", host]  # whatever the host is called, it is no option
+        return Way([*rsh, host], [*rsh, host])
+    end = ["--", host]  # whatever the host is called, it is no option
+    if control is None or any(word.startswith("-S") or "controlpath" in word.lower() for word in rsh):
+        return Way([*rsh, *_KEEP_ALIVE, *end], [*rsh, host])  # a login of the user's own is not ours to end
+    ssh = [*rsh, "-o", f"ControlPath={control}", *_KEEP_ALIVE]
+    if control == NO_CONTROL:
+        return Way([*ssh, *end], [*rsh, host])
+    ssh += ["-o", "ControlMaster=auto", "-o", f"ControlPersist={_IDLE_SECONDS}"]
+    return Way([*ssh, *end], [*rsh, host], [*ssh, "-fN", *end], [*ssh, "-O", "exit", *end])
 
 
 def _remote_words(option: str, command: str) -> list[str]:

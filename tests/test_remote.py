@@ -106,19 +106,32 @@ def test_without_a_program_python_is_run_and_told_what_to_be() -> None:
     assert command.mark
 
 
-def test_a_shared_login_has_a_place_and_an_end() -> None:
-    command = stage_command(REMOTE, "ssh -4", control="/run/x-%C")
-    sharing = ["-o", "ControlPath=/run/x-%C", "-o", "ControlMaster=auto", "-o", "ControlPersist=10"]
-    assert command.argv[: len(sharing) + 2] == ["ssh", "-4", *sharing]
-    assert command.end_login == ["ssh", "-4", *sharing, *KEEP_ALIVE, "-O", "exit", "--", "host"]
+def test_a_shared_login_has_a_place_a_beginning_and_an_end() -> None:
+    way = stage_command(REMOTE, "ssh -4", control="/run/x-%C").way
+    ssh = ["ssh", "-4", "-o", "ControlPath=/run/x-%C", *KEEP_ALIVE]
+    ssh += ["-o", "ControlMaster=auto", "-o", "ControlPersist=10"]
+    assert way.argv == [*ssh, "--", "host"]
+    assert way.by_hand == ["ssh", "-4", "host"]
+    assert way.log_in == [*ssh, "-fN", "--", "host"]
+    assert way.end_login == [*ssh, "-O", "exit", "--", "host"]
 
 
-@pytest.mark.parametrize(("rsh", "control"), [("rsh", "/run/x"), ("ssh", "none"), ("ssh", None)])
-def test_a_login_that_is_not_shared_has_no_end(rsh: str, control: str | None) -> None:
-    command = stage_command(REMOTE, rsh, control=control)
-    assert command.end_login == []
-    assert not any("ControlMaster" in word for word in command.argv)
-    assert ("ControlPath=none" in command.argv) == (control == "none")
+@pytest.mark.parametrize(
+    ("rsh", "control"),
+    [
+        ("rsh", "/run/x"),
+        ("ssh", "none"),
+        ("ssh", None),
+        ("ssh -S ~/mine", "/run/x"),
+        ("ssh -o ControlPath=~/mine", "/run/x"),
+    ],
+)
+def test_a_login_that_is_not_shared_or_not_ours_has_no_end(rsh: str, control: str | None) -> None:
+    way = stage_command(REMOTE, rsh, control=control).way
+    assert (way.log_in, way.end_login) == ((), ())
+    assert not any("ControlMaster" in word for word in way.argv)
+    assert ("ControlPath=none" in way.argv) == (control == "none")
+    assert "ControlPath=/run/x" not in way.argv
 
 
 @pytest.mark.parametrize("rsh", ["", "  ", "ssh 'x"])

@@ -61,7 +61,7 @@ def command_for(args: argparse.Namespace, location: Location, stage: str, option
         args.rsh,
         args.blockcopy_path,
         python=args.python,
-        control=control_path(shared=not args.no_control_master),
+        control=control_path(shared=not args.no_control_master) if location.host else None,
         stage=stage,
         options=options,
     )

@@ -121,7 +121,7 @@ async def _connect(
     one after the other, and all of them before there is no terminal any more.
     """
     first, *others = links
-    shares = bool(plan.command.end_login)
+    shares = bool(plan.command.way.end_login)
     if not (plan.prompts or shares):
         for link in others:
             nursery.start_soon(link.run)

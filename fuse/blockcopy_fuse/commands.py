@@ -60,7 +60,7 @@ def mount(args: argparse.Namespace) -> None:
 
 def _asked_beforehand(plan: Plan) -> Plan:
     """The same for processes that will outlive the terminal, at which a password may be asked for now."""
-    if plan.command.log_in:
+    if plan.command.way.log_in:
         try:
             return dataclasses.replace(plan, command=log_in(plan.command), prompts=False)
         except PeerError as error:
