@@ -1,29 +1,252 @@
-"""What the command line takes: commands and options."""
+"""What the command line takes: commands and options. Help, manual and completions are made from it too."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
-from typing import Any
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn, Union
 
 from blockcopy import __version__, digests, values
-from blockcopy.remote import DEFAULT_RSH
+from blockcopy.remote import DEFAULT_PYTHON, DEFAULT_RSH
+
+Options = Union[argparse.ArgumentParser, "argparse._ArgumentGroup"]
 
 
-def parser() -> argparse.ArgumentParser:
+SHELLS = ("bash", "zsh", "fish")
+
+
+class Parser(argparse.ArgumentParser):
+    """One that says what may have been meant."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As always; an option that a command does not have is told with that command's usage."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            command = commands_of(self)[found.command]
+            command.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown, command)}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """With what is nearest to a command that there is not."""
+        unknown = re.search(r"invalid choice: '([^']*)'", message)
+        if unknown:
+            known = [choice for action in self._actions for choice in action.choices or ()]
+            nearest = difflib.get_close_matches(unknown[1], known, 1)
+            message += f"; did you mean {nearest[0]}?" if nearest else ""
+        super().error(message)
+
+
+def commands_of(parser: Parser) -> dict[str, Parser]:
+    """The commands of the whole, by name."""
+    [commands] = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
+    return dict(commands.choices)
+
+
+def long_options(command: str) -> dict[str, bool]:
+    """The long options of a command, without their dashes; whether each takes a value."""
+    return {
+        name[2:]: action.nargs != 0
+        for action in commands_of(parser())[command]._actions
+        for name in action.option_strings
+        if name.startswith("--")
+    }
+
+
+def _meant(unknown: Iterable[str], command: argparse.ArgumentParser) -> str:
+    known = [name for action in command._actions for name in action.option_strings]
+    options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+    nearest = [found for word in options for found in difflib.get_close_matches(word, known, 1)]
+    return f"; did you mean {', '.join(nearest)}?" if nearest else ""
+
+
+def parser() -> Parser:
     """Of the whole command line; `command` is the name of the one that was given."""
-    top = argparse.ArgumentParser(
-        prog="blockcopy", description="Copy a disk over any pipe, and use it before the copy is complete."
+    top = Parser(
+        prog="blockcopy",
+        description="Copy a disk over any pipe, and use it before the copy is complete.",
+        epilog="`blockcopy COMMAND --help` tells more of each; `blockcopy manual` tells all.",
+        formatter_class=_Formatter,
     )
     top.add_argument("-v", "--verbose", action="store_true", help="log what is done to standard error")
     top.add_argument("--version", action="version", version=f"blockcopy {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_mounting, _copying, _asking, _stages, _about):
+        add(commands)
+    return top
 
-    checksum = _command(commands, "checksum", "hash the destination's blocks: the hash stream")
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Room for long options, and examples as they are."""
+
+    def __init__(self, prog: str, **more: Any) -> None:
+        super().__init__(prog, max_help_position=29, **more)
+
+
+def _command(commands: Any, name: str, text: str, arguments: str, example: str) -> Parser:
+    made: Parser = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        usage=f"blockcopy {name} [OPTION]... {arguments}".rstrip(),
+        epilog=f"example: blockcopy {example}",
+        formatter_class=_Formatter,
+    )
+    return made
+
+
+# The lazy replica
+
+
+def _mounting(commands: Any) -> None:
+    mount = _command(
+        commands,
+        "mount",
+        "show a remote device as a file while it is being copied",
+        "SOURCE DESTINATION MOUNTPOINT",
+        "mount root@host:/dev/vg/disk /dev/vg/copy /mnt/disk",
+    )
+    _add_both_ends(mount)
+    mount.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing folder")
+    shown = mount.add_argument_group("the mount")
+    shown.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground, show progress")
+    shown.add_argument(
+        "-o",
+        dest="options",
+        metavar="OPTIONS",
+        action="append",
+        default=[],
+        help="of FUSE, with commas; allow_other: all may read",
+    )
+    shown.add_argument("--name", help="name of the file (default: DESTINATION's)")
+    shown.add_argument("--pid-file", metavar="FILE", help="write the id of the mount's process here")
+    shown.add_argument("--no-background", action="store_true", help="copy only what is read")
+    _add_copy_options(mount)
+    _add_source_options(mount, reconnect_timeout=60)
+    _add_metrics(_add_progress(mount))
+
+
+def _copying(commands: Any) -> None:
+    sync = _command(
+        commands,
+        "sync",
+        "make the destination a copy of the source",
+        "SOURCE DESTINATION",
+        "sync root@host:/dev/vg/disk /dev/vg/copy",
+    )
+    _add_both_ends(sync)
+    _add_copy_options(sync)
+    _add_source_options(sync, reconnect_timeout=math.inf)
+    _add_metrics(_add_progress(sync))
+
+    verify = _command(
+        commands,
+        "verify",
+        "tell where the destination differs from the source",
+        "SOURCE DESTINATION",
+        "verify root@host:/dev/vg/disk /dev/vg/copy",
+    )
+    _add_both_ends(verify)
+    verify.add_argument("--json", action="store_true", help="as JSON, instead of lines of OFFSET:LENGTH")
+    _add_source_options(verify, reconnect_timeout=math.inf)
+    _add_progress(verify)
+
+
+def _asking(commands: Any) -> None:
+    def of_mount(name: str, text: str, more: str = "", example: str = "") -> Parser:
+        made = _command(commands, name, text, f"MOUNTPOINT {more}", f"{name} /mnt/disk {example}".rstrip())
+        made.add_argument("mountpoint", metavar="MOUNTPOINT")
+        return made
+
+    status = of_mount("status", "tell how a mount is doing")
+    how = status.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
+    how.add_argument("--watch", action="store_true", help="go on telling, on the whole terminal; q ends it")
+    listing = _command(commands, "list", "tell of all mounts of this machine", "", "list")
+    listing.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
+    _add_progress(of_mount("wait", "return when the copy is complete"))
+    of_mount("umount", "unmount, and return when the destination is synced")
+    of_mount("pause", "stop the pass in the background; reads go on")
+    of_mount("resume", "let the pass in the background go on")
+    limit = of_mount("limit", "limit the pass in the background", "RATE", "20M")
+    limit.add_argument("rate", metavar="RATE", type=values.rate, help="bytes a second, with K, M, G; or none")
+    prefetch = of_mount(
+        "prefetch", "bring parts first; return when they are here", "OFFSET:LENGTH...", "0:64M 1G:128K"
+    )
+    prefetch.add_argument(
+        "extents", metavar="OFFSET:LENGTH", type=values.extent, nargs="+", help="bytes, with K, M, G, T"
+    )
+
+
+def _add_both_ends(parser: Options) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="[user@]host:/path or a local path; only read")
+    parser.add_argument("destination", metavar="DESTINATION", help="device or file that becomes the copy")
+
+
+def _add_copy_options(parser: Parser) -> None:
+    copy = parser.add_argument_group("the copy")
+    _add_force(copy)
+    copy.add_argument("--limit", metavar="RATE", type=values.rate, help="bytes a second of the pass, with K, M, G")
+    copy.add_argument("--verify", action="store_true", help="compare both ends when the copy is complete")
+    _add_sparse(copy)
+    _add_compress(copy, "source compresses (default: auto from a host)", default=argparse.SUPPRESS)
+    record = parser.add_argument_group("the record of what is here")
+    record.add_argument("--state", metavar="FILE", help="where it is kept (default: see the manual)")
+    record.add_argument("--no-state", action="store_true", help="keep none; a restart checks every block")
+    record.add_argument("--recheck", action="store_true", help="believe none; check every block")
+
+
+def _add_source_options(parser: Parser, *, reconnect_timeout: float) -> None:
+    way = _add_way(parser)
+    way.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=values.some_seconds,
+        default=30,
+        help="make a silent connection again after these (30)",
+    )
+    default = "for ever" if math.isinf(reconnect_timeout) else f"{reconnect_timeout:g}"
+    way.add_argument(
+        "--reconnect-timeout",
+        metavar="SECONDS",
+        type=values.seconds,
+        default=reconnect_timeout,
+        help=f"wait for a source that is away ({default})",
+    )
+
+
+def _add_way(parser: Parser) -> Options:
+    way = parser.add_argument_group("the way to a host")
+    way.add_argument(
+        "-e", "--rsh", metavar="RSH", default=DEFAULT_RSH, help="how it is reached, as in: ssh -p 2222 (ssh)"
+    )
+    way.add_argument(
+        "--python",
+        metavar="PYTHON",
+        default=DEFAULT_PYTHON,
+        help="what runs our stages there, as in: sudo -n python3",
+    )
+    way.add_argument("--blockcopy-path", metavar="PROGRAM", help="what is run there instead, as in: sudo blockcopy")
+    way.add_argument("--no-control-master", action="store_true", help="log in once for each connection")
+    return way
+
+
+# The stages
+
+
+def _stages(commands: Any) -> None:
+    checksum = _command(
+        commands,
+        "checksum",
+        "hash the destination's blocks: the hash stream",
+        "FILE",
+        "checksum /dev/copy | ssh host blockcopy retrieve /dev/disk | blockcopy save /dev/copy",
+    )
     checksum.add_argument("destination_file", metavar="FILE", help="file, device or pipe; - is standard input")
     checksum.add_argument("--start", type=int, metavar="OFFSET", default=0, help="first byte (default 0)")
     checksum.add_argument("--end", type=int, metavar="OFFSET", help="byte to stop before (default: the end)")
-
     checksum.add_argument(
         "--digest",
         metavar="NAME",
@@ -31,164 +254,101 @@ def parser() -> argparse.ArgumentParser:
         help=f"hash with {', '.join(digests.NAMES)}, or auto, the fastest here; a retrieve of ours "
         "understands it (default: as the original program)",
     )
-
     _add_progress(checksum)
 
-    retrieve = _command(commands, "retrieve", "hash stream in, blocks that differ out")
+    retrieve = _command(
+        commands,
+        "retrieve",
+        "hash stream in, blocks that differ out",
+        "FILE",
+        "checksum /dev/copy | blockcopy retrieve /dev/disk >blocks",
+    )
     retrieve.add_argument("source_file", metavar="FILE", help="file or device")
     compression = retrieve.add_mutually_exclusive_group()
     compression.add_argument(
         "--lzma", action="store_true", help="compress with xz, for any save, where that makes blocks smaller"
     )
-    compression.add_argument(
-        "--compress",
-        metavar="zstd[:LEVEL]|auto|none",
-        type=values.compression,
-        help="compress with zstd, for a save of ours; auto: only while that is faster (default: none)",
-    )
-
+    _add_compress(compression, "compress, for a save of ours (default: none)")
     _add_progress(retrieve)
 
-    save = _command(commands, "save", "write the blocks to the destination, and sync it")
+    save = _command(
+        commands, "save", "write the blocks to the destination, and sync it", "FILE", "save /dev/copy <blocks"
+    )
     save.add_argument("destination_file", metavar="FILE", help="file or device; it must exist")
-    save.add_argument("--no-sparse", action="store_true", help="write zeros out, rather than leave holes")
+    _add_sparse(save)
     _add_force(save)
     _add_progress(save)
 
-    mount = _command(commands, "mount", "show a remote device as a file while it is being copied")
-    mount.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground, show progress")
-    mount.add_argument(
-        "-o",
-        dest="options",
-        metavar="FUSE_OPTIONS",
-        action="append",
-        default=[],
-        help="FUSE mount options, with commas between them; allow_other lets all users read",
+    receive = _command(
+        commands,
+        "receive",
+        "the destination's end of a push: asks, and writes what comes back",
+        "FILE",
+        "sync /dev/disk root@host:/dev/copy    # runs it there",
     )
-    mount.add_argument("--no-background", action="store_true", help="copy only what is read")
-    mount.add_argument("--name", help="name of the file (default: the destination's)")
-    mount.add_argument("--pid-file", metavar="FILE", help="write the id of the mount's process here")
-    _add_metrics(mount)
-    _add_progress(mount)
-    _add_copy_options(mount)
-    _add_source_options(mount, reconnect_timeout=60)
-    _add_both_ends(mount)
-    mount.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing folder")
-
-    sync = _command(commands, "sync", "make the destination a copy of the source")
-    _add_metrics(sync)
-    _add_progress(sync)
-    _add_copy_options(sync)
-    _add_source_options(sync, reconnect_timeout=math.inf)
-    _add_both_ends(sync)
-
-    verify = _command(commands, "verify", "tell where the destination differs from the source")
-    verify.add_argument("--json", action="store_true", help="as JSON, instead of lines of OFFSET:LENGTH")
-    _add_progress(verify)
-    _add_source_options(verify, reconnect_timeout=math.inf)
-    _add_both_ends(verify)
-
-    status = _command(commands, "status", "tell how a mount is doing")
-    how = status.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
-    how.add_argument("--watch", action="store_true", help="go on telling, on the whole terminal; q ends it")
-    listing = _command(commands, "list", "tell of all mounts of this machine")
-    listing.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
-    wait = _command(commands, "wait", "return when the copy is complete")
-    _add_progress(wait)
-    umount = _command(commands, "umount", "unmount, and return when the destination is synced")
-    pause = _command(commands, "pause", "stop the pass in the background; reads go on")
-    resume = _command(commands, "resume", "let the pass in the background go on")
-    limit = _command(commands, "limit", "limit the pass in the background")
-    prefetch = _command(commands, "prefetch", "bring parts first; return when they are here")
-    for each in (status, wait, umount, pause, resume, limit, prefetch):
-        each.add_argument("mountpoint", metavar="MOUNTPOINT")
-    limit.add_argument("rate", metavar="RATE", type=values.rate, help="bytes a second, with K, M, G; or none")
-    prefetch.add_argument(
-        "extents", metavar="OFFSET:LENGTH", type=values.extent, nargs="+", help="bytes, with K, M, G, T"
-    )
-    return top
+    receive.add_argument("destination_file", metavar="FILE", help="file or device")
+    _add_sparse(receive)
+    _add_compress(receive, "what the source is to compress with (default: none)")
+    _add_force(receive)
 
 
-def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    made: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=f"{text[0].upper()}{text[1:]}."
-    )
-    return made
-
-
-def _add_force(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", help="write even to a destination that is in use")
-
-
-def _add_progress(parser: argparse.ArgumentParser) -> None:
-    how = parser.add_mutually_exclusive_group()
+def _add_progress(parser: Parser) -> Options:
+    told = parser.add_argument_group("what is told, on standard error")
+    how = told.add_mutually_exclusive_group()
     how.add_argument(
-        "--progress",
-        action="store_const",
-        const="lines",
-        help="tell progress on standard error: as a bar on a terminal, as lines elsewhere",
+        "--progress", action="store_const", const="lines", help="how far it is: a bar on a terminal, else lines"
     )
     # An option by itself, because the value of one that may have none would be taken from what follows.
     how.add_argument(
-        "--progress=json",
-        dest="progress",
-        action="store_const",
-        const="json",
-        help="tell it as a line of JSON each second",
+        "--progress=json", dest="progress", action="store_const", const="json", help="a line of JSON each second"
     )
-    how.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
+    how.add_argument("-q", "--quiet", action="store_true", help="nothing but errors")
+    return told
 
 
-def _add_metrics(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--metrics", metavar="FILE", help="write the status there each 10 seconds, as text for Prometheus"
-    )
+def _add_metrics(parser: Options) -> None:
+    parser.add_argument("--metrics", metavar="FILE", help="for Prometheus, a file written each 10 seconds")
 
 
-def _add_copy_options(parser: argparse.ArgumentParser) -> None:
-    _add_force(parser)
-    parser.add_argument("--state", metavar="FILE", help="where to record what is done (default: see README)")
-    parser.add_argument("--no-state", action="store_true", help="record nothing; a restart checks every block")
-    parser.add_argument("--recheck", action="store_true", help="believe no record; check every block")
-    parser.add_argument("--verify", action="store_true", help="compare both ends when the copy is complete")
+def _add_force(parser: Options) -> None:
+    parser.add_argument("--force", action="store_true", help="write even to a destination that is in use")
+
+
+def _add_sparse(parser: Options) -> None:
     parser.add_argument("--no-sparse", action="store_true", help="write zeros out, rather than leave holes")
+
+
+def _add_compress(parser: Options, text: str, *, default: Any = None) -> None:
     parser.add_argument(
         "--compress",
-        metavar="zstd[:LEVEL]|auto|none",
+        metavar="HOW",
         type=values.compression,
-        default=argparse.SUPPRESS,
-        help="what the source compresses with (default: auto, only while that is faster, of a HOST)",
-    )
-    parser.add_argument(
-        "--limit", metavar="RATE", type=values.rate, help="most bytes a second of the pass, with K, M, G"
+        default=default,
+        help=f"zstd[:LEVEL], auto or none: {text}",
     )
 
 
-def _add_source_options(parser: argparse.ArgumentParser, *, reconnect_timeout: float) -> None:
-    parser.add_argument(
-        "-e", "--rsh", metavar="RSH", default=DEFAULT_RSH, help="how to reach the host (default: ssh)"
-    )
-    parser.add_argument(
-        "--blockcopy-path", metavar="PROGRAM", help="what to run at the source, as in: sudo blockcopy"
-    )
-    parser.add_argument(
-        "--timeout",
-        metavar="SECONDS",
-        type=values.some_seconds,
-        default=30,
-        help="start a connection again that gives nothing for so long (default: 30)",
-    )
-    default = "for ever" if math.isinf(reconnect_timeout) else f"{reconnect_timeout:g}"
-    parser.add_argument(
-        "--reconnect-timeout",
-        metavar="SECONDS",
-        type=values.seconds,
-        default=reconnect_timeout,
-        help=f"how long to wait for a source that is away (default: {default})",
-    )
+# About this program
 
 
-def _add_both_ends(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="[user@]host:/path or a local path; only read")
-    parser.add_argument("destination", metavar="DESTINATION", help="device or file that becomes the copy")
+def _about(commands: Any) -> None:
+    doctor = _command(
+        commands, "doctor", "tell what is missing here, and on a host", "[HOST]", "doctor root@host:/dev/vg/disk"
+    )
+    doctor.add_argument("host", metavar="HOST", nargs="?", help="[user@]host, or HOST:/path of a source there")
+    _add_way(doctor)
+
+    _command(commands, "manual", "the manual page, for man", "", "manual | man -l -")
+    completion = _command(
+        commands,
+        "completion",
+        "what completes commands and options, for a shell",
+        "SHELL",
+        "completion bash >~/.local/share/bash-completion/completions/blockcopy",
+    )
+    completion.add_argument("shell", metavar="SHELL", choices=SHELLS, help="bash, zsh or fish")
+
+    facts = _command(
+        commands, "facts", "tell what this host can do for a copy, as JSON", "[FILE]", "facts /dev/vg/disk"
+    )
+    facts.add_argument("source_file", metavar="FILE", nargs="?", help="file or device that it is to read")

@@ -1,4 +1,4 @@
-"""The progress bar, for terminals. `rich` draws it; it is loaded by the thread that does, so nobody waits for it."""
+"""The progress bar, for terminals. `rich` draws it, and is loaded by the thread that does: nobody waits for it."""
 
 from __future__ import annotations
 

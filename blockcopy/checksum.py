@@ -6,6 +6,7 @@ zeros are not hashed, because their digest is known, and holes of the destinatio
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 from collections.abc import Iterator
@@ -64,6 +65,7 @@ def checksum(
     if end is not None and end <= start:
         raise BlockcopyError(f"--end {end} does not lie behind --start {start}")
     voice = _Extended(output, digests.named(digest)) if digest else _Original(output)
+    voice.announce()
     hasher = _Hasher(voice.digest)
     progress = progress or Progress()
     total = total_size(fd, start, end)
@@ -97,6 +99,24 @@ def checksum(
     progress.finish()
 
 
+def ask_about(device: Device, size: int, digest: Digest, output: OutputStream, *, stop: Callable[[], bool]) -> None:
+    """Ask about the first `size` bytes of `device`, in the agreed form, and say no more; ends early where `stop()`.
+
+    Errors: DeviceError, OutputError.
+    """
+    voice = _Extended(output, digest)
+    hasher = _Hasher(digest)
+    hasher.read_from(device)
+
+    def send(runs: list[_Run]) -> None:
+        for run in runs:
+            voice.say(run)
+
+    items = itertools.takewhile(lambda _: not stop(), voice.items(Pieces(device), 0, size))
+    run_ordered(items, hasher.hash, send)
+    voice.pause()
+
+
 def total_size(fd: int, start: int, end: int | None) -> int | None:
     """Bytes that `checksum` will read; None for a pipe."""
     if end is not None:
@@ -116,6 +136,9 @@ class _Original:
     def __init__(self, output: OutputStream) -> None:
         self.digest = digests.named(digests.ORIGINAL)
         self._output = output
+
+    def announce(self) -> None:
+        """Say how it will be said, where that is not agreed on."""
 
     def items(self, pieces: Pieces, start: int, stop: int) -> Iterator[_Item]:
         """All pieces, because each block of them has its message."""
@@ -141,7 +164,9 @@ class _Extended(_Original):
         self.digest = digest
         self._output = output
         self._unsaid: _Run | None = None
-        output.write([wire.encode(wire.Digests(digest.name))])
+
+    def announce(self) -> None:
+        self._output.write([wire.encode(wire.Digests(self.digest.name))])
 
     def items(self, pieces: Pieces, start: int, stop: int) -> Iterator[_Item]:
         """The pieces that have data; and what lies between, as pieces that have none, however large."""

@@ -20,9 +20,22 @@ from blockcopy.errors import BlockcopyError, Interrupted, UsageError
 _STAGES = "blockcopy.commands"
 
 _LAYERS = {
-    _STAGES: ("checksum", "retrieve", "save"),
+    _STAGES: ("checksum", "retrieve", "save", "receive", "facts"),
     "blockcopy.replica.commands": ("sync", "verify"),
-    "blockcopy_fuse.commands": ("mount", "status", "list", "wait", "umount", "pause", "resume", "limit", "prefetch"),
+    "blockcopy_fuse.commands": (
+        "mount",
+        "status",
+        "list",
+        "wait",
+        "umount",
+        "pause",
+        "resume",
+        "limit",
+        "prefetch",
+        "doctor",
+        "manual",
+        "completion",
+    ),
 }
 
 
@@ -30,7 +43,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Run a command and exit with its status; by the signal where one ended it."""
     console.fill_closed_streams()
     args = parser().parse_args(argv)
-    _setup_logging(bool(args.verbose or os.environ.get("DEBUG")), quiet=getattr(args, "quiet", False))
+    _setup_logging(bool(args.verbose or os.environ.get("DEBUG")))
     stages.raise_on_signals()
     try:
         _command(args.command)(args)
@@ -46,7 +59,12 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
     module = next(each for each, commands in _LAYERS.items() if name in commands)
     if module != _STAGES and sys.version_info < (3, 11):
         raise UsageError(f"{name} needs Python 3.11 or newer; the copy stages work with this one")
-    command: Callable[[argparse.Namespace], None] = getattr(importlib.import_module(module), name)
+    try:
+        command: Callable[[argparse.Namespace], None] = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{name} is not in this copy of the stages; pip install 'blockcopy[fuse]' has it"
+        ) from error
     return command
 
 
@@ -55,11 +73,10 @@ def _exit_with(command: str, error: BlockcopyError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def _setup_logging(verbose: bool, *, quiet: bool) -> None:
+def _setup_logging(verbose: bool) -> None:
     logging.basicConfig(
         format="%(asctime)s [%(process)d %(threadName)s] %(name)s %(levelname)5s: %(message)s"
         if verbose
         else "%(message)s",
-        level=logging.DEBUG if verbose else logging.ERROR if quiet else logging.WARNING,
-        handlers=[console.Log()],
+        level=logging.DEBUG if verbose else logging.WARNING,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 
@@ -88,6 +89,29 @@ def save(args: argparse.Namespace) -> None:
     ):
         retire(default_path(destination))  # what a mount or sync has on record is overwritten
         write_blocks(destination, blocks, sparse=not args.no_sparse, progress=progress)
+
+
+def receive(args: argparse.Namespace) -> None:
+    from blockcopy.packing import fact_of
+    from blockcopy.receive import receive as write_answers
+
+    _refuse_dash(args.destination_file)
+    stages.refuse_terminal(1)
+    with stages.InputStream(0) as answers:
+        write_answers(
+            args.destination_file,
+            stages.OutputStream(1),
+            answers,
+            force=args.force,
+            sparse=not args.no_sparse,
+            compress=fact_of(args.compress),
+        )
+
+
+def facts(args: argparse.Namespace) -> None:
+    from blockcopy.facts import facts as found
+
+    console.write(json.dumps(found(args.source_file)))
 
 
 def _refuse_dash(path: str) -> None:

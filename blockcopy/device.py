@@ -231,6 +231,31 @@ def open_destination(path: str, *, force: bool = False, create: bool = False) ->
     return device
 
 
+def existing_destination(path: str, *, force: bool) -> Device | None:
+    """As `open_destination`, before anything is asked of anybody; None where it has to be created first.
+
+    DeviceError where it could not be.
+    """
+    folder = os.path.dirname(path) or "."
+    if os.path.exists(path):
+        return open_destination(path, force=force)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise DeviceError(f"cannot create {path}: there is no folder {folder} to write into")
+    return None
+
+
+def make_room(device: Device, size: int) -> None:
+    """The destination holds at least `size` bytes; a longer one keeps its tail. DestinationRefusedError."""
+    own = device.size()
+    if own >= size:
+        return
+    if device.is_block_device:
+        raise DestinationRefusedError(
+            f"{device.path} is too small: it has {own} bytes, and the source {size}. Nothing was written"
+        )
+    device.grow(size)
+
+
 def _open(path: str, flags: int, *, exclusive: bool = False) -> Device:
     try:
         # Looked at before it is opened: the open of a FIFO waits for somebody at its other end.

@@ -66,10 +66,14 @@ class StateNotKeptError(StateError):
     """The state cannot be written: the copy goes on, and a restart checks every block again."""
 
 
-class SourceError(BlockcopyError):
-    """The source side refused, died, or sent what was not asked for."""
+class PeerError(BlockcopyError):
+    """The other end cannot be reached, refused, died, or sent what was not asked for."""
 
     exit_code = 3
+
+
+class SourceError(PeerError):
+    """The source is that other end."""
 
 
 class GarbledSourceError(SourceError):
@@ -88,6 +92,10 @@ class MountError(BlockcopyError):
     """A mount cannot be made, found, asked or taken down."""
 
     exit_code = 4
+
+
+class UnfitError(BlockcopyError):
+    """`doctor` found that something is missing which a mount or a sync cannot do without."""
 
 
 class DifferentError(BlockcopyError):

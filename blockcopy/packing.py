@@ -36,6 +36,13 @@ def fact_of(wish: Wish | None) -> dict[str, Any] | None:
     return None if wish is None else {"name": "zstd", "level": wish.level, "auto": wish.auto}
 
 
+def text_of(wish: Wish | None) -> str:
+    """What the command line has for it."""
+    if wish is None:
+        return "none"
+    return "auto" if wish.auto else f"zstd:{wish.level}"
+
+
 class Packing:
     """None: all is sent as it is."""
 

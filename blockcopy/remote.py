@@ -1,4 +1,4 @@
-"""Where a source is, and the command that runs `retrieve` there."""
+"""Where a source or a destination is, and the command that runs a stage there."""
 
 from __future__ import annotations
 
@@ -7,29 +7,46 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from blockcopy import bootstrap, parcel
 from blockcopy.errors import UsageError
 
-DEFAULT_RSH = "ssh -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
-"""ssh, noticing within half a minute that the other end is gone."""
+DEFAULT_RSH = "ssh"
+
+DEFAULT_PYTHON = "python3"
+
+MOST_NOISE = 64 * 1024
+"""Bytes that a login may print before a stage begins."""
+
+_KEEP_ALIVE = ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
+"""ssh notices within half a minute that the other end is gone. What was said before, in -e, it heeds first."""
 
 
-class Source(NamedTuple):
-    """`[user@]host:/path`, or a local path where `host` is None."""
+NO_CONTROL = "none"
+"""As `control`: a login for each connection, whatever ssh's configuration says."""
+
+_IDLE_SECONDS = 10
+"""How long a shared login is kept, by ssh, when nobody uses it."""
+
+
+class Location(NamedTuple):
+    """`[user@]host:/path`, or a local path where `host` is None; a host itself where `path` is empty."""
 
     host: str | None
     path: str
 
     def __str__(self) -> str:
-        return f"{self.host}:{self.path}" if self.host else self.path
+        return ":".join(filter(None, self))
 
 
-def parse_source(text: str) -> Source:
+def parse_location(text: str, what: str = "SOURCE") -> Location:
     """As rsync reads it: a colon before any slash parts host and path. UsageError for what is neither.
 
-    An IPv6 address stands in brackets. A local path with a colon in its first part is written `./a:b`.
+    `what` it is, for the message. An IPv6 address stands in brackets. A local path with a colon in its first
+    part is written `./a:b`.
     """
     bracketed = re.match(r"((?:[^/:@]+@)?)\[([^/\]]*)\]:(.*)", text, re.DOTALL)
     if bracketed:
@@ -39,25 +56,46 @@ def parse_source(text: str) -> Source:
         host, colon, path = text.partition(":")
         if not colon or "/" in host:
             if not text:
-                raise UsageError("SOURCE is empty; it is [user@]host:/path or a local path")
-            return Source(None, text)
+                raise UsageError(f"{what} is empty; it is [user@]host:/path or a local path")
+            return Location(None, text)
     if not host or not path:
         raise UsageError(
-            f"SOURCE {text!r} has no {'path' if host else 'host'}; it is [user@]host:/path or a local path"
+            f"{what} {text!r} has no {'path' if host else 'host'}; it is [user@]host:/path or a local path"
         )
     if host.startswith("-"):
-        raise UsageError(f"SOURCE {text!r}: a host does not begin with `-`")
-    return Source(host, path)
+        raise UsageError(f"{what} {text!r}: a host does not begin with `-`")
+    return Location(host, path)
+
+
+class Way(NamedTuple):
+    """How a host is reached, as argument lists; empty for this one."""
+
+    argv: Sequence[str] = ()
+    """What the words of a command are put behind."""
+    by_hand: Sequence[str] = ()
+    """What a user would type to log in."""
+    log_in: Sequence[str] = ()
+    end_login: Sequence[str] = ()
+    """What makes and ends the login that all connections share; nothing where each has its own."""
 
 
 class Command(NamedTuple):
-    """What to run to have a `retrieve` of `source`: arguments, and additions to the environment."""
+    """What to run to have a stage work on what is at `location`: arguments, and additions to the environment."""
 
-    source: Source
+    location: Location
     argv: list[str]
     environment: dict[str, str]
     folder: str
     """Where it is run: relative paths in it are meant from there, whatever we change into."""
+    runs: str = ""
+    """What is run there, in words of who asked for it; for messages."""
+    way: Way = Way()
+    own_session: bool = False
+    """It needs no terminal, and whatever happens to ours does not concern it."""
+    opening: bytes = b""
+    """What its standard input gets before anything else."""
+    mark: bytes = b""
+    """What it says on standard output when the stage begins; what comes before is a login's. None if empty."""
 
     def start(self) -> subprocess.Popen[bytes]:
         """Run it, with three pipes. OSError where it cannot be."""
@@ -69,41 +107,86 @@ class Command(NamedTuple):
             stderr=subprocess.PIPE,
             env={**os.environ, **self.environment},
             cwd=self.folder if os.path.isdir(self.folder) else None,
+            start_new_session=self.own_session,
         )
 
     def outliving_terminal(self) -> Command:
         """The same for an ssh that asks for its password at a terminal which may be gone afterwards."""
         return self._replace(argv=["nohup", *self.argv])
 
+    def logged_in(self) -> Command:
+        """The same where `log_in` has asked for all there was to ask."""
+        return self._replace(own_session=True)
 
-def retrieve_command(source: Source, rsh: str = DEFAULT_RSH, program: str | None = None) -> Command:
-    """The command whose standard input and output are a `retrieve` of `source`.
 
-    `rsh` and `program` are command lines: `ssh -p 2222`, `sudo blockcopy`. As rsync does with
-    --rsync-path, a remote `program` is left to the remote shell, so `~` and variables work there.
+def stage_command(
+    location: Location,
+    rsh: str = DEFAULT_RSH,
+    program: str | None = None,
+    *,
+    python: str = DEFAULT_PYTHON,
+    control: str | None = None,
+    stage: str = "retrieve",
+    options: Sequence[str] = (),
+) -> Command:
+    """The command whose standard input and output are those of a stage, of `location`, with these options.
+
+    On a host, `python` runs the stages of this package, which are sent to it; or else `program` is there
+    already. `rsh`, `python` and `program` are command lines: `ssh -p 2222`, `sudo -n python3`. As rsync does
+    with --rsync-path, the latter two are left to the remote shell, so `~` and variables work there.
     """
-    if source.host is None:
-        return _local_command(source, program)
-    argv = _words("-e", rsh)
-    if Path(argv[0]).name == "ssh":
-        argv.append("--")  # whatever the host is called, it is no option
-    words = ["blockcopy"] if program is None else program.split()
-    if not words:
-        raise UsageError("--blockcopy-path is empty")
+    if location.host is None:
+        return _local_command(location, program, [stage, *options])
+    way = _way_to(location.host, _words("-e", rsh), control)
+    path = [_no_option(location.path)] if location.path else []
+    if program is not None:
+        words = _remote_words("--blockcopy-path", program)
+        argv = [*way.argv, *words, stage, *options, *map(shlex.quote, path)]
+        return Command(location, argv, {}, _here(), runs=program, way=way)
+    # What stands behind the code is for whoever lists the processes there; it tells Python nothing.
+    shown = [word for word in ("blockcopy", stage, *path) if re.fullmatch(r"[\w@%+:,./-]+", word, re.ASCII)]
     return Command(
-        source, [*argv, source.host, *words, "retrieve", shlex.quote(_no_option(source.path))], {}, os.getcwd()
+        location,
+        [*way.argv, *_remote_words("--python", python), "-c", parcel.CODE, *shown],
+        {},
+        _here(),
+        runs=python,
+        way=way,
+        opening=parcel.opening([stage, *options, *path]),
+        mark=bootstrap.MARK,
     )
 
 
-def _local_command(source: Source, program: str | None) -> Command:
-    path = os.path.abspath(source.path)
+def _way_to(host: str, rsh: list[str], control: str | None) -> Way:
+    if Path(rsh[0]).name != "ssh":
+        return Way([*rsh, host], [*rsh, host])
+    end = ["--", host]  # whatever the host is called, it is no option
+    if control is None or any(word.startswith("-S") or "controlpath" in word.lower() for word in rsh):
+        return Way([*rsh, *_KEEP_ALIVE, *end], [*rsh, host])  # a login of the user's own is not ours to end
+    ssh = [*rsh, "-o", f"ControlPath={control}", *_KEEP_ALIVE]
+    if control == NO_CONTROL:
+        return Way([*ssh, *end], [*rsh, host])
+    ssh += ["-o", "ControlMaster=auto", "-o", f"ControlPersist={_IDLE_SECONDS}"]
+    return Way([*ssh, *end], [*rsh, host], [*ssh, "-fN", *end], [*ssh, "-O", "exit", *end])
+
+
+def _remote_words(option: str, command: str) -> list[str]:
+    words = command.split()
+    if not words:
+        raise UsageError(f"{option} is empty")
+    return words
+
+
+def _local_command(location: Location, program: str | None, arguments: list[str]) -> Command:
+    path = os.path.abspath(location.path)
     if program is not None:
-        return Command(source, [*_words("--blockcopy-path", program), "retrieve", path], {}, _here())
+        argv = [*_words("--blockcopy-path", program), *arguments, path]
+        return Command(location, argv, {}, _here(), runs=program)
     # This very package, wherever it lies; -P, so that nothing in the working directory is taken for it.
     package_root = str(Path(__file__).resolve().parent.parent)
     python_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    argv = [sys.executable, "-P", "-m", "blockcopy", "retrieve", path]
-    return Command(source, argv, {"PYTHONPATH": python_path}, _here())
+    argv = [sys.executable, "-P", "-m", "blockcopy", *arguments, path]
+    return Command(location, argv, {"PYTHONPATH": python_path}, _here(), runs="blockcopy")
 
 
 def _here() -> str:

@@ -25,7 +25,7 @@ def save(
     how many there will be, nobody knows.
     """
     progress = progress or Progress()
-    writer = _Writer(destination, sparse, progress)
+    writer = Writer(destination, sparse, progress)
     decoder = Decoder(wire.BLOCK_STREAM)
     try:
         while not decoder.done:
@@ -42,7 +42,9 @@ def save(
     progress.finish()
 
 
-class _Writer:
+class Writer:
+    """Writes what a block stream says; its destination has to be synced in the end."""
+
     def __init__(self, destination: Device, sparse: bool, progress: Progress) -> None:
         self._destination = destination
         self._progress = progress

@@ -45,6 +45,7 @@ class InputStream:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._rest = memoryview(b"")  # was read, and not given to anybody yet
         enlarge_pipe(fd)
         self._wake_read, self._wake_write = os.pipe()
         self._poll = select.poll()
@@ -64,6 +65,11 @@ class InputStream:
 
     def read_into(self, buffer: memoryview) -> int:
         """What has arrived, as far as `buffer` has room, waiting for at least one byte: how many; 0 at the end."""
+        if self._rest:
+            count = min(len(self._rest), len(buffer))
+            buffer[:count] = self._rest[:count]
+            self._rest = self._rest[count:]
+            return count
         try:
             ready = self._poll.poll()
             if any(fd == self._wake_read for fd, _ in ready):
@@ -71,6 +77,23 @@ class InputStream:
             return os.readv(self._fd, [buffer])
         except OSError as error:
             raise StreamError(f"cannot read the input: {error.strerror}") from error
+
+    def skip_past(self, mark: bytes, most: int) -> tuple[bool, bytes]:
+        """Pass over all that comes before `mark` and over itself: whether it came, and what was before it.
+
+        StreamError for more than about `most` bytes without it.
+        """
+        noise = bytearray()
+        buffer = memoryview(bytearray(4096))
+        while (at := noise.find(mark)) < 0:
+            if len(noise) > most:
+                raise StreamError(f"more than {most} bytes were printed before the stream began")
+            count = self.read_into(buffer)
+            if not count:
+                return False, bytes(noise)
+            noise += buffer[:count]
+        self._rest = memoryview(bytes(noise[at + len(mark) :]))
+        return True, bytes(noise[:at])
 
 
 class FromDevice(NamedTuple):

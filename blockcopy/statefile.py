@@ -19,10 +19,11 @@ from blockcopy.identity import of_destination
 def default_path(destination: Device) -> Path:
     """Where the state is kept unless the user says otherwise: named after what the destination is."""
     identity = json.dumps(of_destination(destination), sort_keys=True)
-    return _folder() / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.state"
+    return default_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.state"
 
 
-def _folder() -> Path:
+def default_folder() -> Path:
+    """Of this user's states."""
     systemd = os.environ.get("STATE_DIRECTORY")  # of a unit with StateDirectory=
     if systemd:
         return Path(systemd.partition(":")[0])

@@ -292,7 +292,7 @@ class Sshd:
             free.bind((self.host, 0))
             self.port = free.getsockname()[1]
         self.user = getpass.getuser()
-        self._log = folder / "log"
+        self.log = folder / "log"
 
     @property
     def rsh(self) -> str:
@@ -314,13 +314,13 @@ class Sshd:
         if os.geteuid() == 0:
             Path("/run/sshd").mkdir(exist_ok=True)
         sshd = shutil.which("sshd", path="/usr/sbin:/usr/bin")
-        with self._log.open("wb") as log:
+        with self.log.open("wb") as log:
             self._process = subprocess.Popen([str(sshd), "-D", "-e", "-f", str(folder / "config")], stderr=log)
         until(self._answers, "sshd")
         return self
 
     def _answers(self) -> bool:
-        assert self._process.poll() is None, self._log.read_text()
+        assert self._process.poll() is None, self.log.read_text()
         with contextlib.suppress(OSError), socket.create_connection((self.host, self.port), timeout=1):
             return True
         return False

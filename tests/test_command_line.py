@@ -31,7 +31,7 @@ OPTIONS = {
     "mount": [
         *(
             "-f",
-            "-o FUSE_OPTIONS",
+            "-o OPTIONS",
             "--no-background",
             "--name",
             "--pid-file",
@@ -46,6 +46,11 @@ OPTIONS = {
     "umount": ["MOUNTPOINT"],
     "pause": ["MOUNTPOINT"],
     "resume": ["MOUNTPOINT"],
+    "receive": ["FILE", "--force", "--no-sparse", "--compress"],
+    "facts": ["FILE"],
+    "manual": [],
+    "completion": ["SHELL"],
+    "doctor": ["HOST", "-e RSH", "--python", "--blockcopy-path"],
     "limit": ["MOUNTPOINT", "RATE"],
     "prefetch": ["MOUNTPOINT", "OFFSET:LENGTH"],
 }
@@ -151,6 +156,8 @@ def test_exit_statuses_are_those_that_scripts_rely_on() -> None:
     of = {error.__name__: error.exit_code for error in CLASSES}
     promised = {
         "UsageError": 2,
+        "PeerError": 3,
+        "UnfitError": 1,
         "SourceError": 3,
         "GarbledSourceError": 3,
         "SourceChangedError": 3,

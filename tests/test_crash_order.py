@@ -30,7 +30,7 @@ import trio
 from blockcopy.device import Device
 from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.geometry import BLOCK_SIZE, Extent, Geometry
-from blockcopy.remote import Source, retrieve_command
+from blockcopy.remote import Location, stage_command
 from blockcopy.replica import blockmap, journal
 from blockcopy.replica.engine import Plan, Replica, open_replica
 from blockcopy.replica.journal import Binding, Journal
@@ -352,7 +352,7 @@ def destination(tmp_path: Path) -> Path:
 
 @contextlib.asynccontextmanager
 async def replica_of(source: Path, destination: Path, *, hydrate: bool = True) -> AsyncIterator[Replica]:
-    command = retrieve_command(Source(None, str(source)))
+    command = stage_command(Location(None, str(source)))
     plan = Plan(command, str(destination), hydrate=hydrate, state=str(destination.with_name("state")))
     with trio.fail_after(30):
         async with open_replica(plan) as replica:

@@ -9,10 +9,11 @@ import pytest
 from support import BLOCKCOPY
 
 from blockcopy.errors import UsageError
-from blockcopy.remote import Source, parse_source, retrieve_command
+from blockcopy.parcel import CODE
+from blockcopy.remote import Command, Location, parse_location, stage_command
 from blockcopy.wire import Data, Done, Rest, encode
 
-REMOTE = Source("host", "/dev/sda")
+REMOTE = Location("host", "/dev/sda")
 
 SHELL = """#!/bin/sh
 # What ssh does with its arguments, on this host: joined with spaces, for a shell.
@@ -25,26 +26,26 @@ exec sh -c "$*"
 @pytest.mark.parametrize(
     ("text", "source"),
     [
-        ("host:/dev/sda", Source("host", "/dev/sda")),
-        ("user@host:/dev/sda", Source("user@host", "/dev/sda")),
-        ("host:relative/path", Source("host", "relative/path")),
-        ("host:/a:b", Source("host", "/a:b")),
-        ("host:a b", Source("host", "a b")),
-        ("host.example:/-x", Source("host.example", "/-x")),
-        ("[::1]:/dev/sda", Source("::1", "/dev/sda")),
-        ("[fe80::1%eth0]:/a:b", Source("fe80::1%eth0", "/a:b")),
-        ("user@[::1]:/dev/sda", Source("user@::1", "/dev/sda")),
-        ("/dev/sda", Source(None, "/dev/sda")),
-        ("/dev/disk/by-path/pci-0000:00:1f.2", Source(None, "/dev/disk/by-path/pci-0000:00:1f.2")),
-        ("disks/a:b", Source(None, "disks/a:b")),
-        ("./a:b", Source(None, "./a:b")),
-        ("plain", Source(None, "plain")),
-        ("-x", Source(None, "-x")),
-        ("[a]", Source(None, "[a]")),
+        ("host:/dev/sda", Location("host", "/dev/sda")),
+        ("user@host:/dev/sda", Location("user@host", "/dev/sda")),
+        ("host:relative/path", Location("host", "relative/path")),
+        ("host:/a:b", Location("host", "/a:b")),
+        ("host:a b", Location("host", "a b")),
+        ("host.example:/-x", Location("host.example", "/-x")),
+        ("[::1]:/dev/sda", Location("::1", "/dev/sda")),
+        ("[fe80::1%eth0]:/a:b", Location("fe80::1%eth0", "/a:b")),
+        ("user@[::1]:/dev/sda", Location("user@::1", "/dev/sda")),
+        ("/dev/sda", Location(None, "/dev/sda")),
+        ("/dev/disk/by-path/pci-0000:00:1f.2", Location(None, "/dev/disk/by-path/pci-0000:00:1f.2")),
+        ("disks/a:b", Location(None, "disks/a:b")),
+        ("./a:b", Location(None, "./a:b")),
+        ("plain", Location(None, "plain")),
+        ("-x", Location(None, "-x")),
+        ("[a]", Location(None, "[a]")),
     ],
 )
-def test_a_source_is_read_as_rsync_reads_it(text: str, source: Source) -> None:
-    assert parse_source(text) == source
+def test_a_source_is_read_as_rsync_reads_it(text: str, source: Location) -> None:
+    assert parse_location(text) == source
 
 
 @pytest.mark.parametrize(
@@ -52,92 +53,126 @@ def test_a_source_is_read_as_rsync_reads_it(text: str, source: Source) -> None:
 )
 def test_what_is_no_source_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="SOURCE"):
-        parse_source(text)
+        parse_location(text)
 
 
 @pytest.mark.parametrize(
-    ("source", "text"), [(REMOTE, "host:/dev/sda"), (Source(None, "/a"), "/a"), (Source("u@h", "p"), "u@h:p")]
+    ("source", "text"), [(REMOTE, "host:/dev/sda"), (Location(None, "/a"), "/a"), (Location("u@h", "p"), "u@h:p")]
 )
-def test_a_source_is_shown_as_it_was_given(source: Source, text: str) -> None:
+def test_a_source_is_shown_as_it_was_given(source: Location, text: str) -> None:
     assert str(source) == text
+
+
+KEEP_ALIVE = ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
 
 
 @pytest.mark.parametrize(
     ("rsh", "start"),
     [
-        ("ssh", ["ssh", "--", "host"]),
-        ("ssh -p 2222 -o 'User=some one'", ["ssh", "-p", "2222", "-o", "User=some one", "--", "host"]),
-        ("/usr/bin/ssh -4", ["/usr/bin/ssh", "-4", "--", "host"]),
+        ("ssh", ["ssh", *KEEP_ALIVE, "--", "host"]),
+        ("ssh -p 2222 -o 'User=some one'", ["ssh", "-p", "2222", "-o", "User=some one", *KEEP_ALIVE, "--", "host"]),
+        ("/usr/bin/ssh -4", ["/usr/bin/ssh", "-4", *KEEP_ALIVE, "--", "host"]),
         ("docker exec -i", ["docker", "exec", "-i", "host"]),
         ("rsh", ["rsh", "host"]),
     ],
 )
 def test_how_a_host_is_reached(rsh: str, start: list[str]) -> None:
-    command = retrieve_command(REMOTE, rsh)
+    command = stage_command(REMOTE, rsh, "blockcopy")
     assert command.argv == [*start, "blockcopy", "retrieve", "/dev/sda"]
-    assert command.environment == {}
-    assert command.source == REMOTE
+    assert (command.environment, command.opening, command.mark) == ({}, b"", b"")
+    assert command.location == REMOTE
 
 
-def test_ssh_is_the_default_and_notices_a_dead_peer() -> None:
-    argv = retrieve_command(REMOTE).argv
-    assert argv[0] == "ssh"
-    assert "ServerAliveInterval=10" in argv
-    assert argv[argv.index("--") :] == retrieve_command(REMOTE, "ssh").argv[1:]
+def test_ssh_is_the_default() -> None:
+    assert stage_command(REMOTE).argv == stage_command(REMOTE, "ssh").argv
 
 
 @pytest.mark.parametrize(
     ("program", "words"),
     [
-        (None, ["blockcopy"]),
         ("sudo blockcopy", ["sudo", "blockcopy"]),
         ("~/bin/blockcopy", ["~/bin/blockcopy"]),
         ("python3 $HOME/blockcopy.py", ["python3", "$HOME/blockcopy.py"]),
     ],
 )
-def test_the_remote_program_is_left_to_the_remote_shell(program: str | None, words: list[str]) -> None:
-    assert retrieve_command(REMOTE, "ssh", program).argv == ["ssh", "--", "host", *words, "retrieve", "/dev/sda"]
+def test_the_remote_program_is_left_to_the_remote_shell(program: str, words: list[str]) -> None:
+    assert stage_command(REMOTE, "rsh", program).argv == ["rsh", "host", *words, "retrieve", "/dev/sda"]
+
+
+def test_without_a_program_python_is_run_and_told_what_to_be() -> None:
+    command = stage_command(REMOTE, "rsh", python="sudo -n python3")
+    assert command.argv == ["rsh", "host", "sudo", "-n", "python3", "-c", CODE, "blockcopy", "retrieve", "/dev/sda"]
+    assert command.opening.startswith(b"exec(")
+    assert command.mark
+
+
+def test_a_shared_login_has_a_place_a_beginning_and_an_end() -> None:
+    way = stage_command(REMOTE, "ssh -4", control="/run/x-%C").way
+    ssh = ["ssh", "-4", "-o", "ControlPath=/run/x-%C", *KEEP_ALIVE]
+    ssh += ["-o", "ControlMaster=auto", "-o", "ControlPersist=10"]
+    assert way.argv == [*ssh, "--", "host"]
+    assert way.by_hand == ["ssh", "-4", "host"]
+    assert way.log_in == [*ssh, "-fN", "--", "host"]
+    assert way.end_login == [*ssh, "-O", "exit", "--", "host"]
+
+
+@pytest.mark.parametrize(
+    ("rsh", "control"),
+    [
+        ("rsh", "/run/x"),
+        ("ssh", "none"),
+        ("ssh", None),
+        ("ssh -S ~/mine", "/run/x"),
+        ("ssh -o ControlPath=~/mine", "/run/x"),
+    ],
+)
+def test_a_login_that_is_not_shared_or_not_ours_has_no_end(rsh: str, control: str | None) -> None:
+    way = stage_command(REMOTE, rsh, control=control).way
+    assert (way.log_in, way.end_login) == ((), ())
+    assert not any("ControlMaster" in word for word in way.argv)
+    assert ("ControlPath=none" in way.argv) == (control == "none")
+    assert "ControlPath=/run/x" not in way.argv
 
 
 @pytest.mark.parametrize("rsh", ["", "  ", "ssh 'x"])
 def test_an_rsh_that_is_no_command_is_refused(rsh: str) -> None:
     with pytest.raises(UsageError):
-        retrieve_command(REMOTE, rsh)
+        stage_command(REMOTE, rsh)
 
 
 @pytest.mark.parametrize("program", ["", " ", "blockcopy 'x"])
 def test_a_program_that_is_no_command_is_refused(program: str) -> None:
     with pytest.raises(UsageError):
-        retrieve_command(Source(None, "/a"), program=program)
+        stage_command(Location(None, "/a"), program=program)
 
 
 @pytest.mark.parametrize("path", ["-x", "--help"])
 def test_a_remote_path_is_no_option(path: str) -> None:
-    assert retrieve_command(Source("host", path)).argv[-2:] == ["retrieve", f"./{path}"]
+    assert stage_command(Location("host", path), "rsh", "blockcopy").argv[-2:] == ["retrieve", f"./{path}"]
 
 
 def test_a_local_program_gets_the_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    command = retrieve_command(Source(None, "-a b"), program="sudo 'my blockcopy'")
+    command = stage_command(Location(None, "-a b"), program="sudo 'my blockcopy'")
     assert command.argv == ["sudo", "my blockcopy", "retrieve", f"{tmp_path}/-a b"]
     assert command.environment == {}
 
 
 def test_a_local_source_runs_this_very_package() -> None:
-    command = retrieve_command(Source(None, "/a"))
+    command = stage_command(Location(None, "/a"))
     assert command.argv[0] == sys.executable
     assert command.argv[-3:] == ["blockcopy", "retrieve", "/a"]
 
 
-def answer(argv: list[str], environment: dict[str, str], folder: Path) -> bytes:
+def answer(command: Command, folder: Path) -> bytes:
     """To a question for everything, asked from within `folder`."""
     done = subprocess.run(
-        argv,
-        input=encode(Rest(0)) + encode(Done()),
+        command.argv,
+        input=command.opening + encode(Rest(0)) + encode(Done()),
         capture_output=True,
         check=False,
         cwd=folder,
-        env={**os.environ, **environment},
+        env={**os.environ, **command.environment},
     )
     assert (done.returncode, done.stderr) == (0, b"")
     return done.stdout
@@ -166,15 +201,15 @@ def test_odd_paths_arrive_as_they_are(tmp_path: Path, name: str) -> None:
     (tmp_path / "rsh").write_text(SHELL)
     (tmp_path / "rsh").chmod(0o755)
     program = " ".join(BLOCKCOPY)
-    remote = retrieve_command(Source("host", name), f"{tmp_path}/rsh", program)
-    absolute = Source(None, str(tmp_path / name))
-    for command in (remote, retrieve_command(absolute, program=program), retrieve_command(absolute)):
-        stream = answer(command.argv, command.environment, tmp_path)
+    remote = stage_command(Location("host", name), f"{tmp_path}/rsh", program)
+    absolute = Location(None, str(tmp_path / name))
+    for command in (remote, stage_command(absolute, program=program), stage_command(absolute)):
+        stream = answer(command, tmp_path)
         assert stream == encode(Data(0, b"this one")) + encode(Done())
 
 
 def test_nothing_in_the_working_folder_is_taken_for_the_package(tmp_path: Path) -> None:
     (tmp_path / "blockcopy.py").write_text("raise SystemExit('the wrong one')\n")
     (tmp_path / "file").write_bytes(b"abc")
-    command = retrieve_command(Source(None, str(tmp_path / "file")))
-    assert answer(command.argv, command.environment, tmp_path) == encode(Data(0, b"abc")) + encode(Done())
+    command = stage_command(Location(None, str(tmp_path / "file")))
+    assert answer(command, tmp_path) == encode(Data(0, b"abc")) + encode(Done())

@@ -25,12 +25,12 @@ from blockcopy.errors import (
     SourceError,
 )
 from blockcopy.geometry import BLOCK_SIZE, Geometry
-from blockcopy.remote import Source, retrieve_command
+from blockcopy.meters import floored_percent
+from blockcopy.remote import Location, stage_command
 from blockcopy.replica import keeper, link
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.forms import FENCES
 from blockcopy.replica.replica import Plan, Replica
-from blockcopy.meters import floored_percent
 
 QUICKLY, NEVER = 0.05, 1000
 """Seconds until a link that was lost is made again."""
@@ -81,7 +81,7 @@ def file_of(folder: Path, name: str, data: bytes) -> Path:
 def plan_of(
     source: object, destination: object, program: str | None = None, *, hydrate: bool = True, **more: Any
 ) -> Plan:
-    command = retrieve_command(Source(None, str(source)), program=program)
+    command = stage_command(Location(None, str(source)), program=program)
     return Plan(command, str(destination), hydrate=hydrate, **more)
 
 

@@ -13,7 +13,7 @@ import trio
 
 from blockcopy.errors import SourceError
 from blockcopy.geometry import BLOCK_SIZE
-from blockcopy.remote import Source, retrieve_command
+from blockcopy.remote import Location, stage_command
 from blockcopy.replica.retriever import Retriever
 from blockcopy.replica.sizing import SizeSearch
 
@@ -52,7 +52,7 @@ def sparse_file(size: int, folder: Path) -> Iterator[Path]:
 
 def find(path: object, guesses: list[int], program: str | None) -> list[int]:
     """What is found with each of the guesses, one after the other, of the process that is then alive."""
-    command = retrieve_command(Source(None, str(path)), program=program)
+    command = stage_command(Location(None, str(path)), program=program)
     found = []
 
     async def main() -> None:

@@ -11,18 +11,21 @@ import functools
 import gc
 import json
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from blockcopy import console, packing, zstd
+from blockcopy.device import open_source
 from blockcopy.errors import DifferentError, UsageError
-from blockcopy.remote import Command, parse_source, retrieve_command
+from blockcopy.login import control_path, logged_in
+from blockcopy.remote import Command, Location, parse_location, stage_command
 
 if TYPE_CHECKING:
     from subprocess import Popen
 
     from blockcopy.geometry import Extent
     from blockcopy.replica.replica import Plan
+    from blockcopy.replica.verify import Verdict
 
 T = TypeVar("T")
 
@@ -34,7 +37,7 @@ def needs_extra() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"mount and sync need the module `{error.name}`; install it with: pip install 'blockcopy[fuse]'"
+            f"this needs the module `{error.name}`; install it with: pip install 'blockcopy[fuse]'"
         ) from error
 
 
@@ -46,24 +49,41 @@ def run(program: Callable[[], Awaitable[T]]) -> T:
     return running.run(program)
 
 
-def _source_command(args: argparse.Namespace) -> Command:
-    return retrieve_command(parse_source(args.source), args.rsh, args.blockcopy_path)
+def source_command(args: argparse.Namespace) -> Command:
+    """A `retrieve` of SOURCE, run as the options say. UsageError."""
+    return command_for(args, parse_location(args.source), "retrieve")
 
 
-def plan_of(args: argparse.Namespace, **more: Any) -> Plan:
+def command_for(args: argparse.Namespace, location: Location, stage: str, options: Sequence[str] = ()) -> Command:
+    """A stage of what is at `location`, run as the options say. UsageError."""
+    return stage_command(
+        location,
+        args.rsh,
+        args.blockcopy_path,
+        python=args.python,
+        control=control_path(shared=not args.no_control_master) if location.host else None,
+        stage=stage,
+        options=options,
+    )
+
+
+def plan_of(args: argparse.Namespace, command: Command, **more: Any) -> Plan:
     """What the options that `mount` and `sync` share ask for, and `more` of a Plan. UsageError."""
     from blockcopy.replica.replica import Plan
 
+    destination = parse_location(args.destination, "DESTINATION")
+    if destination.host is not None:
+        raise UsageError(f"DESTINATION {args.destination} has to be here: blocks of it are what a mount reads")
     return Plan(
-        _source_command(args),
-        os.path.abspath(args.destination),
+        command,
+        os.path.abspath(destination.path),
         force=args.force,
         keep_state=not args.no_state,
         state=os.path.abspath(args.state) if args.state else None,
         recheck=args.recheck,
         timeout=args.timeout,
         reconnect_timeout=args.reconnect_timeout,
-        prompts=_prompts(args),
+        prompts=_prompts(command.location),
         limit=args.limit,
         verify=args.verify,
         compress=_wish(args),
@@ -74,18 +94,19 @@ def plan_of(args: argparse.Namespace, **more: Any) -> Plan:
 
 def _wish(args: argparse.Namespace) -> dict[str, Any] | None:
     """What the source is asked to compress with: `auto` over a network, if nothing is said."""
-    if "compress" in args:
-        wish = args.compress
-        if wish is not None and not wish.auto:
-            zstd.check_available()
-    else:
-        wish = packing.Wish(auto=True) if parse_source(args.source).host else None
+    wish = args.compress if "compress" in args else _default_wish(parse_location(args.source))
+    if wish is not None and not wish.auto:
+        zstd.check_available()
     return packing.fact_of(wish) if zstd.available() else None
 
 
-def _prompts(args: argparse.Namespace) -> bool:
-    """Whether the way to the source may ask something at a terminal."""
-    if parse_source(args.source).host is None:
+def _default_wish(location: Location) -> packing.Wish | None:
+    return packing.Wish(auto=True) if location.host else None
+
+
+def _prompts(location: Location) -> bool:
+    """Whether the way there may ask something at a terminal."""
+    if location.host is None:
         return False
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC))
@@ -95,12 +116,43 @@ def _prompts(args: argparse.Namespace) -> bool:
 
 
 def sync(args: argparse.Namespace) -> None:
-    with _started(_source_command(args)) as started:
+    destination = parse_location(args.destination, "DESTINATION")
+    if destination.host is not None:
+        _push(args, destination)
+        return
+    command = source_command(args)
+    with logged_in(command), _started(command) as started:
         with needs_extra():
             from blockcopy.replica import running
             from blockcopy.replica.sync import sync as make_copy
-        plan = plan_of(args, demand=False, started=started)
-        run(lambda: running.interruptible(lambda: make_copy(plan, console.terminal())))
+        plan = plan_of(args, command, demand=False, started=started)
+        with console.progress(args, unasked=True) as progress:
+            run(lambda: running.interruptible(lambda: make_copy(plan, progress)))
+
+
+def _push(args: argparse.Namespace, destination: Location) -> None:
+    from blockcopy.push import push
+
+    source = _local(args)
+    if args.state or args.recheck:
+        raise UsageError("a push keeps no state: each block is checked, every time")
+    options = [name for name, given in (("--force", args.force), ("--no-sparse", args.no_sparse)) if given]
+    wish = args.compress if "compress" in args else _default_wish(destination)
+    command = command_for(args, destination, "receive", [*options, "--compress", packing.text_of(wish)])
+    with logged_in(command), open_source(source) as device:
+        with console.progress(args, unasked=True) as progress:
+            push(command, device, patience=args.reconnect_timeout, limit=args.limit, progress=progress)
+        if args.verify:
+            _refuse_differing(
+                args, _compare(args, command_for(args, destination, "retrieve"), source, device.size())
+            )
+
+
+def _local(args: argparse.Namespace) -> str:
+    source = parse_location(args.source)
+    if source.host is not None:
+        raise UsageError("SOURCE and DESTINATION are both on another host: run it on one of the two")
+    return os.path.abspath(source.path)
 
 
 @contextlib.contextmanager
@@ -118,29 +170,50 @@ def _started(command: Command) -> Iterator[list[Popen[bytes]]]:
 
 
 def verify(args: argparse.Namespace) -> None:
+    destination = parse_location(args.destination, "DESTINATION")
+    if destination.host is None:
+        verdict = _compare(args, source_command(args), os.path.abspath(args.destination))
+    else:  # there is no difference between the two ends but this: what the destination has beyond does not count
+        source = _local(args)
+        with open_source(source) as device:
+            verdict = _compare(args, command_for(args, destination, "retrieve"), source, device.size())
+    _refuse_differing(args, verdict)
+
+
+def _compare(args: argparse.Namespace, command: Command, path: str, size: int | None = None) -> Verdict:
+    """Tell where they differ, to standard output."""
     with needs_extra():
         from blockcopy.replica import running
         from blockcopy.replica.verify import verify as compare
 
     def report(extent: Extent) -> None:
-        if args.json:
+        if as_json:
             ranges.append(extent._asdict())
         else:
-            console.write(f"{extent.offset}:{extent.length}")
+            with progress.aside():
+                console.write(f"{extent.offset}:{extent.length}")
 
+    as_json = getattr(args, "json", False)
     ranges: list[dict[str, int]] = []
-    run_verify = functools.partial(
-        compare,
-        _source_command(args),
-        os.path.abspath(args.destination),
-        report,
-        timeout=args.timeout,
-        patience=args.reconnect_timeout,
-        prompts=_prompts(args),
-    )
-    verdict = run(lambda: running.interruptible(run_verify))
-    if args.json:
+    with logged_in(command), console.progress(args, unasked=True) as progress:
+        run_verify = functools.partial(
+            compare,
+            command,
+            path,
+            report,
+            timeout=args.timeout,
+            patience=args.reconnect_timeout,
+            prompts=_prompts(command.location),
+            size=size,
+            progress=progress,
+        )
+        verdict = run(lambda: running.interruptible(run_verify))
+    if as_json:
         console.write(json.dumps({"size": verdict.size, "differing_bytes": verdict.differing, "ranges": ranges}))
+    return verdict
+
+
+def _refuse_differing(args: argparse.Namespace, verdict: Verdict) -> None:
     if verdict.differing:
         raise DifferentError(
             f"{args.destination} is not a copy of {args.source}: {verdict.differing} of {verdict.size} bytes "

@@ -103,7 +103,7 @@ class Connector:
     async def _within(self, seconds: float, greet: Callable[[], Awaitable[Identity]]) -> Identity:
         with trio.move_on_after(seconds):
             return await greet()
-        raise SourceError(f"{self.command.source} gave no answer for {seconds:g} seconds")
+        raise SourceError(f"{self.command.location} gave no answer for {seconds:g} seconds")
 
     async def _open_original(self, nursery: trio.Nursery) -> Retriever:
         start = partial(self._start, nursery, original=True)
@@ -135,7 +135,7 @@ class Connector:
 
     def _is_another(self, why: str) -> SourceChangedError:
         self.changed = SourceChangedError(
-            f"source changed: {self.command.source} is not what it was ({why}). "
+            f"source changed: {self.command.location} is not what it was ({why}). "
             "Start again; of a source that is in use, take a snapshot"
         )
         return self.changed

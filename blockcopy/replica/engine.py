@@ -25,11 +25,10 @@ import math
 import os
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
-from pathlib import Path
 
 import trio
 
-from blockcopy.device import Device, open_destination, open_source
+from blockcopy.device import Device, existing_destination, make_room, open_destination, open_source
 from blockcopy.errors import DestinationRefusedError, DeviceError, SourceError, StateError
 from blockcopy.geometry import BLOCK_SIZE, Geometry
 from blockcopy.replica import keeper
@@ -77,12 +76,12 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
                 is_there = await _connect(plan, links, connector, record, nursery)
                 source = connector.identity
                 if source is None:  # cannot be: `_connect` would have raised
-                    raise SourceError(f"{plan.command.source} does not say what it is")
+                    raise SourceError(f"{plan.command.location} does not say what it is")
                 geometry = Geometry(source["size"])
                 if device is None:
                     device = stack.enter_context(open_destination(plan.destination, force=plan.force, create=True))
                     journal, record = _recall(plan, device, stack)
-                _make_room(device, geometry.size)
+                make_room(device, geometry.size)
                 blockmap = BlockMap(geometry)
                 if journal and record and keeper.is_of(journal, record, source):
                     blockmap = keeper.resume(journal, record, device, geometry, source if is_there else None)
@@ -103,7 +102,7 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
 def _recall(plan: Plan, device: Device, stack: ExitStack) -> tuple[Journal | None, Record | None]:
     """The destination's journal, and what is in it of this destination."""
     if plan.state is not None:
-        for path in (plan.destination, plan.command.source.path if plan.command.source.host is None else ""):
+        for path in (plan.destination, plan.command.location.path if plan.command.location.host is None else ""):
             if path and os.path.exists(plan.state) and os.path.exists(path) and os.path.samefile(plan.state, path):
                 raise StateError(f"cannot keep the state in {plan.state}: that is {path} itself")
     journal = keeper.open_journal(plan.state, device, keep=plan.keep_state)
@@ -118,16 +117,17 @@ async def _connect(
 ) -> bool:
     """Start the links; whether the source was reached. SourceError where it was not, and has to be.
 
-    Side by side, but for the password that each may ask for: then one after the other, and all of
-    them before there is no terminal any more.
+    Side by side, but where the others go through the login of the first. Where each may ask for a password:
+    one after the other, and all of them before there is no terminal any more.
     """
     first, *others = links
-    if not plan.prompts:
+    shares = bool(plan.command.way.end_login)
+    if not (plan.prompts or shares):
         for link in others:
             nursery.start_soon(link.run)
     try:
         await first.open()
-        if plan.prompts:
+        if plan.prompts and not shares:
             for link in others:
                 await link.open()
         return True
@@ -140,19 +140,17 @@ async def _connect(
             connector.identity = record.binding.source
         return is_there
     finally:
-        for link in links if plan.prompts else [first]:
+        for link in links if plan.prompts or shares else [first]:
             nursery.start_soon(link.run)
 
 
 def _open_existing(plan: Plan, devices: ExitStack) -> Device | None:
     """Claim the destination before anything is asked of anybody; None where it has to be created."""
-    path = Path(plan.destination)
-    if not path.exists():
-        if not os.access(path.parent, os.W_OK | os.X_OK):
-            raise DeviceError(f"cannot create {path}: there is no folder {path.parent} to write into")
+    device = existing_destination(plan.destination, force=plan.force)
+    if device is None:
         return None
-    device = devices.enter_context(open_destination(plan.destination, force=plan.force))
-    if plan.command.source.host is None and _is_same(plan.command.source.path, device):
+    devices.enter_context(device)
+    if plan.command.location.host is None and _is_same(plan.command.location.path, device):
         raise DestinationRefusedError(f"{plan.destination} is the source itself")
     return device
 
@@ -163,15 +161,3 @@ def _is_same(path: str, device: Device) -> bool:
             return other.identity == device.identity
     except DeviceError:
         return False  # missing, which the retrieve process tells, or only sudo can read it
-
-
-def _make_room(device: Device, size: int) -> None:
-    """The destination holds at least `size` bytes; a longer one keeps its tail."""
-    own = device.size()
-    if own >= size:
-        return
-    if device.is_block_device:
-        raise DestinationRefusedError(
-            f"{device.path} is too small: it has {own} bytes, and the source {size}. Nothing was written"
-        )
-    device.grow(size)

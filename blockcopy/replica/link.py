@@ -145,10 +145,10 @@ class Link:
         except SourceChangedError as error:
             logger.error("%s", error)
         except SourceError as error:
-            logger.warning("%s cannot be reached: %s", self._connector.command.source, error)
+            logger.warning("%s cannot be reached: %s", self._connector.command.location, error)
         else:
             if self.reconnects:
-                logger.warning("the link to %s is up again", self._connector.command.source)
+                logger.warning("the link to %s is up again", self._connector.command.location)
 
     def _lose(self, retriever: Retriever) -> None:
         sent, received = self._past_bytes
@@ -205,12 +205,12 @@ class Link:
             if self._connector.changed is not None:
                 raise copy(self._connector.changed)
             if self._closing:
-                raise SourceError(f"{self._connector.command.source} has been let go")
+                raise SourceError(f"{self._connector.command.location} has been let go")
             for link in filter(None, (self, self.substitute)):
                 if link._retriever is not None and link._retriever.failure is None:
                     return link._retriever
             if not await self._wait_until(max(since, self._last_answer()) + self._patience):
-                source, error = self._connector.command.source, self.last_error
+                source, error = self._connector.command.location, self.last_error
                 raise SourceError(
                     f"{source} has been away for {self._patience:g} seconds" + (f": {error}" if error else "")
                 )

@@ -23,6 +23,7 @@ from blockcopy.device import Device
 from blockcopy.errors import BlockcopyError, DifferentError
 from blockcopy.geometry import Extent, Geometry
 from blockcopy.identity import Identity
+from blockcopy.meters import RateMeter, eta, floored_percent
 from blockcopy.remote import Command
 from blockcopy.replica.background import Hydration
 from blockcopy.replica.blockmap import BlockMap
@@ -31,7 +32,6 @@ from blockcopy.replica.keeper import Keeper
 from blockcopy.replica.link import Link
 from blockcopy.replica.materialiser import BULK_PATIENCE, DEMAND_PATIENCE, Lane, Materialiser
 from blockcopy.replica.pace import BATCH_BLOCKS, Pace
-from blockcopy.replica.status import RateMeter, floored_percent
 from blockcopy.replica.verify import compare
 from blockcopy.replica.volume import Volume
 from blockcopy.replica.window import Window
@@ -138,6 +138,7 @@ class Replica:
         self._complete = False
         self._closing = False
         self._verifying = False
+        self._verified = 0
         self._failure: BlockcopyError | None = None
 
     @property
@@ -194,7 +195,7 @@ class Replica:
         await self.let_go()
         self._complete = True
         self.settled.set()
-        logger.info("%s is a complete copy of %s", self._plan.destination, self._plan.command.source)
+        logger.info("%s is a complete copy of %s", self._plan.destination, self._plan.command.location)
 
     async def _verify(self) -> None:
         """Ask about every block once more, of what is on the disk. DifferentError."""
@@ -202,15 +203,20 @@ class Replica:
         self._verifying = True
         try:
             self._device.drop_cache()
-            verdict = await compare(self._device, self._geometry, self._links[-1], ranges.append)
+            verdict = await compare(
+                self._device, self._geometry, self._links[-1], ranges.append, self._note_verified
+            )
         finally:
             self._verifying = False
         if ranges:
             await self._keeper.forget()
             raise DifferentError(
-                f"{self._plan.destination} is not a copy of {self._plan.command.source} after all: "
+                f"{self._plan.destination} is not a copy of {self._plan.command.location} after all: "
                 f"{verdict.differing} bytes in {len(ranges)} ranges differ, the first at {ranges[0].offset}"
             )
+
+    def _note_verified(self, count: int) -> None:
+        self._verified = count
 
     def _fail(self, error: BlockcopyError) -> None:
         logger.error("the copy cannot be completed: %s", error)
@@ -271,7 +277,7 @@ class Replica:
         error = self._links[0].changed or self._failure or self._materialiser.last_error
         return {
             "state": self.state,
-            "source": str(self._plan.command.source),
+            "source": str(self._plan.command.location),
             "destination": self._plan.destination,
             "pid": os.getpid(),
             "size": size,
@@ -281,11 +287,12 @@ class Replica:
             "same_bytes": self._blockmap.same_bytes,
             "fetched_bytes": self._blockmap.fetched_bytes,
             "zero_bytes": self._blockmap.zero_bytes,
+            "verified_bytes": self._verified,
             "sent_bytes": sum(link.sent_bytes for link in self._links),
             "received_bytes": sum(link.received_bytes for link in self._links),
             "rate_bytes_per_s": rate,
             "limit_bytes_per_s": self.pace.limit,
-            "eta_seconds": -(-(size - hydrated) // rate) if rate else None,
+            "eta_seconds": eta(hydrated, size, rate),
             "source_needed": not self._complete,
             "link": self._link_status(),
             "state_file": self._state_file,

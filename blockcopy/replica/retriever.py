@@ -23,12 +23,13 @@ from typing import Any, TypeVar
 import trio
 
 from blockcopy import __version__, digests, wire
+from blockcopy.advice import advice
 from blockcopy.decoder import Decoder
 from blockcopy.digests import Digest
 from blockcopy.errors import GarbledSourceError, OriginalProgramError, SourceError, StreamError
 from blockcopy.geometry import Extent
 from blockcopy.identity import Identity, is_identity
-from blockcopy.remote import Command
+from blockcopy.remote import MOST_NOISE, Command
 from blockcopy.replica.forms import AgreedForm, Answer, Batch, OriginalForm, Probe, Question, Sink, Survey
 from blockcopy.replica.process import Process, start
 from blockcopy.stages import InputStream, enlarge_pipe
@@ -62,7 +63,7 @@ class Retriever:
         self._command = command
         self._started = started
         self._timeout = timeout
-        self._form = (OriginalForm if original else AgreedForm)(str(command.source))
+        self._form = (OriginalForm if original else AgreedForm)(str(command.location))
         self.digest = digests.named(digests.ORIGINAL) if original else digest
         """What questions are digested with; None until it was greeted."""
         # Unbounded, yet bounded by those who ask: each waits for its answer before it asks again.
@@ -74,6 +75,7 @@ class Retriever:
         self._greeted = trio.Event()
         self._hello: wire.Hello | None = None
         self._last_sign = trio.current_time()  # of life, or when it was first asked
+        self._begun = not command.mark
         self.answered_at: float | None = None
         """When it last gave anything but its greeting, in trio's time; None before."""
         self.ended = trio.Event()
@@ -95,7 +97,7 @@ class Retriever:
             if compress:
                 facts["compress"] = dict(compress)
             self._greeting = wire.encode(wire.Hello(facts))
-            self._transmit(self._greeting)
+            self._transmit(command.opening + self._greeting)
 
     async def greet(self) -> Identity:
         """Wait for the greeting of the agreed form to be returned; what the source says of itself.
@@ -114,7 +116,7 @@ class Retriever:
         name = facts.get("digest")
         offered = [self.digest.name] if self.digest else digests.speeds()
         if not is_identity(identity) or name not in offered:
-            raise SourceError(f"{self._command.source}: no agreement with {str(facts)[:500]}")
+            raise SourceError(f"{self._command.location}: no agreement with {str(facts)[:500]}")
         self.digest = digests.named(name)
         return identity
 
@@ -221,12 +223,14 @@ class Retriever:
     def _why(self, process: Process, garbled: StreamError | None) -> SourceError | None:
         """Why it ended, unless it was told to."""
         if self._stalled:
-            return SourceError(f"{self._command.source} gave nothing for {self._timeout:g} seconds")
+            return SourceError(f"{self._command.location} gave nothing for {self._timeout:g} seconds")
         if garbled is not None:
-            words = f"{self._command.source} sent what was not asked for: {garbled}"
+            words = f"{self._command.location} sent what was not asked for: {garbled}"
             return GarbledSourceError(words + self._said())
         if not self._closing:
-            return SourceError(self._describe_end(process.returncode) + self._said())
+            words = self._describe_end(process.returncode) + self._said()
+            todo = advice(self._command, process.returncode, "\n".join(self._messages), begun=self._begun)
+            return SourceError(f"{words} – {todo}" if todo else words)
         return None
 
     def _fail(self, error: SourceError) -> None:
@@ -269,6 +273,8 @@ class Retriever:
         """In the thread."""
         decoder = Decoder(self._form.grammar)
         try:
+            if not self._begun and not self._begins(stream):
+                return None
             while count := stream.read_into(decoder.room()):
                 self.received_bytes += count
                 self._last_sign = self._now()
@@ -281,6 +287,13 @@ class Retriever:
         except StreamError as error:
             return error
         return None
+
+    def _begins(self, stream: InputStream) -> bool:
+        """Pass over what a login prints. Where nothing else comes, that may tell why."""
+        self._begun, noise = stream.skip_past(self._command.mark, MOST_NOISE)
+        if not self._begun:
+            self._note(noise.split(b"\n"))
+        return self._begun
 
     def _now(self) -> float:
         """Trio's time, in any thread."""
@@ -326,7 +339,7 @@ class Retriever:
             text = line.decode(errors="replace").strip()
             if text:
                 self._messages.append(text)
-                self._log(f"{self._command.source}: {text}")
+                self._log(f"{self._command.location}: {text}")
 
     def _log(self, text: str) -> None:
         logger.log(logging.DEBUG if self.quiet else logging.WARNING, "%s", text)
@@ -338,10 +351,10 @@ class Retriever:
             how = f"was killed by {signal.Signals(-returncode).name}"
         else:
             how = f"ended with exit status {returncode}"
-        return f"the retrieve process of {self._command.source} {how}"
+        return f"the retrieve process of {self._command.location} {how}"
 
     def _said(self) -> str:
         return "; it said: " + " | ".join(self._messages) if self._messages else ""
 
     def _let_go(self) -> str:
-        return f"{self._command.source} has been let go"
+        return f"{self._command.location} has been let go"

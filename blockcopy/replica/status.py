@@ -36,7 +36,7 @@ def one_line(snapshot: dict[str, Any]) -> str:
 
 
 def counts_of(snapshot: dict[str, Any]) -> Counts:
-    """What a progress bar is told: how much is here, or while it is compared once more, how much of that is done."""
+    """What a progress bar is told: how much is here; while it is compared once more, how much of that is done."""
     if snapshot["state"] == "verifying":
         return Counts(snapshot["verified_bytes"], snapshot["size"], state="verifying")
     names = ["same", "fetched", "zero", *(["resumed"] if snapshot["resumed_bytes"] else [])]

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TextIO
-
+from blockcopy.progress import Progress
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.replica import Plan
+from blockcopy.replica.report import report
 
 
-async def sync(plan: Plan, terminal: TextIO | None) -> None:
-    """Make the destination the source's copy. `terminal` gets a progress bar.
+async def sync(plan: Plan, progress: Progress) -> None:
+    """Make the destination the source's copy. `progress` is told how far it is.
 
     SourceError, DeviceError, DestinationRefusedError, in exception groups.
     """
     async with open_replica(plan) as replica:
-        if terminal is not None:
-            from blockcopy.replica import bar  # what draws it is loaded where it is drawn
-
-            await bar.show(replica, terminal)
+        await report(replica, progress)
         await replica.wait_complete()

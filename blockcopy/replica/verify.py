@@ -15,6 +15,7 @@ from blockcopy.device import Device, open_source
 from blockcopy.digests import Buffer
 from blockcopy.errors import BlockcopyError
 from blockcopy.geometry import Extent, Geometry
+from blockcopy.progress import Counts, Progress
 from blockcopy.remote import Command
 from blockcopy.replica.connector import Connector
 from blockcopy.replica.link import Link
@@ -41,12 +42,14 @@ async def verify(
     timeout: float,
     patience: float,
     prompts: bool,
+    size: int | None = None,
+    progress: Progress,
 ) -> Verdict:
     """Compare every block; `report` gets each range that differs, in order, neighbours as one.
 
-    Where the destination is shorter, all that it lacks differs; what it has beyond does not count.
-    `timeout` and `prompts` as for a Connector, `patience` as for a Link. SourceError, DeviceError, in
-    exception groups.
+    Where the destination is shorter, all that it lacks differs; what it has beyond does not count. With `size`
+    it is the other end that is the copy, of so many bytes. `progress` is told what was compared. `timeout` and
+    `prompts` as for a Connector, `patience` as for a Link. SourceError, DeviceError, in exception groups.
     """
     with open_source(destination) as device:
         async with trio.open_nursery() as nursery:
@@ -55,25 +58,57 @@ async def verify(
             link = Link(connector, nursery, patience=patience)
             await link.open()
             nursery.start_soon(link.run)
-            size = connector.identity["size"] if connector.identity else 0
-            verdict = await compare(device, Geometry(size), link, report)
+            there = connector.identity["size"] if connector.identity else 0
+            total = there if size is None else size
+
+            def completed(count: int) -> None:
+                progress.update(Counts(count, total))
+
+            verdict = await _compare_ends(device, there, size, link, report, completed)
             await link.close()
     return verdict
 
 
-async def compare(device: Device, geometry: Geometry, link: Link, report: Callable[[Extent], None]) -> Verdict:
-    """As `verify`, over a link that is up, for a source of that geometry. SourceError, DeviceError."""
+async def _compare_ends(
+    device: Device,
+    there: int,
+    size: int | None,
+    link: Link,
+    report: Callable[[Extent], None],
+    completed: Callable[[int], None],
+) -> Verdict:
+    if size is None or size <= there:
+        return await compare(device, Geometry(there if size is None else size), link, report, completed)
+    verdict = await compare(device, Geometry(there), link, report, completed)
+    report(Extent(there, size - there))
+    return Verdict(size, verdict.differing + size - there)
+
+
+async def compare(
+    device: Device,
+    geometry: Geometry,
+    link: Link,
+    report: Callable[[Extent], None],
+    completed: Callable[[int], None],
+) -> Verdict:
+    """As `verify`, over a link that is up, for a source of that geometry. SourceError, DeviceError.
+
+    `completed` is told how many bytes have been compared, as often as there is news.
+    """
     verdict = Verdict(geometry.size)
     ranges = _Ranges(report, verdict)
     own = min(device.size(), geometry.size)
-    await _compare(device, Geometry(own, geometry.block_size), link, ranges)
+    await _compare(device, Geometry(own, geometry.block_size), link, ranges, completed)
+    completed(geometry.size)
     if geometry.size > own:
         ranges.add(Extent(own, geometry.size - own))
     ranges.finish()
     return verdict
 
 
-async def _compare(device: Device, geometry: Geometry, link: Link, ranges: _Ranges) -> None:
+async def _compare(
+    device: Device, geometry: Geometry, link: Link, ranges: _Ranges, completed: Callable[[int], None]
+) -> None:
     """In rounds of _ROUND batches, so that what differs is told in order."""
     threads = trio.CapacityLimiter(len(os.sched_getaffinity(0)))
     step = _ROUND * BATCH_BLOCKS
@@ -100,6 +135,7 @@ async def _compare(device: Device, geometry: Geometry, link: Link, ranges: _Rang
             raise errors[0]
         for extent in sorted(found):
             ranges.add(extent)
+        completed(min(stop * geometry.block_size, geometry.size))
 
 
 class _Ignore:

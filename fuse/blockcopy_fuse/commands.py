@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blockcopy import console
-from blockcopy.errors import IncompleteError
-from blockcopy.replica.commands import needs_extra, plan_of, run
+from blockcopy.errors import IncompleteError, PeerError, UnfitError
+from blockcopy.login import log_in, logged_in
+from blockcopy.progress import Progress
+from blockcopy.remote import Location
+from blockcopy.replica.commands import command_for, needs_extra, plan_of, run, source_command
 from blockcopy.replica.status import one_line
 from blockcopy_fuse import control
+
+if TYPE_CHECKING:
+    from blockcopy.replica.replica import Plan
+
+logger = logging.getLogger(__name__)
 
 
 def mount(args: argparse.Namespace) -> None:
     with needs_extra():
         from blockcopy_fuse import daemon, mounting
+    command = source_command(args)
     plan = plan_of(
         args,
+        command,
         hydrate=not args.no_background,
         may_be_away=True,
         read_timeout=mounting.longest_request(),
     )
-    if plan.prompts and not args.foreground:
-        plan = dataclasses.replace(plan, command=plan.command.outliving_terminal())
     shown = mounting.MountPlan(
         plan=plan,
         mountpoint=os.path.abspath(args.mountpoint),
@@ -35,10 +46,27 @@ def mount(args: argparse.Namespace) -> None:
         pid_file=os.path.abspath(args.pid_file) if args.pid_file else None,
     )
     mounting.check(shown)
+    if plan.prompts and not args.foreground:
+        shown = dataclasses.replace(shown, plan=_asked_beforehand(plan))
+
+    def serve(ready: Callable[[], None], progress: Progress) -> None:
+        with logged_in(command), progress:
+            run(lambda: mounting.serve(shown, ready, progress))
+
     if args.foreground:
-        run(lambda: mounting.serve(shown, lambda: None, console.terminal()))
-    elif daemon.run_in_background(lambda ready: run(lambda: mounting.serve(shown, ready, None))):
+        serve(lambda: None, console.progress(args, unasked=True))
+    elif daemon.run_in_background(lambda ready: serve(ready, Progress())):
         mounting.await_first_answer(shown)
+
+
+def _asked_beforehand(plan: Plan) -> Plan:
+    """The same for processes that will outlive the terminal, at which a password may be asked for now."""
+    if plan.command.way.log_in:
+        try:
+            return dataclasses.replace(plan, command=log_in(plan.command), prompts=False)
+        except PeerError as error:
+            logger.info("%s", error)  # a mount may begin without its source; where not, that is told again
+    return dataclasses.replace(plan, command=plan.command.outliving_terminal())
 
 
 def status(args: argparse.Namespace) -> None:
@@ -47,7 +75,8 @@ def status(args: argparse.Namespace) -> None:
 
 
 def wait(args: argparse.Namespace) -> None:
-    control.wait(args.mountpoint)
+    with console.progress(args, unasked=True) as progress:
+        control.wait(args.mountpoint, progress)
 
 
 def umount(args: argparse.Namespace) -> None:
@@ -75,6 +104,33 @@ def limit(args: argparse.Namespace) -> None:
 
 def prefetch(args: argparse.Namespace) -> None:
     _tell(args, extents=args.extents)
+
+
+def doctor(args: argparse.Namespace) -> None:
+    from blockcopy_fuse.doctor import examine, examine_host
+
+    findings = examine()
+    if args.host is not None:
+        host, _, path = args.host.partition(":")
+        findings = itertools.chain(findings, examine_host(command_for(args, Location(host, path), "facts")))
+    failures = 0
+    for verdict, words in findings:
+        console.write(f"{verdict:5} {words}")
+        failures += verdict == "FAIL"
+    if failures:
+        raise UnfitError(f"{failures} of these have to be mended first")
+
+
+def manual(args: argparse.Namespace) -> None:
+    with needs_extra():
+        from blockcopy_fuse.manual import page
+    console.write(page().rstrip())
+
+
+def completion(args: argparse.Namespace) -> None:
+    with needs_extra():
+        from blockcopy_fuse.manual import completion as script
+    console.write(script(args.shell).rstrip())
 
 
 def _tell(args: argparse.Namespace, **more: Any) -> None:

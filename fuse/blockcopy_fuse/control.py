@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from blockcopy.errors import BlockcopyError, IncompleteError, MountError
+from blockcopy.progress import Progress
+from blockcopy.replica.status import counts_of
 from blockcopy_fuse import STATUS_NAME
 
 _POLL_SECONDS = 0.2
@@ -44,10 +46,11 @@ def read_status(mountpoint: str) -> dict[str, Any]:
     return snapshot
 
 
-def wait(mountpoint: str) -> dict[str, Any]:
+def wait(mountpoint: str, progress: Progress) -> dict[str, Any]:
     """Return the snapshot when the copy is complete. IncompleteError where it will not be."""
     snapshot = read_status(mountpoint)
     while snapshot["state"] != "complete":
+        progress.update(counts_of(snapshot))
         if snapshot["state"] == "failed":
             raise IncompleteError(f"the copy on {mountpoint} cannot be completed: {snapshot['error']}")
         time.sleep(_POLL_SECONDS)
@@ -55,6 +58,8 @@ def wait(mountpoint: str) -> dict[str, Any]:
             snapshot = read_status(mountpoint)
         except MountError as error:
             raise IncompleteError(f"{mountpoint} went away before the copy was complete: {error}") from error
+    progress.update(counts_of(snapshot))
+    progress.finish()
     return snapshot
 
 

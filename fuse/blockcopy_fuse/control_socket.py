@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import socket
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +21,10 @@ from typing import Any
 
 import trio
 
-from blockcopy.errors import BlockcopyError, MountError, UsageError
+from blockcopy.errors import BlockcopyError, DeviceError, UsageError
 from blockcopy.geometry import Extent
 from blockcopy.replica.replica import Replica
+from blockcopy.runfolder import run_folder
 from blockcopy.wire import MAX_POSITION
 
 logger = logging.getLogger(__name__)
@@ -56,11 +56,11 @@ class ControlSocket:
 def opened() -> Iterator[ControlSocket | None]:
     """A socket of this process, gone at the end; None, with a warning, where none can be made."""
     try:
-        path = _folder() / f"{os.getpid()}.sock"
+        path = run_folder() / f"{os.getpid()}.sock"
         _sweep(path.parent)
         path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX)
-    except (OSError, MountError) as error:
+    except (OSError, DeviceError) as error:
         logger.warning("pause, resume, limit and prefetch will not work: %s", error)
         yield None
         return
@@ -77,21 +77,6 @@ def opened() -> Iterator[ControlSocket | None]:
             yield ControlSocket(str(path), listener)
         finally:
             path.unlink(missing_ok=True)
-
-
-def _folder() -> Path:
-    """Where the sockets of this user's mounts are; it is nobody else's. MountError."""
-    if os.geteuid() == 0:
-        folder = Path("/run/blockcopy")
-    elif runtime := os.environ.get("XDG_RUNTIME_DIR"):
-        folder = Path(runtime) / "blockcopy"
-    else:
-        folder = Path(f"/tmp/blockcopy-{os.geteuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        raise MountError(f"{folder} is not a folder of this user alone")
-    return folder
 
 
 def _sweep(folder: Path) -> None:

@@ -20,15 +20,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pyfuse3
 import trio
 
 from blockcopy.errors import Interrupted, MountError, UsageError
-from blockcopy.replica import bar
+from blockcopy.progress import Progress
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.replica import Plan, Replica
+from blockcopy.replica.report import report
 from blockcopy.replica.running import received
 from blockcopy_fuse import STATUS_NAME, control, control_socket
 from blockcopy_fuse.control_socket import ControlSocket
@@ -117,10 +118,10 @@ def parse_options(texts: list[str]) -> frozenset[str]:
     return frozenset(options)
 
 
-async def serve(mount: MountPlan, ready: Callable[[], None], terminal: TextIO | None) -> None:
+async def serve(mount: MountPlan, ready: Callable[[], None], progress: Progress) -> None:
     """Mount and serve until a signal or an unmount. `ready` is called once, when it is mounted.
 
-    `terminal` gets a progress bar. Raises, in exception groups, what `open_replica` does, MountError,
+    `progress` is told how far it is. Raises, in exception groups, what `open_replica` does, MountError,
     and Interrupted for a signal that came before it was mounted.
     """
     stop = trio.Event()
@@ -141,7 +142,7 @@ async def serve(mount: MountPlan, ready: Callable[[], None], terminal: TextIO | 
                 mounted = True
                 try:
                     with _pid_file(mount.pid_file):
-                        await _serve(replica, socket, stop, ready, terminal)
+                        await _serve(replica, socket, stop, ready, progress)
                 finally:
                     pyfuse3.close(unmount=True)
         nursery.cancel_scope.cancel()
@@ -176,7 +177,7 @@ def _init(mount: MountPlan, replica: Replica, socket: str | None) -> None:
     def snapshot() -> dict[str, Any]:
         return {**replica.snapshot(), "control_socket": socket}
 
-    source = str(mount.plan.command.source).replace("\\", "\\\\").replace(",", "\\,")
+    source = str(mount.plan.command.location).replace("\\", "\\\\").replace(",", "\\,")
     options = {*pyfuse3.default_options, "ro", f"fsname={source}", "subtype=blockcopy", *mount.options}
     mountpoint = os.path.realpath(mount.mountpoint)  # not to be looked at once it is ours to answer for
     operations = Operations(
@@ -216,7 +217,7 @@ async def _serve(
     socket: ControlSocket | None,
     stop: trio.Event,
     ready: Callable[[], None],
-    terminal: TextIO | None,
+    progress: Progress,
 ) -> None:
     """Take requests until `stop` is set or the mount is taken away."""
 
@@ -231,8 +232,7 @@ async def _serve(
         nursery.start_soon(_watch_connection, stop)
         if socket is not None:
             nursery.start_soon(socket.serve, replica)
-        if terminal is not None:
-            nursery.start_soon(bar.show, replica, terminal)
+        nursery.start_soon(report, replica, progress)
         ready()
         await stop.wait()
         # A handler that waits for the source would keep terminate() waiting for ever: fail it first.

@@ -1,0 +1,101 @@
+"""Why a stage on a host did not come to work, and what to do about it: told from its exit status and its words.
+
+The words are those of OpenSSH, sudo, shells and ourselves. Where none fits, nothing is advised.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import NamedTuple
+
+from blockcopy.remote import Command
+
+TRANSPORT_FAILED = 255
+"""What ssh ends with where it is the connection that failed, or the command was killed."""
+
+
+class _Case(NamedTuple):
+    words: str
+    """A pattern of what was said."""
+    advice: str
+
+
+_LOGIN = [
+    _Case(
+        "Could not resolve hostname|Name or service not known",
+        "{host} is not known here: look at its spelling, at ~/.ssh/config and at DNS",
+    ),
+    _Case(
+        "Host key verification failed",
+        "log in once by hand, and see whether it is the right host: {login}",
+    ),
+    _Case(
+        r"Permission denied \(|Too many authentication failures",
+        "{host} does not let this user in: is the name right, and the key known there? Try it by hand: {login}",
+    ),
+    _Case(
+        "Connection refused|timed out|No route to host|unreachable|Connection closed by|Connection reset",
+        "{host} cannot be reached: is it up, and does sshd listen there? Try it by hand: {login}",
+    ),
+    _Case(
+        "sudo: .*(password|terminal|tty).* required|sudo: no tty",
+        "sudo there asks for a password: let it do without (NOPASSWD in its sudoers), or log in as root",
+    ),
+    _Case("sudoers|not allowed to execute", "sudo there does not let this user do that: see its sudoers"),
+    _Case("restricted", "the login there is restricted: name what it may run by --blockcopy-path"),
+]
+
+_PYTHON = [
+    _Case("and blockcopy needs", "name a newer one by --python, or an installed blockcopy by --blockcopy-path"),
+    _Case("SyntaxError", "`{runs}` there is no Python 3: name one by --python"),
+]
+
+_DEVICE = [
+    _Case("cannot open .*: Permission denied", "that user may not open it: {more_rights}"),
+    _Case("cannot open .*: No such file or directory", "the path is one on {where}: is it spelled right?"),
+]
+
+
+def advice(command: Command, status: int | None, said: str, *, begun: bool) -> str | None:
+    """For a stage that ended with `status`, and `said` this on standard error; `begun`: it came to run at all."""
+    host = command.location.host
+    ours = bool(command.mark)
+    cases = list(_DEVICE)
+    if host is not None and not (ours and begun):
+        cases = [*_LOGIN, *cases]
+        if ours:
+            cases += _PYTHON
+    found = next((case.advice for case in cases if re.search(case.words, said)), None)
+    if found is None and host is not None and not (ours and begun):
+        found = _by_status(status, ours=ours)
+    if found is None:
+        return None
+    if host is None:
+        more_rights = "run blockcopy as root"
+    elif ours:
+        more_rights = f"--python {shlex.quote(f'sudo -n {command.runs}')}"
+    else:
+        more_rights = f"--blockcopy-path {shlex.quote(f'sudo -n {command.runs}')}"
+    return found.format(
+        host=host,
+        where=host or "this host",
+        runs=command.runs,
+        login=shlex.join(command.way.by_hand),
+        more_rights=more_rights,
+    )
+
+
+def _by_status(status: int | None, *, ours: bool) -> str | None:
+    """As shells have it: 127 for what is not there, 126 for what may not be run."""
+    if status == 127 and ours:
+        return "there is no `{runs}` on {host}: install Python 3.9 or newer there, or name it by --python"
+    if status == 127:
+        return "there is no `{runs}` on {host}: name it by --blockcopy-path; without that option python3 will do"
+    if status == 126:
+        return "`{runs}` cannot be run there by that user"
+    if ours and status != TRANSPORT_FAILED:
+        return (
+            "{host} did not run `{runs}`. Where a login may run certain programs only, name one by --blockcopy-path"
+        )
+    return None

@@ -1,0 +1,75 @@
+"""One ssh login for all connections to a host, by OpenSSH's connection sharing (ssh_config(5), ControlMaster).
+
+The first ssh logs in, and leaves a master process behind it; the others go through that, each with a channel
+of its own. The master ends with us, or by itself when it was idle for a while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import subprocess
+from collections.abc import Iterator
+
+from blockcopy.advice import advice
+from blockcopy.errors import DeviceError, PeerError
+from blockcopy.remote import NO_CONTROL, Command
+from blockcopy.runfolder import run_folder
+
+logger = logging.getLogger(__name__)
+
+_MOST_PATH = 107 - 40 - 18
+"""Bytes for the path of a socket, less what %C becomes, and what ssh appends while it makes one."""
+
+_PATIENCE_SECONDS = 5
+
+
+def control_path(*, shared: bool) -> str:
+    """Where the ssh processes of this command meet; NO_CONTROL where they do not, or there is no place."""
+    if not shared:
+        return NO_CONTROL
+    try:
+        path = run_folder() / secrets.token_hex(4)
+    except DeviceError as error:
+        logger.info("each connection logs in by itself: %s", error)
+        return NO_CONTROL
+    if len(os.fsencode(path)) > _MOST_PATH:
+        return NO_CONTROL
+    return f"{path}-%C"  # of host, port and user: never a way to another host
+
+
+def log_in(command: Command) -> Command:
+    """Make the login that is shared, with the terminal's help, and what goes through it. PeerError where it fails.
+
+    ssh itself, asked to go to the background, minds a terminal that is closed.
+    """
+    try:
+        done = subprocess.run(command.way.log_in, check=False, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    except OSError as error:
+        raise PeerError(f"cannot run `{command.argv[0]}`: {error.strerror}") from error
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip()
+        todo = advice(command, done.returncode, said, begun=False)
+        raise PeerError(f"{command.location.host}: no login; ssh said: {said}" + (f" – {todo}" if todo else ""))
+    return command.logged_in()
+
+
+@contextlib.contextmanager
+def logged_in(command: Command) -> Iterator[None]:
+    """At the end the shared login, if there is one, is ended."""
+    try:
+        yield
+    finally:
+        if command.way.end_login:
+            try:
+                subprocess.run(
+                    command.way.end_login,
+                    check=False,
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    timeout=_PATIENCE_SECONDS,
+                )
+            except (OSError, subprocess.TimeoutExpired) as error:
+                logger.debug("the login ends by itself: %s", error)

@@ -1,0 +1,36 @@
+"""The copy stages as bytes for the standard input of a remote python3: nothing has to be installed there.
+
+    python3 -c CODE  ◄─  a line, which CODE runs: `bootstrap`; the parcel, which that unpacks; the hash stream
+
+What is in it is read from this package's own files, so both ends are always of the same version.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+PACKAGE = "blockcopy"
+
+CODE = """f'=1;{exec(open(0,"rb",0,closefd=False).readline())}'"""
+"""A word that means the same whether a remote shell reads it, as behind ssh, or none does, as behind `docker
+exec`. A shell takes the quotes away, and what is left sets `f` and goes on; else it is an f-string. Unbuffered,
+so that no byte behind the line is taken."""
+
+
+def opening(arguments: Sequence[str]) -> bytes:
+    """What to send first to a python3 that runs CODE, so that it runs `blockcopy` with `arguments`."""
+    content = {"package": PACKAGE, "modules": modules(), "program": f"{PACKAGE}.cli", "arguments": [*arguments]}
+    parcel = zlib.compress(json.dumps(content).encode())
+    program = f"{modules()[f'{PACKAGE}.bootstrap']}\nbegin({len(parcel)})\n"
+    return f"exec({program!a})\n".encode() + parcel
+
+
+@functools.cache
+def modules() -> dict[str, str]:
+    """Name → text of the stages: the modules of the package itself, and not those of packages in it."""
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.py")}
+    return {PACKAGE if name == "__init__" else f"{PACKAGE}.{name}": text for name, text in texts.items()}

@@ -1,0 +1,165 @@
+"""The destination's end of a push: asks about all of its blocks, and writes what comes back.
+
+    destination → digests → standard output …  a `retrieve` of the source  … standard input → destination
+
+One thread asks, as `checksum` does, and the caller writes, as `save` does: a block is written after it was
+asked about, and never before. The agreed form is spoken (see `wire`), so the source's size is known before
+anything is written, and what it cannot read is said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from blockcopy import __version__, digests, wire, zstd
+from blockcopy.checksum import ask_about
+from blockcopy.decoder import Decoder
+from blockcopy.device import Device, existing_destination, make_room, open_destination
+from blockcopy.errors import SourceChangedError, SourceError, StreamError
+from blockcopy.identity import Identity, differences, is_identity
+from blockcopy.progress import Progress
+from blockcopy.save import Writer
+from blockcopy.stages import InputStream, OutputStream
+from blockcopy.statefile import default_path, retire
+
+
+def receive(
+    path: str,
+    questions: OutputStream,
+    answers: InputStream,
+    *,
+    force: bool = False,
+    sparse: bool = True,
+    compress: Mapping[str, Any] | None = None,
+) -> None:
+    """Make `path` a copy of what answers; synced when it returns, or raises.
+
+    `compress` is what is wished for, as in `wire`. Errors: DestinationRefusedError, DeviceError, StreamError,
+    OutputError; SourceError where the source cannot read some of its blocks, and SourceChangedError where it
+    is not what it was; then all else was written.
+    """
+    with contextlib.ExitStack() as stack:
+        destination = existing_destination(path, force=force)
+        if destination is not None:
+            stack.enter_context(destination)
+        greeting = _greeting(compress)
+        questions.write([greeting])
+        source = _Source(answers)
+        identity, name = source.greeting()
+        if destination is None:
+            destination = stack.enter_context(open_destination(path, force=force, create=True))
+        size = identity["size"]
+        make_room(destination, size)
+        retire(default_path(destination))  # what a mount or sync has on record is overwritten
+        writer = Writer(destination, sparse, Progress())
+        try:
+            with _asking(destination, size, name, questions, answers, greeting):
+                source.write_all(writer)
+        finally:
+            destination.sync()
+        source.check(identity)
+
+
+def _greeting(compress: Mapping[str, Any] | None) -> bytes:
+    facts: dict[str, Any] = {"protocol": wire.PROTOCOL, "program": f"blockcopy {__version__}"}
+    facts["digests"] = digests.speeds()
+    if compress and zstd.available():
+        facts["compress"] = dict(compress)
+    return wire.encode(wire.Hello(facts))
+
+
+class _Source:
+    """What the other end says."""
+
+    def __init__(self, answers: InputStream) -> None:
+        self._answers = answers
+        self._decoder = Decoder(wire.AGREED_BLOCK_STREAM)
+        self._last: Identity | None = None
+        self._failures: list[str] = []
+
+    def greeting(self) -> tuple[Identity, str]:
+        """What it is, and the digest that suits both ends. StreamError where that cannot be agreed to."""
+        first = next(self._messages(), None)
+        facts = first.facts if isinstance(first, wire.Hello) else {}
+        identity, name = facts.get("identity"), facts.get("digest")
+        if not isinstance(identity, dict) or not is_identity(identity) or name not in digests.speeds():
+            raise StreamError(f"no agreement with the source's {str(facts)[:500]}")
+        self._last = identity
+        return identity, str(name)
+
+    def write_all(self, writer: Writer) -> None:
+        """Write what comes, to the end."""
+        for message in self._messages():
+            if isinstance(message, wire.Failure):
+                self._failures.append(message.reason)
+            elif isinstance(message, wire.Hello):
+                found = message.facts.get("identity")
+                self._last = found if is_identity(found) else None
+            else:
+                writer.take(message)
+
+    def check(self, identity: Identity) -> None:
+        """It read all that was asked, and was the same in the end."""
+        if self._failures:
+            more = f" (and {len(self._failures) - 1} more like it)" if len(self._failures) > 1 else ""
+            raise SourceError(f"{self._failures[0]}{more}. All else was copied")
+        changes = differences(identity, self._last or {})
+        if changes:
+            raise SourceChangedError(
+                f"source changed: it is not what it was ({'; '.join(changes)}). Start again; of a source that is "
+                "in use, take a snapshot"
+            )
+
+    def _messages(self) -> Iterator[wire.Message]:
+        while not self._decoder.done:
+            message = self._decoder.next()
+            if message is not None:
+                yield message
+                continue
+            count = self._answers.read_into(self._decoder.room())
+            if not count:
+                self._decoder.end()
+            self._decoder.filled(count)
+
+
+@contextlib.contextmanager
+def _asking(
+    destination: Device, size: int, digest: str, questions: OutputStream, answers: InputStream, greeting: bytes
+) -> Iterator[None]:
+    """In a thread, as long as the block lasts, which reads the answers. Its failure comes before the block's."""
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            ask_about(destination, size, digests.named(digest), questions, stop=stop.is_set)
+            if not stop.is_set():
+                questions.write([greeting, wire.encode(wire.Done())])  # greeted again, it says what it is by now
+        except BaseException as error:  # noqa: BLE001  (raised by the caller)
+            failures.append(error)
+            answers.wake()
+
+    def drain() -> None:
+        """As long as the other end waits for us to take its answers, it takes no questions."""
+        room = memoryview(bytearray(1 << 20))
+        with contextlib.suppress(StreamError):
+            while answers.read_into(room):
+                pass
+
+    asker = threading.Thread(target=ask, name="ask")
+    asker.start()
+    try:
+        yield
+    except BaseException:
+        stop.set()
+        threading.Thread(target=drain, name="drain", daemon=True).start()
+        asker.join()
+        if failures:
+            raise failures[0] from None
+        raise
+    asker.join()
+    if failures:
+        raise failures[0]

@@ -1,0 +1,161 @@
+"""`blockcopy doctor`: what this host, and another, have of what a mount needs; and what to do about the rest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from blockcopy import digests, zstd
+from blockcopy.advice import advice
+from blockcopy.errors import BlockcopyError
+from blockcopy.remote import Command
+from blockcopy.runfolder import run_folder
+from blockcopy.statefile import default_folder
+
+_HOST_SECONDS = 30
+
+_REQUIRED = {"pyfuse3": (3, 4), "trio": (0, 25)}
+
+
+class Finding(NamedTuple):
+    """`ok`; `note` for what is slower or less, but works; `FAIL` for what a mount or sync cannot do without."""
+
+    verdict: Literal["ok", "note", "FAIL"]
+    words: str
+
+
+def examine() -> Iterator[Finding]:
+    """This host, point by point."""
+    yield Finding("ok", f"Python {platform.python_version()} ({sys.executable})")
+    for name, least in _REQUIRED.items():
+        yield _package(name, least)
+    yield from _fuse()
+    yield from _limits()
+    yield from _folders()
+    yield Finding("ok", f"digests: {_speeds(digests.speeds())}")
+    if "blake3" not in digests.speeds():
+        yield Finding("note", "BLAKE3, the fastest digest, is not here: pip install 'blockcopy[fast]'")
+    if not zstd.available():
+        yield Finding("note", "zstd is not here, so nothing is compressed: pip install 'blockcopy[fast]'")
+
+
+def examine_host(command: Command) -> Iterator[Finding]:
+    """The host that runs `facts` by this command."""
+    host = command.location.host
+    started = time.monotonic()
+    try:
+        done = subprocess.run(
+            command.argv, input=command.opening, capture_output=True, check=False, timeout=_HOST_SECONDS
+        )
+    except OSError as error:
+        yield Finding("FAIL", f"cannot run `{command.argv[0]}`: {error.strerror}")
+        return
+    except subprocess.TimeoutExpired:
+        yield Finding("FAIL", f"{host} gave no answer for {_HOST_SECONDS} seconds")
+        return
+    before, mark, answer = done.stdout.partition(command.mark or b"{")
+    said = done.stderr.decode(errors="replace").strip()
+    if done.returncode or not mark:
+        told = " | ".join(said.splitlines()[-3:]) or before.decode(errors="replace").strip()[-200:]
+        todo = advice(command, done.returncode, said, begun=bool(mark))
+        yield Finding("FAIL", f"{command.location}: {told}" + (f" – {todo}" if todo else ""))
+        return
+    found = json.loads(answer if command.mark else b"{" + answer)
+    yield Finding("ok", f"{host}: reached in {time.monotonic() - started:.1f} s as {found['user']}")
+    yield Finding("ok", f"{host}: Python {found['python']}, which runs {found['program']}")
+    yield from _pair(str(host), found)
+    if "size" in found:
+        yield Finding("ok", f"{command.location} can be read: {found['size']} bytes")
+
+
+def _pair(host: str, found: dict[str, Any]) -> Iterator[Finding]:
+    yield Finding("ok", f"{host}: digests: {_speeds(found['digests'])}")
+    chosen = digests.choose(digests.speeds(), found["digests"])
+    yield Finding("ok", f"{host}: blocks would be compared by {chosen}")
+    if chosen != "blake3":
+        yield Finding("note", f"{host}: with the package blake3 on both hosts it would be faster")
+    if not found["zstd"]:
+        yield Finding(
+            "note", f"{host}: it has no zstd, so nothing would be compressed: pip install 'blockcopy[fast]'"
+        )
+
+
+def _speeds(speeds: dict[str, int]) -> str:
+    return ", ".join(f"{name} {speed} MB/s" for name, speed in speeds.items())
+
+
+def _package(name: str, least: tuple[int, int]) -> Finding:
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("FAIL", f"the package {name} is not installed: pip install 'blockcopy[fuse]'")
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < least:
+        return Finding(
+            "FAIL", f"{name} {version} is too old: pip install --upgrade '{name}>={least[0]}.{least[1]}'"
+        )
+    return Finding("ok", f"{name} {version}")
+
+
+def _fuse() -> Iterator[Finding]:
+    if not os.path.exists("/dev/fuse"):
+        yield Finding("FAIL", "there is no /dev/fuse: modprobe fuse, or have the container given it")
+    elif not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        yield Finding("FAIL", "this user may not use /dev/fuse: chmod 666 /dev/fuse, as distributions have it")
+    else:
+        yield Finding("ok", "/dev/fuse can be used")
+    program = shutil.which("fusermount3")
+    if program is None:
+        yield Finding("FAIL", "fusermount3 is not installed: apt install fuse3")
+    elif os.geteuid() and not os.stat(program).st_mode & 0o4000:
+        yield Finding("FAIL", f"{program} is not set-user-id root, so only root can mount")
+    else:
+        yield Finding("ok", program)
+    if os.geteuid() and not _allows_other():
+        yield Finding("note", "-o allow_other is root's alone: user_allow_other is not in /etc/fuse.conf")
+
+
+def _allows_other() -> bool:
+    try:
+        text = Path("/etc/fuse.conf").read_text()
+    except OSError:
+        return False
+    return bool(re.search(r"^\s*user_allow_other\b", text, re.MULTILINE))
+
+
+def _limits() -> Iterator[Finding]:
+    for name in ("default_request_timeout", "max_request_timeout"):
+        try:
+            seconds = int(Path("/proc/sys/fs/fuse", name).read_text())
+        except (OSError, ValueError):
+            continue  # kernels before 6.14 have no such limit
+        if seconds:
+            yield Finding("note", f"the kernel ends a mount whose reads take {seconds} s (fs.fuse.{name})")
+    try:
+        largest = int(Path("/proc/sys/fs/pipe-max-size").read_text())
+    except (OSError, ValueError):
+        return
+    if largest < 1 << 20 and os.geteuid():
+        yield Finding("note", f"pipes of {largest} bytes at most: slower; sysctl fs.pipe-max-size=1048576")
+
+
+def _folders() -> Iterator[Finding]:
+    try:
+        yield Finding("ok", f"sockets are in {run_folder()}")
+    except BlockcopyError as error:
+        yield Finding("note", f"pause, resume, limit and shared logins will not work: {error}")
+    folder = default_folder()
+    existing = next(each for each in (folder, *folder.parents) if each.exists())
+    if os.access(existing, os.W_OK | os.X_OK):
+        yield Finding("ok", f"states are kept in {folder}")
+    else:
+        yield Finding("FAIL", f"states cannot be kept in {folder}: {existing} is not writable; see --state")

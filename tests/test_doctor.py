@@ -1,0 +1,91 @@
+"""What is missing, here and there: `doctor`, `facts`; and the stages as one file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import PYTHON, Sshd, noise, run, written
+
+import blockcopy
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+DATA = noise(300_001)
+
+
+def test_facts_tell_of_this_host(tmp_path: Path) -> None:
+    source = written(tmp_path / "source", DATA)
+    found = json.loads(run("facts", source).stdout)
+    assert found["program"] == f"blockcopy {blockcopy.__version__}"
+    assert found["size"] == len(DATA)
+    assert found["digests"]["sha256"] > 0
+
+
+def test_facts_of_what_cannot_be_opened(tmp_path: Path) -> None:
+    done = run("facts", tmp_path / "nowhere")
+    assert (done.returncode, b"cannot open" in done.stderr) == (1, True)
+
+
+def test_a_host_that_is_well(sshd: Sshd, tmp_path: Path) -> None:
+    source = written(tmp_path / "source", DATA)
+    done = run("doctor", "-e", sshd.rsh, "--python", sys.executable, f"{sshd.host}:{source}")
+    assert (done.returncode, done.stderr) == (0, b"")
+    lines = done.stdout.decode().splitlines()
+    assert [line for line in lines if line.startswith("FAIL")] == []
+    for told in (
+        "pyfuse3",
+        "/dev/fuse can be used",
+        "blocks would be compared by",
+        f"{source} can be read: {len(DATA)} bytes",
+    ):
+        assert any(told in line for line in lines), told
+
+
+@pytest.mark.parametrize(
+    ("options", "host", "told"),
+    [
+        (["-e", "/no/such/ssh"], "host", "cannot run `/no/such/ssh`"),
+        (["-e", "false"], "host", "host did not run `python3`"),
+        (["--python", "no-python", "-e", f"{CHECKOUT}/tools/standins/link"], "host", "there is no `no-python`"),
+        (["--python", PYTHON, "-e", f"{CHECKOUT}/tools/standins/link"], "host:/no/such", "cannot open /no/such"),
+        (["-e", "ssh -F none -p 1 -o BatchMode=yes"], "127.0.0.1", "is it up, and does sshd listen there?"),
+    ],
+)
+def test_a_host_that_is_not(options: list[str], host: str, told: str) -> None:
+    done = run("doctor", *options, host)
+    assert done.returncode == 1
+    assert any(line.startswith("FAIL") and told in line for line in done.stdout.decode().splitlines())
+    assert "ERROR (doctor)" in done.stderr.decode()
+
+
+def test_what_is_missing_here_is_named(tmp_path: Path) -> None:
+    """Without fusermount3, and without the packages."""
+    root = Path(blockcopy.__file__).resolve().parent.parent
+    environment = {**os.environ, "PATH": str(tmp_path), "PYTHONPATH": f"{root}:{CHECKOUT / 'fuse'}"}
+    done = subprocess.run(
+        [sys.executable, "-S", "-P", "-m", "blockcopy", "doctor"],
+        capture_output=True,
+        check=False,
+        env=environment,
+    )
+    said = done.stdout.decode()
+    assert done.returncode == 1
+    assert "FAIL  fusermount3 is not installed: apt install fuse3" in said
+    assert "FAIL  the package pyfuse3 is not installed: pip install 'blockcopy[fuse]'" in said
+
+
+def test_the_stages_as_one_file(tmp_path: Path) -> None:
+    source, destination = written(tmp_path / "source", DATA), written(tmp_path / "copy", DATA[::-1])
+    archive = tmp_path / "blockcopy.pyz"
+    subprocess.run([CHECKOUT / "tools" / "zipapp", archive], check=True, capture_output=True)
+    stage = [PYTHON, "-S", "-E", str(archive)]
+    asked = subprocess.run([*stage, "checksum", destination], capture_output=True, check=True).stdout
+    sent = subprocess.run([*stage, "retrieve", source], input=asked, capture_output=True, check=True).stdout
+    subprocess.run([*stage, "save", destination], input=sent, check=True)
+    assert destination.read_bytes() == DATA
+    done = subprocess.run([*stage, "sync", source, destination], capture_output=True, check=False)
+    assert (done.returncode, b"Traceback" in done.stderr) == (2, False), done.stderr

@@ -1,0 +1,308 @@
+"""`sync SOURCE host:/destination`: both ends, what becomes of the destination, a link that breaks, refusals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import support
+from support import BLOCK_SIZE, BLOCKCOPY, PYTHON, STANDINS, Sshd, noise, run, until, with_changes, written
+
+from blockcopy import identity, wire
+from blockcopy.decoder import Decoder
+from blockcopy.device import open_source
+
+SIZE = 40 * BLOCK_SIZE + 1000
+DATA = noise(SIZE)
+
+LINK = f"{PYTHON} {STANDINS / 'link'}"
+"""In place of ssh."""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return written(tmp_path / "source", DATA)
+
+
+@pytest.fixture
+def destination(tmp_path: Path) -> Path:
+    return tmp_path / "destination"
+
+
+def push(
+    source: object, destination: object, *options: object, rsh: str = LINK
+) -> subprocess.CompletedProcess[bytes]:
+    return run("sync", "-e", rsh, "--python", PYTHON, *options, source, f"host:{destination}")
+
+
+# What the destination is afterwards
+
+
+@pytest.mark.parametrize(
+    "before",
+    [None, b"", DATA, with_changes(DATA, [3, 17, 40]), DATA[: 7 * BLOCK_SIZE + 5], bytes(SIZE)],
+    ids=["missing", "empty", "equal", "differing", "shorter", "zeros"],
+)
+@pytest.mark.parametrize("compress", ["none", "auto", "zstd:1"])
+def test_it_is_the_copy(source: Path, destination: Path, before: bytes | None, compress: str) -> None:
+    if before is not None:
+        written(destination, before)
+    done = push(source, destination, "--compress", compress)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert destination.read_bytes() == DATA
+
+
+def test_a_longer_one_keeps_its_tail(source: Path, destination: Path) -> None:
+    written(destination, bytes(SIZE) + b"the tail")
+    assert push(source, destination).returncode == 0
+    assert destination.read_bytes() == DATA + b"the tail"
+
+
+@pytest.mark.parametrize("options", [(), ("--no-sparse",)], ids=["sparse", "no-sparse"])
+def test_holes_become_holes(tmp_path: Path, destination: Path, options: tuple[str, ...]) -> None:
+    source = tmp_path / "sparse"
+    with source.open("wb") as file:
+        file.truncate(64 * BLOCK_SIZE)
+        file.seek(20 * BLOCK_SIZE)
+        file.write(DATA[: 2 * BLOCK_SIZE])
+    written(destination, noise(64 * BLOCK_SIZE, seed=2))
+    assert push(source, destination, *options).returncode == 0
+    assert destination.read_bytes() == source.read_bytes()
+    assert (destination.stat().st_blocks * 512 < 8 * BLOCK_SIZE) == (not options)
+
+
+def test_only_what_differs_is_sent(source: Path, destination: Path, tmp_path: Path) -> None:
+    written(destination, with_changes(DATA, [3]))
+    count = tmp_path / "count"
+    assert push(source, destination, rsh=f"{LINK} --count {count}").returncode == 0
+    to_it, from_it = map(int, count.read_text().split())
+    assert BLOCK_SIZE < to_it < 3 * BLOCK_SIZE  # with the stages themselves
+    assert from_it < 10_000
+
+
+def test_a_device(source: Path, tmp_path: Path, loop_device: Callable[..., str]) -> None:
+    backing = written(tmp_path / "backing", bytes(64 * BLOCK_SIZE))
+    device = loop_device(backing)
+    assert push(source, device).returncode == 0
+    assert Path(device).read_bytes()[:SIZE] == DATA
+
+
+def test_through_ssh_and_verified(sshd: Sshd, source: Path, destination: Path) -> None:
+    written(destination, with_changes(DATA, [3, 17]))
+    there = f"{sshd.user}@{sshd.host}:{destination}"
+    done = run("sync", "-e", sshd.rsh, "--python", PYTHON, "--verify", source, there)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert destination.read_bytes() == DATA
+
+
+def test_by_a_program_that_is_there(source: Path, destination: Path) -> None:
+    program = " ".join(BLOCKCOPY)
+    done = run("sync", "-e", LINK, "--blockcopy-path", program, source, f"host:{destination}")
+    assert done.returncode == 0, done.stderr
+    assert destination.read_bytes() == DATA
+
+
+def test_a_record_of_the_destination_is_ended(source: Path, destination: Path) -> None:
+    """A sync has recorded blocks that the push overwrites: the next sync must not believe them."""
+    other = written(source.with_name("other"), noise(SIZE, seed=3))
+    assert run("sync", other, destination).returncode == 0
+    assert push(source, destination).returncode == 0
+    assert run("sync", other, destination).returncode == 0
+    assert destination.read_bytes() == other.read_bytes()
+
+
+# verify of an end that is elsewhere
+
+
+@pytest.mark.parametrize(
+    ("there", "differing"),
+    [
+        (DATA, ""),
+        (DATA + b"tail", ""),
+        (with_changes(DATA, [2]), f"{2 * BLOCK_SIZE}:{BLOCK_SIZE}\n"),
+        (DATA[:BLOCK_SIZE], f"{BLOCK_SIZE}:{SIZE - BLOCK_SIZE}\n"),
+    ],
+)
+def test_verify(source: Path, destination: Path, there: bytes, differing: str) -> None:
+    written(destination, there)
+    done = run("verify", "-e", LINK, "--python", PYTHON, source, f"host:{destination}")
+    assert (done.returncode, done.stdout.decode()) == (5 if differing else 0, differing)
+
+
+# What goes wrong
+
+
+def test_a_link_that_breaks_is_made_again(source: Path, destination: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    rsh = f"{LINK} --rate 1M --cut-while {cut}"
+    command = [*BLOCKCOPY, "sync", "-e", rsh, "--python", PYTHON, str(source), f"host:{destination}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        until(lambda: destination.exists() and destination.stat().st_size, "the first writes")
+        cut.touch()
+        assert process.stderr is not None
+        assert any(b"is made again" in line for line in process.stderr)
+        cut.unlink()
+        _, rest = process.communicate(timeout=support.PATIENCE)
+    assert (process.returncode, b"ERROR" in rest) == (0, False)
+    assert destination.read_bytes() == DATA
+
+
+def test_a_link_that_stays_away_is_given_up(source: Path, destination: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    rsh = f"{LINK} --rate 1M --cut-while {cut}"
+    options = ["--reconnect-timeout", "0.5", "--python", PYTHON]
+    with subprocess.Popen([*BLOCKCOPY, "sync", "-e", rsh, *options, str(source), f"host:{destination}"]) as process:
+        until(lambda: destination.exists() and destination.stat().st_size, "the first writes")
+        cut.touch()
+        assert process.wait(support.PATIENCE) == 3
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_both_ends(source: Path, destination: Path, signum: signal.Signals) -> None:
+    """What is left behind, the fixture finds."""
+    rsh = f"{LINK} --rate 100K"
+    command = [*BLOCKCOPY, "sync", "-e", rsh, "--python", PYTHON, str(source), f"host:{destination}"]
+    with subprocess.Popen(command) as process:
+        until(lambda: destination.exists() and destination.stat().st_size, "the first writes")
+        process.send_signal(signum)
+        assert process.wait(support.PATIENCE) == -signum
+
+
+def test_a_device_that_is_too_small(source: Path, tmp_path: Path, loop_device: Callable[..., str]) -> None:
+    before = noise(8 * BLOCK_SIZE, seed=4)
+    device = loop_device(written(tmp_path / "backing", before))
+    done = push(source, device)
+    assert done.returncode == 1
+    assert b"ERROR (sync): host: " in done.stderr
+    assert b"is too small" in done.stderr
+    assert Path(device).read_bytes() == before
+
+
+def test_a_destination_in_use_unless_forced(source: Path, destination: Path) -> None:
+    written(destination, bytes(SIZE))
+    with support.held_by_another_process(destination):
+        done = push(source, destination)
+        assert (done.returncode, b"is locked" in done.stderr) == (1, True)
+        assert destination.read_bytes() == bytes(SIZE)
+        assert push(source, destination, "--force").returncode == 0
+    assert destination.read_bytes() == DATA
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [("/no/such/folder/file", "there is no folder /no/such/folder"), ("/dev/null", "neither a regular file nor")],
+)
+def test_what_cannot_be_a_destination(source: Path, place: str, told: str) -> None:
+    done = push(source, place)
+    assert (done.returncode, told in done.stderr.decode()) == (1, True)
+
+
+def test_a_program_that_knows_no_receive(source: Path, destination: Path) -> None:
+    done = run("sync", "-e", LINK, "--blockcopy-path", "false", source, f"host:{destination}")
+    assert (done.returncode, b"exit status 1" in done.stderr) == (3, True)
+
+
+def test_a_source_that_is_not_there(destination: Path, tmp_path: Path) -> None:
+    done = push(tmp_path / "nowhere", destination)
+    assert (done.returncode, b"cannot open" in done.stderr, destination.exists()) == (1, True, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["sync", "one:/a", "two:/b"], "both on another host"),
+        (["verify", "one:/a", "two:/b"], "both on another host"),
+        (["sync", "--recheck", "/a", "two:/b"], "keeps no state"),
+        (["sync", "/a", "two:"], "DESTINATION"),
+        (["mount", "one:/a", "two:/b", "/mnt"], "DESTINATION"),
+    ],
+)
+def test_what_cannot_be_meant(arguments: list[str], told: str) -> None:
+    done = run(*arguments)
+    assert (done.returncode, told in done.stderr.decode()) == (2, True), done.stderr
+
+
+# `receive`, asked to believe a source of our making
+
+
+class Receiver:
+    """A `receive` of `destination`; it is asked by nobody but the test."""
+
+    def __init__(self, destination: Path) -> None:
+        self._process = subprocess.Popen(
+            [*BLOCKCOPY, "receive", str(destination)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def ended(self, *messages: wire.Message) -> tuple[int | None, str, list[wire.Message]]:
+        """Its status, its words, and what it asked, once these were all that it got."""
+        stream, said = self._process.communicate(b"".join(map(wire.encode, messages)), timeout=support.PATIENCE)
+        decoder = Decoder(wire.HASH_STREAM)
+        decoder.feed(stream)
+        asked = []
+        while (message := decoder.next()) is not None:
+            asked.append(message)
+        return self._process.returncode, said.decode(), asked
+
+
+def facts(source: Path, **more: object) -> dict[str, object]:
+    with open_source(str(source)) as device:
+        return {"digest": "sha256", "identity": identity.of_source(device), **more}
+
+
+def test_it_asks_about_all_and_writes_what_comes(source: Path, destination: Path) -> None:
+    written(destination, DATA[:BLOCK_SIZE])
+    hello = wire.Hello(facts(source))
+    status, said, asked = Receiver(destination).ended(hello, wire.Data(0, b"new"), hello, wire.Done())
+    assert (status, said) == (0, "")
+    kinds = [type(each) for each in asked]
+    assert kinds == [wire.Hello, wire.Asks, wire.Zero, wire.Hello, wire.Done]
+    assert destination.read_bytes() == b"new" + DATA[3:BLOCK_SIZE] + bytes(SIZE - BLOCK_SIZE)
+
+
+def test_what_the_source_cannot_read_is_told_and_all_else_is_written(source: Path, destination: Path) -> None:
+    hello = wire.Hello(facts(source))
+    failures = [wire.Failure(0, "cannot read block 0"), wire.Failure(9, "cannot read block 9")]
+    status, said, _ = Receiver(destination).ended(hello, *failures, wire.Data(5, b"x"), hello, wire.Done())
+    assert (status, destination.read_bytes()[5:6]) == (3, b"x")
+    assert "cannot read block 0 (and 1 more like it). All else was copied" in said
+
+
+def test_a_source_that_changed_is_told(source: Path, destination: Path) -> None:
+    before = wire.Hello(facts(source))
+    os.utime(source, ns=(1, 1))
+    status, said, _ = Receiver(destination).ended(before, wire.Hello(facts(source)), wire.Done())
+    assert (status, "source changed" in said, "mtime" in said) == (3, True, True)
+
+
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [
+        ([wire.Done()], "no agreement"),
+        ([wire.Data(0, b"x")], "no agreement"),
+        ([wire.Hello({})], "no agreement"),
+        ([wire.Hello({"digest": "md5", "identity": {"size": 0, "sample": []}})], "no agreement"),
+        ([], "without `done`"),
+    ],
+)
+def test_what_is_no_source_is_refused(destination: Path, messages: list[wire.Message], told: str) -> None:
+    status, said, _ = Receiver(destination).ended(*messages)
+    assert (status, told in said, destination.exists()) == (1, True, False)
+
+
+def test_a_stream_that_is_cut_is_an_error_and_what_came_is_written(source: Path, destination: Path) -> None:
+    status, said, _ = Receiver(destination).ended(wire.Hello(facts(source)), wire.Data(0, b"came"))
+    assert (status, "without `done`" in said, destination.read_bytes()[:4]) == (1, True, b"came")
+
+
+def test_beyond_the_end_of_a_device(source: Path, tmp_path: Path, loop_device: Callable[..., str]) -> None:
+    device = loop_device(written(tmp_path / "backing", bytes(64 * BLOCK_SIZE)))
+    hello = wire.Hello(facts(source))
+    status, said, _ = Receiver(Path(device)).ended(hello, wire.Data(64 * BLOCK_SIZE, b"x"), wire.Done())
+    assert (status, "is too small" in said) == (1, True)

@@ -1,0 +1,274 @@
+"""Our own stages on a host that has python3 and nothing of ours: how they get there, and each way that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import BLOCKCOPY, PYTHON, Mount, Sshd, noise, run, until, written
+
+from blockcopy import parcel
+
+DATA = noise(700_001)
+
+SHELL = 'shift; exec sh -c "$*"'
+"""What ssh does with its arguments, on this host: joined with spaces, for a shell."""
+NO_SHELL = 'shift; exec "$@"'
+"""What `docker exec -i` does."""
+
+Transport = Callable[[str], Path]
+
+
+@pytest.fixture
+def rsh(tmp_path: Path) -> Transport:
+    """A script in place of ssh; called as RSH HOST COMMAND."""
+
+    def make(script: str) -> Path:
+        path = written(tmp_path / "rsh", f"#!/bin/bash\n{script}\n".encode())
+        path.chmod(0o755)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return written(tmp_path / "source", DATA)
+
+
+def sync(source: object, destination: Path, *options: object) -> subprocess.CompletedProcess[bytes]:
+    return run("sync", "--no-state", *options, f"host:{source}", destination)
+
+
+# What works
+
+
+@pytest.mark.parametrize("script", [SHELL, NO_SHELL], ids=["shell", "no shell"])
+@pytest.mark.parametrize("name", ["plain", 'it\'s "odd" $HOME `id` \\ ; ä', "new\nline"])
+def test_the_stages_travel(rsh: Transport, tmp_path: Path, script: str, name: str) -> None:
+    source = written(tmp_path / name, DATA)
+    destination = tmp_path / "destination"
+    done = sync(source, destination, "-e", rsh(script), "--python", PYTHON)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert destination.read_bytes() == DATA
+
+
+def test_nothing_of_ours_is_installed_there_and_nothing_is_left(
+    rsh: Transport, source: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    for trap in ("zlib", "json", "blockcopy", "importlib"):
+        written(home / f"{trap}.py", b"raise SystemExit('taken from the home folder')")
+    before = sorted(home.iterdir())
+    clean = f"env -i HOME={home} PATH=/usr/bin:/bin TMPDIR={home}"
+    script = f'shift; cd {home}; exec {clean} sh -c "$*"'
+    destination = tmp_path / "destination"
+    # -S: not even the packages that are installed for this interpreter.
+    done = sync(source, destination, "-e", rsh(script), "--python", f"{PYTHON} -S")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert destination.read_bytes() == DATA
+    assert sorted(home.iterdir()) == before
+
+
+def test_a_login_that_prints_does_not_break_it(rsh: Transport, source: Path, tmp_path: Path) -> None:
+    noisy = "echo 'Welcome! data helo done'; head -c 20000 /dev/urandom; echo 'a banner' >&2"
+    destination = tmp_path / "destination"
+    done = sync(source, destination, "-e", rsh(f"{noisy}; {SHELL}"), "--python", PYTHON)
+    assert done.returncode == 0, done.stderr
+    assert destination.read_bytes() == DATA
+
+
+def test_a_login_that_prints_for_ever_is_given_up(rsh: Transport, source: Path, tmp_path: Path) -> None:
+    done = sync(source, tmp_path / "destination", "-e", rsh("yes"), "--timeout", "10")
+    assert done.returncode == 3
+    assert b"were printed before the stream began" in done.stderr
+
+
+def test_what_is_run_is_seen_in_the_list_of_processes(rsh: Transport, source: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    done = sync(source, tmp_path / "destination", "-e", rsh(f'echo "$*" >{log}; {NO_SHELL}'), "--python", PYTHON)
+    assert done.returncode == 0
+    assert log.read_text().endswith(f" blockcopy retrieve {source}\n")
+
+
+@pytest.mark.parametrize("version", ["3.9", "3.10", "3.12", "3.13"])
+def test_other_pythons(rsh: Transport, source: Path, tmp_path: Path, version: str) -> None:
+    destination = tmp_path / "destination"
+    done = sync(source, destination, "-e", rsh(SHELL), "--python", python_of(version))
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert destination.read_bytes() == DATA
+
+
+def python_of(version: str) -> str:
+    """An interpreter that runs, of this version; skipped where there is none."""
+    places = [*Path.home().glob(f".pyenv/versions/{version}.*/bin"), *map(Path, os.get_exec_path())]
+    for place in places:
+        path = shutil.which(f"python{version}", path=str(place))
+        if path and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0:
+            return path
+    pytest.skip(f"there is no Python {version} here")
+
+
+def test_the_parcel_is_made_of_the_packages_own_files() -> None:
+    folder = Path(parcel.__file__).parent
+    names = {f"blockcopy.{path.stem}" for path in folder.glob("*.py")} - {"blockcopy.__init__"} | {"blockcopy"}
+    assert set(parcel.modules()) == names
+
+
+# What fails, each with its reason and its advice
+
+
+def refused(done: subprocess.CompletedProcess[bytes], *told: str) -> None:
+    assert done.returncode == 3
+    last = done.stderr.decode().splitlines()[-1]
+    assert last.startswith("ERROR (sync): ")
+    assert [each for each in told if each not in last] == []
+    assert "Traceback" not in done.stderr.decode()
+
+
+def test_no_python(rsh: Transport, source: Path, tmp_path: Path) -> None:
+    done = sync(source, tmp_path / "copy", "-e", rsh(SHELL), "--python", "no-such-python3")
+    refused(done, "not found", "there is no `no-such-python3` on host", "--python")
+
+
+@pytest.mark.parametrize("version", ["3.6", "3.7", "3.8"])
+def test_a_python_that_is_too_old(rsh: Transport, source: Path, tmp_path: Path, version: str) -> None:
+    done = sync(source, tmp_path / "copy", "-e", rsh(NO_SHELL), "--python", python_of(version))
+    refused(done, f"is Python {version}, and blockcopy needs 3.9 or newer", "name a newer one by --python")
+
+
+def test_a_python_2(rsh: Transport, source: Path, tmp_path: Path) -> None:
+    python = python_of("2.7")
+    done = sync(source, tmp_path / "copy", "-e", rsh(SHELL), "--python", python)
+    refused(done, "SyntaxError", f"`{python}` there is no Python 3")
+
+
+def test_a_restricted_shell(rsh: Transport, source: Path, tmp_path: Path) -> None:
+    done = sync(source, tmp_path / "copy", "-e", rsh('shift; exec bash -r -c "/usr/bin/$*"'))
+    refused(done, "restricted", "--blockcopy-path")
+
+
+@pytest.mark.parametrize("script", ["echo 'This account is currently not available.'; exit 1", "exit 0", "cat"])
+def test_a_login_that_runs_something_else(rsh: Transport, source: Path, tmp_path: Path, script: str) -> None:
+    destination = tmp_path / "copy"
+    refused(
+        sync(source, destination, "-e", rsh(script), "--timeout", "2"),
+        *([] if script == "cat" else ["host did not run `python3`", "--blockcopy-path"]),
+    )
+    assert not destination.exists()
+
+
+def test_no_such_device(rsh: Transport, tmp_path: Path) -> None:
+    done = sync("/dev/no-such", tmp_path / "copy", "-e", rsh(SHELL), "--python", PYTHON)
+    refused(done, "cannot open /dev/no-such: No such file or directory", "the path is one on host")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root is who can be somebody else")
+@pytest.mark.skipif(not os.path.exists("/usr/bin/python3"), reason="others need a python3 that they can run")
+def test_no_permission(rsh: Transport, source: Path, tmp_path: Path) -> None:
+    source.chmod(0o600)
+    python = "setpriv --reuid 65534 --clear-groups /usr/bin/python3"
+    done = sync(source, tmp_path / "copy", "-e", rsh(SHELL), "--python", python)
+    refused(done, "Permission denied", f"--python 'sudo -n {python}'")
+
+
+@pytest.mark.parametrize(
+    ("said", "advice"),
+    [
+        ("ssh: Could not resolve hostname host: Name or service not known", "host is not known here"),
+        ("Host key verification failed.", "log in once by hand"),
+        ("me@host: Permission denied (publickey,password).", "does not let this user in"),
+        ("ssh: connect to host host port 22: Connection refused", "is it up, and does sshd listen there?"),
+        ("ssh: connect to host host port 22: No route to host", "cannot be reached"),
+        ("sudo: a password is required", "NOPASSWD"),
+        ("sudo: a terminal is required to read the password; either use …", "NOPASSWD"),
+        ("me is not in the sudoers file.", "see its sudoers"),
+    ],
+)
+def test_what_ssh_and_sudo_say(rsh: Transport, source: Path, tmp_path: Path, said: str, advice: str) -> None:
+    done = sync(source, tmp_path / "copy", "-e", rsh(f"echo '{said}' >&2; exit 255"))
+    refused(done, said, advice)
+
+
+def test_what_the_host_says_is_shown_with_its_name(rsh: Transport, source: Path, tmp_path: Path) -> None:
+    """And not lost once it works."""
+    script = "shift; sh -c \"$*\"; echo 'the disk is on fire' >&2"
+    done = sync(source, tmp_path / "copy", "-e", rsh(script), "--python", PYTHON)
+    assert done.returncode == 0
+    assert f"host:{source}: the disk is on fire" in done.stderr.decode()
+
+
+# Through a real ssh
+
+
+def logins(sshd: Sshd) -> int:
+    return sshd.log.read_text().count("Accepted publickey")
+
+
+def test_connections_share_a_login(sshd: Sshd, mount: Callable[..., Mount], source: Path, tmp_path: Path) -> None:
+    before = logins(sshd)
+    mount(f"{sshd.host}:{source}", tmp_path / "one", "-e", sshd.rsh, "--python", sys.executable, wait=True)
+    assert logins(sshd) == before + 1
+    way = ["-e", sshd.rsh, "--python", sys.executable, "--no-control-master"]
+    mount(f"{sshd.host}:{source}", tmp_path / "two", *way, wait=True)
+    until(lambda: logins(sshd) == before + 3, "two logins more")
+
+
+def test_a_shared_login_ends_with_us(sshd: Sshd, source: Path, tmp_path: Path) -> None:
+    done = run("sync", "-e", sshd.rsh, "--python", PYTHON, f"{sshd.host}:{source}", tmp_path / "copy")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "copy").read_bytes() == DATA
+    listed = subprocess.run(
+        ["pgrep", "-f", f"ssh.*-p {sshd.port}.*ControlMaster"], capture_output=True, check=False
+    )
+    assert listed.stdout == b""
+
+
+def test_a_key_that_is_not_known_there(sshd: Sshd, source: Path, tmp_path: Path) -> None:
+    rsh = f"ssh -F none -p {sshd.port} -i /nonexistent -o IdentitiesOnly=yes -o BatchMode=yes "
+    rsh += f"-o UserKnownHostsFile={tmp_path}/known -o StrictHostKeyChecking=accept-new -o LogLevel=ERROR"
+    done = run("sync", "-e", rsh, f"{sshd.host}:{source}", tmp_path / "copy")
+    refused(done, "Permission denied (publickey", "does not let this user in", f"ssh -F none -p {sshd.port}")
+
+
+def test_a_host_key_that_is_not_known(sshd: Sshd, source: Path, tmp_path: Path) -> None:
+    rsh = f"ssh -F none -p {sshd.port} -o BatchMode=yes -o StrictHostKeyChecking=yes "
+    rsh += f"-o UserKnownHostsFile={tmp_path}/known"
+    done = run("sync", "-e", rsh, f"{sshd.host}:{source}", tmp_path / "copy")
+    refused(done, "Host key verification failed", "log in once by hand")
+
+
+def test_a_port_where_nobody_listens(source: Path, tmp_path: Path) -> None:
+    done = run("sync", "-e", "ssh -F none -p 1 -o BatchMode=yes", f"127.0.0.1:{source}", tmp_path / "copy")
+    refused(done, "Connection refused", "127.0.0.1 cannot be reached")
+
+
+def test_a_mount_outlives_the_terminal_it_was_started_at(sshd: Sshd, source: Path, tmp_path: Path) -> None:
+    """Where ssh could have asked for a password: nothing that goes through the login is hung up on."""
+    point = tmp_path / "mnt"
+    point.mkdir()
+    way = ["-e", sshd.rsh, "--python", sys.executable, "--no-background", f"{sshd.host}:{source}"]
+    child, terminal = pty.fork()
+    if not child:
+        os.execv(PYTHON, [*BLOCKCOPY, "mount", *way, str(tmp_path / "copy"), str(point)])
+    said = b""
+    with contextlib.suppress(OSError):  # EIO: nobody has it open any more
+        while data := os.read(terminal, 1000):
+            said += data
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, said
+    try:
+        assert (point / "copy").read_bytes() == DATA
+        link = json.loads((point / "status.json").read_bytes())["link"]
+        assert (link["reconnects"], link["last_error"]) == (0, None)
+    finally:
+        assert run("umount", point).returncode in (0, 75)
