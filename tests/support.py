@@ -235,6 +235,13 @@ def children(pid: int) -> list[int]:
     return [child for child in found if alive(child)]
 
 
+def is_sshd(pid: int) -> bool:
+    """One that other tests have in this process."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text() == "sshd\n"
+    return False
+
+
 def peak_memory(pid: int) -> int:
     """Bytes, as the kernel accounts them (VmHWM)."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():

@@ -142,7 +142,7 @@ def unreaped_children() -> list[int]:
     """Of this process, zombies too; but not an sshd that other tests have."""
     listed = Path("/proc/self/task").glob("*/children")
     children = [int(pid) for each in listed for pid in each.read_text().split()]
-    return [pid for pid in children if Path(f"/proc/{pid}/comm").read_text() != "sshd\n"]
+    return [pid for pid in children if not support.is_sshd(pid)]
 
 
 # Answers

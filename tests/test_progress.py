@@ -1,0 +1,187 @@
+"""What the commands tell while they run: lines, JSON, nothing, and the bar (see test_sync, too)."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import BLOCK_SIZE, BLOCKCOPY, PYTHON, STANDINS, Mount, noise, run, with_changes, written
+
+from blockcopy.meters import RateMeter, eta, floored_percent, human_size, human_time
+from blockcopy.progress import Counts, LineProgress
+
+SIZE = 24 * BLOCK_SIZE
+DATA = noise(SIZE)
+LINK = f"{PYTHON} {STANDINS / 'link'}"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return written(tmp_path / "source", DATA)
+
+
+@pytest.fixture
+def destination(tmp_path: Path) -> Path:
+    return written(tmp_path / "destination", with_changes(DATA, [3, 17]))
+
+
+def last(stderr: bytes) -> dict[str, Any]:
+    """The last line of JSON; all are objects with the same fields."""
+    lines = [json.loads(line) for line in stderr.splitlines()]
+    assert len({tuple(line) for line in lines}) == 1
+    return lines[-1]  # type: ignore[no-any-return]
+
+
+# Figures
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "percent"),
+    [(0, 0, 100.0), (0, 7, 0.0), (2, 3, 66.66), (999_999, 10**6, 99.99), (7, 7, 100.0)],
+)
+def test_percents_are_floored_and_only_the_whole_is_100(part: int, whole: int, percent: float) -> None:
+    assert floored_percent(part, whole) == percent
+
+
+def test_figures_for_people() -> None:
+    assert [human_size(size) for size in (0, 1023, 1024, 3 << 20, 5 << 40)] == [
+        *("0 B", "1023 B", "1.0 KiB", "3.0 MiB", "5.00 TiB")
+    ]
+    assert [human_time(seconds) for seconds in (0, 61, 3600)] == ["0:00", "1:01", "1:00:00"]
+    assert (eta(0, None, 5), eta(0, 10, 0), eta(1, 10, 2), eta(10, 10, 2)) == (None, None, 5, 0)
+
+
+def test_a_rate_of_what_begins_again_is_not_negative() -> None:
+    meter = RateMeter()
+    meter.sample(1000)
+    meter.sample(10)
+    assert meter.rate(10) == 0
+
+
+def test_plain_lines_are_the_originals() -> None:
+    told: list[str] = []
+    progress = LineProgress("checksum", told.append)
+    for done in range(0, 101):
+        progress.update(Counts(done << 30, 100 << 30, position=done << 30))
+    progress.finish()
+    assert len(told) == 21
+    assert told[0] == "Checksum progress:    5.00 GB / 100.00 GB ( 5.00%)"
+    assert told[-1].startswith("Checksum done in 0.0")
+
+
+# Commands
+
+
+def test_sync_as_json(source: Path, destination: Path) -> None:
+    done = run("sync", "--progress=json", source, destination)
+    assert done.returncode == 0
+    told = last(done.stderr)
+    assert (told["command"], told["state"], told["finished"]) == ("sync", "complete", True)
+    assert (told["done_bytes"], told["total_bytes"], told["percent"]) == (SIZE, SIZE, 100.0)
+    assert (told["fetched_bytes"], told["same_bytes"]) == (2 * BLOCK_SIZE, SIZE - 2 * BLOCK_SIZE)
+
+
+def test_sync_as_lines_and_quiet(source: Path, destination: Path) -> None:
+    said = run("sync", "--progress", source, destination).stderr.decode().splitlines()
+    assert said[-1].startswith("Sync done in ")
+    assert "(100.00%)" in said[-2]
+    assert run("sync", "-q", source, destination).stderr == b""
+    assert run("sync", source, destination).stderr == b""
+
+
+def test_push_as_json_and_no_faster_than_its_limit(source: Path, destination: Path) -> None:
+    way = ["-e", LINK, "--python", PYTHON]
+    done = run("sync", "--progress=json", "--limit", "4M", *way, source, f"host:{destination}")
+    assert done.returncode == 0
+    told = last(done.stderr)
+    assert (told["done_bytes"], told["percent"], told["finished"]) == (SIZE, 100.0, True)
+    assert 2 * BLOCK_SIZE <= told["sent_bytes"] < 3 * BLOCK_SIZE
+    assert told["elapsed_seconds"] > SIZE / (4 << 20) / 2
+    assert destination.read_bytes() == DATA
+
+
+def test_verify_as_json_and_its_result_apart(source: Path, destination: Path) -> None:
+    done = run("verify", "--progress=json", source, destination)
+    *lines, error = done.stderr.splitlines()
+    assert error.startswith(b"ERROR (verify)")
+    assert last(b"\n".join(lines))["done_bytes"] == SIZE
+    assert done.stdout.decode() == f"{3 * BLOCK_SIZE}:{BLOCK_SIZE}\n{17 * BLOCK_SIZE}:{BLOCK_SIZE}\n"
+
+
+def test_wait_as_json(source: Path, destination: Path, mount: Callable[..., Mount]) -> None:
+    mounted = mount(source, destination)
+    told = last(run("wait", "--progress=json", mounted.point).stderr)
+    assert (told["command"], told["percent"], told["fetched_bytes"]) == ("wait", 100.0, 2 * BLOCK_SIZE)
+
+
+def test_the_stages_as_json(source: Path, destination: Path) -> None:
+    hashes = run("checksum", "--progress=json", destination)
+    assert last(hashes.stderr)["done_bytes"] == SIZE
+    blocks = run("retrieve", "--progress=json", source, input=hashes.stdout)
+    told = last(blocks.stderr)
+    assert (told["done_bytes"], told["percent"], told["sent_bytes"] > 2 * BLOCK_SIZE) == (SIZE, 100.0, True)
+    saved = run("save", "--progress=json", destination, input=blocks.stdout)
+    told = last(saved.stderr)
+    assert (told["done_bytes"], told["total_bytes"], told["finished"]) == (2 * BLOCK_SIZE, None, True)
+    assert destination.read_bytes() == DATA
+
+
+def test_a_stage_whose_stdin_is_closed_early_tells_that_it_did_not_finish(source: Path) -> None:
+    blocks = run("retrieve", "--progress=json", source, input=b"")
+    assert blocks.returncode == 1
+    assert json.loads(blocks.stderr.splitlines()[0])["finished"] is False
+
+
+# The bar
+
+
+def on_a_terminal(*arguments: object, **environment: str) -> str:
+    """What a command shows on one of 80 columns; its standard error is there, its output elsewhere."""
+    ours, theirs = pty.openpty()
+    command = [*BLOCKCOPY, *map(str, arguments)]
+    shown = b""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "80", **environment},
+    ):
+        os.close(theirs)
+        while True:
+            try:
+                data = os.read(ours, 4096)
+            except OSError:  # EIO: all have closed it
+                break
+            shown += data
+    os.close(ours)
+    return shown.decode()
+
+
+def test_each_command_draws_a_bar_of_its_own_accord(
+    source: Path, destination: Path, mount: Callable[..., Mount]
+) -> None:
+    assert "100.00 %" in on_a_terminal("verify", source, source)
+    shown = on_a_terminal("sync", source, destination)
+    assert "100.00 %" in shown
+    assert "complete: equal 2.8 MiB, fetched 256.0 KiB, zeros 0 B" in shown
+    mounted = mount(source, destination, wait=True)
+    assert "100.00 %" in on_a_terminal("wait", mounted.point)
+    assert on_a_terminal("checksum", destination) == ""
+    assert "100.00 %" in on_a_terminal("checksum", "--progress", destination)
+    mounted.umount()
+    assert on_a_terminal("sync", "-q", source, destination) == ""
+
+
+def test_without_colour_or_screen(source: Path, destination: Path) -> None:
+    shown = on_a_terminal("sync", source, destination, NO_COLOR="1")
+    assert "100.00 %" in shown
+    assert "\x1b[31m" not in shown
+    assert "\x1b[9" not in shown
+    assert on_a_terminal("sync", source, destination, TERM="dumb") == ""
