@@ -226,13 +226,14 @@ def alive(pid: int) -> bool:
 
 
 def children(pid: int) -> list[int]:
-    """Of all its threads; zombies left out."""
-    found = [
-        int(child)
-        for listed in Path(f"/proc/{pid}/task").glob("*/children")
-        for child in listed.read_text().split()
-    ]
-    return [child for child in found if alive(child)]
+    """Zombies left out. Not from proc(5)'s `children`, which may leave some out while others come and go."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == pid and alive(int(entry.name)):
+                found.append(int(entry.name))
+    return found
 
 
 def is_sshd(pid: int) -> bool:

@@ -586,7 +586,7 @@ class FakeRetriever:
 class FakeConnector:
     """`plan` tells what each attempt finds: a connection, or an error; after its end nobody is there."""
 
-    command = SimpleNamespace(source="fake")
+    command = SimpleNamespace(location="fake")
 
     def __init__(self, plan: Sequence[FakeRetriever | SourceError] = ()) -> None:
         self.plan = list(plan)
