@@ -64,10 +64,11 @@ def parser() -> argparse.ArgumentParser:
     mount.add_argument("--no-background", action="store_true", help="copy only what is read")
     mount.add_argument("--name", help="name of the file (default: the destination's)")
     mount.add_argument("--pid-file", metavar="FILE", help="write the id of the mount's process here")
+    mount.add_argument("--replace", action="store_true", help="clear a dead mount there, of a killed blockcopy")
     _add_copy_options(mount)
     _add_source_options(mount, reconnect_timeout=60)
     _add_both_ends(mount)
-    mount.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing folder")
+    mount.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing folder, or a file")
 
     sync = _command(commands, "sync", "make the destination a copy of the source")
     _add_copy_options(sync)
@@ -96,6 +97,17 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def long_options(command: str) -> dict[str, bool]:
+    """The options of a command, without their dashes; whether each takes a value."""
+    [commands] = [each for each in parser()._actions if isinstance(each, argparse._SubParsersAction)]
+    return {
+        name[2:]: action.nargs != 0
+        for action in commands.choices[command]._actions
+        for name in action.option_strings
+        if name.startswith("--")
+    }
+
+
 def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     made: argparse.ArgumentParser = commands.add_parser(
         name, help=text, description=f"{text[0].upper()}{text[1:]}."
@@ -121,6 +133,8 @@ def _add_copy_options(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="what the source compresses with (default: auto, only while that is faster, of a HOST)",
     )
+    parser.add_argument("--on-complete", metavar="COMMAND", help="run this when the copy is complete")
+    parser.add_argument("--log-file", metavar="FILE", help="log to the end of this file")
     parser.add_argument(
         "--limit", metavar="RATE", type=values.rate, help="most bytes a second of the pass, with K, M, G"
     )

@@ -68,6 +68,7 @@ def plan_of(args: argparse.Namespace, **more: Any) -> Plan:
         verify=args.verify,
         compress=_wish(args),
         sparse=not args.no_sparse,
+        on_complete=args.on_complete,
         **more,
     )
 
@@ -98,9 +99,11 @@ def sync(args: argparse.Namespace) -> None:
     with _started(_source_command(args)) as started:
         with needs_extra():
             from blockcopy.replica import running
+            from blockcopy.replica.notify import Notifier
             from blockcopy.replica.sync import sync as make_copy
         plan = plan_of(args, demand=False, started=started)
-        run(lambda: running.interruptible(lambda: make_copy(plan, console.terminal())))
+        notifier = Notifier()
+        run(lambda: running.interruptible(lambda: make_copy(plan, console.terminal(), notifier)))
 
 
 @contextlib.contextmanager

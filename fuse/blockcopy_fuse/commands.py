@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from blockcopy import console
-from blockcopy.errors import IncompleteError
+from blockcopy.errors import IncompleteError, UsageError
 from blockcopy.replica.commands import needs_extra, plan_of, run
 from blockcopy.replica.status import one_line
-from blockcopy_fuse import control
+from blockcopy_fuse import control, options
 
 
 def mount(args: argparse.Namespace) -> None:
     with needs_extra():
+        from blockcopy.replica.notify import Notifier
         from blockcopy_fuse import daemon, mounting
     plan = plan_of(
         args,
@@ -27,18 +28,32 @@ def mount(args: argparse.Namespace) -> None:
     )
     if plan.prompts and not args.foreground:
         plan = dataclasses.replace(plan, command=plan.command.outliving_terminal())
+    fuse_options = options.parse(args.options)
+    mountpoint = os.path.abspath(args.mountpoint)
+    control.make_way(mountpoint, replace=args.replace, kind=f"fuse.{fuse_options.subtype}")
     shown = mounting.MountPlan(
         plan=plan,
-        mountpoint=os.path.abspath(args.mountpoint),
-        name=args.name or Path(args.destination).name,
-        options=mounting.parse_options(args.options),
+        mountpoint=mountpoint,
+        name=_name_in(mountpoint, args),
+        options=fuse_options,
         pid_file=os.path.abspath(args.pid_file) if args.pid_file else None,
     )
     mounting.check(shown)
+    notifier = Notifier()
     if args.foreground:
-        run(lambda: mounting.serve(shown, lambda: None, console.terminal()))
-    elif daemon.run_in_background(lambda ready: run(lambda: mounting.serve(shown, ready, None))):
+        run(lambda: mounting.serve(shown, lambda: None, console.terminal(), notifier))
+    elif daemon.run_in_background(lambda ready: run(lambda: mounting.serve(shown, ready, None, notifier))):
         mounting.await_first_answer(shown)
+
+
+def _name_in(mountpoint: str, args: argparse.Namespace) -> str | None:
+    """Of the file in the folder; None where the mountpoint is a file."""
+    if not os.path.isfile(mountpoint):
+        name: str = args.name or Path(args.destination).name
+        return name
+    if args.name:
+        raise UsageError(f"--name {args.name!r} cannot be: {mountpoint} is a file, and will be the replica itself")
+    return None
 
 
 def status(args: argparse.Namespace) -> None:
