@@ -109,7 +109,7 @@ def _mounting(commands: Any) -> None:
         "mount root@host:/dev/vg/disk /dev/vg/copy /mnt/disk",
     )
     _add_both_ends(mount)
-    mount.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing folder")
+    mount.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing folder, or a file")
     shown = mount.add_argument_group("the mount")
     shown.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground, show progress")
     shown.add_argument(
@@ -122,10 +122,13 @@ def _mounting(commands: Any) -> None:
     )
     shown.add_argument("--name", help="name of the file (default: DESTINATION's)")
     shown.add_argument("--pid-file", metavar="FILE", help="write the id of the mount's process here")
+    shown.add_argument("--replace", action="store_true", help="clear a dead mount there, of a killed blockcopy")
     shown.add_argument("--no-background", action="store_true", help="copy only what is read")
     _add_copy_options(mount)
     _add_source_options(mount, reconnect_timeout=60)
-    _add_metrics(_add_progress(mount))
+    told = _add_progress(mount)
+    _add_metrics(told)
+    _add_log_file(told)
 
 
 def _copying(commands: Any) -> None:
@@ -139,7 +142,9 @@ def _copying(commands: Any) -> None:
     _add_both_ends(sync)
     _add_copy_options(sync)
     _add_source_options(sync, reconnect_timeout=math.inf)
-    _add_metrics(_add_progress(sync))
+    told = _add_progress(sync)
+    _add_metrics(told)
+    _add_log_file(told)
 
     verify = _command(
         commands,
@@ -192,6 +197,7 @@ def _add_copy_options(parser: Parser) -> None:
     copy.add_argument("--verify", action="store_true", help="compare both ends when the copy is complete")
     _add_sparse(copy)
     _add_compress(copy, "source compresses (default: auto from a host)", default=argparse.SUPPRESS)
+    copy.add_argument("--on-complete", metavar="COMMAND", help="what the shell runs when it is complete")
     record = parser.add_argument_group("the record of what is here")
     record.add_argument("--state", metavar="FILE", help="where it is kept (default: see the manual)")
     record.add_argument("--no-state", action="store_true", help="keep none; a restart checks every block")
@@ -304,6 +310,10 @@ def _add_progress(parser: Parser) -> Options:
     )
     how.add_argument("-q", "--quiet", action="store_true", help="nothing but errors")
     return told
+
+
+def _add_log_file(parser: Options) -> None:
+    parser.add_argument("--log-file", metavar="FILE", help="log to the end of this file")
 
 
 def _add_metrics(parser: Options) -> None:

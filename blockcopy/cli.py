@@ -13,7 +13,7 @@ import os
 import sys
 from typing import Callable, NoReturn
 
-from blockcopy import console, stages
+from blockcopy import console, log, stages
 from blockcopy.arguments import parser
 from blockcopy.errors import BlockcopyError, Interrupted, UsageError
 
@@ -43,9 +43,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Run a command and exit with its status; by the signal where one ended it."""
     console.fill_closed_streams()
     args = parser().parse_args(argv)
-    _setup_logging(bool(args.verbose or os.environ.get("DEBUG")))
     stages.raise_on_signals()
     try:
+        log.set_up(verbose=bool(args.verbose or os.environ.get("DEBUG")), file=getattr(args, "log_file", None))
         _command(args.command)(args)
     except BlockcopyError as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)
@@ -69,14 +69,5 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
 
 
 def _exit_with(command: str, error: BlockcopyError) -> NoReturn:
-    console.say(f"ERROR ({command}): {error}")
+    console.say(log.last_words(f"ERROR ({command}): {error}"))
     sys.exit(error.exit_code)
-
-
-def _setup_logging(verbose: bool) -> None:
-    logging.basicConfig(
-        format="%(asctime)s [%(process)d %(threadName)s] %(name)s %(levelname)5s: %(message)s"
-        if verbose
-        else "%(message)s",
-        level=logging.DEBUG if verbose else logging.WARNING,
-    )

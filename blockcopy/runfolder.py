@@ -1,4 +1,4 @@
-"""The folder of this user's sockets, for as long as the machine runs. It is nobody else's."""
+"""The folder of a user's sockets, for as long as the machine runs. It is nobody else's."""
 
 from __future__ import annotations
 
@@ -10,18 +10,31 @@ from blockcopy.errors import DeviceError
 
 
 def run_folder() -> Path:
-    """Made where it is not there. DeviceError where it cannot be, or others can enter it."""
-    if os.geteuid() == 0:
-        folder = Path("/run/blockcopy")
-    elif runtime := os.environ.get("XDG_RUNTIME_DIR"):
-        folder = Path(runtime) / "blockcopy"
-    else:
-        folder = Path(f"/tmp/blockcopy-{os.geteuid()}")
+    """This user's, made where it is not there. DeviceError where it cannot be, or others can enter it."""
+    folder = run_folders(os.geteuid())[0]
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.lstat()
     except OSError as error:
         raise DeviceError.of("make the folder", str(folder), error) from error
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+    if not is_private(folder, os.geteuid()):
         raise DeviceError(f"{folder} is not a folder of this user alone")
     return folder
+
+
+def run_folders(uid: int) -> list[Path]:
+    """Where it can be, of that user; for ourselves, the first is where it is made."""
+    if uid == 0:
+        return [Path("/run/blockcopy")]
+    folders = [Path(f"/tmp/blockcopy-{uid}"), Path(f"/run/user/{uid}/blockcopy")]
+    if uid == os.geteuid() and (runtime := os.environ.get("XDG_RUNTIME_DIR")):
+        folders.insert(0, Path(runtime) / "blockcopy")
+    return folders
+
+
+def is_private(folder: Path, uid: int) -> bool:
+    """It is there, and that user's alone: what is in it is told by nobody else."""
+    try:
+        status = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == uid and not status.st_mode & 0o077

@@ -150,8 +150,8 @@ def test_two_files_import_pyfuse3() -> None:
     assert importers("pyfuse3") == {"blockcopy_fuse.operations", "blockcopy_fuse.mounting"}
 
 
-def test_only_the_program_imports_the_command_line() -> None:
-    assert importers("blockcopy.cli") == {"blockcopy.__main__"}
+def test_only_the_programs_import_the_command_line() -> None:
+    assert importers("blockcopy.cli") == {"blockcopy.__main__", "blockcopy_fuse.mount_helper"}
 
 
 def test_one_place_prints_and_one_exits() -> None:

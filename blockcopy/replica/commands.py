@@ -88,6 +88,7 @@ def plan_of(args: argparse.Namespace, command: Command, **more: Any) -> Plan:
         verify=args.verify,
         compress=_wish(args),
         sparse=not args.no_sparse,
+        on_complete=args.on_complete,
         **more,
     )
 
@@ -124,10 +125,12 @@ def sync(args: argparse.Namespace) -> None:
     with logged_in(command), _started(command) as started:
         with needs_extra():
             from blockcopy.replica import running
+            from blockcopy.replica.notify import Notifier
             from blockcopy.replica.sync import sync as make_copy
         plan = plan_of(args, command, demand=False, started=started)
         with console.progress(args, unasked=True) as progress:
-            run(lambda: running.interruptible(lambda: make_copy(plan, progress)))
+            notifier = Notifier()
+            run(lambda: running.interruptible(lambda: make_copy(plan, progress, notifier)))
 
 
 def _push(args: argparse.Namespace, destination: Location) -> None:

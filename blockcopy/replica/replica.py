@@ -85,6 +85,8 @@ class Plan:
     """What the source is asked to compress with, as in `wire`."""
     sparse: bool = True
     """Zeros are written as holes where that can be."""
+    on_complete: str | None = None
+    """A command line for the shell, once the copy is complete."""
 
 
 class Replica:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import trio
+
 from blockcopy.progress import Progress
+from blockcopy.replica import hook
 from blockcopy.replica.engine import open_replica
+from blockcopy.replica.notify import Notifier
 from blockcopy.replica.replica import Plan
 from blockcopy.replica.report import report
 
 
-async def sync(plan: Plan, progress: Progress) -> None:
-    """Make the destination the source's copy. `progress` is told how far it is.
+async def sync(plan: Plan, progress: Progress, notifier: Notifier) -> None:
+    """Make the destination the source's copy. `progress` is told how far it is, and `notifier` too.
 
     SourceError, DeviceError, DestinationRefusedError, in exception groups.
     """
     async with open_replica(plan) as replica:
-        await report(replica, progress)
-        await replica.wait_complete()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(notifier.keep_telling, replica)
+            await report(replica, progress)
+            await replica.wait_complete()
+            nursery.cancel_scope.cancel()
+        snapshot = replica.snapshot()
+    if plan.on_complete:  # the destination is nobody's any more
+        await hook.run(plan.on_complete, snapshot, plan.command.folder)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockcopy import console
-from blockcopy.errors import IncompleteError, PeerError, UnfitError
+from blockcopy.errors import IncompleteError, PeerError, UnfitError, UsageError
 from blockcopy.login import log_in, logged_in
 from blockcopy.progress import Progress
 from blockcopy.remote import Location
 from blockcopy.replica.commands import command_for, needs_extra, plan_of, run, source_command
 from blockcopy.replica.status import one_line
-from blockcopy_fuse import control
+from blockcopy_fuse import control, options
 
 if TYPE_CHECKING:
     from blockcopy.replica.replica import Plan
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 def mount(args: argparse.Namespace) -> None:
     with needs_extra():
+        from blockcopy.replica.notify import Notifier
         from blockcopy_fuse import daemon, mounting
     command = source_command(args)
     plan = plan_of(
@@ -38,20 +39,24 @@ def mount(args: argparse.Namespace) -> None:
         may_be_away=True,
         read_timeout=mounting.longest_request(),
     )
+    fuse_options = options.parse(args.options)
+    mountpoint = os.path.abspath(args.mountpoint)
+    control.make_way(mountpoint, replace=args.replace, kind=f"fuse.{fuse_options.subtype}")
     shown = mounting.MountPlan(
         plan=plan,
-        mountpoint=os.path.abspath(args.mountpoint),
-        name=args.name or Path(args.destination).name,
-        options=mounting.parse_options(args.options),
+        mountpoint=mountpoint,
+        name=_name_in(mountpoint, args),
+        options=fuse_options,
         pid_file=os.path.abspath(args.pid_file) if args.pid_file else None,
     )
     mounting.check(shown)
     if plan.prompts and not args.foreground:
         shown = dataclasses.replace(shown, plan=_asked_beforehand(plan))
+    notifier = Notifier()
 
     def serve(ready: Callable[[], None], progress: Progress) -> None:
         with logged_in(command), progress:
-            run(lambda: mounting.serve(shown, ready, progress))
+            run(lambda: mounting.serve(shown, ready, progress, notifier))
 
     if args.foreground:
         serve(lambda: None, console.progress(args, unasked=True))
@@ -67,6 +72,16 @@ def _asked_beforehand(plan: Plan) -> Plan:
         except PeerError as error:
             logger.info("%s", error)  # a mount may begin without its source; where not, that is told again
     return dataclasses.replace(plan, command=plan.command.outliving_terminal())
+
+
+def _name_in(mountpoint: str, args: argparse.Namespace) -> str | None:
+    """Of the file in the folder; None where the mountpoint is a file."""
+    if not os.path.isfile(mountpoint):
+        name: str = args.name or Path(args.destination).name
+        return name
+    if args.name:
+        raise UsageError(f"--name {args.name!r} cannot be: {mountpoint} is a file, and will be the replica itself")
+    return None
 
 
 def status(args: argparse.Namespace) -> None:

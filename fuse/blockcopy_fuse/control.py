@@ -1,6 +1,7 @@
 """A mount from outside: status, wait, umount, and what its control socket takes. Needs no pyfuse3.
 
-A mount is asked through its own files; its status names the socket.
+A mount is asked through its own files; its status names the socket. Where the mountpoint is a file, there is
+no other beside it, and the status comes from the socket, which is found by the mount's device number.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from typing import Any
 from blockcopy.errors import BlockcopyError, IncompleteError, MountError
 from blockcopy.progress import Progress
 from blockcopy.replica.status import counts_of
-from blockcopy_fuse import STATUS_NAME
+from blockcopy.runfolder import is_private, run_folders
+from blockcopy_fuse import STATUS_NAME, mounts
+
+KIND = "fuse.blockcopy"
+"""Of our mounts, unless the user says otherwise."""
 
 _POLL_SECONDS = 0.2
 
@@ -33,10 +38,12 @@ def read_status(mountpoint: str) -> dict[str, Any]:
     """The mount's snapshot. MountError where there is none, or none that answers."""
     try:
         snapshot = json.loads((Path(mountpoint) / STATUS_NAME).read_bytes())
+    except NotADirectoryError:
+        return _status_of_file(mountpoint)
     except OSError as error:
         if error.errno == errno.ENOTCONN:
             raise MountError(dead_mount(mountpoint)) from error
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        if error.errno == errno.ENOENT:
             raise MountError(f"no replica is mounted on {mountpoint}") from error
         raise MountError(f"cannot ask the mount on {mountpoint}: {os.strerror(error.errno or 0)}") from error
     except ValueError as error:
@@ -44,6 +51,51 @@ def read_status(mountpoint: str) -> dict[str, Any]:
     if not isinstance(snapshot, dict) or "source_needed" not in snapshot:
         raise MountError(f"{mountpoint}/{STATUS_NAME} is not a replica's")
     return snapshot
+
+
+def _status_of_file(mountpoint: str) -> dict[str, Any]:
+    """As `read_status`, of a mountpoint that is a file."""
+    entry = mounts.at(os.path.realpath(mountpoint))
+    if entry is None or entry.owner is None:
+        raise MountError(f"no replica is mounted on {mountpoint}")
+    if is_dead(mountpoint):
+        raise MountError(dead_mount(mountpoint))
+    for path in _sockets(entry.owner, entry.device):
+        with contextlib.suppress(OSError):
+            reply = _asked(str(path), {"command": "status"})
+            if reply is not None and "status" in reply:
+                snapshot: dict[str, Any] = reply["status"]
+                return snapshot
+    if os.geteuid() not in (0, entry.owner):
+        raise MountError(f"cannot ask the mount on {mountpoint}: only the user who mounted it may, and root")
+    raise MountError(f"no replica answers for the mount on {mountpoint}, which is of the type {entry.kind}")
+
+
+def socket_name(device: str, pid: int | str) -> str:
+    """Of the mount whose device number is MAJOR:MINOR. One that is just ending may still have the same number."""
+    return f"{device}-{pid}.sock"
+
+
+def _sockets(uid: int, device: str) -> list[Path]:
+    """Those of that name, the latest first: it is the one of the mount that has the number now."""
+    found = []
+    for folder in run_folders(uid):
+        if is_private(folder, uid):
+            for path in folder.glob(socket_name(device, "*")):
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((path.stat().st_ctime_ns, path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _asked(path: str, request: dict[str, Any]) -> dict[str, Any] | None:
+    """The reply of the mount whose socket that is; None where it ended before. OSError."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        connection.sendall(json.dumps(request).encode() + b"\n")
+        with connection.makefile("rb") as replies:
+            line = replies.readline()
+    reply: dict[str, Any] | None = json.loads(line) if line else None
+    return reply
 
 
 def wait(mountpoint: str, progress: Progress) -> dict[str, Any]:
@@ -69,16 +121,11 @@ def command(mountpoint: str, request: dict[str, Any]) -> None:
     if path is None:
         raise MountError(f"the mount on {mountpoint} has no control socket; its log says why")
     try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(path)
-            connection.sendall(json.dumps(request).encode() + b"\n")
-            with connection.makefile("rb") as replies:
-                line = replies.readline()
+        reply = _asked(path, request)
     except OSError as error:
         raise MountError(f"cannot reach the mount on {mountpoint} at {path}: {error.strerror}") from error
-    if not line:
+    if reply is None:
         raise MountError(f"the mount on {mountpoint} ended before it answered")
-    reply = json.loads(line)
     if "error" in reply:
         raise BlockcopyError.told(reply["error"], reply["exit_code"])
 
@@ -115,8 +162,21 @@ def umount(mountpoint: str) -> dict[str, Any] | None:
     return snapshot
 
 
+def is_replica(mountpoint: str) -> bool:
+    """One is mounted there, and lives."""
+    entry = mounts.at(os.path.realpath(mountpoint))
+    if entry is None or entry.owner is None:
+        return False
+    with contextlib.suppress(MountError):
+        return bool(read_status(mountpoint))
+    return entry.kind == KIND  # of another user, say
+
+
 def is_dead(mountpoint: str) -> bool:
     """A mount is there, but nobody serves it any more."""
+    entry = mounts.at(os.path.realpath(mountpoint))
+    if entry is None or entry.owner is None:
+        return False  # and not looked at: an automount would wait for what we are about to mount
     try:
         os.statvfs(mountpoint)  # not stat: the kernel answers that from what it remembers
     except OSError as error:
@@ -124,16 +184,26 @@ def is_dead(mountpoint: str) -> bool:
     return False
 
 
+def make_way(mountpoint: str, *, replace: bool, kind: str = KIND) -> None:
+    """Have no dead mount there. MountError where there is one, and it is not a replica's or not to be replaced."""
+    if not is_dead(mountpoint):
+        return
+    entry = mounts.at(os.path.realpath(mountpoint))
+    if not replace or entry is None or entry.kind not in (KIND, kind):
+        raise MountError(dead_mount(mountpoint))
+    _unmount(mountpoint, "-z")
+
+
 def dead_mount(mountpoint: str) -> str:
     """What to say of one."""
     return f"{mountpoint} is a mount whose program died; clear it with: fusermount3 -uz {mountpoint}"
 
 
-def _unmount(mountpoint: str) -> None:
+def _unmount(mountpoint: str, *options: str) -> None:
     program = shutil.which("fusermount3")
     if program is None:
         raise MountError("fusermount3 is not installed (Debian: apt install fuse3)")
-    ended = subprocess.run([program, "-u", "--", mountpoint], capture_output=True, text=True, check=False)
+    ended = subprocess.run([program, "-u", *options, "--", mountpoint], capture_output=True, text=True, check=False)
     if ended.returncode:
         said = ended.stderr.strip().rpartition(": ")[2]
         raise MountError(

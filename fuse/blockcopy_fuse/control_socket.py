@@ -4,8 +4,10 @@
     {"command": "resume"}                                    {"error": "…", "exit_code": 3}
     {"command": "limit", "rate": bytes a second, or null}
     {"command": "prefetch", "extents": [[offset, length], …]}     answered when they are here
+    {"command": "status"}                                    {"ok": true, "status": {…}}
 
-It lies in a folder that only the mounting user, and root, can enter.
+It lies in a folder that only the mounting user, and root, can enter, and has the mount's device number in
+its name: so it is found where the mount has no status file, because it is a file itself.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,13 @@ from blockcopy.geometry import Extent
 from blockcopy.replica.replica import Replica
 from blockcopy.runfolder import run_folder
 from blockcopy.wire import MAX_POSITION
+from blockcopy_fuse import control
 
 logger = logging.getLogger(__name__)
 
 _MAX_REQUEST = 64 * 1024
+
+Snapshot = Callable[[], dict[str, Any]]
 
 
 class ControlSocket:
@@ -39,12 +44,12 @@ class ControlSocket:
         self.path = path
         self._listener = listener
 
-    async def serve(self, replica: Replica) -> None:
+    async def serve(self, replica: Replica, snapshot: Snapshot) -> None:
         """Until cancelled."""
 
         async def answer(stream: trio.SocketStream) -> None:
             try:
-                await stream.send_all(json.dumps(await _reply(stream, replica)).encode() + b"\n")
+                await stream.send_all(json.dumps(await _reply(stream, replica, snapshot)).encode() + b"\n")
             except trio.BrokenResourceError:
                 logger.debug("who asked has gone away")
 
@@ -53,10 +58,10 @@ class ControlSocket:
 
 
 @contextmanager
-def opened() -> Iterator[ControlSocket | None]:
-    """A socket of this process, gone at the end; None, with a warning, where none can be made."""
+def opened(device: str) -> Iterator[ControlSocket | None]:
+    """The socket of the mount of that number, gone at the end; None, with a warning, where none can be made."""
     try:
-        path = run_folder() / f"{os.getpid()}.sock"
+        path = run_folder() / control.socket_name(device, os.getpid())
         _sweep(path.parent)
         path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX)
@@ -92,9 +97,12 @@ def _sweep(folder: Path) -> None:
                 continue  # busy, or gone by now: not ours to take away
 
 
-async def _reply(stream: trio.SocketStream, replica: Replica) -> dict[str, Any]:
+async def _reply(stream: trio.SocketStream, replica: Replica, snapshot: Snapshot) -> dict[str, Any]:
     try:
-        await _obey(await _request(stream), replica)
+        request = await _request(stream)
+        if request.get("command") == "status":
+            return {"ok": True, "status": snapshot()}
+        await _obey(request, replica)
     except BlockcopyError as error:
         return {"error": str(error), "exit_code": error.exit_code}
     return {"ok": True}

@@ -1,22 +1,20 @@
 """Going to the background: the command returns when the mount serves, or tells why it does not.
 
 The fork comes first, before threads, trio and ssh. Until it is ready the child keeps the terminal,
-so that ssh can ask for a password; then it leaves the session and its standard streams behind.
+so that ssh can ask for a password; then it leaves the session and its standard streams behind, but for
+a standard error that is the journal's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import logging.handlers
 import os
 import signal
 from collections.abc import Callable
 
+from blockcopy import log
 from blockcopy.errors import BlockcopyError, Interrupted, MountError
-
-logger = logging.getLogger(__name__)
 
 _READY = b"ready"
 
@@ -69,27 +67,25 @@ def _run_child(program: Callable[[Callable[[], None]], None], tell: int) -> None
     try:
         program(ready)
     except BlockcopyError as error:
-        if is_ready:
-            logger.error("%s", error)
-        else:
+        if not is_ready:  # the parent is the one who says it
             os.write(tell, json.dumps({"message": str(error), "exit_code": error.exit_code}).encode())
-            _leave_terminal()  # the parent is the one who says it there
+            _leave(0, 1, 2)
+            log.be_silent()
         raise
 
 
 def _leave_terminal() -> None:
     os.setsid()
     os.chdir("/")
+    if log.is_journal():
+        _leave(0, 1)
+    else:
+        _leave(0, 1, 2)
+        log.leave_standard_error()
+
+
+def _leave(*streams: int) -> None:
     null = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
+    for stream in streams:
         os.dup2(null, stream)
     os.close(null)
-    root = logging.getLogger()
-    for each in root.handlers[:]:
-        root.removeHandler(each)
-    try:
-        log: logging.Handler = logging.handlers.SysLogHandler("/dev/log")
-    except OSError:
-        log = logging.NullHandler()  # no syslog here: `status` still tells the last error
-    log.setFormatter(logging.Formatter("blockcopy[%(process)d]: %(message)s"))
-    root.addHandler(log)

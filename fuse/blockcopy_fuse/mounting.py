@@ -27,13 +27,16 @@ import trio
 
 from blockcopy.errors import Interrupted, MountError, UsageError
 from blockcopy.progress import Progress
+from blockcopy.replica import hook
 from blockcopy.replica.engine import open_replica
+from blockcopy.replica.notify import Notifier
 from blockcopy.replica.replica import Plan, Replica
 from blockcopy.replica.report import report
 from blockcopy.replica.running import received
-from blockcopy_fuse import STATUS_NAME, control, control_socket
+from blockcopy_fuse import STATUS_NAME, control, control_socket, mounts
 from blockcopy_fuse.control_socket import ControlSocket
 from blockcopy_fuse.operations import Operations
+from blockcopy_fuse.options import MountOptions
 from blockcopy_fuse.tuning import tune
 
 logger = logging.getLogger(__name__)
@@ -47,45 +50,37 @@ _MAX_HANDLERS = 256
 _REQUEST_MARGIN = 20
 """The kernel looks each 15 seconds for requests that took too long."""
 
-_REFUSED_OPTIONS = {
-    "max_read": "it makes the mount vanish at once (a fault of libfuse's bindings)",
-    "max_background": "set /sys/fs/fuse/connections/*/max_background instead",
-    "rw": "the replica is read-only",
-}
-
 
 @dataclass(frozen=True)
 class MountPlan:
-    """Where and how the replica of `plan` is shown."""
+    """Where and how the replica of `plan` is shown: as `name` in a folder, or, None, as the mountpoint itself."""
 
     plan: Plan
     mountpoint: str
-    name: str
-    options: frozenset[str]
+    name: str | None
+    options: MountOptions
     pid_file: str | None = None
 
     @property
-    def shared(self) -> bool:
-        return "allow_other" in self.options
+    def file(self) -> Path:
+        return Path(self.mountpoint) / (self.name or "")
 
 
 def check(mount: MountPlan) -> None:
     """Before anything is started: can it be mounted there, like this? MountError or UsageError."""
     mountpoint = Path(mount.mountpoint)
-    if control.is_dead(mount.mountpoint):
-        raise MountError(control.dead_mount(mount.mountpoint))
+    if control.is_replica(mount.mountpoint):
+        raise MountError(f"{mountpoint} has a replica mounted already (see: blockcopy status {mountpoint})")
     try:
         mode = mountpoint.stat().st_mode
     except OSError as error:
         raise MountError(f"cannot mount on {mountpoint}: {error.strerror}") from error
-    if not stat.S_ISDIR(mode):
-        raise MountError(f"cannot mount on {mountpoint}: it is no folder")
-    if os.path.ismount(mountpoint) and (mountpoint / STATUS_NAME).exists():
-        raise MountError(f"{mountpoint} has a replica mounted already (see: blockcopy status {mountpoint})")
-    for path, what in ((mount.plan.destination, "destination"), (mount.plan.state, "state file")):
-        if path is not None and Path(path).resolve().is_relative_to(mountpoint.resolve()):
+    if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+        raise MountError(f"cannot mount on {mountpoint}: it is neither a folder nor a regular file")
+    for path, what in _not_to_be_hidden(mount.plan):
+        if _hides(mountpoint, path):
             raise UsageError(f"the mount on {mountpoint} would hide the {what} {path}")
-    if "/" in mount.name or mount.name in ("", ".", "..", STATUS_NAME):
+    if mount.name is not None and ("/" in mount.name or mount.name in ("", ".", "..", STATUS_NAME)):
         raise UsageError(f"--name {mount.name!r} cannot be the name of the file")
     if not os.path.exists("/dev/fuse"):
         raise MountError("there is no /dev/fuse: load it (modprobe fuse), or have the container given it")
@@ -108,24 +103,31 @@ def longest_request() -> float:
     return min(limits)
 
 
-def parse_options(texts: list[str]) -> frozenset[str]:
-    """`-o a,b=c -o d` → the set of them. UsageError for those that cannot work."""
-    options = {option for text in texts for option in text.split(",") if option}
-    for option in options:
-        why_not = _REFUSED_OPTIONS.get(option.partition("=")[0])
-        if why_not:
-            raise UsageError(f"-o {option} is not possible: {why_not}")
-    return frozenset(options)
+def _not_to_be_hidden(plan: Plan) -> Iterator[tuple[Path, str]]:
+    yield Path(plan.destination), "destination"
+    if plan.state is not None:
+        yield Path(plan.state), "state file"
+    if plan.command.location.host is None:
+        yield Path(plan.command.location.path), "source"
 
 
-async def serve(mount: MountPlan, ready: Callable[[], None], progress: Progress) -> None:
+def _hides(mountpoint: Path, path: Path) -> bool:
+    """By whichever name."""
+    if path.resolve().is_relative_to(mountpoint.resolve()):
+        return True
+    return path.exists() and path.samefile(mountpoint)
+
+
+async def serve(mount: MountPlan, ready: Callable[[], None], progress: Progress, notifier: Notifier) -> None:
     """Mount and serve until a signal or an unmount. `ready` is called once, when it is mounted.
 
-    `progress` is told how far it is. Raises, in exception groups, what `open_replica` does, MountError,
-    and Interrupted for a signal that came before it was mounted.
+    `progress` and `notifier` are told how it goes. Raises, in exception groups, what `open_replica` does,
+    MountError, and Interrupted for a signal that came before it was mounted.
     """
     stop = trio.Event()
     mounted = False
+    mountpoint = os.path.realpath(mount.mountpoint)  # not to be looked at once it is ours to answer for
+    socket: ControlSocket | None = None
 
     async def watch_signals() -> None:
         async for signum in signals:
@@ -137,15 +139,38 @@ async def serve(mount: MountPlan, ready: Callable[[], None], progress: Progress)
     async with received() as signals, trio.open_nursery() as nursery:
         nursery.start_soon(watch_signals)
         async with open_replica(mount.plan) as replica:
-            with control_socket.opened() as socket:
-                _init(mount, replica, socket.path if socket else None)
-                mounted = True
-                try:
-                    with _pid_file(mount.pid_file):
-                        await _serve(replica, socket, stop, ready, progress)
-                finally:
-                    pyfuse3.close(unmount=True)
+
+            def snapshot() -> dict[str, Any]:
+                path = socket.path if socket else None
+                return {**replica.snapshot(), "mountpoint": mountpoint, "control_socket": path}
+
+            _init(mount, mountpoint, replica, snapshot)
+            mounted = True
+            try:
+                with control_socket.opened(_device_of(mountpoint)) as socket, _pid_file(mount.pid_file):
+                    async with trio.open_nursery() as helpers:
+                        helpers.start_soon(notifier.keep_telling, replica)
+                        if socket is not None:
+                            helpers.start_soon(socket.serve, replica, snapshot)
+                        helpers.start_soon(report, replica, progress)
+                        helpers.start_soon(_on_complete, mount.plan, replica, snapshot)
+                        await _serve(replica, stop, ready, notifier)
+                        helpers.cancel_scope.cancel()
+            finally:
+                pyfuse3.close(unmount=True)
         nursery.cancel_scope.cancel()
+
+
+def _device_of(mountpoint: str) -> str:
+    entry = mounts.at(mountpoint)
+    return entry.device if entry else str(os.getpid())  # it was taken away already
+
+
+async def _on_complete(plan: Plan, replica: Replica, snapshot: Callable[[], dict[str, Any]]) -> None:
+    await replica.settled.wait()
+    facts = snapshot()
+    if plan.on_complete and not facts["source_needed"]:
+        await hook.run(plan.on_complete, facts, plan.command.folder)
 
 
 @contextmanager
@@ -168,23 +193,25 @@ def _pid_file(path: str | None) -> Iterator[None]:
 def await_first_answer(mount: MountPlan) -> None:
     """Return when the mount answers. For another process than the one that serves it."""
     try:
-        (Path(mount.mountpoint) / mount.name).stat()
+        mount.file.stat()
     except OSError as error:
         raise MountError(f"the mount on {mount.mountpoint} does not answer: {error.strerror}") from error
 
 
-def _init(mount: MountPlan, replica: Replica, socket: str | None) -> None:
-    def snapshot() -> dict[str, Any]:
-        return {**replica.snapshot(), "control_socket": socket}
-
-    source = str(mount.plan.command.location).replace("\\", "\\\\").replace(",", "\\,")
-    options = {*pyfuse3.default_options, "ro", f"fsname={source}", "subtype=blockcopy", *mount.options}
-    mountpoint = os.path.realpath(mount.mountpoint)  # not to be looked at once it is ours to answer for
+def _init(mount: MountPlan, mountpoint: str, replica: Replica, snapshot: Callable[[], dict[str, Any]]) -> None:
+    name = mount.options.fsname or str(mount.plan.command.location)
+    options = {
+        *pyfuse3.default_options,
+        "ro",
+        "fsname=" + name.replace("\\", "\\\\").replace(",", "\\,"),
+        f"subtype={mount.options.subtype}",
+        *mount.options.fuse,
+    }
     operations = Operations(
-        replica, mount.name, snapshot, shared=mount.shared, before_first_open=lambda: tune(mountpoint)
+        replica, mount.name, snapshot, options=mount.options, before_first_open=lambda: tune(mountpoint)
     )
     try:
-        pyfuse3.init(operations, mount.mountpoint, options)
+        pyfuse3.init(operations, mountpoint, options)
     except RuntimeError as error:  # libfuse has printed the reason itself
         raise MountError(f"cannot mount on {mount.mountpoint}: {error}") from error
 
@@ -212,13 +239,7 @@ def _is_fuse(entry: Path) -> bool:
         return False  # the descriptor that lists them is gone again
 
 
-async def _serve(
-    replica: Replica,
-    socket: ControlSocket | None,
-    stop: trio.Event,
-    ready: Callable[[], None],
-    progress: Progress,
-) -> None:
+async def _serve(replica: Replica, stop: trio.Event, ready: Callable[[], None], notifier: Notifier) -> None:
     """Take requests until `stop` is set or the mount is taken away."""
 
     async def take_requests() -> None:
@@ -230,11 +251,10 @@ async def _serve(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(take_requests)
         nursery.start_soon(_watch_connection, stop)
-        if socket is not None:
-            nursery.start_soon(socket.serve, replica)
-        nursery.start_soon(report, replica, progress)
         ready()
+        notifier.tell(READY=1, MAINPID=os.getpid())
         await stop.wait()
+        notifier.tell(STOPPING=1)
         # A handler that waits for the source would keep terminate() waiting for ever: fail it first.
         await replica.let_go()
         if not ended.is_set():

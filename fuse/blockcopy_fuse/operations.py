@@ -1,4 +1,5 @@
-"""What the kernel asks: a folder with two files in it, the replica and status.json.
+"""What the kernel asks: a folder with two files in it, the replica and status.json; or the replica alone, where
+the mountpoint is a file.
 
 The replica's logical content never changes while it is mounted, fetched or not: attributes are
 constant, the kernel may cache everything, and nothing is ever invalidated. Handlers run in trio's
@@ -25,6 +26,7 @@ from blockcopy.geometry import BLOCK_SIZE
 from blockcopy.replica.replica import Replica
 from blockcopy.replica.status import to_json
 from blockcopy_fuse import STATUS_NAME
+from blockcopy_fuse.options import MountOptions
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ def handler(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutin
 
 
 class Operations(pyfuse3.Operations):
-    """See the module. `name` is the file's; `shared` where other users may read it.
+    """See the module. `name` is the file's; None where it is the root itself. `options` tell whose it is.
 
     `snapshot` tells what is in the status file.
     """
@@ -68,10 +70,10 @@ class Operations(pyfuse3.Operations):
     def __init__(
         self,
         replica: Replica,
-        name: str,
+        name: str | None,
         snapshot: Callable[[], dict[str, Any]],
         *,
-        shared: bool,
+        options: MountOptions,
         before_first_open: Callable[[], None],
     ) -> None:
         super().__init__()
@@ -79,9 +81,10 @@ class Operations(pyfuse3.Operations):
         self._replica = replica
         self._volume = replica.volume
         self._snapshot = snapshot
-        self._shared = shared
+        self._options = options
         self._mounted_ns = time.time_ns()
-        self._entries = {os.fsencode(name): _REPLICA, STATUS_NAME.encode(): _STATUS}
+        self._file = _ROOT if name is None else _REPLICA
+        self._entries = {} if name is None else {os.fsencode(name): _REPLICA, STATUS_NAME.encode(): _STATUS}
         self._statuses: dict[FileHandleT, bytes] = {}
         self._next_handle = _STATUS_HANDLES
 
@@ -90,22 +93,21 @@ class Operations(pyfuse3.Operations):
         entry.st_ino = inode
         entry.generation = 0
         entry.entry_timeout = entry.attr_timeout = _FOREVER
-        readable = 0o444 if self._shared else 0o400
-        if inode == _ROOT:
-            entry.st_mode = stat.S_IFDIR | (0o555 if self._shared else 0o500)
-            entry.st_nlink = 2
-        elif inode == _REPLICA:
-            entry.st_mode = stat.S_IFREG | readable
+        if inode == self._file:
+            entry.st_mode = stat.S_IFREG | self._options.mode(0o444)
             entry.st_nlink = 1
             entry.st_size = self._volume.size
+        elif inode == _ROOT:
+            entry.st_mode = stat.S_IFDIR | self._options.mode(0o555)
+            entry.st_nlink = 2
         elif inode == _STATUS:
-            entry.st_mode = stat.S_IFREG | readable
+            entry.st_mode = stat.S_IFREG | self._options.mode(0o444)
             entry.st_nlink = 1
             entry.attr_timeout = 0
             entry.st_size = len(to_json(self._snapshot()))
         else:
             raise FUSEError(errno.ENOENT)
-        entry.st_uid, entry.st_gid = os.getuid(), os.getgid()
+        entry.st_uid, entry.st_gid = self._options.uid, self._options.gid
         entry.st_blksize = BLOCK_SIZE
         entry.st_blocks = -(-entry.st_size // 512)
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._mounted_ns
@@ -147,7 +149,7 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: InodeT, flags: FlagT, ctx: pyfuse3.RequestContext) -> FileInfo:
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EROFS)
-        if inode == _REPLICA:
+        if inode == self._file:
             if self._before_first_open is not None:
                 self._before_first_open()
                 self._before_first_open = None

@@ -9,8 +9,9 @@ is open, since that keeps what it finds.
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
+
+from blockcopy_fuse import mounts
 
 logger = logging.getLogger(__name__)
 
@@ -22,21 +23,11 @@ MAX_BACKGROUND = 64
 
 def tune(mountpoint: str) -> None:
     """As far as we may; nobody but root may. Does not touch the mount, which we serve ourselves."""
-    number = _device_number(mountpoint)
-    if number is None:
+    entry = mounts.at(mountpoint)
+    if entry is None:
         return
-    _set(Path("/sys/class/bdi", number, "read_ahead_kb"), READ_AHEAD_KB)
-    _set(Path("/sys/fs/fuse/connections", number.partition(":")[2], "max_background"), MAX_BACKGROUND)
-
-
-def _device_number(mountpoint: str) -> str | None:
-    """MAJOR:MINOR of what is mounted there last. From proc(5), /proc/pid/mountinfo."""
-    found = None
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        fields = line.split()
-        if fields[4].decode("unicode_escape").encode("latin-1") == os.fsencode(mountpoint):  # \040 for a blank
-            found = fields[2].decode()
-    return found
+    _set(Path("/sys/class/bdi", entry.device, "read_ahead_kb"), READ_AHEAD_KB)
+    _set(Path("/sys/fs/fuse/connections", entry.device.partition(":")[2], "max_background"), MAX_BACKGROUND)
 
 
 def _set(file: Path, value: int) -> None:

@@ -1,0 +1,43 @@
+"""What is mounted, as the kernel tells it: without a look at the mount itself, which may be dead or our own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    """A mount that is there. `device` is MAJOR:MINOR, `kind` as in fuse.blockcopy."""
+
+    device: str
+    kind: str
+    source: str
+    options: frozenset[str]
+
+    @property
+    def owner(self) -> int | None:
+        """The id of the user who mounted; None where it is no FUSE."""
+        found = [each.partition("=")[2] for each in self.options if each.startswith("user_id=")]
+        return int(found[0]) if found else None
+
+
+def at(mountpoint: str) -> Entry | None:
+    """What is mounted last on this very path, which is absolute and has no symbolic links."""
+    found = None
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        fields = line.split(b" ")
+        if _unescaped(fields[4]) == os.fsencode(mountpoint):
+            kind, source, options = fields[fields.index(b"-") + 1 :]
+            found = Entry(
+                fields[2].decode(),
+                os.fsdecode(_unescaped(kind)),
+                os.fsdecode(_unescaped(source)),
+                frozenset(os.fsdecode(options).split(",")),
+            )
+    return found
+
+
+def _unescaped(field: bytes) -> bytes:
+    """proc(5): \\040 for a blank."""
+    return field.decode("unicode_escape").encode("latin-1")
