@@ -36,6 +36,9 @@ class Counts(NamedTuple):
 class Progress:
     """Tells nobody anything; the others tell more."""
 
+    silent = True
+    """Nobody needs to tell it anything, either."""
+
     def __enter__(self) -> Progress:
         return self
 
@@ -62,6 +65,8 @@ _LINE_PERCENT = 5
 
 class LineProgress(Progress):
     """The original's plain lines: one each 5 percent or 60 seconds, whichever comes first."""
+
+    silent = False
 
     def __init__(self, command: str, write: Callable[[str], None]) -> None:
         """As long as nobody knows the total, nothing is told; the end is, in any case."""
@@ -100,6 +105,7 @@ class Figures(NamedTuple):
 class TimedProgress(Progress):
     """Tells each so many seconds, from a thread of its own, whether there is news or not; and once in the end."""
 
+    silent = False
     seconds = 1.0
 
     def __init__(self) -> None:

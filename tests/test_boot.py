@@ -330,7 +330,7 @@ def test_the_unit_of_a_mount_through_its_life(
             stopped = subprocess.run(stop, capture_output=True, timeout=20, check=False)
             assert second.wait(timeout=20) == 0
     assert stopped.returncode == int(unit_line(unit, "SuccessExitStatus"))
-    assert "STOPPING=1" in systemd.heard
+    systemd.until("STOPPING=1\n")
     assert os.listdir(point) == []
 
 

@@ -19,6 +19,10 @@ Kind = Literal["same", "fetched", "zero"]
 """How a block became present: it was equal, was sent, or is zeros, of which nobody sends the bytes."""
 
 _CHUNK_BYTES = CHUNK_BLOCKS // 8
+
+_COARSE_CELLS = 4096
+"""Ranges of the device of which it is known how many zeros they have: enough for a map on a screen."""
+
 _NOT_FULL = re.compile(rb"[^\xff]", re.DOTALL)
 
 
@@ -46,6 +50,10 @@ class BlockMap:
         self.zero_bytes = 0
         """Bytes that the source has as zeros, and did not have to send."""
         self._last_was_missing = True  # the last block, which may be short
+        self._coarse = max(1, -(-self._geometry.blocks // _COARSE_CELLS))
+        self._zeros = [0] * -(
+            -self._geometry.blocks // self._coarse
+        )  # blocks of zeros, in ranges of _coarse blocks
 
     @property
     def present_bytes(self) -> int:
@@ -76,8 +84,26 @@ class BlockMap:
             self.fetched_bytes += length
         elif kind == "zero":
             self.zero_bytes += length
+            self._count_zeros(blocks)
         else:
             self.same_bytes += length
+
+    def _count_zeros(self, blocks: range) -> None:
+        for cell in range(blocks.start // self._coarse, blocks[-1] // self._coarse + 1):
+            start = cell * self._coarse
+            within = min(blocks.stop, start + self._coarse) - max(blocks.start, start)
+            self._zeros[cell] = min(self._coarse, self._zeros[cell] + within)
+
+    def count(self, blocks: range) -> tuple[int, int]:
+        """How many of consecutive `blocks` are present, and how many of these about are zeros that nobody sent."""
+        if not blocks:
+            return 0, 0
+        first, last = blocks.start >> 3, (blocks.stop - 1) >> 3
+        bits = int.from_bytes(self._bits[first : last + 1], "little") >> (blocks.start & 7)
+        present = (bits & (1 << len(blocks)) - 1).bit_count()
+        cells = range(blocks.start // self._coarse, blocks[-1] // self._coarse + 1)
+        zeros = sum(map(self._zeros.__getitem__, cells)) * len(blocks) // (len(cells) * self._coarse)
+        return present, min(present, zeros)
 
     def _set(self, blocks: range) -> int:
         """Set their bits; how many were not set before."""

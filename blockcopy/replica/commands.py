@@ -89,6 +89,7 @@ def plan_of(args: argparse.Namespace, command: Command, **more: Any) -> Plan:
         compress=_wish(args),
         sparse=not args.no_sparse,
         on_complete=args.on_complete,
+        metrics=os.path.abspath(args.metrics) if args.metrics else None,
         **more,
     )
 
@@ -139,6 +140,8 @@ def _push(args: argparse.Namespace, destination: Location) -> None:
     source = _local(args)
     if args.state or args.recheck:
         raise UsageError("a push keeps no state: each block is checked, every time")
+    if args.on_complete or args.metrics:
+        raise UsageError("a push has no --on-complete and no --metrics: it ends when it is complete")
     options = [name for name, given in (("--force", args.force), ("--no-sparse", args.no_sparse)) if given]
     wish = args.compress if "compress" in args else _default_wish(destination)
     command = command_for(args, destination, "receive", [*options, "--compress", packing.text_of(wish)])

@@ -85,6 +85,8 @@ class Plan:
     """What the source is asked to compress with, as in `wire`."""
     sparse: bool = True
     """Zeros are written as holes where that can be."""
+    metrics: str | None = None
+    """The file that Prometheus is told by."""
     on_complete: str | None = None
     """A command line for the shell, once the copy is complete."""
 
@@ -137,6 +139,7 @@ class Replica:
         self._meter = RateMeter()
         self.settled = trio.Event()
         """The copy is complete, or the pass ended without completing it."""
+        self._started_at = trio.current_time()
         self._complete = False
         self._closing = False
         self._verifying = False
@@ -269,7 +272,7 @@ class Replica:
         if self.pace.paused:
             return "paused"
         if not self._links[-1].is_up:
-            return "reconnecting"
+            return "reconnecting" if self._links[-1].last_error else "starting"
         return "hydrating" if self._plan.hydrate else "paused"
 
     def snapshot(self) -> dict[str, Any]:
@@ -295,11 +298,28 @@ class Replica:
             "rate_bytes_per_s": rate,
             "limit_bytes_per_s": self.pace.limit,
             "eta_seconds": eta(hydrated, size, rate),
+            "elapsed_seconds": round(trio.current_time() - self._started_at, 1),
             "source_needed": not self._complete,
+            "demand": self.volume.demand.as_json(),
             "link": self._link_status(),
             "state_file": self._state_file,
             "error": str(error) if error and not self._complete else None,
         }
+
+    def map(self, cells: int) -> list[dict[str, int]]:
+        """The device in at most `cells` ranges of equal length, in order, the last perhaps shorter: how many blocks
+        each has, and how many of them are present; of these, zeros the source did not send (of what a run of ours
+        has found); on their way for the pass; and for somebody who reads them now."""
+        size = max(1, -(-self._geometry.blocks // max(1, cells)))
+        found = []
+        for start in range(0, self._geometry.blocks, size):
+            blocks = range(start, min(start + size, self._geometry.blocks))
+            present, zero = self._blockmap.count(blocks)
+            found.append({"blocks": len(blocks), "present": present, "zero": zero, "in_flight": 0, "reading": 0})
+        for lane, name in ((self._bulk, "in_flight"), (self._demand, "reading")):
+            for block in lane.claims:
+                found[block // size][name] += 1
+        return found
 
     def _link_status(self) -> dict[str, Any]:
         last_error = next((link.last_error for link in self._links if link.last_error), None)

@@ -13,6 +13,9 @@ _SECONDS = 0.2
 
 async def report(replica: Replica, progress: Progress) -> None:
     """Until the replica is settled, or the caller cancels."""
+    if progress.silent:
+        await replica.settled.wait()
+        return
     try:
         while not replica.settled.is_set():
             progress.update(counts_of(replica.snapshot()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import trio
 
 from blockcopy.progress import Progress
-from blockcopy.replica import hook
+from blockcopy.replica import hook, metrics
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.notify import Notifier
 from blockcopy.replica.replica import Plan
@@ -20,6 +20,7 @@ async def sync(plan: Plan, progress: Progress, notifier: Notifier) -> None:
     async with open_replica(plan) as replica:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(notifier.keep_telling, replica)
+            nursery.start_soon(metrics.keep_writing, plan.metrics, replica.snapshot)
             await report(replica, progress)
             await replica.wait_complete()
             nursery.cancel_scope.cancel()

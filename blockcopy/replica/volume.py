@@ -11,6 +11,7 @@ from blockcopy.digests import Buffer
 from blockcopy.errors import BlockcopyError, SourceError
 from blockcopy.geometry import Geometry
 from blockcopy.replica.blockmap import BlockMap
+from blockcopy.replica.demand import Demand
 from blockcopy.replica.materialiser import Lane, Materialiser
 from blockcopy.replica.readahead import ReadAhead
 
@@ -43,6 +44,7 @@ class Volume:
         self._patience = patience
         self._threads = trio.CapacityLimiter(_READ_THREADS)
         self._ahead = ReadAhead(geometry.blocks, lane.window)
+        self.demand = Demand()
 
     async def read(self, offset: int, length: int) -> Buffer:
         """The bytes from `offset` on: `length` of them, or up to the end. Raises BlockcopyError.
@@ -50,6 +52,8 @@ class Volume:
         They are good until the caller's task waits for anything: the buffer is used again.
         """
         length = max(0, min(length, self.size - offset))
+        self.demand.reads += 1
+        self.demand.bytes += length
         while True:
             generation = self._blockmap.generation
             if not self._blockmap.complete and length:
@@ -67,7 +71,8 @@ class Volume:
             if self._blockmap.any_missing(ahead):
                 self._nursery.start_soon(self._bring, ahead)
         if missing:
-            await self._ensure(blocks)
+            with self.demand.wait():
+                await self._ensure(blocks)
 
     async def _ensure(self, blocks: range) -> None:
         with trio.move_on_after(self._patience):

@@ -85,8 +85,20 @@ def _name_in(mountpoint: str, args: argparse.Namespace) -> str | None:
 
 
 def status(args: argparse.Namespace) -> None:
+    if args.watch or (console.shows_screens() and not args.json):
+        with needs_extra():
+            from blockcopy_fuse import watch
+        (watch.watch if args.watch else watch.show)(args.mountpoint)
+        return
     snapshot = control.read_status(args.mountpoint)
     console.write(json.dumps(snapshot, indent=2) if args.json else one_line(snapshot))
+
+
+def list(args: argparse.Namespace) -> None:
+    from blockcopy_fuse import listing
+
+    found = listing.replicas()
+    console.write(json.dumps(found, indent=2) if args.json else listing.table(found))
 
 
 def wait(args: argparse.Namespace) -> None:

@@ -115,6 +115,16 @@ def wait(mountpoint: str, progress: Progress) -> dict[str, Any]:
     return snapshot
 
 
+def read_map(snapshot: dict[str, Any], cells: int) -> list[dict[str, int]]:
+    """Of the mount whose snapshot that is; as `Replica.map`. Empty where it does not tell."""
+    try:
+        reply = _asked(str(snapshot["control_socket"]), {"command": "map", "cells": cells})
+    except (OSError, ValueError):
+        return []
+    found: list[dict[str, int]] = (reply or {}).get("cells", [])
+    return found
+
+
 def command(mountpoint: str, request: dict[str, Any]) -> None:
     """Have the mount do it, and return when it is done. MountError, or what it failed with."""
     path = read_status(mountpoint).get("control_socket")

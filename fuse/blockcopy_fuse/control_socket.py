@@ -5,6 +5,7 @@
     {"command": "limit", "rate": bytes a second, or null}
     {"command": "prefetch", "extents": [[offset, length], …]}     answered when they are here
     {"command": "status"}                                    {"ok": true, "status": {…}}
+    {"command": "map", "cells": most of them}                {"ok": true, "cells": [{…}, …]}, as `Replica.map`
 
 It lies in a folder that only the mounting user, and root, can enter, and has the mount's device number in
 its name: so it is found where the mount has no status file, because it is a file itself.
@@ -33,6 +34,8 @@ from blockcopy_fuse import control
 logger = logging.getLogger(__name__)
 
 _MAX_REQUEST = 64 * 1024
+
+_MOST_CELLS = 65536
 
 Snapshot = Callable[[], dict[str, Any]]
 
@@ -102,6 +105,8 @@ async def _reply(stream: trio.SocketStream, replica: Replica, snapshot: Snapshot
         request = await _request(stream)
         if request.get("command") == "status":
             return {"ok": True, "status": snapshot()}
+        if request.get("command") == "map" and _is_count(request.get("cells")):
+            return {"ok": True, "cells": replica.map(request["cells"])}
         await _obey(request, replica)
     except BlockcopyError as error:
         return {"error": str(error), "exit_code": error.exit_code}
@@ -138,6 +143,10 @@ async def _obey(request: dict[str, Any], replica: Replica) -> None:
         await replica.prefetch([Extent(*extent) for extent in request["extents"]])
     else:
         raise UsageError(f"the mount does not understand {json.dumps(request)[:200]}")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 < value <= _MOST_CELLS
 
 
 def _is_rate(value: object) -> bool:

@@ -27,7 +27,7 @@ import trio
 
 from blockcopy.errors import Interrupted, MountError, UsageError
 from blockcopy.progress import Progress
-from blockcopy.replica import hook
+from blockcopy.replica import hook, metrics
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.notify import Notifier
 from blockcopy.replica.replica import Plan, Replica
@@ -150,6 +150,7 @@ async def serve(mount: MountPlan, ready: Callable[[], None], progress: Progress,
                 with control_socket.opened(_device_of(mountpoint)) as socket, _pid_file(mount.pid_file):
                     async with trio.open_nursery() as helpers:
                         helpers.start_soon(notifier.keep_telling, replica)
+                        helpers.start_soon(metrics.keep_writing, mount.plan.metrics, snapshot)
                         if socket is not None:
                             helpers.start_soon(socket.serve, replica, snapshot)
                         helpers.start_soon(report, replica, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,18 +25,23 @@ class Entry(NamedTuple):
 
 def at(mountpoint: str) -> Entry | None:
     """What is mounted last on this very path, which is absolute and has no symbolic links."""
-    found = None
+    return dict(everywhere()).get(mountpoint)
+
+
+def everywhere() -> Iterator[tuple[str, Entry]]:
+    """All that is mounted, with its mountpoint, in the order in which it was."""
     for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
         fields = line.split(b" ")
-        if _unescaped(fields[4]) == os.fsencode(mountpoint):
-            kind, source, options = fields[fields.index(b"-") + 1 :]
-            found = Entry(
+        kind, source, options = fields[fields.index(b"-") + 1 :]
+        yield (
+            os.fsdecode(_unescaped(fields[4])),
+            Entry(
                 fields[2].decode(),
                 os.fsdecode(_unescaped(kind)),
                 os.fsdecode(_unescaped(source)),
                 frozenset(os.fsdecode(options).split(",")),
-            )
-    return found
+            ),
+        )
 
 
 def _unescaped(field: bytes) -> bytes:

@@ -1,0 +1,70 @@
+"""`list`: all replicas that are mounted on this machine. None of them is waited for for long."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import Any
+
+from blockcopy.errors import MountError
+from blockcopy.meters import human_size, human_time
+from blockcopy_fuse import control, mounts
+
+_SECONDS = 1.0
+"""How long a mount may take to answer."""
+
+_HEAD = ["MOUNTPOINT", "SOURCE", "STATE", "HERE", "RATE", "TO GO", "SOURCE IS"]
+
+
+def replicas() -> list[dict[str, Any]]:
+    """The snapshots of all, with `mountpoint`; where there is none, `mountpoint`, `source` and `error`."""
+    found = [(entry, mountpoint) for mountpoint, entry in mounts.everywhere() if entry.kind == control.KIND]
+    asked = [(entry, mountpoint, _ask(mountpoint)) for entry, mountpoint in found]
+    return [
+        {"source": entry.source, "mountpoint": mountpoint, **_answer(reply)} for entry, mountpoint, reply in asked
+    ]
+
+
+def _ask(mountpoint: str) -> queue.SimpleQueue[dict[str, Any]]:
+    """In a thread that is left alone where the mount stands still."""
+    reply: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            reply.put(control.read_status(mountpoint))
+        except MountError as error:
+            reply.put({"error": str(error)})
+
+    threading.Thread(target=ask, daemon=True).start()
+    return reply
+
+
+def _answer(reply: queue.SimpleQueue[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return reply.get(timeout=_SECONDS)
+    except queue.Empty:
+        return {"error": f"no answer within {_SECONDS:g} s"}
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """In columns, for people; what cannot be told of a mount, at the end of its line."""
+    rows = [_HEAD, *map(_row, found)]
+    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(_HEAD))]
+    widths[2] = max(len(row[2]) for row in rows if len(row) == len(_HEAD))  # not of an error, which is the last
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=False)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _row(snapshot: dict[str, Any]) -> list[str]:
+    if "state" not in snapshot:
+        return [snapshot["mountpoint"], snapshot["source"], snapshot["error"]]
+    moves = snapshot["eta_seconds"] is not None
+    return [
+        snapshot["mountpoint"],
+        snapshot["source"],
+        snapshot["state"],
+        f"{snapshot['hydrated_percent']:.2f} %",
+        f"{human_size(snapshot['rate_bytes_per_s'])}/s" if moves else "-",
+        human_time(snapshot["eta_seconds"]) if moves else "-",
+        "needed" if snapshot["source_needed"] else "not needed",
+    ]
