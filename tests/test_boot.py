@@ -329,8 +329,8 @@ def test_the_unit_of_a_mount_through_its_life(
             monkeypatch.delenv("NOTIFY_SOCKET")
             stopped = subprocess.run(stop, capture_output=True, timeout=20, check=False)
             assert second.wait(timeout=20) == 0
+        systemd.until("STOPPING=1")
     assert stopped.returncode == int(unit_line(unit, "SuccessExitStatus"))
-    systemd.until("STOPPING=1\n")
     assert os.listdir(point) == []
 
 

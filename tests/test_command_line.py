@@ -21,6 +21,7 @@ Mounter = Callable[..., support.Mount]
 COPYING = [
     *("-e RSH", "--blockcopy-path", "--timeout", "--reconnect-timeout"),
     *("--force", "--state FILE", "--no-state", "--recheck", "--verify", "--limit"),
+    *("--on-complete COMMAND", "--log-file FILE"),
     *("SOURCE", "DESTINATION"),
 ]
 
@@ -35,6 +36,7 @@ OPTIONS = {
             "--no-background",
             "--name",
             "--pid-file",
+            "--replace",
         ),
         *COPYING,
         "MOUNTPOINT",

@@ -46,7 +46,9 @@ _DEMAND = {
 
 def text(snapshot: dict[str, Any]) -> str:
     """All that is known of a snapshot; what is null is left out."""
-    labels = {name: str(snapshot[name]) for name in ("source", "destination", "mountpoint") if name in snapshot}
+    labels: dict[str, str] = {
+        name: str(snapshot[name]) for name in ("source", "destination", "mountpoint") if name in snapshot
+    }
     lines: list[str] = []
 
     def describe(name: str, kind: str, words: str) -> None:
