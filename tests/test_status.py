@@ -1,0 +1,311 @@
+"""What a running mount tells of itself: the screen, the map, --watch, list, metrics, what reads wait for."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support
+from rich.console import Console
+from support import BLOCK_SIZE, BLOCKCOPY, Mount, fuse_mounts, noise, run, until, with_changes, written
+
+from blockcopy.geometry import Geometry
+from blockcopy.replica import metrics
+from blockcopy.replica.blockmap import BlockMap
+from blockcopy_fuse.screen import KINDS, Map, kind_of, screen
+
+Mounter = Callable[..., Mount]
+
+BLOCKS = 32
+DATA = noise(BLOCKS * BLOCK_SIZE)
+HOLES = DATA[: 8 * BLOCK_SIZE] + bytes(24 * BLOCK_SIZE)
+
+SNAPSHOT: dict[str, Any] = {
+    "state": "hydrating",
+    "source": "root@host:/dev/vg/disk",
+    "destination": "/dev/vg/copy",
+    "mountpoint": "/mnt/disk",
+    "size": 1 << 30,
+    "hydrated_bytes": 1 << 29,
+    "hydrated_percent": 50.0,
+    "resumed_bytes": 0,
+    "same_bytes": 1 << 28,
+    "fetched_bytes": 1 << 28,
+    "zero_bytes": 0,
+    "sent_bytes": 1000,
+    "received_bytes": 1 << 28,
+    "rate_bytes_per_s": 20 << 20,
+    "limit_bytes_per_s": None,
+    "eta_seconds": 26,
+    "elapsed_seconds": 30.0,
+    "source_needed": True,
+    "demand": {
+        "reads": 5,
+        "bytes": 20480,
+        "waiting": 1,
+        "latency_p50_seconds": 0.012,
+        "latency_p99_seconds": 0.04,
+        "latency_max_seconds": 0.05,
+    },
+    "link": {"state": "connected", "reconnects": 0, "last_error": None},
+    "error": None,
+}
+
+
+def cell(present: int = 0, zero: int = 0, in_flight: int = 0, reading: int = 0) -> dict[str, int]:
+    return {"blocks": 4, "present": present, "zero": zero, "in_flight": in_flight, "reading": reading}
+
+
+def drawn(what: object, *, width: int = 80, encoding: str = "utf-8", **options: Any) -> str:
+    stream = StringIO()
+    console = Console(file=stream, width=width, highlight=False, **options)
+    made = type("Console", (Console,), {"encoding": property(lambda self: encoding)})
+    console.__class__ = made
+    console.print(what)
+    return stream.getvalue()
+
+
+# The map
+
+
+@pytest.mark.parametrize(
+    ("counts", "kind"),
+    [
+        ({}, "missing"),
+        ({"present": 1}, "partly"),
+        ({"present": 1, "in_flight": 1}, "in_flight"),
+        ({"present": 4}, "present"),
+        ({"present": 4, "zero": 3}, "zero"),
+        ({"present": 4, "zero": 2}, "present"),
+        ({"present": 3, "in_flight": 2, "reading": 1}, "reading"),
+    ],
+)
+def test_what_a_cell_is_shown_as(counts: dict[str, int], kind: str) -> None:
+    assert kind_of(cell(**counts)) == kind
+
+
+def test_the_map_fills_the_width_and_says_what_it_means() -> None:
+    *rows, legend = drawn(Map([cell(present=4)] * 50 + [cell()] * 49 + [cell(reading=1)]), width=40).splitlines()
+    assert "".join(rows[:3]) == "█" * 50 + "·" * 49 + "◆"
+    assert len(rows[0]) == 40
+    assert all(meaning in " ".join([*rows, legend]) for _, _, _, meaning in KINDS.values())
+
+
+def test_the_map_reads_without_colour_and_without_unicode() -> None:
+    shown = drawn(Map([cell(present=4), cell(), cell(in_flight=1)]), no_color=True, encoding="ascii")
+    assert shown.splitlines()[0] == "#.>"
+    assert shown.isascii()
+    assert len({signs[1] for signs in KINDS.values()}) == len({signs[0] for signs in KINDS.values()}) == len(KINDS)
+
+
+def test_counts_of_a_range_are_those_of_its_blocks() -> None:
+    blockmap = BlockMap(Geometry(10_007 * BLOCK_SIZE))
+    for blocks in (range(3, 9), range(64, 130), range(9000, 10_007)):
+        blockmap.mark(blocks, "same")
+    blockmap.mark(range(2000, 4000), "zero")
+    for start, stop in ((0, 10_007), (5, 70), (7, 8), (9999, 10_007), (4000, 9000), (2000, 4000)):
+        missing = len(list(blockmap.missing(range(start, stop))))
+        present, zeros = blockmap.count(range(start, stop))
+        assert present == stop - start - missing
+        assert 0 <= zeros <= present
+    assert blockmap.count(range(2100, 3900)) == (1800, 1800)
+    assert blockmap.count(range(4100, 8000)) == (0, 0)
+
+
+def test_the_map_of_a_mount(mount: Mounter, tmp_path: Path) -> None:
+    source, destination = written(tmp_path / "source", HOLES), written(tmp_path / "copy", bytes(len(HOLES)))
+    mounted = mount(source, destination, "--no-background")
+    with mounted.file.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        os.pread(file.fileno(), 100, 3 * BLOCK_SIZE)
+        os.pread(file.fileno(), 100, 20 * BLOCK_SIZE)
+    from blockcopy_fuse.control import read_map
+
+    cells = read_map(mounted.status(), BLOCKS)
+    assert [number for number, each in enumerate(cells) if each["present"]] == [3, 20]
+    assert [kind_of(each) for each in (cells[3], cells[4])] == ["present", "missing"]
+    assert sum(each["blocks"] for each in read_map(mounted.status(), 5)) == BLOCKS
+
+
+# The screen
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_screen_fits_and_says_what_counts(width: int) -> None:
+    lines = drawn(screen(SNAPSHOT, [cell(present=4)] * 2 * width), width=width).splitlines()
+    assert len(lines) <= 23
+    assert max(map(len, lines)) <= width
+    assert lines[0].startswith("HYDRATING 50.00 %")
+    assert lines[1].startswith("The source is still needed: root@host:/dev/vg/disk")
+    text = "\n".join(lines)
+    for told in ("512.0 MiB of 1.0 GiB, 20.0 MiB/s, 0:26 to go", "connected", "12.0 ms", "1 waiting"):
+        assert told in text
+
+
+def test_the_screen_of_a_copy_that_is_complete_or_in_trouble() -> None:
+    complete = {**SNAPSHOT, "state": "complete", "source_needed": False, "hydrated_percent": 100.0}
+    assert "The source is no longer needed" in drawn(screen(complete, []))
+    link = {"state": "reconnecting", "reconnects": 2, "last_error": "host is away"}
+    shown = drawn(screen({**SNAPSHOT, "state": "failed", "link": link, "error": "a bad sector"}, []))
+    for told in ("FAILED", "made again 2 times", "host is away", "a bad sector"):
+        assert told in shown
+
+
+@contextmanager
+def on_a_terminal(*arguments: object) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """A command whose three streams are a terminal: its other end, and the process."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [*BLOCKCOPY, *map(str, arguments)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"},
+        start_new_session=True,
+    ) as process:
+        os.close(theirs)
+        yield ours, process
+    os.close(ours)
+
+
+def shown_until(terminal: int, wanted: bytes) -> bytes:
+    """All that was shown up to some words. AssertionError where they do not come."""
+    shown = b""
+    while wanted not in shown:
+        try:
+            data = os.read(terminal, 4096)
+        except OSError:
+            data = b""
+        assert data, shown
+        shown += data
+    return shown
+
+
+def test_status_on_a_terminal_is_a_screen(mount: Mounter, tmp_path: Path) -> None:
+    source = written(tmp_path / "source", DATA)
+    mounted = mount(source, tmp_path / "copy", wait=True)
+    with on_a_terminal("status", mounted.point) as (terminal, process):
+        shown = shown_until(terminal, b"missing")
+        assert process.wait(support.PATIENCE) == 0
+    assert b"COMPLETE" in shown
+    assert b"no longer needed" in shown
+    assert "█".encode() in shown
+
+
+@pytest.mark.parametrize("end", ["q", "SIGINT"])
+def test_watch_until_q_or_an_interrupt(mount: Mounter, tmp_path: Path, end: str) -> None:
+    source = written(tmp_path / "source", DATA)
+    mounted = mount(source, tmp_path / "copy", "--no-background")
+    with on_a_terminal("status", "--watch", mounted.point) as (terminal, process):
+        shown_until(terminal, b"0.00 %")
+        assert mounted.file.read_bytes() == DATA
+        shown_until(terminal, b"COMPLETE")
+        if end == "q":
+            os.write(terminal, b"q")
+        else:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(support.PATIENCE) == 0
+        shown_until(terminal, b"\x1b[?1049l")  # the terminal shows again what it did before
+
+
+def test_watch_ends_with_the_mount(mount: Mounter, tmp_path: Path) -> None:
+    source = written(tmp_path / "source", DATA)
+    mounted = mount(source, tmp_path / "copy", wait=True)
+    with on_a_terminal("status", "--watch", mounted.point) as (terminal, process):
+        shown_until(terminal, b"COMPLETE")
+        mounted.umount()
+        shown_until(terminal, b"no replica is mounted on")
+        assert process.wait(support.PATIENCE) == 4
+
+
+# list
+
+
+def test_list_tells_of_all_and_waits_for_none(mount: Mounter, tmp_path: Path) -> None:
+    source = written(tmp_path / "source", DATA)
+    living = mount(source, tmp_path / "one", wait=True)
+    dead = mount(source, tmp_path / "two", "--no-background")
+    stopped = mount(source, tmp_path / "three", "--no-background")
+    os.kill(dead.status()["pid"], signal.SIGKILL)
+    pid = stopped.status()["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        found = {each["mountpoint"]: each for each in json.loads(run("list", "--json").stdout)}
+        table = run("list").stdout.decode().splitlines()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert found[str(living.point)]["state"] == "complete"
+    assert "fusermount3 -uz" in found[str(dead.point)]["error"]
+    assert found[str(stopped.point)]["error"] == "no answer within 1 s"
+    assert table[0].split() == ["MOUNTPOINT", "SOURCE", "STATE", "HERE", "RATE", "TO", "GO", "SOURCE", "IS"]
+    [line] = [line for line in table if str(living.point) in line]
+    assert re.search(r"complete +100\.00 % .* not needed$", line)
+
+
+# Metrics
+
+
+def test_metrics_are_in_the_format_of_prometheus() -> None:
+    odd = {**SNAPSHOT, "source": 'a "b"\\c\nd', "eta_seconds": None}
+    lines = metrics.text(odd).splitlines()
+    assert len(lines) == len(set(lines))
+    typed = {line.split()[2] for line in lines if line.startswith("# TYPE ")}
+    for line in lines:
+        if not line.startswith("#"):
+            found = re.fullmatch(r'([a-z0-9_]+)\{([a-z]+="(?:[^"\\\n]|\\[\\"n])*",?)+\} [-0-9.e+]+', line)
+            assert found, line
+            assert found[1] in typed
+    assert 'blockcopy_state{source="a \\"b\\"\\\\c\\nd"' in "\n".join(lines)
+    assert not any(line.startswith("blockcopy_eta_seconds") for line in lines)
+
+
+def test_metrics_of_a_sync_and_of_a_mount(mount: Mounter, tmp_path: Path) -> None:
+    source = written(tmp_path / "source", DATA)
+    file = tmp_path / "blockcopy.prom"
+    assert run("sync", "--metrics", file, source, tmp_path / "copy").returncode == 0
+    text = file.read_text()
+    assert re.search(rf"^blockcopy_hydrated_bytes{{.*}} {len(DATA)}$", text, re.MULTILINE)
+    assert re.search(r'^blockcopy_state{.*state="complete"} 1$', text, re.MULTILINE)
+    assert file.stat().st_mode & 0o777 == 0o644
+    mounted = mount(source, tmp_path / "copy2", "--metrics", file, "--no-background")
+    until(lambda: f'mountpoint="{mounted.point}"' in file.read_text(), "the first metrics")
+    mounted.file.read_bytes()
+    mounted.umount()
+    until(lambda: str(mounted.point) not in fuse_mounts(), "the end")
+    assert re.search(rf"^blockcopy_read_bytes_total{{.*}} {len(DATA)}$", file.read_text(), re.MULTILINE)
+    assert list(tmp_path.glob("*.new")) == []
+
+
+def test_metrics_that_cannot_be_written_are_no_failure_of_the_copy(tmp_path: Path) -> None:
+    source = written(tmp_path / "source", DATA)
+    done = run("sync", "--metrics", tmp_path / "no" / "folder", source, tmp_path / "copy")
+    assert (done.returncode, b"cannot write --metrics" in done.stderr) == (0, True)
+
+
+# What reads wait for
+
+
+def test_reads_that_wait_are_timed_and_others_are_counted(mount: Mounter, tmp_path: Path) -> None:
+    source = written(tmp_path / "source", DATA)
+    mounted = mount(source, written(tmp_path / "copy", with_changes(DATA, [3])), "--no-background")
+    before = mounted.status()["demand"]
+    assert (before["reads"], before["latency_max_seconds"]) == (0, None)
+    with mounted.file.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        os.pread(file.fileno(), 4096, 3 * BLOCK_SIZE)
+        once = mounted.status()["demand"]
+        os.pread(file.fileno(), 4096, 3 * BLOCK_SIZE + 8192)
+    after = mounted.status()["demand"]
+    assert (once["reads"], once["bytes"], once["waiting"]) == (1, 4096, 0)
+    assert 0 < once["latency_p50_seconds"] == once["latency_max_seconds"] < support.PATIENCE
+    assert (after["reads"], after["latency_max_seconds"]) == (2, once["latency_max_seconds"])
