@@ -10,6 +10,8 @@ from collections import deque
 
 _RATE_SECONDS = 10
 
+_ENOUGH = 2
+
 
 class RateMeter:
     """Bytes a second over the last ten seconds, of a counter that is sampled each second."""
@@ -24,10 +26,11 @@ class RateMeter:
 
     def rate(self, count: int) -> int:
         """Of the counter that stands at `count` now; 0 as long as nothing can be said."""
-        if not self._samples:
-            return 0
-        then, before = self._samples[0]
-        return max(0, int((count - before) / max(time.monotonic() - then, 0.001)))
+        points = [*self._samples, (time.monotonic(), count)]
+        steps = sorted((after[1] - before[1], after[0] - before[0]) for before, after in zip(points, points[1:]))
+        if len(steps) > _ENOUGH:
+            steps.pop()  # the largest: a hole that was found, say, which tells nothing of what is to come
+        return max(0, int(sum(count for count, _ in steps) / max(sum(time for _, time in steps), 0.001)))
 
 
 def eta(done: int, total: int | None, rate: int) -> int | None:

@@ -64,6 +64,14 @@ def test_a_rate_of_what_begins_again_is_not_negative() -> None:
     assert meter.rate(10) == 0
 
 
+def test_a_leap_tells_nothing_of_what_is_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter, clock = RateMeter(), iter(range(100))
+    monkeypatch.setattr("blockcopy.meters.time.monotonic", lambda: float(next(clock)))
+    for count in (0, 10**9, 10**9 + 100, 10**9 + 200):
+        meter.sample(count)
+    assert meter.rate(10**9 + 300) == 100
+
+
 def test_plain_lines_are_the_originals() -> None:
     told: list[str] = []
     progress = LineProgress("checksum", told.append)

@@ -139,5 +139,5 @@ def _demand(demand: dict[str, Any]) -> Text:
     text = f"{demand['reads']}, {human_size(demand['bytes'])}; {demand['waiting']} waiting"
     if demand["latency_p50_seconds"] is not None:
         p50, p99, most = (demand[f"latency_{name}_seconds"] * 1000 for name in ("p50", "p99", "max"))
-        text += f"; waits {p50:.1f} ms (half), {p99:.1f} ms (99 %), {most:.1f} ms (longest)"
+        text += f"; waits below {p50:.1f}, {p99:.1f}, {most:.1f} ms (half, 99 %, all)"
     return Text(text)
