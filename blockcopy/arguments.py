@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -34,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         unknown = re.search(r"invalid choice: '([^']*)'", message)
         if unknown:
             known = [choice for action in self._actions for choice in action.choices or ()]
-            nearest = difflib.get_close_matches(unknown[1], known, 1)
+            nearest = _nearest(unknown[1], known)
             message += f"; did you mean {nearest[0]}?" if nearest else ""
         super().error(message)
 
@@ -58,8 +57,14 @@ def long_options(command: str) -> dict[str, bool]:
 def _meant(unknown: Iterable[str], command: argparse.ArgumentParser) -> str:
     known = [name for action in command._actions for name in action.option_strings]
     options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
-    nearest = [found for word in options for found in difflib.get_close_matches(word, known, 1)]
+    nearest = [found for word in options for found in _nearest(word, known)]
     return f"; did you mean {', '.join(nearest)}?" if nearest else ""
+
+
+def _nearest(word: str, known: Iterable[str]) -> list[str]:
+    from difflib import get_close_matches  # seldom needed, and slow to load
+
+    return get_close_matches(word, list(known), 1)
 
 
 def parser() -> Parser:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
@@ -23,7 +22,9 @@ _MOST_BAR = 60
 
 def available() -> bool:
     """Whether one can be drawn here."""
-    return importlib.util.find_spec("rich") is not None
+    from importlib.util import find_spec
+
+    return find_spec("rich") is not None
 
 
 class Bar(TimedProgress):
@@ -54,6 +55,8 @@ class Bar(TimedProgress):
                 self._live = None
 
     def _tell(self, figures: Figures) -> None:
+        if figures.counts.total is None and not figures.counts.done:
+            return  # it never began
         with self._drawing:
             if self._live is not None:
                 self._live.update(drawn(figures, self._live.console.width), refresh=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from typing import TextIO
@@ -29,13 +28,6 @@ def say(text: str) -> None:
     """A line to standard error, if there is one."""
     if sys.stderr is not None:  # None where the program was started without one
         print(text, file=sys.stderr, flush=True)
-
-
-class Log(logging.Handler):
-    """Log lines to standard error as it is at the time: where a bar is drawn, they pass by above it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        say(self.format(record))
 
 
 def terminal() -> TextIO | None:

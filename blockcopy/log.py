@@ -6,8 +6,9 @@ The modules log by name, as is usual; who reads it is settled here.
 from __future__ import annotations
 
 import logging
-import logging.handlers
 import os
+import sys
+from typing import TextIO
 
 from blockcopy.errors import OutputError
 
@@ -17,6 +18,19 @@ _FILE = "%(asctime)s blockcopy[%(process)d] %(levelname)s: %(message)s"
 
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 """Of syslog(3), which the journal reads as a `<3>` before the line; from sd-daemon(3)."""
+
+
+class _StandardError(logging.Handler):
+    """As it is at the time: where a bar is drawn, lines pass by above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream: TextIO | None = sys.stderr  # None where the program was started without one
+        try:
+            if stream is not None:
+                stream.write(f"{self.format(record)}\n")
+                stream.flush()
+        except OSError:
+            self.handleError(record)
 
 
 class _JournalFormatter(logging.Formatter):
@@ -31,7 +45,7 @@ def set_up(*, verbose: bool, file: str | None = None) -> None:
     """
     journal = is_journal()
     level = logging.DEBUG if verbose else logging.INFO if journal else logging.WARNING
-    standard_error = logging.StreamHandler()
+    standard_error = _StandardError()
     formatter = _JournalFormatter if journal else logging.Formatter
     standard_error.setFormatter(formatter(_VERBOSE if verbose else _PLAIN))
     standard_error.setLevel(level)
@@ -42,9 +56,11 @@ def set_up(*, verbose: bool, file: str | None = None) -> None:
 
 
 def _log_file(path: str, level: int) -> logging.Handler:
+    from logging.handlers import WatchedFileHandler  # slow to load
+
     try:
         # One that logrotate has moved away is made anew.
-        handler = logging.handlers.WatchedFileHandler(os.path.abspath(path), encoding="utf-8", errors="replace")
+        handler = WatchedFileHandler(os.path.abspath(path), encoding="utf-8", errors="replace")
     except OSError as error:
         raise OutputError(f"cannot write --log-file {path}: {error.strerror}") from error
     handler.setFormatter(logging.Formatter(_FILE))
@@ -70,7 +86,7 @@ def last_words(text: str) -> str:
     """What the program fails with: logged wherever that is not standard error, and the text for there."""
     record = logging.makeLogRecord({"msg": text, "levelno": logging.ERROR, "levelname": "ERROR"})
     for handler in logging.getLogger().handlers:
-        if type(handler) is not logging.StreamHandler:
+        if not isinstance(handler, _StandardError):
             handler.handle(record)
     return with_priority(text, logging.ERROR) if is_journal() else text
 
@@ -88,8 +104,10 @@ def be_silent() -> None:
 
 
 def _syslog() -> logging.Handler:
+    from logging.handlers import SysLogHandler
+
     try:
-        handler: logging.Handler = logging.handlers.SysLogHandler("/dev/log")
+        handler: logging.Handler = SysLogHandler("/dev/log")
     except OSError:
         return logging.NullHandler()  # no syslog here: `status` still tells the last error
     handler.setFormatter(logging.Formatter("blockcopy[%(process)d]: %(message)s"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import subprocess
 from collections.abc import Iterator
 
@@ -31,7 +30,7 @@ def control_path(*, shared: bool) -> str:
     if not shared:
         return NO_CONTROL
     try:
-        path = run_folder() / secrets.token_hex(4)
+        path = run_folder() / os.urandom(4).hex()
     except DeviceError as error:
         logger.info("each connection logs in by itself: %s", error)
         return NO_CONTROL
