@@ -21,6 +21,7 @@ from blockcopy.progress import Counts, Progress
 from blockcopy.remote import MOST_NOISE, Command
 from blockcopy.retrieve import retrieve
 from blockcopy.stages import InputStream, OutputStream
+from blockcopy.wire import MAX_ASKED
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +43,14 @@ class _Paced(Progress):
         self._progress = progress
         self._limit = limit
         self._started = time.monotonic()
-        self._before = 0
+        self._before = self._passed = 0
 
     def update(self, counts: Counts) -> None:
         self._progress.update(counts)
-        if counts.done < self._before:  # begun again
-            self._started = time.monotonic()
-        self._before = counts.done
-        ahead = counts.done / self._limit - (time.monotonic() - self._started)
+        step, self._before = counts.done - self._before, counts.done
+        if 0 < step <= MAX_ASKED:  # else it began again, or went over a hole, which costs nothing
+            self._passed += step
+        ahead = self._passed / self._limit - (time.monotonic() - self._started)
         if ahead > 0:
             time.sleep(ahead)
 

@@ -18,7 +18,7 @@ from blockcopy import __version__, digests, wire, zstd
 from blockcopy.checksum import ask_about
 from blockcopy.decoder import Decoder
 from blockcopy.device import Device, existing_destination, make_room, open_destination
-from blockcopy.errors import SourceChangedError, SourceError, StreamError
+from blockcopy.errors import BlockcopyError, SourceChangedError, SourceError, StreamError
 from blockcopy.identity import Identity, differences, is_identity
 from blockcopy.progress import Progress
 from blockcopy.save import Writer
@@ -153,11 +153,11 @@ def _asking(
     asker.start()
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         stop.set()
         threading.Thread(target=drain, name="drain", daemon=True).start()
         asker.join()
-        if failures:
+        if failures and isinstance(error, BlockcopyError):  # and not a signal
             raise failures[0] from None
         raise
     asker.join()

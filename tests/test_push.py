@@ -75,6 +75,20 @@ def test_holes_become_holes(tmp_path: Path, destination: Path, options: tuple[st
     assert (destination.stat().st_blocks * 512 < 8 * BLOCK_SIZE) == (not options)
 
 
+def test_a_limit_does_not_count_holes(tmp_path: Path, destination: Path) -> None:
+    """At that rate it would take months."""
+    source = tmp_path / "sparse"
+    with source.open("wb") as file:
+        file.truncate(1 << 40)
+        file.seek(1 << 39)
+        file.write(DATA[:BLOCK_SIZE])
+    assert push(source, destination, "--limit", "1M").returncode == 0
+    assert destination.stat().st_size == 1 << 40
+    with destination.open("rb") as file:
+        file.seek(1 << 39)
+        assert file.read(BLOCK_SIZE) == DATA[:BLOCK_SIZE]
+
+
 def test_only_what_differs_is_sent(source: Path, destination: Path, tmp_path: Path) -> None:
     written(destination, with_changes(DATA, [3]))
     count = tmp_path / "count"
