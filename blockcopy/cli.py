@@ -45,7 +45,11 @@ def main(argv: list[str] | None = None) -> NoReturn:
     args = parser().parse_args(argv)
     stages.raise_on_signals()
     try:
-        log.set_up(verbose=bool(args.verbose or os.environ.get("DEBUG")), file=getattr(args, "log_file", None))
+        log.set_up(
+            verbose=bool(args.verbose or os.environ.get("DEBUG")),
+            quiet=getattr(args, "quiet", False),
+            file=getattr(args, "log_file", None),
+        )
         _command(args.command)(args)
     except BlockcopyError as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)

@@ -20,8 +20,11 @@ def fill_closed_streams() -> None:
 
 
 def write(text: str) -> None:
-    """A line, or several, to standard output, in full. OutputError where that cannot be."""
-    OutputStream(1).write([f"{text}\n".encode()])
+    """A line, or several, to standard output, in full. OutputError where that cannot be.
+
+    Paths that are no text come out as the bytes that they are.
+    """
+    OutputStream(1).write([f"{text}\n".encode(errors="surrogateescape")])
 
 
 def say(text: str) -> None:

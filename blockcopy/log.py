@@ -38,17 +38,18 @@ class _JournalFormatter(logging.Formatter):
         return with_priority(super().format(record), record.levelno)
 
 
-def set_up(*, verbose: bool, file: str | None = None) -> None:
+def set_up(*, verbose: bool, quiet: bool = False, file: str | None = None) -> None:
     """Log to standard error, and to the end of `file`. OutputError where that cannot be written.
 
-    In the file, and in the journal, is more than on a terminal: also what went well.
+    In the file, and in the journal, is more than on a terminal: also what went well. `quiet`: nothing but errors
+    on standard error.
     """
     journal = is_journal()
     level = logging.DEBUG if verbose else logging.INFO if journal else logging.WARNING
     standard_error = _StandardError()
     formatter = _JournalFormatter if journal else logging.Formatter
     standard_error.setFormatter(formatter(_VERBOSE if verbose else _PLAIN))
-    standard_error.setLevel(level)
+    standard_error.setLevel(logging.ERROR if quiet else level)
     handlers: list[logging.Handler] = [standard_error]
     if file is not None:
         handlers.append(_log_file(file, logging.DEBUG if verbose else logging.INFO))

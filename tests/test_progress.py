@@ -100,6 +100,10 @@ def test_sync_as_lines_and_quiet(source: Path, destination: Path) -> None:
     assert said[-1].startswith("Sync done in ")
     assert "(100.00%)" in said[-2]
     assert run("sync", "-q", source, destination).stderr == b""
+    faulty = f"{PYTHON} {STANDINS / 'faulty_retrieve'} --die-at 2 --once {source}.once"
+    written(destination, bytes(SIZE))
+    done = run("sync", "-q", "--recheck", "--blockcopy-path", faulty, source, destination)
+    assert (done.returncode, done.stderr, Path(f"{source}.once").exists()) == (0, b"", True)
     assert run("sync", source, destination).stderr == b""
 
 

@@ -22,6 +22,7 @@ from support import BLOCK_SIZE, BLOCKCOPY, Mount, fuse_mounts, noise, run, until
 from blockcopy.geometry import Geometry
 from blockcopy.replica import metrics
 from blockcopy.replica.blockmap import BlockMap
+from blockcopy.replica.status import one_line
 from blockcopy_fuse.screen import KINDS, Map, kind_of, screen
 
 Mounter = Callable[..., Mount]
@@ -120,6 +121,13 @@ def test_counts_of_a_range_are_those_of_its_blocks() -> None:
         assert 0 <= zeros <= present
     assert blockmap.count(range(2100, 3900)) == (1800, 1800)
     assert blockmap.count(range(4100, 8000)) == (0, 0)
+    blockmap.mark(range(1990, 4000), "zero")  # some of them once more
+    assert sum(blockmap.count(range(start, start + 1))[1] for start in range(1980, 2010)) <= 20
+    whole = BlockMap(Geometry(10_007 * BLOCK_SIZE))
+    whole.mark(range(1000), "same")
+    whole.mark(range(10_007), "zero")
+    assert whole.count(range(10_007)) == (10_007, 9_007)
+    assert whole.count(range(10_005, 10_007)) == (2, 2)
 
 
 def test_the_map_of_a_mount(mount: Mounter, tmp_path: Path) -> None:
@@ -161,6 +169,25 @@ def test_the_screen_of_a_copy_that_is_complete_or_in_trouble() -> None:
         assert told in shown
 
 
+def test_the_screen_of_what_is_compared_once_more() -> None:
+    verifying = {
+        **SNAPSHOT,
+        **{"state": "verifying", "hydrated_bytes": 1 << 30, "hydrated_percent": 100.0},
+        **{"verified_bytes": 1 << 28, "verified_percent": 25.0},
+    }
+    shown = drawn(screen(verifying, []))
+    assert shown.startswith("VERIFYING 25.00 %")
+    assert "1.0 GiB of 1.0 GiB, 256.0 MiB of them compared once more" in shown
+    assert one_line(verifying).startswith("verifying: 25.00 % of 1.0 GiB; 20.0 MiB/s")
+
+
+def test_what_a_source_says_is_no_command_to_the_terminal() -> None:
+    link = {"state": "reconnecting", "reconnects": 1, "last_error": "sorry \x1b[2J\r\udcff"}
+    shown = drawn(screen({**SNAPSHOT, "link": link, "error": "bad\x1b]0;title\x07"}, []))
+    assert "sorry \ufffd[2J" in shown
+    assert not set(shown) & set("\x1b\r\x07\udcff")
+
+
 @contextmanager
 def on_a_terminal(*arguments: object) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """A command whose three streams are a terminal: its other end, and the process."""
@@ -174,8 +201,11 @@ def on_a_terminal(*arguments: object) -> Iterator[tuple[int, subprocess.Popen[by
         start_new_session=True,
     ) as process:
         os.close(theirs)
-        yield ours, process
-    os.close(ours)
+        try:
+            yield ours, process
+        finally:
+            process.kill()  # a test that fails reads no more, and it would wait for that
+            os.close(ours)
 
 
 def shown_until(terminal: int, wanted: bytes) -> bytes:
@@ -228,7 +258,43 @@ def test_watch_ends_with_the_mount(mount: Mounter, tmp_path: Path) -> None:
         assert process.wait(support.PATIENCE) == 4
 
 
+def test_a_mount_that_stands_still_is_told_and_watched_on(mount: Mounter, tmp_path: Path) -> None:
+    """Whoever reads a file of such a mount can not even be interrupted."""
+    source = written(tmp_path / "source", DATA)
+    mounted = mount(source, tmp_path / "copy", "--no-background")
+    pid = mounted.status()["pid"]
+    with on_a_terminal("status", "--watch", mounted.point) as (terminal, process):
+        shown_until(terminal, b"0.00 %")
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            shown_until(terminal, b"has not answered for")
+            done = run("status", mounted.point)
+            assert (done.returncode, b"gave no answer" in done.stderr) == (4, True)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        shown_until(terminal, b"missing")  # the map is drawn again
+        os.write(terminal, b"q")
+        assert process.wait(support.PATIENCE) == 0
+
+
 # list
+
+
+def test_a_mountpoint_that_is_no_text(tmp_path: Path) -> None:
+    support.require_fuse()
+    source, name = written(tmp_path / "source", DATA), os.fsencode(tmp_path) + b"/mnt\xff\n"
+    os.mkdir(name)
+    point = os.fsdecode(name)
+    assert run("mount", source, tmp_path / "copy", point).returncode == 0
+    try:
+        [line] = [
+            each for each in run("list").stdout.decode().splitlines() if f"{tmp_path}/mnt\ufffd\ufffd" in each
+        ]
+        assert str(source) in line
+        assert point in [each["mountpoint"] for each in json.loads(run("list", "--json").stdout)]
+        assert run("status", point).returncode == 0
+    finally:
+        assert run("umount", point).returncode in (0, 75)
 
 
 def test_list_tells_of_all_and_waits_for_none(mount: Mounter, tmp_path: Path) -> None:
@@ -290,6 +356,13 @@ def test_metrics_that_cannot_be_written_are_no_failure_of_the_copy(tmp_path: Pat
     source = written(tmp_path / "source", DATA)
     done = run("sync", "--metrics", tmp_path / "no" / "folder", source, tmp_path / "copy")
     assert (done.returncode, b"cannot write --metrics" in done.stderr) == (0, True)
+
+
+def test_metrics_of_a_source_whose_name_is_no_text(tmp_path: Path) -> None:
+    source = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    Path(source).write_bytes(DATA)
+    assert run("sync", "--metrics", tmp_path / "m.prom", source, tmp_path / "copy").returncode == 0
+    assert (tmp_path / "m.prom").read_text(encoding="utf-8").startswith("# HELP blockcopy_size_bytes")
 
 
 # What reads wait for

@@ -51,9 +51,8 @@ class BlockMap:
         """Bytes that the source has as zeros, and did not have to send."""
         self._last_was_missing = True  # the last block, which may be short
         self._coarse = max(1, -(-self._geometry.blocks // _COARSE_CELLS))
-        self._zeros = [0] * -(
-            -self._geometry.blocks // self._coarse
-        )  # blocks of zeros, in ranges of _coarse blocks
+        self._zeros = [0] * -(-self._geometry.blocks // self._coarse)
+        """Blocks of zeros, in ranges of _coarse blocks."""
 
     @property
     def present_bytes(self) -> int:
@@ -72,7 +71,7 @@ class BlockMap:
             return
         if not 0 <= blocks.start < blocks.stop <= self._geometry.blocks:
             raise IndexError(f"blocks {blocks.start} to {blocks.stop - 1} of {self._geometry.blocks}")
-        added = self._set(blocks)
+        added = self._set_zeros(blocks) if kind == "zero" else self._set(blocks)
         if not added:
             return
         length = added * self._geometry.block_size
@@ -84,15 +83,18 @@ class BlockMap:
             self.fetched_bytes += length
         elif kind == "zero":
             self.zero_bytes += length
-            self._count_zeros(blocks)
         else:
             self.same_bytes += length
 
-    def _count_zeros(self, blocks: range) -> None:
+    def _set_zeros(self, blocks: range) -> int:
+        """As `_set`; what was not set before is counted, range by range."""
+        added = 0
         for cell in range(blocks.start // self._coarse, blocks[-1] // self._coarse + 1):
             start = cell * self._coarse
-            within = min(blocks.stop, start + self._coarse) - max(blocks.start, start)
-            self._zeros[cell] = min(self._coarse, self._zeros[cell] + within)
+            new = self._set(range(max(blocks.start, start), min(blocks.stop, start + self._coarse)))
+            self._zeros[cell] += new
+            added += new
+        return added
 
     def count(self, blocks: range) -> tuple[int, int]:
         """How many of consecutive `blocks` are present, and how many of these about are zeros that nobody sent."""
@@ -102,7 +104,8 @@ class BlockMap:
         bits = int.from_bytes(self._bits[first : last + 1], "little") >> (blocks.start & 7)
         present = (bits & (1 << len(blocks)) - 1).bit_count()
         cells = range(blocks.start // self._coarse, blocks[-1] // self._coarse + 1)
-        zeros = sum(map(self._zeros.__getitem__, cells)) * len(blocks) // (len(cells) * self._coarse)
+        looked_at = min(cells.stop * self._coarse, self._geometry.blocks) - cells.start * self._coarse
+        zeros = sum(map(self._zeros.__getitem__, cells)) * len(blocks) // looked_at
         return present, min(present, zeros)
 
     def _set(self, blocks: range) -> int:

@@ -82,7 +82,7 @@ async def keep_writing(path: str | None, snapshot: Callable[[], dict[str, Any]])
         return
     try:
         while True:
-            _write(path, snapshot())
+            await trio.to_thread.run_sync(_write, path, snapshot())  # reads do not wait for that disk
             await trio.sleep(_SECONDS)
     finally:
         _write(path, snapshot())
@@ -92,7 +92,8 @@ def _write(path: str, snapshot: dict[str, Any]) -> None:
     """Whoever reads it sees all of one moment."""
     temporary = Path(f"{path}.{os.getpid()}.new")
     try:
-        temporary.write_text(text(snapshot))
+        # A path may be any bytes, and a file of metrics is UTF-8.
+        temporary.write_text(text(snapshot), encoding="utf-8", errors="replace")
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:

@@ -205,7 +205,7 @@ class Replica:
     async def _verify(self) -> None:
         """Ask about every block once more, of what is on the disk. DifferentError."""
         ranges: list[Extent] = []
-        self._verifying = True
+        self._verified, self._verifying = 0, True
         try:
             self._device.drop_cache()
             verdict = await compare(
@@ -258,8 +258,13 @@ class Replica:
 
     async def _measure(self) -> None:
         while True:
-            self._meter.sample(self.hydrated_bytes)
+            self._meter.sample(self._progress)
             await trio.sleep(1)
+
+    @property
+    def _progress(self) -> int:
+        """Bytes that are done of what goes on now."""
+        return self._verified if self._verifying else self.hydrated_bytes
 
     @property
     def state(self) -> str:
@@ -278,7 +283,8 @@ class Replica:
     def snapshot(self) -> dict[str, Any]:
         """What `status --json` says. All sizes in bytes."""
         size, hydrated = self._geometry.size, self.hydrated_bytes
-        rate = self._meter.rate(hydrated) if self.state == "hydrating" else 0
+        progress = self._progress
+        rate = self._meter.rate(progress) if self.state in ("hydrating", "verifying") else 0
         error = self._links[0].changed or self._failure or self._materialiser.last_error
         return {
             "state": self.state,
@@ -293,11 +299,12 @@ class Replica:
             "fetched_bytes": self._blockmap.fetched_bytes,
             "zero_bytes": self._blockmap.zero_bytes,
             "verified_bytes": self._verified,
+            "verified_percent": floored_percent(self._verified, size) if self._plan.verify else None,
             "sent_bytes": sum(link.sent_bytes for link in self._links),
             "received_bytes": sum(link.received_bytes for link in self._links),
             "rate_bytes_per_s": rate,
             "limit_bytes_per_s": self.pace.limit,
-            "eta_seconds": eta(hydrated, size, rate),
+            "eta_seconds": eta(progress, size, rate),
             "elapsed_seconds": round(trio.current_time() - self._started_at, 1),
             "source_needed": not self._complete,
             "demand": self.volume.demand.as_json(),
@@ -325,8 +332,10 @@ class Replica:
         last_error = next((link.last_error for link in self._links if link.last_error), None)
         if self._closing:
             state = "closed"
-        else:
-            state = "connected" if all(link.is_up for link in self._links) else "reconnecting"
+        elif all(link.is_up for link in self._links):
+            state = "connected"
+        else:  # one that was up and is not has an error
+            state = "reconnecting" if last_error else "connecting"
         return {
             "state": state,
             "reconnects": sum(link.reconnects for link in self._links),

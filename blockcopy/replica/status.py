@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from blockcopy.meters import human_size, human_time
+from blockcopy.meters import floored_percent, human_size, human_time
 from blockcopy.progress import Counts
 
 
@@ -20,8 +20,10 @@ def one_line(snapshot: dict[str, Any]) -> str:
         came += f", {human_size(snapshot['zero_bytes'])} zeros"
     if snapshot["resumed_bytes"]:
         came = f"{human_size(snapshot['resumed_bytes'])} were recorded, {came}"
+    counts = counts_of(snapshot)
+    percent = floored_percent(counts.done, snapshot["size"])
     parts = [
-        f"{snapshot['state']}: {snapshot['hydrated_percent']:.2f} % of {human_size(snapshot['size'])}",
+        f"{snapshot['state']}: {percent:.2f} % of {human_size(snapshot['size'])}",
         came,
         "the source is still needed" if snapshot["source_needed"] else "the source is no longer needed",
     ]

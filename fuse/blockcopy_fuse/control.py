@@ -10,11 +10,13 @@ import contextlib
 import errno
 import json
 import os
+import queue
 import select
 import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,12 @@ KIND = "fuse.blockcopy"
 """Of our mounts, unless the user says otherwise."""
 
 _POLL_SECONDS = 0.2
+
+_ANSWER_SECONDS = 5
+"""How long a mount may take to tell its status, which waits for nobody."""
+
+_MAP_SECONDS = 1
+"""How long it may take to tell its map."""
 
 _FAREWELL_SECONDS = 3
 """How long a mount's program may take to see by itself that it was unmounted."""
@@ -50,6 +58,43 @@ def read_status(mountpoint: str) -> dict[str, Any]:
         raise MountError(f"{mountpoint}/{STATUS_NAME} is not a replica's") from error
     if not isinstance(snapshot, dict) or "source_needed" not in snapshot:
         raise MountError(f"{mountpoint}/{STATUS_NAME} is not a replica's")
+    return snapshot
+
+
+class Asking:
+    """A mount that is being asked for its status, by a thread that is left alone where the mount stands still:
+    who reads a file of such a mount can neither be woken nor interrupted."""
+
+    def __init__(self, mountpoint: str) -> None:
+        self._mountpoint = mountpoint
+        self._reply: queue.SimpleQueue[dict[str, Any] | MountError] = queue.SimpleQueue()
+        threading.Thread(target=self._ask, name="status", daemon=True).start()
+
+    def _ask(self) -> None:
+        try:
+            self._reply.put(read_status(self._mountpoint))
+        except MountError as error:
+            self._reply.put(error)
+
+    def answer(self, seconds: float) -> dict[str, Any] | None:
+        """As `read_status`, once; None where there is none so far."""
+        try:
+            reply = self._reply.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        if isinstance(reply, MountError):
+            raise reply
+        return reply
+
+
+def status_soon(mountpoint: str) -> dict[str, Any]:
+    """As `read_status`; MountError where the mount stands still."""
+    snapshot = Asking(mountpoint).answer(_ANSWER_SECONDS)
+    if snapshot is None:
+        raise MountError(
+            f"the mount on {mountpoint} gave no answer within {_ANSWER_SECONDS} s: its program stands still, or "
+            "all that it can do at once is waiting for the source"
+        )
     return snapshot
 
 
@@ -87,9 +132,10 @@ def _sockets(uid: int, device: str) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def _asked(path: str, request: dict[str, Any]) -> dict[str, Any] | None:
-    """The reply of the mount whose socket that is; None where it ended before. OSError."""
+def _asked(path: str, request: dict[str, Any], seconds: float | None = None) -> dict[str, Any] | None:
+    """The reply of the mount whose socket that is; None where it ended before. OSError, also after `seconds`."""
     with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(seconds)
         connection.connect(path)
         connection.sendall(json.dumps(request).encode() + b"\n")
         with connection.makefile("rb") as replies:
@@ -118,7 +164,7 @@ def wait(mountpoint: str, progress: Progress) -> dict[str, Any]:
 def read_map(snapshot: dict[str, Any], cells: int) -> list[dict[str, int]]:
     """Of the mount whose snapshot that is; as `Replica.map`. Empty where it does not tell."""
     try:
-        reply = _asked(str(snapshot["control_socket"]), {"command": "map", "cells": cells})
+        reply = _asked(str(snapshot["control_socket"]), {"command": "map", "cells": cells}, _MAP_SECONDS)
     except (OSError, ValueError):
         return []
     found: list[dict[str, int]] = (reply or {}).get("cells", [])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from typing import Any
 
 from blockcopy.errors import MountError
-from blockcopy.meters import human_size, human_time
+from blockcopy.meters import human_size, human_time, printable
 from blockcopy_fuse import control, mounts
 
 _SECONDS = 1.0
@@ -19,36 +17,22 @@ _HEAD = ["MOUNTPOINT", "SOURCE", "STATE", "HERE", "RATE", "TO GO", "SOURCE IS"]
 def replicas() -> list[dict[str, Any]]:
     """The snapshots of all, with `mountpoint`; where there is none, `mountpoint`, `source` and `error`."""
     found = [(entry, mountpoint) for mountpoint, entry in mounts.everywhere() if entry.kind == control.KIND]
-    asked = [(entry, mountpoint, _ask(mountpoint)) for entry, mountpoint in found]
+    asked = [(entry, mountpoint, control.Asking(mountpoint)) for entry, mountpoint in found]
     return [
-        {"source": entry.source, "mountpoint": mountpoint, **_answer(reply)} for entry, mountpoint, reply in asked
+        {"source": entry.source, "mountpoint": mountpoint, **_answer(asking)} for entry, mountpoint, asking in asked
     ]
 
 
-def _ask(mountpoint: str) -> queue.SimpleQueue[dict[str, Any]]:
-    """In a thread that is left alone where the mount stands still."""
-    reply: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            reply.put(control.read_status(mountpoint))
-        except MountError as error:
-            reply.put({"error": str(error)})
-
-    threading.Thread(target=ask, daemon=True).start()
-    return reply
-
-
-def _answer(reply: queue.SimpleQueue[dict[str, Any]]) -> dict[str, Any]:
+def _answer(asking: control.Asking) -> dict[str, Any]:
     try:
-        return reply.get(timeout=_SECONDS)
-    except queue.Empty:
-        return {"error": f"no answer within {_SECONDS:g} s"}
+        return asking.answer(_SECONDS) or {"error": f"no answer within {_SECONDS:g} s"}
+    except MountError as error:
+        return {"error": str(error)}
 
 
 def table(found: list[dict[str, Any]]) -> str:
     """In columns, for people; what cannot be told of a mount, at the end of its line."""
-    rows = [_HEAD, *map(_row, found)]
+    rows = [_HEAD, *([printable(text) for text in _row(each)] for each in found)]
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(_HEAD))]
     widths[2] = max(len(row[2]) for row in rows if len(row) == len(_HEAD))  # not of an error, which is the last
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=False)) for row in rows]

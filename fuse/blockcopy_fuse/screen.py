@@ -14,7 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from blockcopy.meters import human_size, human_time
+from blockcopy.meters import floored_percent, human_size, human_time, printable
+from blockcopy.replica.status import counts_of
 
 _STATES = {
     "complete": "bold green",
@@ -67,9 +68,9 @@ class Map:
         yield legend
 
 
-def screen(snapshot: dict[str, Any], cells: list[dict[str, int]]) -> RenderableType:
-    """All of it; without `cells`, no map."""
-    parts: list[RenderableType] = [_headline(snapshot), _need(snapshot), "", _facts(snapshot)]
+def screen(snapshot: dict[str, Any], cells: list[dict[str, int]], *, silence: float = 0) -> RenderableType:
+    """All of it; without `cells`, no map. `silence`: seconds for which the mount has not answered."""
+    parts: list[RenderableType] = [_headline(snapshot), _need(snapshot), _silence(silence), _facts(snapshot)]
     if cells:
         parts += ["", Map(cells)]
     return Group(*parts)
@@ -80,18 +81,25 @@ def _headline(snapshot: dict[str, Any]) -> RenderableType:
     row.add_column(no_wrap=True)
     row.add_column(no_wrap=True)
     row.add_column(ratio=1)
-    state, size = snapshot["state"], max(1, snapshot["size"])
+    state, size, done = snapshot["state"], snapshot["size"], counts_of(snapshot).done
     row.add_row(
         Text(state.upper(), _STATES.get(state, "bold")),
-        Text(f"{snapshot['hydrated_percent']:.2f} %", "bold"),
-        ProgressBar(total=size, completed=snapshot["hydrated_bytes"] if snapshot["size"] else size),
+        Text(f"{floored_percent(done, size):.2f} %", "bold"),
+        ProgressBar(total=max(1, size), completed=done if size else 1),
     )
     return row
 
 
+def _silence(seconds: float) -> RenderableType:
+    """An empty line, as a rule."""
+    if not seconds:
+        return ""
+    return Text(f"The mount has not answered for {seconds:.0f} s. This is how it was:", "bold red")
+
+
 def _need(snapshot: dict[str, Any]) -> RenderableType:
     if snapshot["source_needed"]:
-        return Text(f"The source is still needed: {snapshot['source']}", "bold yellow")
+        return Text(f"The source is still needed: {printable(snapshot['source'])}", "bold yellow")
     return Text("The source is no longer needed. The copy is complete, and synced.", "bold green")
 
 
@@ -103,14 +111,16 @@ def _facts(snapshot: dict[str, Any]) -> RenderableType:
     rows.add_row("came", _origin(snapshot))
     rows.add_row("link", _link(snapshot["link"]))
     rows.add_row("reads", _demand(snapshot["demand"]))
-    rows.add_row("copy", Text(snapshot["destination"]))
+    rows.add_row("copy", Text(printable(snapshot["destination"])))
     if snapshot["error"]:
-        rows.add_row("error", Text(snapshot["error"], "bold red"))
+        rows.add_row("error", Text(printable(snapshot["error"]), "bold red"))
     return rows
 
 
 def _amount(snapshot: dict[str, Any]) -> Text:
     text = f"{human_size(snapshot['hydrated_bytes'])} of {human_size(snapshot['size'])}"
+    if snapshot["state"] == "verifying":
+        text += f", {human_size(snapshot['verified_bytes'])} of them compared once more"
     if snapshot["eta_seconds"] is not None:
         text += f", {human_size(snapshot['rate_bytes_per_s'])}/s, {human_time(snapshot['eta_seconds'])} to go"
     if snapshot["limit_bytes_per_s"]:
@@ -131,7 +141,7 @@ def _link(link: dict[str, Any]) -> Text:
     if link["reconnects"]:
         text.append(f", made again {link['reconnects']} times")
     if link["last_error"] and link["state"] != "closed":
-        text.append(f"; last: {link['last_error']}", "yellow")
+        text.append(f"; last: {printable(link['last_error'])}", "yellow")
     return text
 
 

@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 import termios
+import time
 import tty
 from collections.abc import Iterator
 
@@ -26,29 +27,42 @@ _ROWS = 2
 _OTHERS = 14
 """Rows of the whole terminal that are not the map's."""
 
+_MOST_CELLS = 4096
+"""Of the map: the mount counts them between the reads that it serves, and must not keep those waiting."""
+
 
 def show(mountpoint: str) -> None:
     """The status, once. MountError."""
     console = Console(highlight=False)
-    snapshot = control.read_status(mountpoint)
+    snapshot = control.status_soon(mountpoint)
     console.print(screen(snapshot, control.read_map(snapshot, _ROWS * console.width)))
 
 
 def watch(mountpoint: str) -> None:
-    """Until `q`, SIGINT, or the mount goes, which is a MountError."""
+    """Until `q`, SIGINT, or the mount goes, which is a MountError. One that stands still may go on again."""
     console = Console(highlight=False)
-    snapshot = control.read_status(mountpoint)
+    snapshot = control.status_soon(mountpoint)
+    answered_at, asking = time.monotonic(), None
     try:
         with _keys() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
-                rows = max(_ROWS, console.height - _OTHERS)
-                live.update(screen(snapshot, control.read_map(snapshot, rows * console.width)), refresh=True)
+                silence = time.monotonic() - answered_at if asking else 0
+                cells = [] if asking else control.read_map(snapshot, _cells(console))
+                live.update(screen(snapshot, cells, silence=silence), refresh=True)
                 if select.select(keys, [], [], _SECONDS)[0] and os.read(keys[0], 1) in (b"q", b"Q", b""):
                     return
-                snapshot = control.read_status(mountpoint)
+                asking = asking or control.Asking(mountpoint)
+                if (answer := asking.answer(_SECONDS)) is not None:
+                    snapshot, answered_at, asking = answer, time.monotonic(), None
     except Interrupted as interrupted:
         if interrupted.signum != signal.SIGINT:
             raise
+
+
+def _cells(console: Console) -> int:
+    """Whole rows of them."""
+    rows = min(console.height - _OTHERS, _MOST_CELLS // console.width)
+    return max(_ROWS, rows) * console.width
 
 
 @contextlib.contextmanager
