@@ -19,6 +19,9 @@ _WORDS = {"same": "equal", "zero": "zeros", "resumed": "recorded"}
 
 _MOST_BAR = 60
 
+GOING, DONE = "bright_blue", "green"
+"""Styles of the bar: not the library's red, which looks as if something had gone wrong."""
+
 
 def available() -> bool:
     """Whether one can be drawn here."""
@@ -120,6 +123,8 @@ def _first_line(figures: Figures, width: int) -> RenderableType:
         completed=counts.done if counts.total else 1,
         width=min(_MOST_BAR, max(4, room)),
         pulse=not known and not figures.finished,
+        complete_style=GOING,
+        finished_style=DONE,
     )
     row.add_row(Text(words[0], style="bold"), bar if known else "", *(Text(each) for each in words[1:]))
     return row

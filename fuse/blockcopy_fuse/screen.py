@@ -14,25 +14,29 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from blockcopy.bar import DONE, GOING
 from blockcopy.meters import floored_percent, human_size, human_time, printable
 from blockcopy.replica.status import counts_of
 
+_ATTENTION = "bold black on yellow"
+"""Yellow by itself cannot be read on a light ground."""
+
 _STATES = {
     "complete": "bold green",
-    "hydrating": "bold cyan",
-    "starting": "bold cyan",
-    "verifying": "bold cyan",
-    "paused": "bold yellow",
-    "reconnecting": "bold yellow",
+    "hydrating": "bold bright_blue",
+    "starting": "bold bright_blue",
+    "verifying": "bold bright_blue",
+    "paused": _ATTENTION,
+    "reconnecting": _ATTENTION,
     "failed": "bold red",
 }
 
 KINDS = {
     "reading": ("◆", "R", "bold magenta", "being read now"),
-    "in_flight": ("»", ">", "cyan", "on its way"),
+    "in_flight": ("»", ">", "bold bright_blue", "on its way"),
     "present": ("█", "#", "green", "here"),
-    "zero": ("░", "0", "green", "zeros"),
-    "partly": ("▄", "+", "yellow", "partly here"),
+    "zero": ("░", "0", "cyan", "zeros"),
+    "partly": ("▄", "+", "green", "partly here"),
     "missing": ("·", ".", "dim", "missing"),
 }
 """Of cells of the map: character, the same in ASCII, style, meaning; what comes first is shown first."""
@@ -85,7 +89,7 @@ def _headline(snapshot: dict[str, Any]) -> RenderableType:
     row.add_row(
         Text(state.upper(), _STATES.get(state, "bold")),
         Text(f"{floored_percent(done, size):.2f} %", "bold"),
-        ProgressBar(total=max(1, size), completed=done if size else 1),
+        ProgressBar(total=max(1, size), completed=done if size else 1, complete_style=GOING, finished_style=DONE),
     )
     return row
 
@@ -99,7 +103,7 @@ def _silence(seconds: float) -> RenderableType:
 
 def _need(snapshot: dict[str, Any]) -> RenderableType:
     if snapshot["source_needed"]:
-        return Text(f"The source is still needed: {printable(snapshot['source'])}", "bold yellow")
+        return Text(f"The source is still needed: {printable(snapshot['source'])}", _ATTENTION)
     return Text("The source is no longer needed. The copy is complete, and synced.", "bold green")
 
 
@@ -137,17 +141,21 @@ def _origin(snapshot: dict[str, Any]) -> Text:
 
 
 def _link(link: dict[str, Any]) -> Text:
-    text = Text(link["state"], "yellow" if link["state"] == "reconnecting" else "")
+    text = Text().append(link["state"], _ATTENTION if link["state"] == "reconnecting" else "")
     if link["reconnects"]:
         text.append(f", made again {link['reconnects']} times")
     if link["last_error"] and link["state"] != "closed":
-        text.append(f"; last: {printable(link['last_error'])}", "yellow")
+        text.append(f"; last: {printable(link['last_error'])}", "bold")
     return text
 
 
 def _demand(demand: dict[str, Any]) -> Text:
     text = f"{demand['reads']}, {human_size(demand['bytes'])}; {demand['waiting']} waiting"
     if demand["latency_p50_seconds"] is not None:
-        p50, p99, most = (demand[f"latency_{name}_seconds"] * 1000 for name in ("p50", "p99", "max"))
-        text += f"; waits below {p50:.1f}, {p99:.1f}, {most:.1f} ms (half, 99 %, all)"
+        p50, p99, most = (demand[f"latency_{name}_seconds"] for name in ("p50", "p99", "max"))
+        text += f"; waits {_milliseconds(p50)}, {_milliseconds(p99)}, {_milliseconds(most)} ms (half, 99 %, all)"
     return Text(text)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.{0 if seconds >= 0.1 else 1}f}"
