@@ -929,6 +929,7 @@ def test_the_snapshot_has_all_fields_with_their_types(tmp_path: Path) -> None:
         "fetched_bytes": number,
         "zero_bytes": number,
         "verified_bytes": number,
+        "verified_percent": (float, type(None)),
         "elapsed_seconds": (float,),
         "demand": (dict,),
         "sent_bytes": number,
