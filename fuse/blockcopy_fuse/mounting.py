@@ -10,6 +10,7 @@ folder, and the next mount says how to clear it.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import math
 import os
@@ -147,7 +148,11 @@ async def serve(mount: MountPlan, ready: Callable[[], None], progress: Progress,
             _init(mount, mountpoint, replica, snapshot)
             mounted = True
             try:
-                with control_socket.opened(_device_of(mountpoint)) as socket, _pid_file(mount.pid_file):
+                with (
+                    _released_before_helper(mount.options),
+                    control_socket.opened(_device_of(mountpoint)) as socket,
+                    _pid_file(mount.pid_file),
+                ):
                     async with trio.open_nursery() as helpers:
                         helpers.start_soon(notifier.keep_telling, replica)
                         helpers.start_soon(metrics.keep_writing, mount.plan.metrics, snapshot)
@@ -217,6 +222,31 @@ def _init(mount: MountPlan, mountpoint: str, replica: Replica, snapshot: Callabl
         raise MountError(f"cannot mount on {mount.mountpoint}: {error}") from error
 
 
+@contextmanager
+def _released_before_helper(options: MountOptions) -> Iterator[None]:
+    """With `auto_unmount`: have the kernel end the connection before libfuse's helper hears of our death.
+
+    The helper unmounts only what answers ENOTCONN; a connection that still stands, or falls just then,
+    says something else, and the dead mount stays. At the end of a process its descriptors are closed from
+    the lowest on, and let go of in the opposite order, as task works are: a duplicate of /dev/fuse above
+    the helper's socket goes first.
+    """
+    if "auto_unmount" not in options.fuse:
+        yield
+        return
+    highest = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+    duplicates = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, highest + 1) for descriptor in _fuse_descriptors()]
+    try:
+        yield
+    finally:
+        for descriptor in duplicates:
+            os.close(descriptor)
+
+
+def _fuse_descriptors() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc/self/fd").iterdir() if _is_fuse(entry)]
+
+
 async def _watch_connection(stop: trio.Event) -> None:
     """Set `stop` when the kernel has taken the mount down.
 
@@ -224,9 +254,8 @@ async def _watch_connection(stop: trio.Event) -> None:
     a source that stands still does not. A connection that is gone is an error condition of its
     descriptor, which an epoll that asks for nothing else reports, and trio can wait for that epoll.
     """
-    descriptors = (int(entry.name) for entry in Path("/proc/self/fd").iterdir() if _is_fuse(entry))
     with select.epoll() as errors:
-        for descriptor in descriptors:
+        for descriptor in _fuse_descriptors():
             errors.register(descriptor, 0)
         await trio.lowlevel.wait_readable(errors.fileno())
         logger.debug("the kernel has taken the mount down")
