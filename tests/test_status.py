@@ -270,11 +270,32 @@ def test_a_mount_that_stands_still_is_told_and_watched_on(mount: Mounter, tmp_pa
             shown_until(terminal, b"has not answered for")
             done = run("status", mounted.point)
             assert (done.returncode, b"gave no answer" in done.stderr) == (4, True)
+            done = run("umount", mounted.point)
+            assert (done.returncode, b"fusermount3 -uz" in done.stderr) == (4, True)
+            done = run("mount", source, tmp_path / "other", mounted.point)
+            assert (done.returncode, b"gave no answer" in done.stderr) == (4, True)
         finally:
             os.kill(pid, signal.SIGCONT)
         shown_until(terminal, b"missing")  # the map is drawn again
         os.write(terminal, b"q")
         assert process.wait(support.PATIENCE) == 0
+
+
+def test_a_mount_that_stands_still_is_waited_for(mount: Mounter, tmp_path: Path) -> None:
+    source = written(tmp_path / "source", DATA)
+    mounted = mount(source, tmp_path / "copy", "--no-background")
+    pid = mounted.status()["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        command = [*support.BLOCKCOPY, "wait", str(mounted.point)]
+        waiting = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert waiting.stderr is not None
+        assert b"gave no answer" in waiting.stderr.readline()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert mounted.file.read_bytes() == DATA
+    waiting.communicate(timeout=support.PATIENCE)
+    assert waiting.returncode == 0
 
 
 # list

@@ -205,14 +205,9 @@ class Replica:
     async def _verify(self) -> None:
         """Ask about every block once more, of what is on the disk. DifferentError."""
         ranges: list[Extent] = []
-        self._verified, self._verifying = 0, True
-        try:
-            self._device.drop_cache()
-            verdict = await compare(
-                self._device, self._geometry, self._links[-1], ranges.append, self._note_verified
-            )
-        finally:
-            self._verifying = False
+        self._verified, self._verifying = 0, True  # until it is complete, or failed
+        self._device.drop_cache()
+        verdict = await compare(self._device, self._geometry, self._links[-1], ranges.append, self._note_verified)
         if ranges:
             await self._keeper.forget()
             raise DifferentError(

@@ -90,7 +90,7 @@ def status(args: argparse.Namespace) -> None:
             from blockcopy_fuse import watch
         (watch.watch if args.watch else watch.show)(args.mountpoint)
         return
-    snapshot = control.status_soon(args.mountpoint)
+    snapshot = control.read_status(args.mountpoint)
     console.write(json.dumps(snapshot, indent=2) if args.json else one_line(snapshot))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import queue
 import select
@@ -18,14 +19,17 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from blockcopy.errors import BlockcopyError, IncompleteError, MountError
 from blockcopy.progress import Progress
 from blockcopy.replica.status import counts_of
 from blockcopy.runfolder import is_private, run_folders
 from blockcopy_fuse import STATUS_NAME, mounts
+
+logger = logging.getLogger(__name__)
 
 KIND = "fuse.blockcopy"
 """Of our mounts, unless the user says otherwise."""
@@ -42,8 +46,63 @@ _FAREWELL_SECONDS = 3
 """How long a mount's program may take to see by itself that it was unmounted."""
 
 
+Answer = TypeVar("Answer")
+
+
+class Asking(Generic[Answer]):
+    """What a mount is being asked, by a thread that is left alone where the mount stands still: who waits for
+    an answer of such a mount can neither be woken nor interrupted."""
+
+    def __init__(self, ask: Callable[[str], Answer], mountpoint: str) -> None:
+        self._ask, self._mountpoint = ask, mountpoint
+        self._reply: queue.SimpleQueue[tuple[Answer | None, MountError | None]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="asking", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._reply.put((self._ask(self._mountpoint), None))
+        except MountError as error:
+            self._reply.put((None, error))
+
+    def answer(self, seconds: float) -> Answer | None:
+        """What was answered, once, or the MountError; None where there is neither so far."""
+        try:
+            answer, error = self._reply.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        if error is not None:
+            raise error
+        return answer
+
+
+class StandsStillError(MountError):
+    """A mount that gives no answer."""
+
+    def __init__(self, mountpoint: str) -> None:
+        super().__init__(
+            f"the mount on {mountpoint} gave no answer within {_ANSWER_SECONDS} s: its program stands still, or "
+            "all that it can do at once is waiting for the source"
+        )
+
+
 def read_status(mountpoint: str) -> dict[str, Any]:
-    """The mount's snapshot. MountError where there is none, or none that answers."""
+    """The mount's snapshot. MountError where there is none; StandsStillError where there is no answer in time."""
+    return _in_time(_status, mountpoint)
+
+
+def asked_for_status(mountpoint: str) -> Asking[dict[str, Any]]:
+    """For those who have something else to do until it answers; as `read_status` does."""
+    return Asking(_status, mountpoint)
+
+
+def _in_time(ask: Callable[[str], Answer], mountpoint: str) -> Answer:
+    answer = Asking(ask, mountpoint).answer(_ANSWER_SECONDS)
+    if answer is None:
+        raise StandsStillError(mountpoint)
+    return answer
+
+
+def _status(mountpoint: str) -> dict[str, Any]:
     try:
         snapshot = json.loads((Path(mountpoint) / STATUS_NAME).read_bytes())
     except NotADirectoryError:
@@ -61,49 +120,12 @@ def read_status(mountpoint: str) -> dict[str, Any]:
     return snapshot
 
 
-class Asking:
-    """A mount that is being asked for its status, by a thread that is left alone where the mount stands still:
-    who reads a file of such a mount can neither be woken nor interrupted."""
-
-    def __init__(self, mountpoint: str) -> None:
-        self._mountpoint = mountpoint
-        self._reply: queue.SimpleQueue[dict[str, Any] | MountError] = queue.SimpleQueue()
-        threading.Thread(target=self._ask, name="status", daemon=True).start()
-
-    def _ask(self) -> None:
-        try:
-            self._reply.put(read_status(self._mountpoint))
-        except MountError as error:
-            self._reply.put(error)
-
-    def answer(self, seconds: float) -> dict[str, Any] | None:
-        """As `read_status`, once; None where there is none so far."""
-        try:
-            reply = self._reply.get(timeout=seconds)
-        except queue.Empty:
-            return None
-        if isinstance(reply, MountError):
-            raise reply
-        return reply
-
-
-def status_soon(mountpoint: str) -> dict[str, Any]:
-    """As `read_status`; MountError where the mount stands still."""
-    snapshot = Asking(mountpoint).answer(_ANSWER_SECONDS)
-    if snapshot is None:
-        raise MountError(
-            f"the mount on {mountpoint} gave no answer within {_ANSWER_SECONDS} s: its program stands still, or "
-            "all that it can do at once is waiting for the source"
-        )
-    return snapshot
-
-
 def _status_of_file(mountpoint: str) -> dict[str, Any]:
-    """As `read_status`, of a mountpoint that is a file."""
+    """As `_status`, of a mountpoint that is a file."""
     entry = mounts.at(os.path.realpath(mountpoint))
     if entry is None or entry.owner is None:
         raise MountError(f"no replica is mounted on {mountpoint}")
-    if is_dead(mountpoint):
+    if _no_one_serves(mountpoint):
         raise MountError(dead_mount(mountpoint))
     for path in _sockets(entry.owner, entry.device):
         with contextlib.suppress(OSError):
@@ -145,19 +167,33 @@ def _asked(path: str, request: dict[str, Any], seconds: float | None = None) -> 
 
 
 def wait(mountpoint: str, progress: Progress) -> dict[str, Any]:
-    """Return the snapshot when the copy is complete. IncompleteError where it will not be."""
-    snapshot = read_status(mountpoint)
+    """Return the snapshot when the copy is complete. IncompleteError where it will not be.
+
+    A mount that stands still is waited for: it may go on again.
+    """
+    snapshot = _status_at_last(mountpoint)
     while snapshot["state"] != "complete":
         progress.update(counts_of(snapshot))
         if snapshot["state"] == "failed":
             raise IncompleteError(f"the copy on {mountpoint} cannot be completed: {snapshot['error']}")
         time.sleep(_POLL_SECONDS)
         try:
-            snapshot = read_status(mountpoint)
+            snapshot = _status_at_last(mountpoint)
         except MountError as error:
             raise IncompleteError(f"{mountpoint} went away before the copy was complete: {error}") from error
     progress.update(counts_of(snapshot))
     progress.finish()
+    return snapshot
+
+
+def _status_at_last(mountpoint: str) -> dict[str, Any]:
+    """As `read_status`, whenever it is that the mount answers."""
+    asking = asked_for_status(mountpoint)
+    snapshot = asking.answer(_ANSWER_SECONDS)
+    if snapshot is None:
+        logger.warning("%s; waiting for it", StandsStillError(mountpoint))
+        while snapshot is None:
+            snapshot = asking.answer(_ANSWER_SECONDS)
     return snapshot
 
 
@@ -194,9 +230,11 @@ def umount(mountpoint: str) -> dict[str, Any] | None:
     snapshot: dict[str, Any] | None = None
     try:
         snapshot = read_status(mountpoint)
-        while snapshot["state"] == "hydrating" and snapshot["hydrated_bytes"] == snapshot["size"]:
+        while snapshot["state"] in ("hydrating", "verifying") and counts_of(snapshot).done == snapshot["size"]:
             time.sleep(_POLL_SECONDS)  # the last sync, which would be waited for anyhow
             snapshot = read_status(mountpoint)
+    except StandsStillError as error:
+        raise MountError(f"{error}. To take it away all the same: fusermount3 -uz {mountpoint}") from error
     except MountError:
         if not is_dead(mountpoint):
             raise
@@ -229,10 +267,14 @@ def is_replica(mountpoint: str) -> bool:
 
 
 def is_dead(mountpoint: str) -> bool:
-    """A mount is there, but nobody serves it any more."""
+    """A mount is there, but nobody serves it any more. StandsStillError."""
     entry = mounts.at(os.path.realpath(mountpoint))
     if entry is None or entry.owner is None:
         return False  # and not looked at: an automount would wait for what we are about to mount
+    return _in_time(_no_one_serves, mountpoint)
+
+
+def _no_one_serves(mountpoint: str) -> bool:
     try:
         os.statvfs(mountpoint)  # not stat: the kernel answers that from what it remembers
     except OSError as error:

@@ -17,13 +17,13 @@ _HEAD = ["MOUNTPOINT", "SOURCE", "STATE", "HERE", "RATE", "TO GO", "SOURCE IS"]
 def replicas() -> list[dict[str, Any]]:
     """The snapshots of all, with `mountpoint`; where there is none, `mountpoint`, `source` and `error`."""
     found = [(entry, mountpoint) for mountpoint, entry in mounts.everywhere() if entry.kind == control.KIND]
-    asked = [(entry, mountpoint, control.Asking(mountpoint)) for entry, mountpoint in found]
+    asked = [(entry, mountpoint, control.asked_for_status(mountpoint)) for entry, mountpoint in found]
     return [
         {"source": entry.source, "mountpoint": mountpoint, **_answer(asking)} for entry, mountpoint, asking in asked
     ]
 
 
-def _answer(asking: control.Asking) -> dict[str, Any]:
+def _answer(asking: control.Asking[dict[str, Any]]) -> dict[str, Any]:
     try:
         return asking.answer(_SECONDS) or {"error": f"no answer within {_SECONDS:g} s"}
     except MountError as error:

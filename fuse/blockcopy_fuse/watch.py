@@ -34,14 +34,14 @@ _MOST_CELLS = 4096
 def show(mountpoint: str) -> None:
     """The status, once. MountError."""
     console = Console(highlight=False)
-    snapshot = control.status_soon(mountpoint)
+    snapshot = control.read_status(mountpoint)
     console.print(screen(snapshot, control.read_map(snapshot, _ROWS * console.width)))
 
 
 def watch(mountpoint: str) -> None:
     """Until `q`, SIGINT, or the mount goes, which is a MountError. One that stands still may go on again."""
     console = Console(highlight=False)
-    snapshot = control.status_soon(mountpoint)
+    snapshot = control.read_status(mountpoint)
     answered_at, asking = time.monotonic(), None
     try:
         with _keys() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
@@ -51,7 +51,7 @@ def watch(mountpoint: str) -> None:
                 live.update(screen(snapshot, cells, silence=silence), refresh=True)
                 if select.select(keys, [], [], _SECONDS)[0] and os.read(keys[0], 1) in (b"q", b"Q", b""):
                     return
-                asking = asking or control.Asking(mountpoint)
+                asking = asking or control.asked_for_status(mountpoint)
                 if (answer := asking.answer(_SECONDS)) is not None:
                     snapshot, answered_at, asking = answer, time.monotonic(), None
     except Interrupted as interrupted:
