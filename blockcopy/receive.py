@@ -54,12 +54,11 @@ def receive(
         size = identity["size"]
         make_room(destination, size)
         retire(default_path(destination))  # what a mount or sync has on record is overwritten
-        writer = Writer(destination, sparse, Progress())
-        try:
-            with _asking(destination, size, name, questions, answers, greeting):
-                source.write_all(writer)
-        finally:
-            destination.sync()
+        with (
+            Writer(destination, sparse, Progress()) as writer,
+            _asking(destination, size, name, questions, answers, greeting),
+        ):
+            source.write_all(writer)
         source.check(identity)
 
 

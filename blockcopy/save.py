@@ -7,11 +7,15 @@ from blockcopy.decoder import Decoder
 from blockcopy.device import Device
 from blockcopy.digests import Buffer
 from blockcopy.errors import DestinationRefusedError
+from blockcopy.geometry import Extent
 from blockcopy.progress import Counts, Progress
 from blockcopy.stages import InputStream
 
 _WRITEBACK_SIZE = 16 * 1024 * 1024
 """Bytes after whose writing the disk is set to work."""
+
+_MOST_ZEROS = 64 * 1024 * 1024
+"""Bytes of zeros that are written as one."""
 
 
 def save(
@@ -25,9 +29,8 @@ def save(
     how many there will be, nobody knows.
     """
     progress = progress or Progress()
-    writer = Writer(destination, sparse, progress)
     decoder = Decoder(wire.BLOCK_STREAM)
-    try:
+    with Writer(destination, sparse, progress) as writer:
         while not decoder.done:
             message = decoder.next()
             if message is None:
@@ -37,32 +40,39 @@ def save(
                 decoder.filled(count)
             else:
                 writer.take(message)
-    finally:
-        destination.sync()
     progress.finish()
 
 
 class Writer:
-    """Writes what a block stream says; its destination has to be synced in the end."""
+    """Writes what a block stream says, for as long as it is entered; then that is synced."""
 
     def __init__(self, destination: Device, sparse: bool, progress: Progress) -> None:
         self._destination = destination
         self._progress = progress
         self._done = self._zeros = 0
+        self._unwritten = Extent(0, 0)  # zeros that came last
         self._sparse = sparse
         self._passing = destination.exceeds_cache()
         self._limit = destination.size() if destination.is_block_device else None
         self._unsent = 0  # bytes written since the disk was set to work, all between these two
         self._first, self._end = wire.MAX_POSITION, 0
 
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            self._write_taken_zeros()
+        finally:
+            self._destination.sync()
+
     def take(self, message: wire.Message) -> None:
         """Write what it is about, if it is about anything."""
         if isinstance(message, wire.Zero):
             self._check_fits(*message)
-            self._write_zeros(*message)
-            self._zeros += message.length
-            self._written(*message)
+            self._take_zeros(Extent(*message))
             return
+        self._write_taken_zeros()
         if isinstance(message, wire.XzData):
             payload: Buffer = xz.expand(message)
         elif isinstance(message, wire.ZstdData):
@@ -74,6 +84,21 @@ class Writer:
         self._check_fits(message.position, len(payload))
         self._destination.write(message.position, payload)
         self._written(message.position, len(payload))
+
+    def _take_zeros(self, zeros: Extent) -> None:
+        """Neighbours are written as one: a hole of their sum is made as fast as one of them."""
+        if self._unwritten.end == zeros.offset and self._unwritten.length < _MOST_ZEROS:
+            self._unwritten = Extent(self._unwritten.offset, self._unwritten.length + zeros.length)
+        else:
+            self._write_taken_zeros()
+            self._unwritten = zeros
+
+    def _write_taken_zeros(self) -> None:
+        zeros, self._unwritten = self._unwritten, Extent(0, 0)
+        if zeros.length:
+            self._write_zeros(*zeros)
+            self._zeros += zeros.length
+            self._written(*zeros)
 
     def _write_zeros(self, position: int, length: int) -> None:
         end = position + length

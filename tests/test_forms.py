@@ -192,8 +192,20 @@ def test_several_blocks_may_come_as_one() -> None:
     each = asked(form, question(0, 18))
     form.take(Data(4, b"abcdefgh"))
     form.take(Zero(12, 6))
+    form.take(Fence(0))
     assert each.batch.answer == ([Extent(4, 8)], [Extent(12, 6)])
     assert each.sink.given == [(4, b"abcdefgh"), (12, bytes(6))]
+
+
+def test_neighbouring_zeros_are_given_as_one() -> None:
+    form = AgreedForm("source")
+    each = asked(form, question(0, 20), question(20, 8), question(40, 8))
+    for message in (Zero(0, 4), Zero(4, 4), Data(8, b"abcd"), Zero(12, 4), Zero(16, 4), Zero(20, 4), Zero(40, 4)):
+        form.take(message)
+    assert each.sink.given == [(0, bytes(8)), (8, b"abcd"), (12, bytes(12))]
+    form.take(Fence(0))
+    assert each.sink.given[3:] == [(40, bytes(4))]
+    assert each.batch.answer == ([Extent(8, 4)], [Extent(0, 8), Extent(12, 12), Extent(40, 4)])
 
 
 @pytest.mark.parametrize(

@@ -131,14 +131,14 @@ def test_what_is_present_is_not_written_again() -> None:
     with_writer(scenario)
 
 
-def test_neighbours_are_written_back_as_one() -> None:
+def test_what_lies_close_together_is_written_back_as_one() -> None:
     async def scenario(writer: Writer, device: Watched, blockmap: BlockMap) -> None:
         mib = 8 * BLOCK_SIZE
-        for at in (0, 2, 1, 3, 50, 51, 52, 53):
+        for at in (0, 3, 1, 30, 100, 101, 102, 103):
             writer.data(at * mib, bytes(mib))
         assert [each for each in device.done if each[0] == "write back"] == [
-            ("write back", 0, 4 * mib),
-            ("write back", 50 * mib, 4 * mib),
+            ("write back", 0, 31 * mib),
+            ("write back", 100 * mib, 4 * mib),
         ]
 
     with_writer(scenario)

@@ -93,6 +93,7 @@ class Batch:
         self.error: BlockcopyError | None = None
         self.settle = settle
         self._sink = sink
+        self._zeros = Extent(0, 0)  # that came last, and were not given to the sink yet
         self._question = 0  # the first that can still be answered
         self._reached = 0  # and what of it was passed already
 
@@ -101,18 +102,33 @@ class Batch:
         extent = Extent(position, len(payload))
         if not self._fits(extent):
             return False
+        self._give_zeros()
         self.answer.data.append(extent)
         self._deliver(lambda: self._sink.data(position, payload))
         return True
 
     def zeros(self, position: int, length: int) -> bool:
-        """As `data`."""
+        """As `data`. Neighbours are given as one: a hole of their sum is made as fast as one of them."""
         extent = Extent(position, length)
         if not self._fits(extent):
             return False
-        self.answer.zeros.append(extent)
-        self._deliver(lambda: self._sink.zeros(position, length))
+        if self._zeros.end == position:
+            self._zeros = Extent(self._zeros.offset, self._zeros.length + length)
+        else:
+            self._give_zeros()
+            self._zeros = extent
         return True
+
+    def _give_zeros(self) -> None:
+        zeros, self._zeros = self._zeros, Extent(0, 0)
+        if zeros.length:
+            self.answer.zeros.append(zeros)
+            self._deliver(lambda: self._sink.zeros(*zeros))
+
+    def finish(self) -> None:
+        """There is nothing more to come."""
+        self._give_zeros()
+        self.settle()
 
     def _deliver(self, deliver: Callable[[], None]) -> None:
         if self.error is not None:
@@ -218,7 +234,7 @@ class Form(ABC):
             raise StreamError(f"{len(payload)} bytes for position {position}")
 
     def _settle(self) -> None:
-        self.pending.popleft().settle()
+        self.pending.popleft().finish()
 
     @abstractmethod
     def _fence_of(self, sequence: int) -> int:

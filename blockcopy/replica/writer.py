@@ -22,6 +22,10 @@ _WRITE_BACK = 8 * 1024 * 1024
 """Bytes after which what was written is sent on its way to the disk: then a sync has little to wait for."""
 
 
+_NEAR = 64 * 1024 * 1024
+"""Bytes between two writes, at most, that are sent on their way at once; what lies there is looked through."""
+
+
 class Writer:
     """See the module."""
 
@@ -78,8 +82,8 @@ class Writer:
                 return
             extents, self._to_write_back, self._to_write_back_bytes = list(_joined(self._to_write_back)), [], 0
             before, self._written_back = self._written_back, extents
-        for extent in extents:
-            self._device.start_writeback(*extent)
+        for first, last in _near(extents):
+            self._device.start_writeback(first[0], last[0] + last[1] - first[0])
         if self._passing:  # or else it would push all else out of the cache
             for extent in before:
                 self._device.drop_behind(*extent)
@@ -99,6 +103,17 @@ class Writer:
                 self._dirty = True
             self.unsynced.set()
             raise
+
+
+def _near(extents: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """The first and the last of those that lie close together: one call of the kernel's is for all of these."""
+    first = last = extents[0]
+    for extent in extents[1:]:
+        if extent[0] - (last[0] + last[1]) > _NEAR:
+            yield first, last
+            first = extent
+        last = extent
+    yield first, last
 
 
 def _joined(extents: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
