@@ -81,7 +81,10 @@ def sync(ground: Ground, source: str, destination: str, link: list[str] | None =
 
 def peers(args: argparse.Namespace, notes: list[str]) -> list[Contestant]:
     """Of the programs that are installed, or are named."""
-    found = []
+    found: list[Contestant] = []
+    if args.no_peers:
+        notes.append("peers: not asked for")
+        return found
 
     def installed(program: str, package: str) -> bool:
         is_here = shutil.which(program) is not None

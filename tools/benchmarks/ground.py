@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import os
 import shutil
@@ -44,6 +45,8 @@ class Ground:
         self._mark = uuid.uuid4().hex
         self._loops: list[str] = []
         self._names = 0
+        for package in (checkout / "blockcopy", checkout / "fuse"):
+            compileall.compile_dir(package, quiet=2)  # as where it is installed; not each run has to do it again
         python_path = [str(checkout), str(checkout / "fuse"), os.environ.get("PYTHONPATH", "")]
         self.environment = {
             **os.environ,
