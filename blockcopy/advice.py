@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 from typing import NamedTuple
 
 from blockcopy.remote import Command
 
 TRANSPORT_FAILED = 255
 """What ssh ends with where it is the connection that failed, or the command was killed."""
+
+_BUS_ERRORS = (-signal.SIGBUS, 128 + signal.SIGBUS)
+"""Of a process, and of a shell that ran one: who looks at a device in place (see `Device.view`) dies of that."""
 
 
 class _Case(NamedTuple):
@@ -67,6 +71,8 @@ def advice(command: Command, status: int | None, said: str, *, begun: bool) -> s
         if ours:
             cases += _PYTHON
     found = next((case.advice for case in cases if re.search(case.words, said)), None)
+    if found is None and status in _BUS_ERRORS:
+        found = "it was made shorter, or its disk failed, while it was looked at: see the kernel's log on {where}"
     if found is None and host is not None and not (ours and begun):
         found = _by_status(status, ours=ours)
     if found is None:

@@ -7,6 +7,7 @@ to the pipe without a copy.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from blockcopy import wire
@@ -45,15 +46,12 @@ class Run(NamedTuple):
 
     def answer(self, source: Device, room: memoryview) -> list[Output]:
         """What is to be sent; it has views of `room`, of `size` bytes, in it. DeviceError unless `agreed`."""
-        frames: list[Output] = []
-        answers = _Answers(self, source, room)
-        start, kind = 0, _EQUAL
-        for at in answers.blocks:
-            found = answers.judge(at)
-            if found is not kind:
-                frames += answers.say(kind, start, at)
-                start, kind = at, found
-        return frames + answers.say(kind, start, self.size)
+        view = self.piece.view(source)
+        if view is not None:
+            frames = _Answers(self, source, view, in_place=True).frames()
+            if self.piece.unview(source):
+                return frames
+        return _Answers(self, source, room, in_place=False).frames()
 
 
 _EQUAL, _ZEROS, _DATA, _UNREAD, _FAILED = "equal", "zeros", "data", "data that was not read", "failed"
@@ -65,25 +63,43 @@ _HEAD_SIZE = 4096
 class _Answers:
     """The blocks of a run, read; `at` is always where one begins, counted from the run's position."""
 
-    def __init__(self, run: Run, source: Device, room: memoryview) -> None:
+    def __init__(self, run: Run, source: Device, room: memoryview, *, in_place: bool) -> None:
+        """`room` is to be read into; or, where it is `in_place`, a view of the source, to be looked at now."""
         self._piece, self._block_size, self._theirs, self._terms = run
         self._source = source
         self._room = room
+        self._in_place = in_place
         self._failures: dict[int, str] = {}
         self._available = self._piece.length
-        self.blocks = range(0, self._piece.length, self._block_size)
-        self._unread = self._find_unread() if self._terms.packing.takes_unread else frozenset()
+        self._blocks = range(0, self._piece.length, self._block_size)
+        self._unread: frozenset[int] = frozenset()
+        if not in_place:
+            self._read()
+
+    def frames(self) -> list[Output]:
+        """What is to be sent."""
+        frames: list[Output] = []
+        start, kind = 0, _EQUAL
+        for at, found in zip(self._blocks, self._kinds()):
+            if found is not kind:
+                frames += self._say(kind, start, at)
+                start, kind = at, found
+        return frames + self._say(kind, start, self._piece.length)
+
+    def _read(self) -> None:
+        if self._terms.packing.takes_unread:
+            self._unread = self._find_unread()
         try:
-            self._available = self._piece.without(self._unread, self._block_size).read(source, room)
+            self._available = self._piece.without(self._unread, self._block_size).read(self._source, self._room)
         except DeviceError:
             if not self._terms.agreed:
                 raise
             self._unread = frozenset()
-            self._read_block_by_block(source)
+            self._read_block_by_block(self._source)
 
     def _find_unread(self) -> frozenset[int]:
         """The blocks of which the asker has zeros, or nothing, and the source has no zeros."""
-        return frozenset(at for at in self.blocks if self._wanted_unless_zeros(at) and self._has_head(at))
+        return frozenset(at for at in self._blocks if self._wanted_unless_zeros(at) and self._has_head(at))
 
     def _wanted_unless_zeros(self, at: int) -> bool:
         if self._theirs is None:
@@ -102,7 +118,7 @@ class _Answers:
 
     def _read_block_by_block(self, source: Device) -> None:
         """So that one bad sector is the fault of its own block only."""
-        for at in self.blocks:
+        for at in self._blocks:
             try:
                 end = self._block(at).read(source, self._room[at : at + self._block_size])
             except DeviceError as error:
@@ -118,32 +134,38 @@ class _Answers:
         here = [extent for extent in self._piece.data if extent.offset <= position < extent.end]
         return Piece(position, length, [Extent(position, length)] if here else [])
 
-    def judge(self, at: int) -> str:
-        """What is to be said of that block."""
+    def _kinds(self) -> Iterator[str]:
+        """What is to be said of each block."""
+        digest, theirs = self._terms.digest, self._theirs
+        odd = self._unread or self._failures or self._available < self._piece.length
+        for index, (size, block) in enumerate(self._piece.blocks(self._room, self._block_size)):
+            if odd and (kind := self._odd_kind(index * self._block_size, size)):
+                yield kind
+                continue
+            their = None if theirs is None else theirs[index * digest.size : (index + 1) * digest.size]
+            has_zeros = their == digest.of_zeros(size)
+            if block is None:
+                yield _EQUAL if has_zeros else _ZEROS
+            else:
+                yield _DATA if their is None or has_zeros or digest(block) != their else _EQUAL
+
+    def _odd_kind(self, at: int, size: int) -> str | None:
+        """Of a block that was not read, or not wholly; None of any other."""
         if at in self._unread:
             return _UNREAD
-        terms = self._terms
-        size = min(self._block_size, self._piece.length - at)
         ours = self._room[at : min(at + size, self._available)]
-        if at in self._failures or (terms.agreed and len(ours) < size):
+        if at in self._failures or (self._terms.agreed and len(ours) < size):
             return _FAILED
         if not ours:
             return _EQUAL  # the source ends before: there is nothing to send
-        zeros = self._piece.zeros_at(at, ours)
-        if self._theirs is not None and len(ours) == size:
-            index = at // self._block_size * terms.digest.size
-            theirs = self._theirs[index : index + terms.digest.size]
-            if (theirs == terms.digest.of_zeros(size)) if zeros else self._same(theirs, ours):
-                return _EQUAL
-        return _ZEROS if zeros else _DATA
+        if len(ours) < size:
+            return _ZEROS if not self._block(at).data or ZEROS.startswith(ours) else _DATA
+        return None
 
-    def _same(self, theirs: bytes, ours: memoryview) -> bool:
-        """Whether ours, which are not zeros, have that digest."""
-        return theirs != self._terms.digest.of_zeros(len(ours)) and self._terms.digest(ours) == theirs
-
-    def say(self, kind: str, start: int, end: int) -> list[Output]:
+    def _say(self, kind: str, start: int, end: int) -> list[Output]:
         """That the blocks from `start` to `end` are of that kind."""
         position, joined = self._piece.position, self._terms.joined
+        step = self._block_size * (max(1, wire.MAX_BLOCK_SIZE // self._block_size) if joined else 1)
         frames: list[Output] = []
         if kind is _EQUAL:
             return []
@@ -151,7 +173,6 @@ class _Answers:
             blocks = range(start, end, self._block_size)
             return [wire.encode(wire.Failure(position + at, self._reason(at))) for at in blocks]
         if kind is _UNREAD:
-            step = end - start if joined else self._block_size
             for at in range(start, end, step):
                 size = min(step, end - at)
                 frames += [wire.frame_header(b"data", position + at, size)]
@@ -160,11 +181,13 @@ class _Answers:
         end = min(end, self._available)
         if kind is _ZEROS and joined:
             return [wire.encode(wire.Zero(position + start, end - start))]
-        step = end - start if joined else self._block_size
         for at in range(start, end, step):
             size = min(step, end - at)
             data = memoryview(ZEROS)[:size] if kind is _ZEROS else self._room[at : at + size]
-            frames += self._terms.packing.frame(position + at, data)
+            for part in self._terms.packing.frame(position + at, data):
+                # What would be sent from there as it is, the kernel sends without us.
+                in_place = self._in_place and kind is _DATA and part is data
+                frames.append(FromDevice(self._source, position + at, size) if in_place else part)
         return frames
 
     def _reason(self, at: int) -> str:

@@ -21,8 +21,11 @@ from blockcopy.pieces import PIECE_SIZE, Piece, Pieces
 from blockcopy.progress import Counts, Progress
 from blockcopy.stages import Buffers, InputStream, OutputStream, run_ordered
 
-ASKED_SIZE = 4 * PIECE_SIZE
+ASKED_SIZE = PIECE_SIZE
 """Bytes that one `asks` is about at most."""
+
+_PIPED_SIZE = 1024 * 1024
+"""Bytes of a pipe that are waited for before they are hashed."""
 
 
 class _Run(NamedTuple):
@@ -217,33 +220,40 @@ class _Hasher:
 
     def hash(self, item: _Item) -> list[_Run]:
         piece, room = item
-        size = piece.length
+        if not piece.data:
+            return [_Run(piece.position, piece.length, b"")] if piece.length else []
         if room is None:
-            room = self.buffers.take()
-            if self._device is not None:
-                size = piece.read(self._device, room)
-        if piece.data:
-            runs = list(self._runs(piece, room[:size]))
-        else:
-            runs = [_Run(piece.position, size, b"")] if size else []
+            return self._read_and_hash(piece)
+        runs = list(self._runs(piece, room))
         self.buffers.give(room)
-        if self._passing and self._device is not None:
-            self._device.drop_behind(piece.position, size)
+        return runs
+
+    def _read_and_hash(self, piece: Piece) -> list[_Run]:
+        device = self._device
+        if device is None:
+            raise BlockcopyError("a piece that was not read, of nothing that it could be read from")
+        view = piece.view(device)
+        runs = [] if view is None else list(self._runs(piece, view))
+        if view is None or not piece.unview(device):
+            room = self.buffers.take()
+            runs = list(self._runs(piece._replace(length=piece.read(device, room)), room))
+            self.buffers.give(room)
+        if self._passing:
+            device.drop_behind(piece.position, piece.length)
         return runs
 
     def _runs(self, piece: Piece, data: memoryview) -> Iterator[_Run]:
-        start = 0
+        start = at = 0
         found: list[bytes] = []  # digests of the blocks from `start` on, or none where these are zeros
-        for at in range(0, len(data), BLOCK_SIZE):
-            block = data[at : at + BLOCK_SIZE]
-            zeros = piece.zeros_at(at, block)
-            if at > start and zeros == bool(found):
+        for size, block in piece.blocks(data, BLOCK_SIZE):
+            if at > start and (block is None) == bool(found):
                 yield _Run(piece.position + start, at - start, b"".join(found))
                 start, found = at, []
-            if not zeros:
+            if block is not None:
                 found.append(self._digest(block))
-        if len(data) > start:
-            yield _Run(piece.position + start, len(data) - start, b"".join(found))
+            at += size
+        if at > start:
+            yield _Run(piece.position + start, at - start, b"".join(found))
 
 
 def _is_device(fd: int) -> bool:
@@ -277,7 +287,7 @@ def _piped(read_into: Callable[[memoryview], int], hasher: _Hasher, start: int, 
     """What there is, as whole blocks but for the last, however little a pipe gives at once."""
     position = start
     while end is None or position < end:
-        wanted = PIECE_SIZE if end is None else min(PIECE_SIZE, end - position)
+        wanted = _PIPED_SIZE if end is None else min(_PIPED_SIZE, end - position)
         room = hasher.buffers.take()
         filled = 0
         while filled < wanted and (count := read_into(room[filled:wanted])):

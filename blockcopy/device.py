@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from blockcopy import syscalls
@@ -20,6 +20,9 @@ from blockcopy.geometry import Extent
 
 ZEROS = bytes(1024 * 1024)
 """`ZEROS.startswith(data)` is how it is told whether `data`, of at most this length, is all zeros."""
+
+
+_PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Device:
@@ -33,6 +36,8 @@ class Device:
         self._fd = fd
         self._nowait = getattr(os, "RWF_NOWAIT", 0)
         self._cached = memoryview(bytearray(0))
+        self._mapped: tuple[int, memoryview] | None = None
+        self._maps = True
         self.is_block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
 
     def __enter__(self) -> Device:
@@ -42,6 +47,7 @@ class Device:
         self.close()
 
     def close(self) -> None:
+        self._mapped = None
         os.close(self._fd)
 
     @property
@@ -107,6 +113,36 @@ class Device:
                     break
                 filled += count
         return filled
+
+    def view(self, offset: int, length: int, extents: Sequence[Extent]) -> memoryview | None:
+        """Those bytes where they are in the page cache, without a copy: what lies in the `extents` is brought
+        there, all else is not to be looked at. None where they cannot be had so; a read may tell why.
+
+        Give it back by `unview`: only then it is known that these were the device's bytes. Of one that is made
+        shorter in that instant, or whose disk fails just after the bytes came from it, the view kills by SIGBUS.
+        """
+        if not self._maps:
+            return None
+        try:
+            if self._mapped is None or len(self._mapped[1]) < offset + length:
+                self._mapped = syscalls.map_to_read(self._fd, self.size())
+            address, mapped = self._mapped
+            for extent in extents:
+                start = extent.offset - extent.offset % _PAGE_SIZE
+                syscalls.populate(address + start, extent.end - start)
+        except OSError as error:
+            # A bad sector, and bytes beyond the end, are of that place; all else is so for every other as well.
+            self._maps = error.errno in (errno.EFAULT, errno.EAGAIN, errno.EINTR, errno.ENOMEM)
+            return None
+        return mapped[offset : offset + length] if len(mapped) >= offset + length else None
+
+    def unview(self, offset: int, length: int) -> bool:
+        """That view is not looked at any more; whether all of it was the device's. DeviceError."""
+        if self._mapped is not None:
+            start = offset - offset % _PAGE_SIZE
+            with contextlib.suppress(OSError):  # it counts as our memory for longer, no more
+                syscalls.unpopulate(self._mapped[0] + start, offset + length - start)
+        return self.size() >= offset + length  # the last page of a file goes on beyond its end, with zeros
 
     def splice_to(self, pipe: int, offset: int, length: int) -> int:
         """Some of those bytes into `pipe`, without a copy of them: how many, 0 at the end. OSError, and not

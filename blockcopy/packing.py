@@ -105,6 +105,8 @@ class ZstdWherePaying(Zstd):
         self._failures = 0  # in a row: after each, twice as many are not tried
 
     def _pack(self, data: Buffer) -> bytes | None:
+        if not self._output.seconds_per_byte:
+            return None  # nothing is known of its pace yet
         if self._skip:
             self._skip -= 1
             return None

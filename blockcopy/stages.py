@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import itertools
+import mmap
 import os
 import queue
 import select
@@ -184,11 +185,11 @@ class Buffers:
         self._free: list[memoryview] = []
 
     def take(self) -> memoryview:
-        """One whose content may be anything."""
+        """One whose content may be anything. What of it is never used takes no memory."""
         try:
             return self._free.pop()
         except IndexError:
-            return memoryview(bytearray(self._size))
+            return memoryview(mmap.mmap(-1, self._size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
     def give(self, buffer: memoryview) -> None:
         """Back, when nothing of it is needed any more."""

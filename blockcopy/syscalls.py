@@ -1,18 +1,24 @@
-"""Linux calls that the module `os` lacks. From fallocate(2) and sync_file_range(2).
+"""Linux calls that the module `os` lacks. From fallocate(2), sync_file_range(2), mmap(2) and madvise(2).
 
-`ctypes` is loaded when first needed: not every Python has it, and who only reads needs none of this.
+`ctypes` is loaded when first needed: not every Python has it, and all can be done without. While a call of
+it waits, other threads run, which is not so for the module `mmap`.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
+import mmap
 import os
+import sys
+import weakref
 from typing import Any
 
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _SYNC_FILE_RANGE_WRITE = 2
+_MADV_POPULATE_READ = 22
+_MAP_FAILED = 2 * sys.maxsize + 1
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
@@ -26,25 +32,67 @@ def start_writeback(fd: int, offset: int, length: int) -> None:
     _call("sync_file_range", fd, offset, length, _SYNC_FILE_RANGE_WRITE)
 
 
-def _call(name: str, fd: int, *arguments: int) -> None:
-    function, error_of = _function(name)
-    if function(fd, *arguments):
-        number = error_of()
-        raise OSError(number, os.strerror(number))
+def map_to_read(fd: int, length: int) -> tuple[int, memoryview]:
+    """The first `length` bytes of `fd` where the page cache has them: their address, and a view. OSError.
+
+    They stay mapped until the last view of them is gone. To touch what the device has not, or cannot read,
+    kills by SIGBUS: see `populate`.
+    """
+    if length > sys.maxsize:
+        raise OSError(errno.EOVERFLOW, os.strerror(errno.EOVERFLOW))
+    address = _function("mmap")(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    if address == _MAP_FAILED:
+        raise _error()
+    import ctypes
+
+    mapped = (ctypes.c_char * length).from_address(address)
+    # Not at exit: a thread may still be looking at it.
+    weakref.finalize(mapped, _function("munmap"), address, length).atexit = False
+    return address, memoryview(mapped).cast("B").toreadonly()
+
+
+def populate(address: int, length: int) -> None:
+    """Have what is mapped there, whole pages, in memory. OSError: EFAULT where the device has it not, or cannot
+    read it, EINVAL before Linux 5.14."""
+    _call("madvise", address, length, _MADV_POPULATE_READ)
+
+
+def unpopulate(address: int, length: int) -> None:
+    """Those pages count no longer as our memory; who touches them has them again."""
+    _call("madvise", address, length, mmap.MADV_DONTNEED)
+
+
+def _call(name: str, *arguments: int) -> None:
+    if _function(name)(*arguments):
+        raise _error()
+
+
+def _error() -> OSError:
+    import ctypes
+
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))
 
 
 @functools.cache
-def _function(name: str) -> tuple[Any, Any]:
+def _function(name: str) -> Any:
+    """A function of libc that returns other than 0 where it fails. OSError where it cannot be had."""
     try:
         import ctypes
 
         libc = ctypes.CDLL(None, use_errno=True)
+        number, size, offset, address = ctypes.c_int, ctypes.c_size_t, ctypes.c_int64, ctypes.c_void_p
+        arguments = {
+            "fallocate": [number, number, offset, offset],
+            "sync_file_range": [number, offset, offset, number],
+            "mmap": [address, size, number, number, number, offset],
+            "munmap": [address, size],
+            "madvise": [address, size, number],
+        }
         function = getattr(libc, f"{name}64", None) or getattr(libc, name)
+        function.argtypes = arguments[name]
+        if name == "mmap":
+            function.restype = address
     except (ImportError, OSError, AttributeError) as error:
         raise OSError(errno.EOPNOTSUPP, f"{name} cannot be called here") from error
-    number, offset = ctypes.c_int, ctypes.c_int64
-    if name == "fallocate":
-        function.argtypes = [number, number, offset, offset]
-    else:
-        function.argtypes = [number, offset, offset, number]
-    return function, ctypes.get_errno
+    return function

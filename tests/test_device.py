@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 from support import held_by_another_process, mounted, noise, output, until
 
+from blockcopy import syscalls
 from blockcopy.device import Device, open_destination, open_source
 from blockcopy.errors import DestinationRefusedError, DeviceError
+from blockcopy.geometry import Extent
 
 MIB = 1024 * 1024
 
@@ -69,6 +72,86 @@ def test_a_read_error_is_told_with_its_place(tmp_path: Path, device: str) -> Non
         os.posix_fadvise(opened._fd, 0, 0, os.POSIX_FADV_DONTNEED)
         with pytest.raises(DeviceError, match=f"cannot read 4096 bytes at {2 * MIB} of {device}: Input/output"):
             opened.read(2 * MIB, 4096)
+
+
+# Views
+
+
+@pytest.mark.parametrize("kind", ["file", "device"])
+def test_a_view_has_the_bytes(request: pytest.FixtureRequest, kind: str) -> None:
+    with open_source(str(request.getfixturevalue(kind))) as opened:
+        size = opened.size()
+        data = opened.read(0, size)
+        for offset, length in ((0, size), (0, 1), (5000, 10000), (size - 1, 1), (0, 0)):
+            view = opened.view(offset, length, [Extent(offset, length)])
+            assert view is not None
+            assert view.readonly
+            assert view == data[offset : offset + length]
+            assert opened.unview(offset, length)
+            assert view == data[offset : offset + length]  # it may still be sent
+
+
+def test_a_view_is_not_had_of_what_is_not_there(file: Path) -> None:
+    with open_source(str(file)) as opened:
+        assert opened.view(MIB, 101, [Extent(MIB, 101)]) is None
+        assert opened.view(2 * MIB, 1, [Extent(2 * MIB, 1)]) is None
+        assert opened.view(MIB, 100, [Extent(MIB, 100)]) is not None
+
+
+def test_a_view_is_not_had_of_a_bad_sector_and_elsewhere_it_is(tmp_path: Path, device: str) -> None:
+    os.truncate(tmp_path / "backing", MIB)
+    with open_source(device) as opened:
+        os.posix_fadvise(opened._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        assert opened.view(0, 4 * MIB, [Extent(0, 4 * MIB)]) is None
+        assert opened.view(0, MIB, [Extent(0, MIB)]) == noise(4 * MIB)[:MIB]
+        assert opened.view(0, 4 * MIB, [Extent(0, 5000)]) is not None  # the rest is not to be looked at
+
+
+@pytest.mark.parametrize("left", [0, MIB, MIB + 99])
+def test_who_gives_a_view_back_learns_that_it_was_cut_off(file: Path, left: int) -> None:
+    """The last page of a file has zeros behind its end, which nobody must take for the file's."""
+    with open_source(str(file)) as opened:
+        assert opened.view(0, MIB + 100, [Extent(0, MIB + 100)]) is not None
+        os.truncate(file, left)
+        assert not opened.unview(0, MIB + 100)
+        assert opened.unview(0, left)
+
+
+def test_a_file_that_grows_is_viewed_to_its_new_end(file: Path) -> None:
+    with open_destination(str(file)) as opened:
+        old = opened.view(0, 100, [Extent(0, 100)])
+        opened.write(3 * MIB, b"more")
+        assert opened.view(3 * MIB, 4, [Extent(3 * MIB, 4)]) == b"more"
+        assert old == noise(100)
+
+
+def test_a_view_is_gone_with_the_last_who_has_it(file: Path) -> None:
+    def is_mapped() -> bool:
+        return str(file) in Path("/proc/self/maps").read_text()
+
+    with open_source(str(file)) as opened:
+        view = opened.view(0, MIB, [Extent(0, MIB)])
+        assert is_mapped()
+    assert view == noise(MIB)
+    del view
+    assert not is_mapped()
+
+
+@pytest.mark.parametrize("reason", [errno.EINVAL, errno.ENODEV, errno.EOPNOTSUPP])
+def test_where_there_are_no_views_they_are_asked_for_once(
+    file: Path, monkeypatch: pytest.MonkeyPatch, reason: int
+) -> None:
+    asked = []
+
+    def populate(address: int, length: int) -> None:
+        asked.append(length)
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(syscalls, "populate", populate)
+    with open_source(str(file)) as opened:
+        assert opened.view(0, 5, [Extent(0, 5)]) is None
+        assert opened.view(0, 5, [Extent(0, 5)]) is None
+    assert asked == [5]
 
 
 @pytest.mark.parametrize(("offset", "length"), [(0, 1), (0, 4096), (100, 5000), (MIB - 1, MIB), (3 * MIB, MIB)])

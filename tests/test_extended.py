@@ -382,8 +382,8 @@ def test_where_nothing_holds_the_output_up_auto_sends_it_as_it_is(source: Callab
 
 @needs_zstd
 def test_where_the_output_is_slow_auto_compresses(source: Callable[[bytes], Path]) -> None:
-    """A reader that takes 4 KiB of 1 MiB at a time, and rests in between."""
-    data = TEXT * 8
+    """A reader that takes 64 KiB at a time, and rests in between."""
+    data = TEXT * 16
     command = [*BLOCKCOPY, "retrieve", "--compress", "auto", str(source(data))]
     question = stream_of(Digests("sha256"), Rest(0), DONE)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:

@@ -199,6 +199,14 @@ def test_what_ssh_and_sudo_say(rsh: Transport, source: Path, tmp_path: Path, sai
     refused(done, said, advice)
 
 
+@pytest.mark.parametrize("script", ["kill -BUS $$", "exit 135"])
+def test_a_source_that_is_cut_off_while_it_is_looked_at(
+    rsh: Transport, source: Path, tmp_path: Path, script: str
+) -> None:
+    done = sync(source, tmp_path / "copy", "-e", rsh(script))
+    refused(done, "made shorter, or its disk failed", "the kernel's log on host")
+
+
 def test_what_the_host_says_is_shown_with_its_name(rsh: Transport, source: Path, tmp_path: Path) -> None:
     """And not lost once it works."""
     script = "shift; sh -c \"$*\"; echo 'the disk is on fire' >&2"

@@ -21,7 +21,6 @@ from support import BLOCKCOPY, PATIENCE, noise, until
 from blockcopy import stages
 from blockcopy.errors import OutputError, StreamError
 from blockcopy.geometry import BLOCK_SIZE
-from blockcopy.pieces import PIECE_SIZE
 from blockcopy.stages import DEPTH, InputStream, OutputStream, refuse_terminal, run_ordered
 from blockcopy.wire import Data, Done, Hash, Rest, encode
 
@@ -317,7 +316,7 @@ class Stage:
 
 def checksum_waits_for_input(file: Path) -> Stage:
     stage = Stage("checksum", "-")
-    stage.input.sendall(bytes(PIECE_SIZE))
+    stage.input.sendall(bytes(8 * BLOCK_SIZE))
     assert stage.output.recv(4) == b"Hash"
     return stage
 
@@ -377,7 +376,7 @@ def test_a_stage_ends_when_its_reader_goes_away(file: Path, start: Callable[[Pat
     with closing(start(file)) as stage:
         stage.output.close()
         if start is checksum_waits_for_input:
-            stage.input.sendall(bytes(PIECE_SIZE))
+            stage.input.sendall(bytes(8 * BLOCK_SIZE))
         elif start is retrieve_waits_for_input:
             stage.input.sendall(encode(Hash(0, 5, bytes(64))))
         status, errors = stage.ended()

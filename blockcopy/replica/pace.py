@@ -10,8 +10,8 @@ import trio
 from blockcopy.geometry import BLOCK_SIZE
 from blockcopy.replica.window import Window
 
-BATCH_BLOCKS = 128
-"""Blocks asked for as one, at most: 16 MiB, so that what it costs to ask hardly counts."""
+BATCH_BLOCKS = 256
+"""Blocks asked for as one, at most: 32 MiB, so that what it costs to ask hardly counts."""
 
 _YIELDING_BLOCKS = 4
 """Blocks in hand while readers wait: what they may have to wait behind, and what keeps the pass going."""

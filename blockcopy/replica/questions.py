@@ -12,7 +12,7 @@ from blockcopy.device import Device
 from blockcopy.digests import Digest
 from blockcopy.errors import DeviceError
 from blockcopy.geometry import Geometry, runs
-from blockcopy.pieces import PIECE_SIZE, Pieces
+from blockcopy.pieces import PIECE_SIZE, Piece, Pieces
 from blockcopy.replica.forms import Question
 from blockcopy.wire import MAX_ASKED
 
@@ -45,20 +45,30 @@ def _question(device: Device, geometry: Geometry, run: range, digest: Digest) ->
 
 
 def _digests(device: Device, geometry: Geometry, offset: int, end: int, digest: Digest) -> Iterator[bytes]:
-    buffer, pieces, block_size = _buffer(), Pieces(device), geometry.block_size
+    pieces, block_size = Pieces(device), geometry.block_size
     step = PIECE_SIZE // block_size * block_size
     for position in range(offset, end, step):
-        length = min(step, end - position)
-        piece = pieces.piece(position, length, block_size)
+        piece = pieces.piece(position, min(step, end - position), block_size)
+        view = piece.view(device)
+        if view is not None:
+            found = _digests_of(piece, view, block_size, digest)
+            if piece.unview(device):
+                yield from found
+                continue
+        buffer = _buffer()
         there = piece.read(device, buffer)
-        if there < length:  # what is not there is no hole
+        if there < piece.length:  # what is not there is no hole
             raise DeviceError(
-                f"cannot read {length} bytes at {position} of {device.path}: "
+                f"cannot read {piece.length} bytes at {position} of {device.path}: "
                 f"it is shorter than it was, and ends after {there}"
             )
-        for at in range(0, length, block_size):
-            own = buffer[at : min(at + block_size, length)]
-            yield digest.of_zeros(len(own)) if piece.zeros_at(at, own) else digest(own)
+        yield from _digests_of(piece, buffer, block_size, digest)
+
+
+def _digests_of(piece: Piece, data: memoryview, block_size: int, digest: Digest) -> list[bytes]:
+    return [
+        digest.of_zeros(size) if block is None else digest(block) for size, block in piece.blocks(data, block_size)
+    ]
 
 
 def _buffer() -> memoryview:

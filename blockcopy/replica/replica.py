@@ -35,6 +35,7 @@ from blockcopy.replica.pace import BATCH_BLOCKS, Pace
 from blockcopy.replica.verify import compare
 from blockcopy.replica.volume import Volume
 from blockcopy.replica.window import Window
+from blockcopy.stages import WORKERS
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class Replica:
             Window(**_BULK_WINDOW),
             batch_blocks=BATCH_BLOCKS,
             flights=_BULK_FLIGHTS,
-            threads=len(os.sched_getaffinity(0)),
+            threads=WORKERS,
             patience=BULK_PATIENCE,
         )
         self._bulk.passing = device.exceeds_cache()

@@ -1,0 +1,128 @@
+"""What is looked at in the page cache is answered, and asked about, as what was read."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from support import BLOCK_SIZE, BLOCKCOPY, PATIENCE, noise, run, written
+
+from blockcopy import digests, wire
+from blockcopy.answers import Run, Terms
+from blockcopy.decoder import Decoder
+from blockcopy.device import Device, open_source
+from blockcopy.geometry import Geometry
+from blockcopy.packing import Packing
+from blockcopy.pieces import PIECE_SIZE, Pieces
+from blockcopy.replica.questions import questions
+from blockcopy.stages import FromDevice, Output
+
+DIGEST = digests.named("sha256")
+
+
+@pytest.fixture(params=range(4))
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Device]:
+    """Of data, zeros that are written out, and holes, in stretches that end anywhere."""
+    chance = random.Random(request.param)
+    path = tmp_path / "source"
+    with path.open("wb") as file:
+        at = 0
+        while at < PIECE_SIZE + BLOCK_SIZE:
+            length = chance.choice([1, 4095, 4096, BLOCK_SIZE, chance.randrange(4 * BLOCK_SIZE)])
+            file.seek(at)
+            file.write(chance.choice([noise(length), noise(length), bytes(length), b""]))
+            at += length
+        file.truncate(max(at, 1))
+    with open_source(str(path)) as device:
+        yield device
+
+
+def copying(device: Device) -> Device:
+    """The same, of which no view is to be had."""
+    other = open_source(device.path)
+    other._maps = False
+    return other
+
+
+def as_sent(frames: Sequence[Output]) -> list[tuple[str, int, bytearray]]:
+    """What comes of them, where, neighbours as one: how they are parted into frames may differ."""
+    decoder = Decoder(wire.AGREED_BLOCK_STREAM)
+    parts = [
+        each.device.read(each.offset, each.length) if isinstance(each, FromDevice) else each for each in frames
+    ]
+    decoder.feed(b"".join(parts))
+    found: list[tuple[str, int, bytearray]] = []
+    while (message := decoder.next()) is not None:
+        assert isinstance(message, (wire.Data, wire.Zero))
+        data = bytearray(message.payload if isinstance(message, wire.Data) else message.length)
+        name, position = type(message).__name__, message.position
+        if found and found[-1][0] == name and found[-1][1] + len(found[-1][2]) == position:
+            found[-1][2].extend(data)
+        else:
+            found.append((name, position, data))
+    return found
+
+
+@pytest.mark.parametrize("block_size", [4096, BLOCK_SIZE])
+@pytest.mark.parametrize(("joined", "agreed"), [(False, False), (True, False), (True, True)])
+def test_the_answers_are_the_same(source: Device, joined: bool, agreed: bool, block_size: int) -> None:
+    chance = random.Random(block_size)
+    terms = Terms(DIGEST, Packing(), joined=joined, agreed=agreed)
+    size, room = source.size(), memoryview(bytearray(PIECE_SIZE))
+    for position in (0, block_size, PIECE_SIZE):
+        piece = Pieces(source).piece(position, min(PIECE_SIZE, size - position), block_size)
+        asked = []
+        for at in range(0, piece.length, block_size):
+            own = source.read(position + at, min(block_size, piece.length - at))
+            asked.append(chance.choice([DIGEST(own), bytes(DIGEST.size), DIGEST.of_zeros(len(own))]))
+        for theirs in (b"".join(asked), None):
+            with copying(source) as other:
+                read = as_sent(Run(piece, block_size, theirs, terms).answer(other, room))
+            assert as_sent(Run(piece, block_size, theirs, terms).answer(source, room)) == read
+
+
+@pytest.mark.parametrize("block_size", [4096, BLOCK_SIZE])
+def test_the_questions_are_the_same(source: Device, block_size: int) -> None:
+    geometry = Geometry(source.size(), block_size)
+    blocks = [block for block in range(geometry.blocks) if block % 50 != 7]
+    with copying(source) as other:
+        read = questions(other, geometry, blocks, DIGEST)
+    assert questions(source, geometry, blocks, DIGEST) == read
+
+
+def test_what_is_sent_is_not_copied(tmp_path: Path) -> None:
+    path = written(tmp_path / "source", noise(2 * BLOCK_SIZE))
+    terms = Terms(DIGEST, Packing(), joined=True, agreed=True)
+    with open_source(str(path)) as device:
+        piece = Pieces(device).piece(0, 2 * BLOCK_SIZE, BLOCK_SIZE)
+        frames = Run(piece, BLOCK_SIZE, bytes(2 * DIGEST.size), terms).answer(device, memoryview(b""))
+    assert frames == [wire.frame_header(b"data", 0, 2 * BLOCK_SIZE), FromDevice(device, 0, 2 * BLOCK_SIZE)]
+
+
+@pytest.mark.parametrize("left", [0, 5000, PIECE_SIZE, PIECE_SIZE + 100, 3 * PIECE_SIZE])
+def test_a_source_that_is_cut_off_while_it_is_looked_at(tmp_path: Path, left: int) -> None:
+    """What comes of it is an error that is told, or death by SIGBUS; and never other bytes than the source's."""
+    data = noise(4 * PIECE_SIZE)
+    path, copy = written(tmp_path / "source", data), written(tmp_path / "copy", bytes(len(data)))
+    asked = written(tmp_path / "asked", run("checksum", "--digest", "sha256", copy).stdout)
+    with (
+        asked.open("rb") as stream,
+        subprocess.Popen(
+            [*BLOCKCOPY, "retrieve", path], stdin=stream, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as stage,
+    ):
+        assert stage.stdout is not None
+        first = stage.stdout.read(4)
+        os.truncate(path, left)
+        rest, _ = stage.communicate(timeout=PATIENCE)
+    assert stage.returncode in (0, 1, 3, -signal.SIGBUS)
+    run("save", copy, input=first + rest)
+    copied = copy.read_bytes()
+    for at in range(0, len(data), BLOCK_SIZE):
+        block = copied[at : at + BLOCK_SIZE]
+        assert block in (data[at : at + BLOCK_SIZE], bytes(BLOCK_SIZE)) or at < left < at + BLOCK_SIZE
