@@ -48,8 +48,11 @@ class Run(NamedTuple):
         """What is to be sent; it has views of `room`, of `size` bytes, in it. DeviceError unless `agreed`."""
         view = self.piece.view(source)
         if view is not None:
-            frames = _Answers(self, source, view, in_place=True).frames()
-            if self.piece.unview(source):
+            try:
+                frames = _Answers(self, source, view, in_place=True).frames()
+            finally:
+                whole = self.piece.unview(source)
+            if whole:
                 return frames
         return _Answers(self, source, room, in_place=False).frames()
 

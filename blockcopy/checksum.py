@@ -232,9 +232,14 @@ class _Hasher:
         device = self._device
         if device is None:
             raise BlockcopyError("a piece that was not read, of nothing that it could be read from")
-        view = piece.view(device)
-        runs = [] if view is None else list(self._runs(piece, view))
-        if view is None or not piece.unview(device):
+        runs: list[_Run] = []
+        whole = False
+        if (view := piece.view(device)) is not None:
+            try:
+                runs = list(self._runs(piece, view))
+            finally:
+                whole = piece.unview(device)
+        if not whole:
             room = self.buffers.take()
             runs = list(self._runs(piece._replace(length=piece.read(device, room)), room))
             self.buffers.give(room)

@@ -10,6 +10,8 @@ import errno
 import fcntl
 import os
 import stat
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +25,9 @@ ZEROS = bytes(1024 * 1024)
 
 
 _PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
+
+_HUGE_PAGE = 2 * 1024 * 1024
+"""Or a multiple of it, on some machines."""
 
 
 class Device:
@@ -38,6 +43,9 @@ class Device:
         self._cached = memoryview(bytearray(0))
         self._mapped: tuple[int, memoryview] | None = None
         self._maps = True
+        self._viewing = threading.Condition()  # of what follows
+        self._views = 0
+        self._dropping = False
         self.is_block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
 
     def __enter__(self) -> Device:
@@ -121,8 +129,11 @@ class Device:
         Give it back by `unview`: only then it is known that these were the device's bytes. Of one that is made
         shorter in that instant, or whose disk fails just after the bytes came from it, the view kills by SIGBUS.
         """
-        if not self._maps:
-            return None
+        with self._viewing:
+            if not self._maps or self._dropping:
+                return None
+            self._views += 1
+        view = None
         try:
             if self._mapped is None or len(self._mapped[1]) < offset + length:
                 self._mapped = syscalls.map_to_read(self._fd, self.size())
@@ -130,19 +141,37 @@ class Device:
             for extent in extents:
                 start = extent.offset - extent.offset % _PAGE_SIZE
                 syscalls.populate(address + start, extent.end - start)
+            if len(mapped) >= offset + length:
+                view = mapped[offset : offset + length]
         except OSError as error:
             # A bad sector, and bytes beyond the end, are of that place; all else is so for every other as well.
             self._maps = error.errno in (errno.EFAULT, errno.EAGAIN, errno.EINTR, errno.ENOMEM)
-            return None
-        return mapped[offset : offset + length] if len(mapped) >= offset + length else None
+        finally:
+            if view is None:
+                self._end_view(offset, length)
+        return view
 
     def unview(self, offset: int, length: int) -> bool:
         """That view is not looked at any more; whether all of it was the device's. DeviceError."""
-        if self._mapped is not None:
-            start = offset - offset % _PAGE_SIZE
-            with contextlib.suppress(OSError):  # it counts as our memory for longer, no more
-                syscalls.unpopulate(self._mapped[0] + start, offset + length - start)
+        self._end_view(offset, length)
         return self.size() >= offset + length  # the last page of a file goes on beyond its end, with zeros
+
+    def _end_view(self, offset: int, length: int) -> None:
+        if self._mapped is not None:
+            # The kernel may have mapped a huge page for a part of it, and that would stay: it counts as our
+            # memory, and cannot be dropped from the cache. Who is looking at its other parts has them again.
+            start, end = offset - offset % _HUGE_PAGE, offset + length
+            self._unpopulate(start, end + -end % _HUGE_PAGE)
+        with self._viewing:
+            self._views -= 1
+            self._viewing.notify_all()
+
+    def _unpopulate(self, start: int, end: int) -> None:
+        address, mapped = self._mapped or (0, b"")
+        end = min(end, len(mapped))
+        if start < end:
+            with contextlib.suppress(OSError):  # refused of memory that somebody has locked
+                syscalls.unpopulate(address + start, end - start)
 
     def splice_to(self, pipe: int, offset: int, length: int) -> int:
         """Some of those bytes into `pipe`, without a copy of them: how many, 0 at the end. OSError, and not
@@ -224,9 +253,17 @@ class Device:
             os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def drop_cache(self) -> None:
-        """What was synced is read from the disk next time, as far as the kernel heeds it."""
-        with self._errors("drop the cache of"):
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        """What was synced is read from the disk next time, as far as the kernel heeds it: not of what is being
+        looked at, so that is waited for."""
+        with self._viewing:
+            self._dropping = True
+            self._viewing.wait_for(lambda: not self._views)
+        try:
+            self._unpopulate(0, sys.maxsize)
+            with self._errors("drop the cache of"):
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            self._dropping = False
 
     def sync(self) -> None:
         """Return when all that was written is on stable storage."""

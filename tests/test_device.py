@@ -3,12 +3,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from support import held_by_another_process, mounted, noise, output, until
+from support import PATIENCE, held_by_another_process, mounted, noise, output, until
 
 from blockcopy import syscalls
 from blockcopy.device import Device, open_destination, open_source
@@ -123,6 +124,23 @@ def test_a_file_that_grows_is_viewed_to_its_new_end(file: Path) -> None:
         opened.write(3 * MIB, b"more")
         assert opened.view(3 * MIB, 4, [Extent(3 * MIB, 4)]) == b"more"
         assert old == noise(100)
+
+
+def test_what_is_looked_at_is_dropped_from_the_cache_afterwards(device: str) -> None:
+    """The kernel drops nothing that is mapped, and what should come from the disk would come from the cache."""
+    with open_destination(device) as opened:
+        assert opened.view(0, MIB, [Extent(0, MIB)]) is not None
+        dropper = threading.Thread(target=opened.drop_cache)
+        dropper.start()
+        until(lambda: opened._dropping, "the wait")
+        assert opened.view(MIB, MIB, [Extent(MIB, MIB)]) is None
+        assert dropper.is_alive()
+        assert opened.unview(0, MIB)
+        dropper.join(PATIENCE)
+        assert not dropper.is_alive()
+        until(lambda: not opened.drop_cache() and opened.read_cached(0, 4096) is None, "an empty cache")
+        assert opened.view(MIB, MIB, [Extent(MIB, MIB)]) is not None
+        opened.unview(MIB, MIB)
 
 
 def test_a_view_is_gone_with_the_last_who_has_it(file: Path) -> None:

@@ -16,6 +16,8 @@ Failure table: what can go wrong, what a read of a missing block gets, what beco
     the state cannot be written             served                goes on; a restart checks more
     whoever holds the replica leaves        SourceError           synced, recorded, processes gone
     killed, or the power is lost            –                     the next run takes up what is recorded
+    the destination is cut off, or its      –                     killed by SIGBUS: likewise
+        disk fails, as it is looked at
 """
 
 from __future__ import annotations

@@ -51,8 +51,11 @@ def _digests(device: Device, geometry: Geometry, offset: int, end: int, digest: 
         piece = pieces.piece(position, min(step, end - position), block_size)
         view = piece.view(device)
         if view is not None:
-            found = _digests_of(piece, view, block_size, digest)
-            if piece.unview(device):
+            try:
+                found = _digests_of(piece, view, block_size, digest)
+            finally:
+                whole = piece.unview(device)
+            if whole:
                 yield from found
                 continue
         buffer = _buffer()
