@@ -11,13 +11,35 @@ import pytest
 import support
 from support import PYTHON
 
-from benchmarks import data, tables
+from benchmarks import data, memory, tables
 from benchmarks.bench import Bench
 from benchmarks.ground import BenchError
 from benchmarks.results import Results
 
 BENCH = Path(__file__).resolve().parent.parent / "tools" / "bench"
 SIZE = 8 * data.MIB
+
+
+def test_whether_free_memory_is_given_back_is_told_by_the_balloon(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "BALLOONS", tmp_path)
+    assert not memory.is_given_back()
+    (tmp_path / "virtio0").mkdir()
+    features = tmp_path / "virtio0" / "features"
+    features.write_text("0110000100\n")
+    assert not memory.is_given_back()
+    features.write_text("0110010100\n")
+    assert memory.is_given_back()
+
+
+def test_memory_is_touched_and_not_kept():
+    def kib(what):
+        return int(Path("/proc/self/status").read_text().split(f"{what}:")[1].split()[0])
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+    before, size = kib("VmRSS"), 64 << 10
+    memory.touch(size << 10)
+    assert kib("VmHWM") > before + size // 2
+    assert kib("VmRSS") < before + size // 2
 
 
 def command(folder: Path, *words: object) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
 
-from benchmarks import data
+from benchmarks import data, memory
 from benchmarks.data import Case
 from benchmarks.ground import Ground
 from benchmarks.results import Results
@@ -39,6 +39,15 @@ class Bench:
     def say(self, text: str) -> None:
         """What is being done, on standard error."""
         print(f"… {text}", file=sys.stderr, flush=True)
+
+    def have_memory(self, times: int) -> None:
+        """For a run that fills the page cache, so many times the size: see `memory`. More than it fills, as
+        which of what is free is taken next nobody can say: of single pages what was freed last, of larger
+        ones anything."""
+        if self.args.quick or not memory.is_given_back():
+            return
+        self.results.note(memory.NOTE)
+        memory.touch(times * self.size)
 
     def alternating(self, items: Iterable[Item]) -> Iterator[tuple[int, Item]]:
         """For each run, all of them; every other run backwards, so that none always follows the same one."""

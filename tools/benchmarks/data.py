@@ -51,11 +51,11 @@ def pieces(extents: Extents, size: int = PIECE) -> Iterator[tuple[int, int]]:
             yield at, min(size, offset + length - at)
 
 
-def copy(source: Path | str, destination: Path | str, extents: Extents) -> None:
-    """Write the bytes of these extents, zeros too, and sync."""
+def copy(source: Path | str, destination: Path | str, extents: Extents, piece: int = PIECE) -> None:
+    """Write the bytes of these extents, zeros too, so many at once, and sync."""
     reading, writing = os.open(source, os.O_RDONLY), os.open(destination, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        for offset, length in pieces(extents):
+        for offset, length in pieces(extents, piece):
             os.pwrite(writing, os.pread(reading, length, offset), offset)
         os.fdatasync(writing)
     finally:

@@ -210,6 +210,7 @@ def in_order(bench: Bench, source: Path) -> None:
             told = json.loads(bench.ground.output([bench.ground.python, "-I", READER, "order", source, source]))
             group.add(who, first=through_the_link(bench, source), again=told["again"])
             continue
+        bench.have_memory(8)
         with make() as mounted:
             told = read(bench, mounted, reader, "order", source, size)
         group.add(who, first=told["first"], again=told["again"])

@@ -16,7 +16,11 @@ from benchmarks.mounts import peers, replica
 from benchmarks.part_lazy import READER, fresh
 
 BACKING = "the backing file itself"
+BY_PAGE = "the same, cached by the page"
+"""As FUSE caches, in single pages: what the kernel reads again through any mount is bound by that."""
+
 PRESENT_PEERS = ["passthrough_ll", "nbdfuse"]
+PAGE = 4096
 PATIENCE = 300
 """Seconds for a local copy to become complete."""
 
@@ -28,7 +32,11 @@ def present(bench: Bench) -> None:
     source = data.noise(folder / "source", [(0, bench.size)], bench.size, f"{bench.args.seed} present")
     words = f"{bench.size >> 20} MiB that are here and in the page cache; first: new to the mount's own cache"
     group = bench.results.group("present", "a complete replica", words, BACKING)
-    those = {BACKING: lambda: contextlib.nullcontext(source), "blockcopy mount": lambda: complete(bench, source)}
+    those = {
+        BACKING: lambda: contextlib.nullcontext(source),
+        BY_PAGE: lambda: by_page(bench, source),
+        "blockcopy mount": lambda: complete(bench, source),
+    }
     for name, maker in peers(PRESENT_PEERS, bench.results.note).items():
         those[name] = partial(file_of, maker, bench, source)
     if not (fio := shutil.which("fio")):
@@ -37,16 +45,26 @@ def present(bench: Bench) -> None:
         bench.say(f"present: {who}")
         data.warm(source)
         with make() as file:
+            bench.have_memory(2)
             told = json.loads(ground.output([ground.python, "-I", READER, "order", file, source], seconds=PATIENCE))
             group.add(who, first=told["first"], again=told["again"])
             for depth in (1, 16) if fio else ():
-                group.add(who, **{f"depth_{depth}": iops(bench, file, depth, is_backing=who == BACKING)})
+                group.add(who, **{f"depth_{depth}": iops(bench, file, depth, is_backing=who in (BACKING, BY_PAGE))})
 
 
 @contextmanager
 def file_of(maker, bench: Bench, source: Path) -> Iterator[Path]:
     with maker(bench.ground, source, None) as mounted:
         yield mounted.file
+
+
+@contextmanager
+def by_page(bench: Bench, source: Path) -> Iterator[Path]:
+    """A file whose pages came into the cache one by one: the kernel keeps together what was written at once."""
+    path = bench.ground.name("by-page")
+    data.copy(source, path, [(0, bench.size)], piece=PAGE)
+    yield path
+    path.unlink()
 
 
 @contextmanager

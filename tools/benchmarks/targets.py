@@ -51,6 +51,9 @@ def targets(results: Results) -> list[Target]:
         if example and value:
             found.append(("present, first: × passthrough_ll", value / example, 1, True))
         found.append(("present, again: × the backing file", group.ratio(ROOT, "again"), 0.9, True))
+        by_page, value = group.median("the same, cached by the page", "again"), group.median(ROOT, "again")
+        if by_page and value:
+            found.append(("present, again: × the same, cached by the page", value / by_page, 0.9, True))
         plain("present", "present", group.case, ROOT, "depth_1", 10_000)
         plain("present", "present", group.case, ROOT, "depth_16", 22_000)
     plain("mount to first byte", "lazy", "mount to first byte", ROOT, "seconds", 0.4)
