@@ -58,8 +58,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         _exit_with(args.command, error)
     except Interrupted as interrupted:
         stages.die_of(interrupted.signum)
-    gc.freeze()  # to look for garbage at the very end takes a tenth of the time of a small copy
-    sys.exit(0)
+    _end()
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], None]:
@@ -73,6 +72,13 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
             f"{name} is not in this copy of the stages; pip install 'blockcopy[fuse]' has it"
         ) from error
     return command
+
+
+def _end() -> NoReturn:
+    """All is done, written and closed: to take the interpreter down in order as well would give nothing back
+    that the kernel does not, and takes a hundredth of the time of a copy of 2 GiB, at both of its ends."""
+    logging.shutdown()
+    os._exit(0)
 
 
 def _exit_with(command: str, error: BlockcopyError) -> NoReturn:

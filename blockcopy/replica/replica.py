@@ -48,6 +48,8 @@ _DEMAND_WINDOW = {"first": 32, "least": 8, "most": 512}
 _BULK_FLIGHTS = 64
 _BULK_WINDOW = {"first": 32, "least": 8, "most": 1024}
 """In blocks: up to 128 MiB on their way, which fills 1 GB/s over a round trip of 100 ms."""
+_BULK_WINDOW_ALONE = {**_BULK_WINDOW, "first": 1024}
+"""Without a link and without readers there is nobody in whose way much could be."""
 
 _PREFETCHED = 512
 """Blocks that a prefetch asks for at once."""
@@ -121,7 +123,7 @@ class Replica:
         )
         self._bulk = Lane(
             links[-1],
-            Window(**_BULK_WINDOW),
+            Window(**(_BULK_WINDOW if plan.demand or plan.command.location.host else _BULK_WINDOW_ALONE)),
             batch_blocks=BATCH_BLOCKS,
             flights=_BULK_FLIGHTS,
             threads=WORKERS,
