@@ -15,7 +15,10 @@ REPORTING = 5
 
 MADV_POPULATE_WRITE = 23
 
-NOTE = "free memory, which this virtual machine gives back to its host, was touched before each run"
+NOTE = (
+    "free memory, which this virtual machine gives back to its host, was touched before each read in order, "
+    "and of what is here"
+)
 
 
 def is_given_back() -> bool:
