@@ -48,7 +48,7 @@ _DEMAND_WINDOW = {"first": 32, "least": 8, "most": 512}
 _BULK_FLIGHTS = 64
 _BULK_WINDOW = {"first": 32, "least": 8, "most": 1024}
 """In blocks: up to 128 MiB on their way, which fills 1 GB/s over a round trip of 100 ms."""
-_BULK_WINDOW_ALONE = {**_BULK_WINDOW, "first": 1024}
+_BULK_WINDOW_ALONE = {**_BULK_WINDOW, "first": _BULK_WINDOW["most"]}
 """Without a link and without readers there is nobody in whose way much could be."""
 
 _PREFETCHED = 512

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.data import BLOCK
-from benchmarks.ground import CHECKOUT, BenchError, Ground
+from benchmarks.ground import BenchError, Ground
+from checkout import CHECKOUT
 
 Pipeline = list[list[Any]]
 

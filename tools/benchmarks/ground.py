@@ -18,7 +18,6 @@ from typing import IO, Any
 
 from benchmarks import namespace
 
-CHECKOUT = Path(__file__).resolve().parent.parent.parent
 MARK = "BLOCKCOPY_BENCH_ID"
 """In the environment of all that is started, so that what is left of it is found."""
 
