@@ -77,7 +77,7 @@ def retrieve(args: argparse.Namespace) -> None:
 
 
 def save(args: argparse.Namespace) -> None:
-    from blockcopy.device import open_destination
+    from blockcopy.claim import open_destination
     from blockcopy.save import save as write_blocks
     from blockcopy.statefile import default_path, retire
 

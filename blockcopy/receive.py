@@ -16,8 +16,9 @@ from typing import Any
 
 from blockcopy import __version__, digests, wire, zstd
 from blockcopy.checksum import ask_about
+from blockcopy.claim import existing_destination, make_room, open_destination
 from blockcopy.decoder import Decoder
-from blockcopy.device import Device, existing_destination, make_room, open_destination
+from blockcopy.device import Device
 from blockcopy.errors import BlockcopyError, SourceChangedError, SourceError, StreamError
 from blockcopy.identity import Identity, differences, is_identity
 from blockcopy.progress import Progress

@@ -12,7 +12,8 @@ import pytest
 from support import PATIENCE, held_by_another_process, mounted, noise, output, until
 
 from blockcopy import syscalls
-from blockcopy.device import Device, open_destination, open_source
+from blockcopy.claim import open_destination
+from blockcopy.device import Device, open_source
 from blockcopy.errors import DestinationRefusedError, DeviceError
 from blockcopy.geometry import Extent
 

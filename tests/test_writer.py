@@ -11,7 +11,8 @@ import trio
 from support import BLOCK_SIZE, noise
 
 from blockcopy import digests
-from blockcopy.device import Device, open_destination
+from blockcopy.claim import open_destination
+from blockcopy.device import Device
 from blockcopy.errors import DeviceError
 from blockcopy.geometry import Extent, Geometry, runs
 from blockcopy.replica.blockmap import BlockMap

@@ -30,7 +30,8 @@ from contextlib import ExitStack, asynccontextmanager
 
 import trio
 
-from blockcopy.device import Device, existing_destination, make_room, open_destination, open_source
+from blockcopy.claim import existing_destination, make_room, open_destination
+from blockcopy.device import Device, open_source
 from blockcopy.errors import DestinationRefusedError, DeviceError, SourceError, StateError
 from blockcopy.geometry import BLOCK_SIZE, Geometry
 from blockcopy.replica import keeper
