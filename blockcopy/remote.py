@@ -24,6 +24,26 @@ MOST_NOISE = 64 * 1024
 _KEEP_ALIVE = ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
 """ssh notices within half a minute that the other end is gone. What was said before, in -e, it heeds first."""
 
+_PLAIN = {
+    "RemoteCommand": "none",
+    "RequestTTY": "no",
+    "SessionType": "default",
+    "StdinNull": "no",
+    "ForkAfterAuthentication": "no",
+    "PermitLocalCommand": "no",
+    "ForwardAgent": "no",
+    "ForwardX11": "no",
+}
+"""Options that make an ssh connection a plain pipe to a command, whatever ssh_config(5) says; as scp sets them.
+
+ssh takes the first value that it is given, so one in -e wins."""
+
+_NO_FORWARDING = "ClearAllForwardings=yes"
+"""No port forwarding and no tunnel. ssh obeys this even against -L and the like, so these leave it out."""
+
+_FORWARDING = re.compile(r"-[LRDwW]|(?i:(-o)?\s*(tunnel|(local|remote|dynamic)forward))")
+"""A word of -e that asks for a forwarding."""
+
 
 NO_CONTROL = "none"
 """As `control`: a login for each connection, whatever ssh's configuration says."""
@@ -161,13 +181,28 @@ def _way_to(host: str, rsh: list[str], control: str | None) -> Way:
     if Path(rsh[0]).name != "ssh":
         return Way([*rsh, host], [*rsh, host])
     end = ["--", host]  # whatever the host is called, it is no option
+    options = [*_plain(rsh), *_KEEP_ALIVE]
     if control is None or any(word.startswith("-S") or "controlpath" in word.lower() for word in rsh):
-        return Way([*rsh, *_KEEP_ALIVE, *end], [*rsh, host])  # a login of the user's own is not ours to end
-    ssh = [*rsh, "-o", f"ControlPath={control}", *_KEEP_ALIVE]
+        return Way([*rsh, *options, *end], [*rsh, host])  # a login of the user's own is not ours to end
+    options += ["-o", f"ControlPath={control}"]
     if control == NO_CONTROL:
-        return Way([*ssh, *end], [*rsh, host])
-    ssh += ["-o", "ControlMaster=auto", "-o", f"ControlPersist={_IDLE_SECONDS}"]
-    return Way([*ssh, *end], [*rsh, host], [*ssh, "-fN", *end], [*ssh, "-O", "exit", *end])
+        return Way([*rsh, *options, *end], [*rsh, host])
+    options += ["-o", "ControlMaster=auto", "-o", f"ControlPersist={_IDLE_SECONDS}"]
+    return Way(
+        [*rsh, *options, *end],
+        [*rsh, host],
+        [*rsh, "-fN", *options, *end],  # before the options: ssh refuses -N after a SessionType
+        [*rsh, *options, "-O", "exit", *end],
+    )
+
+
+def _plain(rsh: Sequence[str]) -> list[str]:
+    """The options of ssh that undo what its configuration adds to a command."""
+    settings = ["IgnoreUnknown=*"]  # some are newer than OpenSSH 8.4; from here on an unknown one is no error
+    settings += [f"{name}={value}" for name, value in _PLAIN.items()]
+    if not any(_FORWARDING.match(word) for word in rsh[1:]):
+        settings.append(_NO_FORWARDING)
+    return [word for setting in settings for word in ("-o", setting)]
 
 
 def _remote_words(option: str, command: str) -> list[str]:

@@ -63,15 +63,42 @@ def test_a_source_is_shown_as_it_was_given(source: Location, text: str) -> None:
     assert str(source) == text
 
 
+PLAIN = [
+    *("-o", "IgnoreUnknown=*"),
+    *("-o", "RemoteCommand=none", "-o", "RequestTTY=no", "-o", "SessionType=default", "-o", "StdinNull=no"),
+    *("-o", "ForkAfterAuthentication=no", "-o", "PermitLocalCommand=no"),
+    *("-o", "ForwardAgent=no", "-o", "ForwardX11=no"),
+]
+
+NO_FORWARDING = ["-o", "ClearAllForwardings=yes"]
+
 KEEP_ALIVE = ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
 
 
 @pytest.mark.parametrize(
     ("rsh", "start"),
     [
-        ("ssh", ["ssh", *KEEP_ALIVE, "--", "host"]),
-        ("ssh -p 2222 -o 'User=some one'", ["ssh", "-p", "2222", "-o", "User=some one", *KEEP_ALIVE, "--", "host"]),
-        ("/usr/bin/ssh -4", ["/usr/bin/ssh", "-4", *KEEP_ALIVE, "--", "host"]),
+        ("ssh", ["ssh", *PLAIN, *NO_FORWARDING, *KEEP_ALIVE, "--", "host"]),
+        (
+            "ssh -p 2222 -l me -o 'User=some one'",
+            [
+                "ssh",
+                "-p",
+                "2222",
+                "-l",
+                "me",
+                "-o",
+                "User=some one",
+                *PLAIN,
+                *NO_FORWARDING,
+                *KEEP_ALIVE,
+                "--",
+                "host",
+            ],
+        ),
+        ("ssh -L 1:h:2", ["ssh", "-L", "1:h:2", *PLAIN, *KEEP_ALIVE, "--", "host"]),
+        ("ssh -oTunnel=yes", ["ssh", "-oTunnel=yes", *PLAIN, *KEEP_ALIVE, "--", "host"]),
+        ("/usr/bin/ssh -4", ["/usr/bin/ssh", "-4", *PLAIN, *NO_FORWARDING, *KEEP_ALIVE, "--", "host"]),
         ("docker exec -i", ["docker", "exec", "-i", "host"]),
         ("rsh", ["rsh", "host"]),
     ],
@@ -108,12 +135,12 @@ def test_without_a_program_python_is_run_and_told_what_to_be() -> None:
 
 def test_a_shared_login_has_a_place_a_beginning_and_an_end() -> None:
     way = stage_command(REMOTE, "ssh -4", control="/run/x-%C").way
-    ssh = ["ssh", "-4", "-o", "ControlPath=/run/x-%C", *KEEP_ALIVE]
-    ssh += ["-o", "ControlMaster=auto", "-o", "ControlPersist=10"]
-    assert way.argv == [*ssh, "--", "host"]
+    options = [*PLAIN, *NO_FORWARDING, *KEEP_ALIVE, "-o", "ControlPath=/run/x-%C"]
+    options += ["-o", "ControlMaster=auto", "-o", "ControlPersist=10"]
+    assert way.argv == ["ssh", "-4", *options, "--", "host"]
     assert way.by_hand == ["ssh", "-4", "host"]
-    assert way.log_in == [*ssh, "-fN", "--", "host"]
-    assert way.end_login == [*ssh, "-O", "exit", "--", "host"]
+    assert way.log_in == ["ssh", "-4", "-fN", *options, "--", "host"]
+    assert way.end_login == ["ssh", "-4", *options, "-O", "exit", "--", "host"]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ from support import (
 )
 
 import blockcopy
+from blockcopy.login import control_path, log_in, logged_in
+from blockcopy.remote import parse_location, stage_command
 
 Mounter = Callable[..., Mount]
 LoopDevice = Callable[..., str]
@@ -147,6 +149,73 @@ def test_the_remote_shell_expands_the_program(sshd: Sshd, source: Path, destinat
     done = run("sync", "-e", sshd.rsh, "--blockcopy-path", program, f"{sshd.host}:{source}", destination)
     assert done.returncode == 0, done.stderr
     assert destination.read_bytes() == DATA
+
+
+# Whatever ssh_config(5) says
+
+SETTINGS = [
+    "RemoteCommand echo hello",
+    "RequestTTY force",
+    "SessionType none",
+    "SessionType subsystem",
+    "StdinNull yes",
+    "ForkAfterAuthentication yes",
+    "PermitLocalCommand yes\nLocalCommand echo local; cat",
+    "ExitOnForwardFailure yes\nLocalForward 127.0.0.1:{port} 127.0.0.1:9",
+    "ExitOnForwardFailure yes\nRemoteForward 127.0.0.1:{port} 127.0.0.1:9",
+    "ExitOnForwardFailure yes\nTunnel yes\nTunnelDevice 70000:any",
+    "ControlMaster yes\nControlPath {folder}/none/%C\nControlPersist yes",
+    "IgnoreUnknown UseKeychain\nUseKeychain yes",
+]
+
+
+def configured(sshd: Sshd, folder: Path, *settings: str) -> str:
+    """An -e whose ssh reads these settings from its file; the port of forwardings is taken."""
+    text = "\n".join(settings).format(port=sshd.port, folder=folder)
+    config = written(folder / "ssh_config", f"Host *\n{text}\n".encode())
+    return sshd.rsh.replace("-F none", f"-F {config}")
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_no_setting_of_ssh_changes_what_a_connection_is(
+    sshd: Sshd, source: Path, destination: Path, tmp_path: Path, setting: str
+) -> None:
+    rsh = configured(sshd, tmp_path, setting)
+    done = run("sync", "-e", rsh, "--python", PYTHON, f"{sshd.host}:{source}", destination)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert destination.read_bytes() == DATA
+
+
+@pytest.mark.parametrize("options", [(), ("--no-control-master",)], ids=["shared", "not shared"])
+def test_nor_do_all_of_them_with_any_command(
+    sshd: Sshd, mount: Mounter, source: Path, destination: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    together = [each for each in SETTINGS if each != "SessionType subsystem"]  # one of a kind
+    way = ["-e", configured(sshd, tmp_path, *together), "--python", PYTHON, *options]
+    for arguments in (
+        ["sync", *way, source, f"{sshd.host}:{destination}"],
+        ["verify", *way, source, f"{sshd.host}:{destination}"],
+        ["verify", *way, f"{sshd.host}:{source}", destination],
+        ["doctor", *way, f"{sshd.host}:{source}"],
+    ):
+        done = run(*arguments)
+        assert (done.returncode, done.stderr) == (0, b""), arguments
+    mounted = mount(f"{sshd.host}:{source}", tmp_path / "copy", *way, wait=True)
+    assert mounted.file.read_bytes() == DATA
+
+
+def test_a_shared_login_is_made_whatever_the_settings(sshd: Sshd, source: Path, tmp_path: Path) -> None:
+    """As a mount makes it at a terminal."""
+    rsh = configured(sshd, tmp_path, *(each for each in SETTINGS if each != "SessionType subsystem"))
+    command = stage_command(parse_location(f"{sshd.host}:{source}"), rsh, control=control_path(shared=True))
+    with logged_in(command):
+        log_in(command)
+        assert output(*command.way.argv, "echo", "through", "it") == "through it\n"
+
+
+def test_what_e_says_wins(sshd: Sshd, source: Path, destination: Path) -> None:
+    done = run("sync", "-e", f"{sshd.rsh} -o RemoteCommand=true", f"{sshd.host}:{source}", destination)
+    assert (done.returncode, b"Cannot execute command-line and remote command" in done.stderr) == (3, True)
 
 
 # What is refused
