@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, Union
 
-from blockcopy import __version__, digests, values
+from blockcopy import __version__, console, digests, values
+from blockcopy.errors import OutputError
 from blockcopy.remote import DEFAULT_PYTHON, DEFAULT_RSH
 
 Options = Union[argparse.ArgumentParser, "argparse._ArgumentGroup"]
@@ -17,7 +19,21 @@ Options = Union[argparse.ArgumentParser, "argparse._ArgumentGroup"]
 SHELLS = ("bash", "zsh", "fish")
 
 
-class Parser(argparse.ArgumentParser):
+class PlainParser(argparse.ArgumentParser):
+    """A parser of command lines whose help is written as all output of the program is."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write help to standard output in full. Exits with an error if nobody reads it."""
+        if file is None or file is not sys.stdout:
+            super()._print_message(message, file)
+            return
+        try:
+            console.write(message.removesuffix("\n"))
+        except OutputError as error:
+            self.exit(error.exit_code, f"ERROR ({self.prog}): {error}\n")
+
+
+class Parser(PlainParser):
     """One that says what may have been meant."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]

@@ -22,6 +22,9 @@ import pytest
 from blockcopy.geometry import BLOCK_SIZE
 from blockcopy.identity import sample_extents
 
+for name in ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):
+    os.environ.pop(name, None)  # few users have them, and they hide faults: output that fails when it is flushed
+
 PYTHON = sys.executable
 BLOCKCOPY = [PYTHON, "-P", "-m", "blockcopy"]
 STANDINS = Path(__file__).resolve().parent.parent / "tools" / "standins"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import support
-from support import BLOCKCOPY, run
+from support import BLOCKCOPY, PYTHON, run
 
 import blockcopy
 from blockcopy import errors
@@ -242,10 +242,12 @@ def test_a_verbose_error_says_where_it_came_from(tmp_path: Path, option: str) ->
 # Output that nobody takes
 
 
-def run_with_output(output: int, *arguments: object) -> subprocess.CompletedProcess[bytes]:
+def run_with_output(
+    output: int, *arguments: object, program: list[str] = BLOCKCOPY
+) -> subprocess.CompletedProcess[bytes]:
     """With `output` as its standard output, which is closed here."""
     try:
-        command = [*BLOCKCOPY, *map(str, arguments)]
+        command = [*program, *map(str, arguments)]
         return subprocess.run(command, stdout=output, stderr=subprocess.PIPE, timeout=20, check=False)
     finally:
         os.close(output)
@@ -266,11 +268,30 @@ def test_status_for_a_reader_that_went_away(mount: Mounter, tmp_path: Path) -> N
         assert done.stderr.decode() == "ERROR (status): whoever reads the output has gone away\n"
 
 
-@pytest.mark.parametrize("option", ["--help", "--version"])
-def test_help_for_a_reader_that_went_away(option: str) -> None:
-    done = run_with_output(nobody_reads(), option)
-    assert "Traceback" not in done.stderr.decode()
-    assert "Exception ignored" not in done.stderr.decode()
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--help"], "blockcopy"),
+        (["--version"], "blockcopy"),
+        (["sync", "--help"], "blockcopy sync"),
+        (["manual"], "manual"),
+        (["completion", "bash"], "completion"),
+        (["doctor"], "doctor"),
+        (["list"], "list"),
+    ],
+)
+def test_words_for_a_reader_that_went_away_are_one_error(words: list[str], name: str) -> None:
+    done = run_with_output(nobody_reads(), *words)
+    assert (done.returncode, done.stderr.decode()) == (
+        1,
+        f"ERROR ({name}): whoever reads the output has gone away\n",
+    )
+
+
+def test_help_of_the_mount_helper_for_a_reader_that_went_away() -> None:
+    done = run_with_output(nobody_reads(), "--help", program=[PYTHON, "-P", "-m", "blockcopy_fuse.mount_helper"])
+    assert done.returncode == 1
+    assert done.stderr.decode() == "ERROR (mount.blockcopy): whoever reads the output has gone away\n"
 
 
 @pytest.mark.parametrize("command", ["checksum", "status"])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 from blockcopy import cli
-from blockcopy.arguments import long_options
+from blockcopy.arguments import PlainParser, long_options
 from blockcopy_fuse import options
 
 _OF_OTHERS = {
@@ -30,8 +30,8 @@ def main() -> None:
         cli.main(command_line(args))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> PlainParser:
+    parser = PlainParser(
         prog="mount.blockcopy", description="For mount(8): mount -t blockcopy SOURCE MOUNTPOINT -o dest=DESTINATION"
     )
     parser.add_argument("source", metavar="SOURCE", help="[user@]host:/path or a local path; only read")
