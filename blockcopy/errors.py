@@ -110,6 +110,16 @@ class IncompleteError(BlockcopyError):
     exit_code = 75
 
 
+def how_ended(status: int) -> str:
+    """Return in words how a process ended that has this `returncode`, as subprocess has it."""
+    if status >= 0:
+        return f"ended with exit status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:  # most of the real-time signals have no name
+        return f"was killed by signal {-status}"
+
+
 class Interrupted(BaseException):
     """SIGINT or SIGTERM. Not a BlockcopyError, so that nothing takes it for a failure."""
 

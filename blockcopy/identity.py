@@ -25,6 +25,12 @@ from blockcopy.geometry import Extent
 
 Identity = dict[str, Any]
 
+_MOST_NAMES = 16
+"""Facts of an identity; others than those above may come with newer programs."""
+
+_MOST_DIGITS, _MOST_TEXT = 64, 4096
+"""Characters of a sample's digest, and of another fact."""
+
 _PIECES, _PIECE_SIZE = 32, 4096
 
 _BTRFS_SUPERBLOCK = 64 * 1024
@@ -83,16 +89,21 @@ def unchanged_sample(device: Device, identity: Identity, extents: Iterable[Exten
 
 def is_identity(value: object) -> bool:
     """Whether what a peer or a state file says has the form of a source's identity."""
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or len(value) > _MOST_NAMES:
         return False
     size, sample = value.get("size"), value.get("sample")
     return (
         type(size) is int
         and 0 <= size < 1 << 63
         and isinstance(sample, list)
-        and all(isinstance(piece, str) for piece in sample)
+        and all(isinstance(piece, str) and len(piece) <= _MOST_DIGITS for piece in sample)
         and len(sample) == len(sample_extents(size))
+        and all(_is_plain(each) for name, each in value.items() if name != "sample")
     )
+
+
+def _is_plain(value: object) -> bool:
+    return type(value) is int or (isinstance(value, str) and len(value) <= _MOST_TEXT)
 
 
 def tells_of_writes(identity: Identity) -> bool:

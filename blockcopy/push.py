@@ -16,7 +16,7 @@ import time
 
 from blockcopy.advice import TRANSPORT_FAILED, advice
 from blockcopy.device import Device
-from blockcopy.errors import BlockcopyError, OutputError, PeerError, StreamError
+from blockcopy.errors import BlockcopyError, OutputError, PeerError, StreamError, how_ended
 from blockcopy.progress import Counts, Progress
 from blockcopy.remote import MOST_NOISE, Command
 from blockcopy.retrieve import retrieve
@@ -168,11 +168,12 @@ class _Receiver:
         if own is not None:
             message = own[len(_ITS_ERROR) :]
             return BlockcopyError.told(f"{command.location.host or 'this host'}: {message}{more}", status)
-        how = f"ended with exit status {status}" if status >= 0 else f"was killed by signal {-status}"
         told = f"; it said: {' | '.join(self._said)}" if self._said else ""
         if failure is not None and not told:
             told = f": {failure}"
-        return (_LostError if lost else PeerError)(f"the receive process of {command.location} {how}{told}{more}")
+        return (_LostError if lost else PeerError)(
+            f"the receive process of {command.location} {how_ended(status)}{told}{more}"
+        )
 
 
 def _lines(text: bytes) -> list[str]:

@@ -14,12 +14,13 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from blockcopy import __version__, digests, wire, zstd
+from blockcopy import digests, wire, zstd
 from blockcopy.checksum import ask_about
 from blockcopy.claim import existing_destination, make_room, open_destination
 from blockcopy.decoder import Decoder
 from blockcopy.device import Device
 from blockcopy.errors import BlockcopyError, SourceChangedError, SourceError, StreamError
+from blockcopy.handshake import greeting_of_asker, read_source
 from blockcopy.identity import Identity, differences, is_identity
 from blockcopy.progress import Progress
 from blockcopy.save import Writer
@@ -46,7 +47,7 @@ def receive(
         destination = existing_destination(path, force=force)
         if destination is not None:
             stack.enter_context(destination)
-        greeting = _greeting(compress)
+        greeting = greeting_of_asker(digests.speeds(), compress if zstd.available() else None)
         questions.write([greeting])
         source = _Source(answers)
         identity, name = source.greeting()
@@ -63,14 +64,6 @@ def receive(
         source.check(identity)
 
 
-def _greeting(compress: Mapping[str, Any] | None) -> bytes:
-    facts: dict[str, Any] = {"protocol": wire.PROTOCOL, "program": f"blockcopy {__version__}"}
-    facts["digests"] = digests.speeds()
-    if compress and zstd.available():
-        facts["compress"] = dict(compress)
-    return wire.encode(wire.Hello(facts))
-
-
 class _Source:
     """What the other end says."""
 
@@ -82,13 +75,9 @@ class _Source:
 
     def greeting(self) -> tuple[Identity, str]:
         """What it is, and the digest that suits both ends. StreamError where that cannot be agreed to."""
-        first = next(self._messages(), None)
-        facts = first.facts if isinstance(first, wire.Hello) else {}
-        identity, name = facts.get("identity"), facts.get("digest")
-        if not isinstance(identity, dict) or not is_identity(identity) or name not in digests.speeds():
-            raise StreamError(f"no agreement with the source's {str(facts)[:500]}")
+        identity, name = read_source(next(self._messages(), None), digests.speeds())
         self._last = identity
-        return identity, str(name)
+        return identity, name
 
     def write_all(self, writer: Writer) -> None:
         """Write what comes, to the end."""

@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Union
 
-from blockcopy import __version__, digests, identity, packing, wire
+from blockcopy import digests, identity, packing, wire
 from blockcopy.answers import Run, Terms
 from blockcopy.decoder import Decoder
 from blockcopy.device import Device
 from blockcopy.digests import ORIGINAL
 from blockcopy.errors import StreamError
 from blockcopy.geometry import BLOCK_SIZE
+from blockcopy.handshake import digest_for, greeting_of_source
 from blockcopy.packing import Packing
 from blockcopy.pieces import PIECE_SIZE, Pieces
 from blockcopy.progress import Counts, Progress
@@ -165,7 +166,7 @@ class _Questions:
             return self._rest(message)
         if isinstance(message, wire.Hello):
             self._need(first or self._terms.agreed, "`helo` in mid-stream")
-            return [_Say(wire.encode(self._agree(message.facts)))]
+            return [_Say(self._agree(message.facts))]
         if isinstance(message, wire.Digests):
             self._need(first, "`dgst` in mid-stream")
             self._terms = self._terms._replace(digest=digests.named(message.name), joined=True)
@@ -175,19 +176,14 @@ class _Questions:
         if not condition:
             raise StreamError(otherwise)
 
-    def _agree(self, facts: dict[str, Any]) -> wire.Hello:
-        name = _digest_for(facts.get("digests"))
+    def _agree(self, facts: dict[str, Any]) -> bytes:
+        """Answer in the way that a greeting asks for from now on; return the greeting that says so."""
+        name = digest_for(facts)
         wish = packing.wish_of(facts.get("compress"))
         pack = packing.wished(wish, self._output) if wish else self._packing
         self._original = self._original._replace(packing=pack, agreed=True)
         self._terms = Terms(digests.named(name), pack, joined=True, agreed=True)
-        answer = {
-            "protocol": wire.PROTOCOL,
-            "program": f"blockcopy {__version__}",
-            "digest": name,
-            "compress": pack.name,
-        }
-        return wire.Hello({**answer, "identity": identity.of_source(self._source)})
+        return greeting_of_source(identity.of_source(self._source), name, pack.name)
 
     def _hash(self, asked: wire.Hash) -> Iterable[_Item]:
         position, size, digest = asked
@@ -252,16 +248,3 @@ class _Questions:
             if at < data.offset:
                 yield _Say(wire.encode(wire.Hole(at, min(data.offset, end) - at)))
             at = data.end
-
-
-def _digest_for(offered: object) -> str:
-    """The best for both ends, where the asker has those `offered` (see `wire`). StreamError where there is none."""
-    if offered is None:
-        return ORIGINAL
-    there = offered if isinstance(offered, dict) else {}
-    usable = {name: speed for name, speed in there.items() if type(speed) in (int, float) and speed > 0}
-    name = digests.choose(digests.speeds(), usable)
-    if name is None:
-        has = ", ".join(digests.speeds())
-        raise StreamError(f"`helo` without a digest that both ends have; this one has {has}")
-    return name

@@ -53,6 +53,7 @@ from typing import Any, Callable, NamedTuple, Union
 
 from blockcopy.digests import DIGEST_SIZE, Buffer
 from blockcopy.errors import StreamError
+from blockcopy.strict_json import parse_object
 
 MAX_BLOCK_SIZE = 1024 * 1024
 """Bytes a peer may ask for, or send, as one block. The original never goes beyond 128 KiB."""
@@ -223,12 +224,9 @@ def frame_header(command: bytes, position: int, size: int) -> bytes:
 
 def _hello(payload: Buffer) -> Hello:
     try:
-        facts = json.loads(bytes(payload))
-    except (ValueError, RecursionError) as error:
-        raise StreamError("`helo` without the JSON that belongs to it") from error
-    if not isinstance(facts, dict):
-        raise StreamError("`helo` with JSON that is no object")
-    return Hello(facts)
+        return Hello(parse_object(bytes(payload)))
+    except ValueError as error:
+        raise StreamError(f"`helo` without the JSON that belongs to it: {error}") from error
 
 
 def _failure(position: int, payload: Buffer) -> Failure:

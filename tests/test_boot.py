@@ -155,7 +155,7 @@ def test_sync_runs_a_command_when_all_is_done(tmp_path: Path, source: Path, dest
     command = f"{FACTS} env | grep ^BLOCKCOPY_DEST; {shlex.join(BLOCKCOPY)} sync source destination && exit 7"
     done = run("sync", "--on-complete", command, source.name, destination.name, cwd=tmp_path)
     assert (done.returncode, done.stdout.decode()) == (0, f"BLOCKCOPY_DESTINATION={destination}\n")
-    assert done.stderr.decode() == "--on-complete failed: exit status 7\n"
+    assert done.stderr.decode() == "--on-complete failed: it ended with exit status 7\n"
     assert (tmp_path / "facts").read_text() == f"{len(DATA)} 0 {len(DATA)} 0\n"
 
 
@@ -174,7 +174,7 @@ def test_a_mount_runs_a_command_and_serves_meanwhile(
     until((tmp_path / "facts").exists, "the command")
     assert mounted.file.read_bytes() == DATA
     (tmp_path / "go").write_bytes(b"")
-    until(lambda: "--on-complete failed: ended by SIGKILL" in log.read_text(), "its end")
+    until(lambda: "--on-complete failed: it was killed by SIGKILL" in log.read_text(), "its end")
     assert (tmp_path / "point").read_text() == f"{mounted.point}\n"
     pid = mounted.status()["pid"]
     assert Path(f"/proc/{pid}/task/{pid}/children").read_text() == ""  # no zombie either

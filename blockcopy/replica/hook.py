@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import subprocess
 from typing import Any
 
 import trio
+
+from blockcopy.errors import how_ended
 
 logger = logging.getLogger(__name__)
 
@@ -57,5 +58,4 @@ async def run(command: str, snapshot: dict[str, Any], folder: str) -> None:
 
 def _tell(status: int) -> None:
     if status:
-        how = f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        logger.error("--on-complete failed: %s", how)
+        logger.error("--on-complete failed: it %s", how_ended(status))

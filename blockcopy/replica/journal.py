@@ -29,6 +29,7 @@ from blockcopy.errors import StateError, StateNotKeptError
 from blockcopy.identity import Identity, is_identity
 from blockcopy.replica.blockmap import CHUNK_BLOCKS
 from blockcopy.statefile import retire
+from blockcopy.strict_json import parse_object
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ class Journal:
         text, seal = row
         if seal != _seal("facts", text.encode()):
             raise ValueError("the facts")
-        facts = json.loads(text)
+        facts = parse_object(text.encode())
         token = facts["token"]
         believed = {}
         for number, bits, seal in chunks:

@@ -108,6 +108,11 @@ class Link:
         except SourceError as error:
             self.last_error = error
             raise
+        except Exception as error:
+            location = self._connector.command.location
+            logger.error("connecting to %s met a fault of blockcopy's", location, exc_info=error)
+            self.last_error = SourceError(f"{location}: internal error: {error!r}")
+            raise self.last_error from error
         self._connections += 1
         self._connector.wake()
 

@@ -41,7 +41,7 @@ class Notifier:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
                 manager.setblocking(False)
-                manager.sendto(text.encode(), self._address)
+                manager.sendto(text.encode(errors="replace"), self._address)
         except OSError as error:
             logger.debug("NOTIFY_SOCKET: %s", error)
 

@@ -182,6 +182,9 @@ class Replica:
         except BlockcopyError as error:
             if not self._closing:
                 self._fail(error)
+        except Exception as error:
+            logger.error("a part of the copy met a fault of blockcopy's", exc_info=error)
+            self._fail(BlockcopyError(f"internal error: {error!r}"))
 
     async def _hydrate(self) -> None:
         await Hydration(

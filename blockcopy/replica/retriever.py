@@ -12,23 +12,30 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from copy import copy
 from functools import partial
 from typing import Any, TypeVar
 
 import trio
 
-from blockcopy import __version__, digests, wire
+from blockcopy import digests, wire
 from blockcopy.advice import advice
 from blockcopy.decoder import Decoder
 from blockcopy.digests import Digest
-from blockcopy.errors import GarbledSourceError, OriginalProgramError, SourceError, StreamError
+from blockcopy.errors import (
+    BlockcopyError,
+    GarbledSourceError,
+    OriginalProgramError,
+    SourceError,
+    StreamError,
+    how_ended,
+)
 from blockcopy.geometry import Extent
-from blockcopy.identity import Identity, is_identity
+from blockcopy.handshake import greeting_of_asker, read_source
+from blockcopy.identity import Identity
 from blockcopy.remote import MOST_NOISE, Command
 from blockcopy.replica.forms import AgreedForm, Answer, Batch, OriginalForm, Probe, Question, Sink, Survey
 from blockcopy.replica.process import Process, start
@@ -82,6 +89,8 @@ class Retriever:
         self._closing = False
         self._taking = False
         self._stalled = False
+        self._fault: Exception | None = None
+        """Raised by a part of this connection, and foreseen by none."""
         self.failure: SourceError | None = None
         """Why nothing can be asked any more; None while it can."""
         self.quiet = True
@@ -92,11 +101,7 @@ class Retriever:
             self._greeting = b""
             self._greeted.set()  # it does not know how
         else:  # before anything else, and without waiting for whoever asks
-            facts: dict[str, Any] = {"protocol": wire.PROTOCOL, "program": f"blockcopy {__version__}"}
-            facts["digests"] = {digest.name: 1} if digest else digests.speeds()
-            if compress:
-                facts["compress"] = dict(compress)
-            self._greeting = wire.encode(wire.Hello(facts))
+            self._greeting = greeting_of_asker({digest.name: 1} if digest else digests.speeds(), compress)
             self._transmit(command.opening + self._greeting)
 
     async def greet(self) -> Identity:
@@ -111,12 +116,10 @@ class Retriever:
             if any("helo" in message for message in self._messages):
                 raise OriginalProgramError(str(failure))
             raise copy(failure)
-        facts = self._hello.facts
-        identity: Identity = facts.get("identity", {})
-        name = facts.get("digest")
-        offered = [self.digest.name] if self.digest else digests.speeds()
-        if not is_identity(identity) or name not in offered:
-            raise SourceError(f"{self._command.location}: no agreement with {str(facts)[:500]}")
+        try:
+            identity, name = read_source(self._hello, [self.digest.name] if self.digest else digests.speeds())
+        except StreamError as error:
+            raise SourceError(f"{self._command.location}: {error}") from error
         self.digest = digests.named(name)
         return identity
 
@@ -200,28 +203,53 @@ class Retriever:
         """
         process = self._process = self._started or start(self._command)
         failure = SourceError(self._let_go())
+        task_status.started()
         try:
-            with InputStream(process.stdout) as stream:
-                async with trio.open_nursery() as nursery:
-                    messages_read = trio.Event()
-                    nursery.start_soon(self._write, process)
-                    nursery.start_soon(self._watch, process)
-                    nursery.start_soon(self._read_messages, process, messages_read)
-                    nursery.start_soon(self._end_with, process, stream)
-                    task_status.started()
-                    garbled = await self._read(process, stream)
-                    with trio.move_on_after(_FAREWELL_SECONDS):
-                        await process.wait()
-                        await messages_read.wait()
-                    failure = self._why(process, garbled) or failure
-                    nursery.cancel_scope.cancel()
+            failure = await self._converse(process) or failure
+        except Exception as error:  # noqa: BLE001  (logged with its traceback, and told to whoever asks)
+            self._note_fault(error)
+            failure = self._why(process, None) or failure
         finally:
             await process.aclose()
             self._fail(failure)
             self.ended.set()
 
-    def _why(self, process: Process, garbled: StreamError | None) -> SourceError | None:
+    async def _converse(self, process: Process) -> SourceError | None:
+        """See the process to its end. Returns why it ended, or None if it was told to."""
+        with InputStream(process.stdout) as stream:
+            async with trio.open_nursery() as nursery:
+                messages_read = trio.Event()
+                for part in (
+                    self._write(process),
+                    self._watch(process),
+                    self._read_messages(process, messages_read),
+                    self._end_with(process, stream),
+                ):
+                    nursery.start_soon(self._part, process, part)
+                garbled = await self._read(process, stream)
+                with trio.move_on_after(_FAREWELL_SECONDS):
+                    await process.wait()
+                    await messages_read.wait()
+                nursery.cancel_scope.cancel()
+        return self._why(process, garbled)
+
+    async def _part(self, process: Process, part: Awaitable[None]) -> None:
+        """Run a part of the connection. Whatever it raises ends this connection, and nothing else."""
+        try:
+            await part
+        except Exception as error:  # noqa: BLE001  (logged with its traceback, and told to whoever asks)
+            self._note_fault(error)
+            process.kill()
+
+    def _note_fault(self, error: Exception) -> None:
+        """Log what nobody foresaw, with its traceback. Thread-safe."""
+        logger.error("the connection to %s met a fault of blockcopy's", self._command.location, exc_info=error)
+        self._fault = error
+
+    def _why(self, process: Process, garbled: BlockcopyError | None) -> SourceError | None:
         """Why it ended, unless it was told to."""
+        if self._fault is not None:
+            return GarbledSourceError(f"{self._command.location}: internal error: {self._fault!r}")
         if self._stalled:
             return SourceError(f"{self._command.location} gave nothing for {self._timeout:g} seconds")
         if garbled is not None:
@@ -251,13 +279,13 @@ class Retriever:
         except trio.BrokenResourceError:
             return  # it went away: reading tells why
 
-    async def _read(self, process: Process, stream: InputStream) -> StreamError | None:
+    async def _read(self, process: Process, stream: InputStream) -> BlockcopyError | None:
         """Settle batches until the output ends, in a thread; what was not asked for, if that ended it."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._wake_when_cancelled, stream)
             garbled = await trio.to_thread.run_sync(self._receive, stream, limiter=trio.CapacityLimiter(1))
             nursery.cancel_scope.cancel()
-        if garbled is not None:
+        if garbled is not None or self._fault is not None:
             process.kill()
         return garbled
 
@@ -269,8 +297,8 @@ class Retriever:
         finally:
             stream.wake()
 
-    def _receive(self, stream: InputStream) -> StreamError | None:
-        """In the thread."""
+    def _receive(self, stream: InputStream) -> BlockcopyError | None:
+        """In the thread. Returns what was not asked for, or could not be taken, if that ended it."""
         decoder = Decoder(self._form.grammar)
         try:
             if not self._begun and not self._begins(stream):
@@ -284,8 +312,10 @@ class Retriever:
                     self._take(message)
                 self._last_sign = self._now()
                 self._taking = False
-        except StreamError as error:
+        except BlockcopyError as error:
             return error
+        except Exception as error:  # noqa: BLE001  (logged with its traceback, and told to whoever asks)
+            self._note_fault(error)
         return None
 
     def _begins(self, stream: InputStream) -> bool:
@@ -345,12 +375,7 @@ class Retriever:
         logger.log(logging.DEBUG if self.quiet else logging.WARNING, "%s", text)
 
     def _describe_end(self, returncode: int | None) -> str:
-        if returncode is None:
-            how = "closed its output"
-        elif returncode < 0:
-            how = f"was killed by {signal.Signals(-returncode).name}"
-        else:
-            how = f"ended with exit status {returncode}"
+        how = "closed its output" if returncode is None else how_ended(returncode)
         return f"the retrieve process of {self._command.location} {how}"
 
     def _said(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -11,6 +12,8 @@ from typing import TypeVar
 import trio
 
 from blockcopy.errors import BlockcopyError, Interrupted
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -34,6 +37,14 @@ def run(main: Callable[[], Awaitable[T]]) -> T:
         if not all(isinstance(leaf, (BlockcopyError, Interrupted)) for leaf in leaves):
             raise  # a fault of ours: with all there is to see
         raise next((leaf for leaf in leaves if isinstance(leaf, Interrupted)), leaves[0]) from group
+
+
+async def expendable(name: str, part: Callable[[], Awaitable[None]]) -> None:
+    """Run a part that the copy does without: whatever it raises is logged, and ends nothing else."""
+    try:
+        await part()
+    except Exception as error:
+        logger.error("%s ended by a fault of blockcopy's; all else goes on", name, exc_info=error)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import trio
 
 from blockcopy.progress import Progress
@@ -10,6 +12,7 @@ from blockcopy.replica.engine import open_replica
 from blockcopy.replica.notify import Notifier
 from blockcopy.replica.replica import Plan
 from blockcopy.replica.report import report
+from blockcopy.replica.running import expendable
 
 
 async def sync(plan: Plan, progress: Progress, notifier: Notifier) -> None:
@@ -19,11 +22,14 @@ async def sync(plan: Plan, progress: Progress, notifier: Notifier) -> None:
     """
     async with open_replica(plan) as replica:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(notifier.keep_telling, replica)
-            nursery.start_soon(metrics.keep_writing, plan.metrics, replica.snapshot)
-            await report(replica, progress)
+            for name, part in (
+                ("sd_notify", partial(notifier.keep_telling, replica)),
+                ("--metrics", partial(metrics.keep_writing, plan.metrics, replica.snapshot)),
+                ("the progress", partial(report, replica, progress)),
+            ):
+                nursery.start_soon(expendable, name, part)
             await replica.wait_complete()
             nursery.cancel_scope.cancel()
         snapshot = replica.snapshot()
     if plan.on_complete:  # the destination is nobody's any more
-        await hook.run(plan.on_complete, snapshot, plan.command.folder)
+        await expendable("--on-complete", partial(hook.run, plan.on_complete, snapshot, plan.command.folder))

@@ -28,6 +28,7 @@ from blockcopy.errors import BlockcopyError, DeviceError, UsageError
 from blockcopy.geometry import Extent
 from blockcopy.replica.replica import Replica
 from blockcopy.runfolder import run_folder
+from blockcopy.strict_json import parse_object
 from blockcopy.wire import MAX_POSITION
 from blockcopy_fuse import control
 
@@ -55,6 +56,8 @@ class ControlSocket:
                 await stream.send_all(json.dumps(await _reply(stream, replica, snapshot)).encode() + b"\n")
             except trio.BrokenResourceError:
                 logger.debug("who asked has gone away")
+            except Exception as error:
+                logger.error("a request met a fault of blockcopy's; the control socket goes on", exc_info=error)
 
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._listener))
         await trio.serve_listeners(answer, [listener])
@@ -121,12 +124,9 @@ async def _request(stream: trio.SocketStream) -> dict[str, Any]:
         if not data or len(line) > _MAX_REQUEST:
             raise UsageError("the request is not a line of JSON")
     try:
-        request = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError("the request is not JSON") from error
-    if not isinstance(request, dict):
-        raise UsageError("the request is not an object")
-    return request
+        return parse_object(line)
+    except ValueError as error:
+        raise UsageError(f"the request is not JSON: {error}") from error
 
 
 async def _obey(request: dict[str, Any], replica: Replica) -> None:

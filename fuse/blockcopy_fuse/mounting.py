@@ -20,6 +20,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from blockcopy.replica.engine import open_replica
 from blockcopy.replica.notify import Notifier
 from blockcopy.replica.replica import Plan, Replica
 from blockcopy.replica.report import report
-from blockcopy.replica.running import received
+from blockcopy.replica.running import expendable, received
 from blockcopy_fuse import STATUS_NAME, control, control_socket, mounts
 from blockcopy_fuse.control_socket import ControlSocket
 from blockcopy_fuse.operations import Operations
@@ -154,12 +155,16 @@ async def serve(mount: MountPlan, ready: Callable[[], None], progress: Progress,
                     _pid_file(mount.pid_file),
                 ):
                     async with trio.open_nursery() as helpers:
-                        helpers.start_soon(notifier.keep_telling, replica)
-                        helpers.start_soon(metrics.keep_writing, mount.plan.metrics, snapshot)
+                        parts = {
+                            "sd_notify": partial(notifier.keep_telling, replica),
+                            "--metrics": partial(metrics.keep_writing, mount.plan.metrics, snapshot),
+                            "the progress": partial(report, replica, progress),
+                            "--on-complete": partial(_on_complete, mount.plan, replica, snapshot),
+                        }
                         if socket is not None:
-                            helpers.start_soon(socket.serve, replica, snapshot)
-                        helpers.start_soon(report, replica, progress)
-                        helpers.start_soon(_on_complete, mount.plan, replica, snapshot)
+                            parts["the control socket"] = partial(socket.serve, replica, snapshot)
+                        for name, part in parts.items():
+                            helpers.start_soon(expendable, name, part)
                         await _serve(replica, stop, ready, notifier)
                         helpers.cancel_scope.cancel()
             finally:
