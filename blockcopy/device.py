@@ -137,14 +137,15 @@ class Device:
             if self._mapped is None or len(self._mapped[1]) < offset + length:
                 self._mapped = syscalls.map_to_read(self._fd, self.size())
             address, mapped = self._mapped
-            for extent in extents:
-                start = extent.offset - extent.offset % _PAGE_SIZE
-                syscalls.populate(address + start, extent.end - start)
             if len(mapped) >= offset + length:
+                for extent in extents:
+                    start = extent.offset - extent.offset % _PAGE_SIZE
+                    syscalls.populate(address + start, extent.end - start)
                 view = mapped[offset : offset + length]
         except OSError as error:
-            # A bad sector, and bytes beyond the end, are of that place; all else is so for every other as well.
-            self._maps = error.errno in (errno.EFAULT, errno.EAGAIN, errno.EINTR, errno.ENOMEM)
+            # A device that failed once, or became shorter, may do so again, while it is looked at.
+            if error.errno not in (errno.EAGAIN, errno.EINTR, errno.ENOMEM):
+                self._maps = False
         finally:
             if view is None:
                 self._end_view(offset, length)

@@ -10,6 +10,7 @@ import errno
 import functools
 import mmap
 import os
+import re
 import sys
 import weakref
 from typing import Any
@@ -36,8 +37,10 @@ def map_to_read(fd: int, length: int) -> tuple[int, memoryview]:
     """The first `length` bytes of `fd` where the page cache has them: their address, and a view. OSError.
 
     They stay mapped until the last view of them is gone. To touch what the device has not, or cannot read,
-    kills by SIGBUS: see `populate`.
+    kills by SIGBUS: see `populate`. Raises OSError (EOPNOTSUPP) if `populate` is not safe on this kernel.
     """
+    if not populate_returns(os.uname().release):
+        raise OSError(errno.EOPNOTSUPP, "this kernel would retry a read error for ever")
     if length > sys.maxsize:
         raise OSError(errno.EOVERFLOW, os.strerror(errno.EOVERFLOW))
     address = _function("mmap")(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
@@ -52,9 +55,21 @@ def map_to_read(fd: int, length: int) -> tuple[int, memoryview]:
 
 
 def populate(address: int, length: int) -> None:
-    """Have what is mapped there, whole pages, in memory. OSError: EFAULT where the device has it not, or cannot
-    read it, EINVAL before Linux 5.14."""
+    """Bring `length` mapped bytes at `address`, whole pages, into memory. Raises OSError: EFAULT if the device
+    ends before, or cannot read them."""
     _call("madvise", address, length, _MADV_POPULATE_READ)
+
+
+def populate_returns(release: str) -> bool:
+    """Return True if MADV_POPULATE_READ of the kernel `release` fails at a read error.
+
+    Linux 5.14 to 6.8 retry it for ever, and the thread hears no signal but SIGKILL. Commit 631426ba1d45 mended
+    6.9 and 6.6.30; 6.1 and 5.15 never got it. The number that a distribution puts behind a release, as in
+    6.1.0-50, does not tell what was ported back: then False.
+    """
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
+    version = tuple(int(number or 0) for number in found.groups()) if found else ()
+    return version >= (6, 9) or (6, 6, 30) <= version < (6, 7)
 
 
 def unpopulate(address: int, length: int) -> None:

@@ -8,11 +8,12 @@ import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support import BLOCK_SIZE, BLOCKCOPY, PATIENCE, noise, run, written
 
-from blockcopy import digests, wire
+from blockcopy import digests, syscalls, wire
 from blockcopy.answers import Run, Terms
 from blockcopy.decoder import Decoder
 from blockcopy.device import Device, open_source
@@ -102,6 +103,45 @@ def test_what_is_sent_is_not_copied(tmp_path: Path) -> None:
         piece = Pieces(device).piece(0, 2 * BLOCK_SIZE, BLOCK_SIZE)
         frames = Run(piece, BLOCK_SIZE, bytes(2 * DIGEST.size), terms).answer(device, memoryview(b""))
     assert frames == [wire.frame_header(b"data", 0, 2 * BLOCK_SIZE), FromDevice(device, 0, 2 * BLOCK_SIZE)]
+
+
+@pytest.mark.parametrize(
+    ("release", "returns"),
+    [
+        ("4.18.0-553.el8_10.x86_64", False),
+        ("5.14.0-503.11.1.el9_5.x86_64", False),
+        ("5.15.0-130-generic", False),
+        ("6.1.0-50-amd64", False),
+        ("6.1.176", False),
+        ("6.6.0-30-generic", False),
+        ("6.6-30", False),
+        ("6.6.29", False),
+        ("6.6.30", True),
+        ("6.6.87.2-microsoft-standard-WSL2", True),
+        ("6.7.12", False),
+        ("6.8.0-51-generic", False),
+        ("6.9.0", True),
+        ("6.12.117+deb13-amd64", True),
+        ("6.12-rc1", True),
+        ("10.0.0", True),
+        ("2.6.75", False),
+        ("", False),
+    ],
+)
+def test_a_kernel_is_asked_for_a_view_only_where_it_fails_at_a_read_error(
+    release: str, returns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
+    monkeypatch.setattr(syscalls, "_call", lambda name, *_: calls.append(name))
+    with open_source(str(written(tmp_path / "source", noise(BLOCK_SIZE)))) as device:
+        piece = Pieces(device).piece(0, BLOCK_SIZE, BLOCK_SIZE)
+        for _ in range(2):
+            view = piece.view(device)
+            assert (view is not None) == returns
+            if view is not None:
+                piece.unview(device)
+    assert bool(calls) == returns
 
 
 @pytest.mark.parametrize("left", [0, 5000, PIECE_SIZE, PIECE_SIZE + 100, 3 * PIECE_SIZE])
