@@ -15,7 +15,7 @@ from blockcopy import xz, zstd
 from blockcopy.digests import NO_DIGEST, Buffer, digest
 from blockcopy.errors import BlockcopyError, DeviceError, SourceError, StreamError
 from blockcopy.geometry import Extent
-from blockcopy.replica.forms import AgreedForm, Batch, Form, OriginalForm, Probe, Question, Survey
+from blockcopy.replica.forms import FENCES, AgreedForm, Batch, Form, OriginalForm, Probe, Question, Survey
 from blockcopy.wire import Data, Done, Failure, Fence, Hole, Message, XzData, Zero, ZstdData
 
 FORMS = pytest.mark.parametrize("form_class", [AgreedForm, OriginalForm])
@@ -75,6 +75,19 @@ def honest(form: Form, each: Asked) -> list[Message]:
         return [*answers, Fence(each.batch.fence)]
     proof = Data(blocks[-1].end - 1, b"\0")
     return [*answers, proof, *[Data(each.batch.fence, b"")] * 2]  # the second stands for the others
+
+
+def test_a_fence_comes_back_as_often_as_it_was_sent() -> None:
+    """Otherwise a peer could go on for ever, and bring nothing closer to its end."""
+    form = OriginalForm("source")
+    each = asked(form, question(0, BLOCK))
+    for message in [*honest(form, each)[:-2], *[Data(each.batch.fence, b"")] * FENCES]:
+        form.take(message)
+    assert each.settled == 1
+    answers = form.answers
+    with pytest.raises(StreamError, match="an empty block"):
+        form.take(Data(each.batch.fence, b""))
+    assert form.answers == answers
 
 
 STRAY = st.one_of(

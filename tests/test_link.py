@@ -209,7 +209,7 @@ def test_a_link_that_is_frozen_for_too_long_is_made_again(
     before = mounted.retrievers()
     way.frozen.touch()
     with reader(mounted, source, 1) as process:
-        until(lambda: "gave nothing for 1 seconds" in link_error(mounted), "the time limit")
+        until(lambda: "gave no answer for 1 seconds" in link_error(mounted), "the time limit")
         until(lambda: set(mounted.retrievers()).isdisjoint(before), "the end of both links")
         way.frozen.unlink()
         assert process.communicate(timeout=support.PATIENCE)[0] == "right\n"
@@ -696,6 +696,25 @@ def test_patience_is_counted_from_the_last_answer() -> None:
         assert trio.current_time() - start == pytest.approx(60)
 
     with_link(scenario, [first])
+
+
+class TricklingRetriever(FakeRetriever):
+    """A connection that is given up 20 seconds after it was asked."""
+
+    async def ask(self, questions: Sequence[Any], sink: object) -> Answer:
+        await trio.sleep(20)
+        self.end()
+        raise SourceError("it broke")
+
+
+def test_connections_without_an_answer_do_not_prolong_a_patience() -> None:
+    async def scenario(link: Link, connector: FakeConnector) -> None:
+        start = trio.current_time()
+        with pytest.raises(SourceError, match="away for 60 seconds: it broke"):
+            await link.ask([1], SINK, start)
+        assert 60 <= trio.current_time() - start <= 60 + 20
+
+    with_link(scenario, [TricklingRetriever() for _ in range(100)])
 
 
 def test_what_was_in_flight_is_asked_of_the_next_connection() -> None:

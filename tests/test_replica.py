@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,9 +29,12 @@ from blockcopy.geometry import BLOCK_SIZE, Geometry
 from blockcopy.meters import floored_percent
 from blockcopy.remote import Location, stage_command
 from blockcopy.replica import keeper, link
+from blockcopy.replica.blockmap import BlockMap
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.forms import FENCES
 from blockcopy.replica.replica import Plan, Replica
+from blockcopy.replica.volume import Volume
+from blockcopy.replica.window import Window
 
 QUICKLY, NEVER = 0.05, 1000
 """Seconds until a link that was lost is made again."""
@@ -572,6 +576,43 @@ def test_killed_processes_are_started_again_and_what_they_were_asked_is_asked_ag
 
     trio.run(main)
     assert answered == [True] * len(range(1, BLOCKS, 5))
+
+
+def test_a_read_of_a_source_that_trickles_ends(tmp_path: Path) -> None:
+    source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+    program = f"{support.FAULTY} --trickle-at 1"
+    plan = plan_of(source, destination, program, timeout=2, reconnect_timeout=1)
+
+    async def main() -> None:
+        async with replica_of(plan) as replica:
+            with trio.fail_after(15):
+                assert not await read_block(replica, 0)
+
+    trio.run(main)
+
+
+def test_a_read_ends_whatever_goes_on_meanwhile() -> None:
+    """A source that answers others all the while, say."""
+
+    class Waiting:
+        async def ensure(self, blocks: range, lane: object) -> None:
+            await trio.sleep_forever()
+
+    async def main() -> None:
+        geometry = Geometry(4 * BLOCK_SIZE)
+        plan = plan_of("source", "destination", timeout=30, reconnect_timeout=60)
+        lane: Any = SimpleNamespace(window=Window(8, least=8, most=8))
+        parts: tuple[Any, ...] = (None, geometry, BlockMap(geometry), Waiting(), lane)
+        async with trio.open_nursery() as nursery:
+            volume = Volume(*parts, nursery, patience=plan.longest_wait)
+            for length, seconds in ((1, 90), (2 * BLOCK_SIZE, 120)):
+                before = trio.current_time()
+                with pytest.raises(SourceError, match=f"not in {seconds} s"):
+                    await volume.read(0, length)
+                assert trio.current_time() - before == pytest.approx(seconds)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 def test_present_blocks_are_read_without_any_process(tmp_path: Path, program: str | None, delay: Delay) -> None:

@@ -354,10 +354,27 @@ def test_one_that_stands_still_is_ended_once_it_is_asked(source: Path) -> None:
             assert retriever.failure is None  # it owed no answer
             asked = question(DATA, 0)
             assert await ask(retriever, [asked]) == [answer(DATA, asked)]
-            with pytest.raises(SourceError, match=r"gave nothing for 0\.3 seconds"):
+            with pytest.raises(SourceError, match=r"gave no answer for 0\.3 seconds"):
                 await ask(retriever, [asked])
             await retriever.ended.wait()
             assert unreaped_children() == []
+
+    trio.run(main)
+
+
+def test_one_that_trickles_is_ended(source: Path) -> None:
+    """Whole answers count as signs of life, and so many bytes as no trickle brings."""
+    command = stage_command(Location(None, str(source)), program=f"{support.FAULTY} --trickle-at 2")
+
+    async def main() -> None:
+        retriever = Retriever(command, timeout=0.5)
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(retriever.run)
+                await retriever.greet()
+                with pytest.raises(SourceError, match=r"gave no answer for 0\.5 seconds"):
+                    await ask(retriever, [question(DATA, 0), question(DATA, 1)])
+        assert retriever.answered_at is not None
 
     trio.run(main)
 

@@ -278,6 +278,31 @@ def test_standing_still(source: Path) -> None:
         assert process.poll() is None
 
 
+def test_a_trickle(source: Path) -> None:
+    with running(retrieve(source, "--trickle-at", 2)) as process:
+        tell(process, QUESTION)
+        decoder = Decoder(wire.AGREED_BLOCK_STREAM)
+        said: list[wire.Message] = []
+        while len(said) < 2 and (stream := says(process, BLOCK_SIZE)):
+            decoder.feed(stream)
+            said += iter(decoder.next, None)
+        assert said[1:] == truth()[:1]
+        assert [len(says(process, 5)) for _ in range(3)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["exit", "stall"])
+def test_a_fault_for_a_place(source: Path, kind: str) -> None:
+    """Whatever was sent before."""
+    with running(retrieve(source, f"--{kind}-for", BLOCK_SIZE)) as process:
+        tell(process, QUESTION)
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.stdout is not None
+        _, *said = decoded(process.stdout.read())
+        assert said == truth()[:1]
+        assert process.wait(timeout=PATIENCE) == (kind == "exit")
+
+
 def test_a_fault_once_only(source: Path, tmp_path: Path) -> None:
     once = tmp_path / "once"
     assert answers(source, "--once", once, "--short-at", 9) == truth()

@@ -279,7 +279,7 @@ def test_a_source_that_fails_once_is_asked_again(
     ("fault", "options", "reason"),
     [
         ("die", ["--reconnect-timeout", "0"], "away for 0 seconds.*SIGKILL"),
-        ("stall", ["--reconnect-timeout", "0", "--timeout", "1"], "away for 0 seconds.*gave nothing for 1 seconds"),
+        ("stall", ["--reconnect-timeout", "0", "--timeout", "1"], "away for 0 seconds.*no answer for 1 seconds"),
         ("garble", [], "Last login"),  # on each of three connections
         ("fail", [], "cannot be read, on request"),
     ],

@@ -142,8 +142,7 @@ class Connector:
 
     def _accepted(self, retriever: Retriever) -> Retriever:
         self.digest = self.digest or retriever.digest
-        retriever.quiet = False  # what it says from now on is told by nobody else
-        retriever.answered_at = None  # so far nobody was helped
+        retriever.accept()
         return retriever
 
     def wake(self) -> None:

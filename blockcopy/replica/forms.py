@@ -179,7 +179,7 @@ class Survey(Batch):
         super().__init__([], _NOWHERE, settle)
         self.extent = extent
         self.holes: list[Extent] = []
-        self._least = least
+        self.least = least
         self._reached = extent.offset
 
     def hole(self, hole: Extent) -> bool:
@@ -187,7 +187,7 @@ class Survey(Batch):
         if not (hole.length and self._reached <= hole.offset and hole.end <= self.extent.end):
             return False
         self._reached = hole.end
-        if hole.length >= self._least:
+        if hole.length >= self.least:
             self.holes.append(hole)
         return True
 
@@ -209,6 +209,8 @@ class Form(ABC):
     def __init__(self, source: str) -> None:
         """`source` is its name in messages."""
         self.source = source
+        self.answers = 0
+        """Whole answers taken so far. Each brings a batch closer to its end, so a batch has a bounded number."""
         self.pending: deque[Batch] = deque()
         self._sequence = 0
 
@@ -232,9 +234,11 @@ class Form(ABC):
     def _take_data(self, position: int, payload: Buffer) -> None:
         if not self.pending or not self.pending[0].data(position, payload):
             raise StreamError(f"{len(payload)} bytes for position {position}")
+        self.answers += 1
 
     def _settle(self) -> None:
         self.pending.popleft().finish()
+        self.answers += 1
 
     @abstractmethod
     def _fence_of(self, sequence: int) -> int:
@@ -278,10 +282,12 @@ class AgreedForm(Form):
         elif isinstance(message, wire.Zero):
             if not self.pending or not self.pending[0].zeros(*message):
                 raise StreamError(f"{message.length} zeros for position {message.position}")
+            self.answers += 1
         elif isinstance(message, wire.Hole):
             survey = self.pending[0] if self.pending else None
             if not isinstance(survey, Survey) or not survey.hole(Extent(*message)):
                 raise StreamError(f"a hole of {message.length} bytes at position {message.position}")
+            self.answers += message.length >= survey.least
         elif isinstance(message, wire.Failure):
             if not self.pending:
                 raise StreamError(f"a failure for position {message.position}")
@@ -298,7 +304,8 @@ class OriginalForm(Form):
 
     def __init__(self, source: str) -> None:
         super().__init__(source)
-        self._old_fence: int | None = None  # of the batch that was settled last; more of them follow
+        self._old_fence: int | None = None  # of the batch that was settled last
+        self._old_fences = 0  # how many of it are to follow
         self._proven = False  # the last byte of the first pending batch is there
 
     def _fence_of(self, sequence: int) -> int:
@@ -340,8 +347,10 @@ class OriginalForm(Form):
                 batch.error = batch.error or self._too_short(batch)
             self._proven = False
             self._settle()
-            self._old_fence = position
-        elif position != self._old_fence:
+            self._old_fence, self._old_fences = position, FENCES - 1
+        elif position == self._old_fence and self._old_fences:
+            self._old_fences -= 1
+        else:
             raise StreamError(f"an empty block for position {position}")
 
     def _is_proof(self, batch: Batch, position: int, payload: Buffer) -> bool:

@@ -3,8 +3,8 @@
     ask → a connection that is up → its answer; where it breaks first, the next connection is asked
 
 What was in flight is asked again, because it is the asker's task that waits here. Who may not wait
-for ever has a patience: counted in the time for which the source gave nothing. While this one is
-away, its substitute is asked.
+for ever has a patience: counted in the time for which the source gave no whole answer, whether there is
+a connection meanwhile or not. While this one is away, its substitute is asked.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Link:
     """See the module. Start `run` in a nursery; `ask` may be called by any task."""
 
     def __init__(self, connector: Connector, nursery: trio.Nursery, *, patience: float) -> None:
-        """`patience`: seconds without a sign of the source after which `ask` gives up."""
+        """`patience`: seconds without an answer of the source after which `ask` gives up."""
         self._connector = connector
         self._nursery = nursery
         self._patience = patience
@@ -204,6 +204,8 @@ class Link:
                     raise
             if self._connector.changed is None:
                 await retriever.ended.wait()
+                if trio.current_time() >= self._deadline(since):
+                    raise self._given_up(retriever.failure)
 
     async def _connected(self, since: float) -> Retriever:
         while True:
@@ -214,11 +216,16 @@ class Link:
             for link in filter(None, (self, self.substitute)):
                 if link._retriever is not None and link._retriever.failure is None:
                     return link._retriever
-            if not await self._wait_until(max(since, self._last_answer()) + self._patience):
-                source, error = self._connector.command.location, self.last_error
-                raise SourceError(
-                    f"{source} has been away for {self._patience:g} seconds" + (f": {error}" if error else "")
-                )
+            if not await self._wait_until(self._deadline(since)):
+                raise self._given_up(self.last_error)
+
+    def _deadline(self, since: float) -> float:
+        """Return when what is wanted since then is given up, in trio's time."""
+        return max(since, self._last_answer()) + self._patience
+
+    def _given_up(self, error: SourceError | None) -> SourceError:
+        words = f"{self._connector.command.location} has been away for {self._patience:g} seconds"
+        return SourceError(f"{words}: {error}" if error else words)
 
     async def _wait_until(self, deadline: float) -> bool:
         """Until there is a connection, or there will never be one; False where the deadline was first."""

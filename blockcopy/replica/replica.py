@@ -59,7 +59,7 @@ _PREFETCHED = 512
 class Plan:
     """What is to be made: `demand` where it will be read meanwhile, `hydrate` for the full pass.
 
-    Times are in seconds. `timeout`: a connection that gives nothing for so long, while it is asked, is
+    Times are in seconds. `timeout`: a connection that makes no progress for so long, while it is asked, is
     started again. `reconnect_timeout`: who reads, or who is there for the pass alone, waits so long
     for the source. `read_timeout`: no read may take longer, whatever happens.
     """
@@ -92,6 +92,13 @@ class Plan:
     """The file that Prometheus is told by."""
     on_complete: str | None = None
     """A command line for the shell, once the copy is complete."""
+
+    def longest_wait(self, blocks: int) -> float:
+        """Return the most seconds that a read waits for so many blocks, whatever the source does meanwhile.
+
+        Each block has the time in which a slow link must make progress.
+        """
+        return min(self.read_timeout, self.reconnect_timeout + self.timeout * blocks)
 
 
 class Replica:
@@ -137,7 +144,7 @@ class Replica:
         self._state_file = str(journal.path) if journal else None
         self.pace = Pace(self._bulk.window, lambda: demand.active_at, plan.limit)
         self.volume = Volume(
-            device, geometry, blockmap, self._materialiser, demand, nursery, patience=plan.read_timeout
+            device, geometry, blockmap, self._materialiser, demand, nursery, patience=plan.longest_wait
         )
         self._meter = RateMeter()
         self.settled = trio.Event()

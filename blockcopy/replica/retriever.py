@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from copy import copy
@@ -39,6 +38,7 @@ from blockcopy.identity import Identity
 from blockcopy.remote import MOST_NOISE, Command
 from blockcopy.replica.forms import AgreedForm, Answer, Batch, OriginalForm, Probe, Question, Sink, Survey
 from blockcopy.replica.process import Process, start
+from blockcopy.replica.silence import Silence
 from blockcopy.stages import InputStream, enlarge_pipe
 
 logger = logging.getLogger(__name__)
@@ -62,14 +62,13 @@ class Retriever:
         compress: Mapping[str, Any] | None = None,
         started: Process | None = None,
     ) -> None:
-        """It is killed where it gives nothing for `timeout` seconds while it is asked something.
+        """It is killed if it makes no progress (see `silence`) for `timeout` seconds while it is asked something.
 
         `digest`: the only one that will do; any if None. `compress`: what is wished for, as in `wire`.
         `started`: the process, where it was started already.
         """
         self._command = command
         self._started = started
-        self._timeout = timeout
         self._form = (OriginalForm if original else AgreedForm)(str(command.location))
         self.digest = digests.named(digests.ORIGINAL) if original else digest
         """What questions are digested with; None until it was greeted."""
@@ -78,16 +77,12 @@ class Retriever:
         self._messages: deque[str] = deque(maxlen=5)
         self._process: Process | None = None
         self._token = trio.lowlevel.current_trio_token()
-        self._clock_starts_at = trio.current_time() - time.perf_counter()
         self._greeted = trio.Event()
         self._hello: wire.Hello | None = None
-        self._last_sign = trio.current_time()  # of life, or when it was first asked
+        self._silence = Silence(timeout)
         self._begun = not command.mark
-        self.answered_at: float | None = None
-        """When it last gave anything but its greeting, in trio's time; None before."""
         self.ended = trio.Event()
         self._closing = False
-        self._taking = False
         self._stalled = False
         self._fault: Exception | None = None
         """Raised by a part of this connection, and foreseen by none."""
@@ -103,6 +98,16 @@ class Retriever:
         else:  # before anything else, and without waiting for whoever asks
             self._greeting = greeting_of_asker({digest.name: 1} if digest else digests.speeds(), compress)
             self._transmit(command.opening + self._greeting)
+
+    @property
+    def answered_at(self) -> float | None:
+        """Return when it last gave a whole answer since it was accepted, in trio's time. None before."""
+        return self._silence.answered_at
+
+    def accept(self) -> None:
+        """Begin to serve: what it says from now on is told by nobody else, and nobody was helped so far."""
+        self.quiet = False
+        self._silence.answered_at = None
 
     async def greet(self) -> Identity:
         """Wait for the greeting of the agreed form to be returned; what the source says of itself.
@@ -157,7 +162,7 @@ class Retriever:
     async def _exchange(self, make: Callable[[Callable[[], None]], Kind]) -> Kind:
         self._check_open()
         if not self._form.pending:
-            self._last_sign = trio.current_time()
+            self._silence.begin()
         settled = trio.Event()
         batch = make(partial(self._token.run_sync_soon, settled.set))
         self._transmit(self._form.ask(batch))
@@ -251,7 +256,7 @@ class Retriever:
         if self._fault is not None:
             return GarbledSourceError(f"{self._command.location}: internal error: {self._fault!r}")
         if self._stalled:
-            return SourceError(f"{self._command.location} gave nothing for {self._timeout:g} seconds")
+            return SourceError(f"{self._command.location} gave no answer for {self._silence.timeout:g} seconds")
         if garbled is not None:
             words = f"{self._command.location} sent what was not asked for: {garbled}"
             return GarbledSourceError(words + self._said())
@@ -305,13 +310,11 @@ class Retriever:
                 return None
             while count := stream.read_into(decoder.room()):
                 self.received_bytes += count
-                self._last_sign = self._now()
+                self._silence.receive(count)
                 decoder.filled(count)
-                self._taking = True  # what the destination takes its time for is no silence of the source
-                while (message := decoder.next()) is not None:
-                    self._take(message)
-                self._last_sign = self._now()
-                self._taking = False
+                with self._silence.interrupted():
+                    while (message := decoder.next()) is not None:
+                        self._take(message)
         except BlockcopyError as error:
             return error
         except Exception as error:  # noqa: BLE001  (logged with its traceback, and told to whoever asks)
@@ -325,17 +328,15 @@ class Retriever:
             self._note(noise.split(b"\n"))
         return self._begun
 
-    def _now(self) -> float:
-        """Trio's time, in any thread."""
-        return time.perf_counter() + self._clock_starts_at
-
     def _take(self, message: wire.Message) -> None:
         if isinstance(message, wire.Hello) and self._hello is None:
             self._hello = message
             self._token.run_sync_soon(self._greeted.set)
-        else:
-            self._form.take(message)
-            self.answered_at = self._last_sign
+            return
+        before = self._form.answers
+        self._form.take(message)
+        if self._form.answers > before:
+            self._silence.answer()
 
     async def _end_with(self, process: Process, stream: InputStream) -> None:
         """What it started may hold its output open, behind a script or a sudo: that is not waited for."""
@@ -344,15 +345,15 @@ class Retriever:
         stream.wake()
 
     async def _watch(self, process: Process) -> None:
-        """Kill it where it owes an answer and gives nothing: whoever waits learns that, and asks another."""
+        """Kill it if it owes an answer and makes no progress: whoever waits learns that, and asks another."""
         while not self._stalled:
-            since = self._last_sign if self._owes() else trio.current_time()
-            await trio.sleep_until(since + self._timeout)
-            self._stalled = self._owes() and trio.current_time() >= self._last_sign + self._timeout
+            silence = self._silence
+            await trio.sleep_until(silence.ends_at if self._owes() else trio.current_time() + silence.timeout)
+            self._stalled = self._owes() and trio.current_time() >= silence.ends_at
         process.kill()
 
     def _owes(self) -> bool:
-        return bool(self._form.pending) and not self._taking
+        return bool(self._form.pending) and not self._silence.taking
 
     async def _read_messages(self, process: Process, finished: trio.Event) -> None:
         """What the process says to standard error is logged with the source's name, and kept."""

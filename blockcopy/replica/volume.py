@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import trio
 
@@ -31,9 +32,9 @@ class Volume:
         materialiser: Materialiser,
         lane: Lane,
         nursery: trio.Nursery,
-        patience: float,
+        patience: Callable[[int], float],
     ) -> None:
-        """`patience`: the most seconds that a read may take to have its blocks, whatever happens."""
+        """`patience`: the most seconds that a read of so many blocks may wait for them, whatever happens."""
         self.size = geometry.size
         self._device = device
         self._geometry = geometry
@@ -75,10 +76,11 @@ class Volume:
                 await self._ensure(blocks)
 
     async def _ensure(self, blocks: range) -> None:
-        with trio.move_on_after(self._patience):
+        seconds = self._patience(len(blocks))
+        with trio.move_on_after(seconds):
             await self._materialiser.ensure(blocks, self._lane)
             return
-        raise SourceError(f"the source gave blocks {blocks.start} to {blocks.stop - 1} not in {self._patience:g} s")
+        raise SourceError(f"the source gave blocks {blocks.start} to {blocks.stop - 1} not in {seconds:g} s")
 
     async def _bring(self, blocks: range) -> None:
         try:
