@@ -12,6 +12,7 @@ import os
 import stat
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 from blockcopy import syscalls
@@ -27,6 +28,10 @@ _PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 
 _HUGE_PAGE = 2 * 1024 * 1024
 """Or a multiple of it, on some machines."""
+
+
+_WRITTEN_BACK = 256 * 1024 * 1024
+"""Bytes written back between two looks at the clock."""
 
 
 class Device:
@@ -265,10 +270,22 @@ class Device:
         finally:
             self._dropping = False
 
+    def write_back(self, end: float) -> bool:
+        """Write all dirty pages to the disk: the next store through a mapping moves a file's times then.
+
+        Returns False if pages are left when the monotonic clock reaches `end`, in seconds.
+        """
+        for offset in range(0, self.size(), _WRITTEN_BACK):
+            if time.monotonic() > end:
+                return False
+            with contextlib.suppress(OSError):  # of an earlier write, and nothing that a reader can mend
+                syscalls.write_back(self._fd, offset, _WRITTEN_BACK)
+        return True
+
     def sync(self) -> None:
-        """Return when all that was written is on stable storage."""
+        """Return when all that was written is on stable storage, and the times of a file too."""
         with self._errors("sync"):
-            os.fdatasync(self._fd)
+            os.fsync(self._fd)
 
     @contextlib.contextmanager
     def _errors(self, action: str) -> Iterator[None]:

@@ -7,21 +7,26 @@ device does not tell when it was written.
 
     size      bytes
     sample    SHA-256 of 32 pieces of 4 KiB, at fixed positions (fewer where the source is smaller)
-    inode, mtime_ns     of a file
+    inode, mtime_ns, ctime_ns   of a file. No program can put its ctime back, as some do with the mtime. Older
+              programs of ours do not tell it
     id        of a block device: what the kernel knows it by, where it knows anything
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, NamedTuple
 
 from blockcopy.device import Device
 from blockcopy.errors import DeviceError
 from blockcopy.geometry import Extent
+
+logger = logging.getLogger(__name__)
 
 Identity = dict[str, Any]
 
@@ -30,6 +35,17 @@ _MOST_NAMES = 16
 
 _MOST_DIGITS, _MOST_TEXT = 64, 4096
 """Characters of a sample's digest, and of another fact."""
+
+
+class Times(NamedTuple):
+    """A file's times, in nanoseconds."""
+
+    mtime_ns: int
+    ctime_ns: int
+
+
+NO_TIMES = Times(0, 0)
+"""The times of a block device: the kernel does not tell when it was written."""
 
 _PIECES, _PIECE_SIZE = 32, 4096
 
@@ -40,19 +56,79 @@ _NAMES_IN_SYSFS = ("dm/uuid", "md/uuid", "wwid", "device/wwid", "serial", "devic
 """Below /sys/dev/block/MAJOR:MINOR: what stays the same over a restart, the most specific first."""
 
 
+_TICK_NS = 20_000_000
+"""Nanoseconds after which the kernel's clock for files has moved on: two of its longest ticks."""
+
+_WHOLE_SECONDS_NS = 2_000_000_000
+"""The same, of a file system that keeps whole seconds. FAT keeps every second one."""
+
+_WRITE_BACK_SECONDS = 5
+"""How long a greeting waits for the source's disk. Who greets has `--timeout` seconds of patience."""
+
+
 def of_source(device: Device) -> Identity:
     """Of an opened source. DeviceError where it has no size."""
-    size = device.size()
-    sample = sample_of(_read_or_none(device, extent) for extent in sample_extents(size))
-    identity: Identity = {"size": size, "sample": sample}
+    found: Identity = {}
     if device.is_block_device:
         name = _kernel_name(device.status().st_rdev)
         if name is not None:
-            identity["id"] = name
+            found["id"] = name
     else:
-        status = device.status()
-        identity.update(inode=status.st_ino, mtime_ns=status.st_mtime_ns)
-    return identity
+        found.update(inode=device.status().st_ino, **_source_times(device)._asdict())
+    size = device.size()
+    return {
+        "size": size,
+        "sample": sample_of(_read_or_none(device, each) for each in sample_extents(size)),
+        **found,
+    }
+
+
+def settled_times(device: Device, write_back: Callable[[], object]) -> Times:
+    """Return the times of a file, such that whatever is written to it from now on moves them.
+
+    `write_back` writes the dirty pages of the file to its disk. A store through a mapping moves the times only if
+    its page is clean. A store after the first `write_back` moves them, and one before the second is older than
+    whatever is read from now on. Raises what `write_back` raises, and DeviceError.
+    """
+    write_back()
+    times = times_of(device)
+    write_back()
+    _wait_out_tick(times.ctime_ns)
+    return times
+
+
+def times_of(device: Device) -> Times:
+    """Return the times of a file as they are; NO_TIMES of a block device. Raises DeviceError."""
+    if device.is_block_device:
+        return NO_TIMES
+    status = device.status()
+    return Times(status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _wait_out_tick(ctime_ns: int) -> None:
+    """Return when the next change of a file gets a later time than `ctime_ns`."""
+    tick = _TICK_NS if ctime_ns % 1_000_000_000 else _WHOLE_SECONDS_NS
+    left = ctime_ns + tick - time.time_ns()
+    if left > 0:
+        time.sleep(min(left, tick) / 1e9)  # more than a tick is left if a clock was set
+
+
+def _source_times(device: Device) -> Times:
+    end = time.monotonic() + _WRITE_BACK_SECONDS
+    complete = True
+
+    def write_back() -> None:
+        nonlocal complete
+        complete = complete and device.write_back(end)
+
+    times = settled_times(device, write_back)
+    if not complete:
+        logger.warning(
+            "%s was written just now, and is not on its disk yet: what a program stores into it through a mapping "
+            "may not be noticed",
+            device.path,
+        )
+    return times
 
 
 def of_destination(device: Device) -> Identity:
@@ -107,8 +183,8 @@ def _is_plain(value: object) -> bool:
 
 
 def tells_of_writes(identity: Identity) -> bool:
-    """Whether the same identity again means the same bytes: a file's time shows that it was written."""
-    return "mtime_ns" in identity
+    """Whether the same identity again means the same bytes: a file's ctime shows that it was written."""
+    return "ctime_ns" in identity
 
 
 def differences(known: Identity, found: Identity) -> list[str]:
@@ -118,16 +194,18 @@ def differences(known: Identity, found: Identity) -> list[str]:
     the other. Not so the other way round: what is known of a file's time has to be found again.
     """
     names = known.keys() if len(known) == len(("size", "sample")) else known.keys() | found.keys()
-    return [
-        _difference(name, known.get(name), found.get(name))
-        for name in sorted(names)
-        if known.get(name) != found.get(name)
-    ]
+    differing = sorted(name for name in names if known.get(name) != found.get(name))
+    words = [_difference(name, known.get(name), found.get(name)) for name in differing]
+    if differing == ["ctime_ns"] and "ctime_ns" in known and "ctime_ns" in found:
+        words.append("its mtime was put back after a write, or its name, links, owner or mode changed")
+    return words
 
 
 def _difference(name: str, known: object, found: object) -> str:
     if name == "sample":
         return "its bytes differ"
+    if known is None:
+        return f"{name} was not told, is {found}"
     if found is None:
         return f"{name} is not told any more"
     return f"{name} was {known}, is {found}"

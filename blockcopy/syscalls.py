@@ -18,6 +18,7 @@ from typing import Any
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _SYNC_FILE_RANGE_WRITE = 2
+_SYNC_FILE_RANGE_WHOLLY = 7  # wait, write, wait
 _MADV_POPULATE_READ = 22
 _MAP_FAILED = 2 * sys.maxsize + 1
 
@@ -31,6 +32,11 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 def start_writeback(fd: int, offset: int, length: int) -> None:
     """Have the dirty pages there on their way to the disk; waits for none of them. OSError."""
     _call("sync_file_range", fd, offset, length, _SYNC_FILE_RANGE_WRITE)
+
+
+def write_back(fd: int, offset: int, length: int) -> None:
+    """Write the dirty pages of a range to the disk; return when the disk has them. Raises OSError."""
+    _call("sync_file_range", fd, offset, length, _SYNC_FILE_RANGE_WHOLLY)
 
 
 def map_to_read(fd: int, length: int) -> tuple[int, memoryview]:

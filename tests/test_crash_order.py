@@ -30,10 +30,11 @@ import trio
 from blockcopy.device import Device
 from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.geometry import BLOCK_SIZE, Extent, Geometry
+from blockcopy.identity import NO_TIMES, Times
 from blockcopy.remote import Location, stage_command
-from blockcopy.replica import blockmap, journal
+from blockcopy.replica import blockmap, journal, keeper
 from blockcopy.replica.engine import Plan, Replica, open_replica
-from blockcopy.replica.journal import Binding, Journal
+from blockcopy.replica.journal import Binding, Clock, Journal
 
 PIECE = 4096
 PIECES = BLOCK_SIZE // PIECE
@@ -85,6 +86,10 @@ class Event:
     first_piece: int = 0
     digests: tuple[bytes, ...] = ()
     change: Callable[[Recorded], Recorded] = dict
+    clock: Clock | None = None
+    """Of a commit."""
+    times: Times = NO_TIMES
+    """Of the destination, in the page cache."""
 
 
 # What happens in a run
@@ -104,7 +109,7 @@ class Recorder:
         self._counts = {"write": 0, "written": 0, "sync": 0}
         for name in ("write", "sync", "drop_cache"):
             monkeypatch.setattr(Device, name, self._watching(getattr(Device, name), getattr(self, f"_{name}")))
-        for name in ("begin", "add", "forget", "tell_alive", "tell_closed"):
+        for name in ("begin", "add", "forget", "tell"):
             monkeypatch.setattr(Journal, name, self._recording(getattr(Journal, name), name))
 
     def _watching(self, real: Callable[..., Any], ours: Callable[..., None]) -> Callable[..., None]:
@@ -120,7 +125,8 @@ class Recorder:
         with self._changed:
             if key is None:
                 key = self._counts[kind] = self._counts.get(kind, 0) + 1
-            self.events.append(Event(kind, key, **more))
+            status = os.stat(self._destination)
+            self.events.append(Event(kind, key, times=Times(status.st_mtime_ns, status.st_ctime_ns), **more))
             if kind == "written":
                 self._counts["written"] += 1
             self._changed.notify_all()
@@ -169,15 +175,15 @@ class Recorder:
             "begin": lambda *_: lambda recorded: {},
             "forget": lambda *_: lambda recorded: {},
             "add": lambda chunks, _: lambda recorded: {**recorded, **chunks},
-            "tell_alive": lambda *_: dict,
-            "tell_closed": lambda *_: dict,
+            "tell": lambda *_: dict,
         }
 
         def method(kept: Journal, *args: Any) -> None:
             if name == "begin":
                 self.binding = args[0]
             change = changes[name](*args)
-            self.tell("commit", change=change)
+            clock = next((each for each in args if isinstance(each, Clock)), None)
+            self.tell("commit", change=change, clock=clock)
             real(kept, *args)
             self.tell("committed")
 
@@ -313,6 +319,37 @@ class Disk:
         return content
 
 
+class Inode:
+    """The destination's times on the disk: those at the start of the last sync that returned, or later ones."""
+
+    def __init__(self) -> None:
+        self._may_be: list[Times] = []
+        self._syncs: dict[int, int] = {}
+        self._clocks: list[Clock] = []
+
+    def go_on(self, event: Event) -> None:
+        self._may_be.append(event.times)
+        if event.kind == "sync":
+            self._syncs[event.key] = len(self._may_be) - 1
+        elif event.kind == "synced":
+            start = self._syncs.pop(event.key)
+            self._may_be = self._may_be[start:]
+            self._syncs = {key: max(0, index - start) for key, index in self._syncs.items()}
+        elif event.kind == "commit" and event.clock:
+            self._clocks.append(event.clock)
+        elif event.kind == "committed":
+            self._clocks = self._clocks[-1:]
+
+    def mistaken(self) -> list[tuple[Clock, Times]]:
+        """What is on record, or may be, and takes our own times for those of somebody else."""
+        return [
+            (clock, times)
+            for clock in self._clocks
+            for times in set(self._may_be)
+            if keeper.was_written(clock, times)
+        ]
+
+
 def blocks_of(recorded: Recorded) -> Iterator[int]:
     for number, bits in recorded.items():
         for index in range(len(bits) * 8):
@@ -404,7 +441,7 @@ def run_once(source: Path, destination: Path, chance: random.Random) -> int:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_nothing_is_on_record_that_a_crash_can_take(
+def test_nothing_is_on_record_that_a_crash_can_take_and_no_crash_takes_the_record(
     seed: int, source: Path, destination: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chance = random.Random(seed)
@@ -412,6 +449,10 @@ def test_nothing_is_on_record_that_a_crash_can_take(
     run_once(source, destination, chance)
     check_every_cut(Disk(OLD), recorder.events)
     assert {"written", "synced", "committed"} <= {each.kind for each in recorder.events}
+    inode = Inode()
+    for event in recorder.events:
+        inode.go_on(event)
+        assert inode.mistaken() == []
 
 
 def test_a_commit_that_is_cancelled_at_any_step_is_made_up_for(
@@ -497,10 +538,11 @@ def put_back(recorder: Recorder, recorded: Recorded, content: list[bytes], desti
         file.write(b"".join(recorder.known[each] for each in content))
     state = destination.with_name("state")
     state.unlink()
-    kept, mtime_ns = Journal(state), destination.stat().st_mtime_ns
+    kept, status = Journal(state), destination.stat()
+    clock = Clock(status.st_mtime_ns, status.st_ctime_ns, None)
     assert recorder.binding is not None
-    kept.begin(recorder.binding, mtime_ns)
-    kept.add(recorded, mtime_ns)
+    kept.begin(recorder.binding, clock)
+    kept.add(recorded, clock)
     kept.close()
     recorder.events.clear()
 

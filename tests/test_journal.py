@@ -26,7 +26,7 @@ from blockcopy.errors import StateError, StateNotKeptError
 from blockcopy.geometry import BLOCK_SIZE, Geometry
 from blockcopy.identity import sample_extents
 from blockcopy.replica.blockmap import CHUNK_BLOCKS, BlockMap
-from blockcopy.replica.journal import Binding, Journal, Record
+from blockcopy.replica.journal import Binding, Clock, Journal, Record
 from blockcopy.statefile import default_path, retire
 
 FULL = b"\xff" * (CHUNK_BLOCKS // 8)
@@ -38,7 +38,13 @@ CHUNKS = {0: FULL, 1: PARTIAL, 2: SHORT}
 
 
 def binding(size: int = 40000 * BLOCK_SIZE, inode: int = 3) -> Binding:
-    identity = {"size": size, "sample": ["ab" * 32] * len(sample_extents(size)), "inode": inode, "mtime_ns": 4}
+    identity = {
+        "size": size,
+        "sample": ["ab" * 32] * len(sample_extents(size)),
+        "inode": inode,
+        "mtime_ns": 4,
+        "ctime_ns": 5,
+    }
     return Binding(identity, {"file": 1, "file_system": "f"}, size, BLOCK_SIZE)
 
 
@@ -49,12 +55,16 @@ def path() -> Iterator[Path]:
         yield Path(folder) / "state"
 
 
+def clock(time_ns: int, until_ns: int | None = 1 << 62) -> Clock:
+    return Clock(time_ns, time_ns + 1, until_ns)
+
+
 def begun(path: Path, chunks: dict[int, bytes] | None = None, *, of: Binding | None = None) -> Record:
     """A record, as a run leaves it; what is read of it."""
     with contextlib.closing(Journal(path)) as journal:
-        journal.begin(of or binding(), 10)
-        journal.add(CHUNKS if chunks is None else chunks, 20)
-        journal.tell_closed(30)
+        journal.begin(of or binding(), clock(10))
+        journal.add(CHUNKS if chunks is None else chunks, clock(20))
+        journal.tell(clock(30, None))
     record = load(path)
     assert record
     return record
@@ -89,18 +99,17 @@ def tmpfs(folder: Path, options: str) -> Iterator[Path]:
 def test_what_is_recorded_is_read_again(path: Path) -> None:
     record = begun(path)
     assert (record.binding, record.chunks) == (binding(), CHUNKS)
-    assert (record.clock.mtime_ns, record.clock.closed) == (30, True)
+    assert record.clock == clock(30, None)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     with contextlib.closing(Journal(path)) as journal:
-        journal.tell_alive(40)
-        journal.add({1: FULL}, 50)
+        journal.tell(clock(40))
+        journal.add({1: FULL}, clock(50))
     found = load(path)
     assert found
     assert found.chunks == {**CHUNKS, 1: FULL}
-    assert (found.clock.mtime_ns, found.clock.closed) == (50, False)
-    assert found.clock.alive_ns > record.clock.alive_ns
+    assert found.clock == clock(50)
     with contextlib.closing(Journal(path)) as journal:
-        journal.begin(binding(inode=9), 60)
+        journal.begin(binding(inode=9), clock(60))
     found = load(path)
     assert found
     assert (found.binding, found.chunks) == (binding(inode=9), {})
@@ -122,7 +131,7 @@ def test_sixteen_tebibytes_are_small_and_a_commit_writes_what_changed(path: Path
     assert path.stat().st_size < 1 << 20
     before = path.read_bytes()
     with contextlib.closing(Journal(path)) as journal:
-        journal.add({5000: PARTIAL}, 40)
+        journal.add({5000: PARTIAL}, clock(40))
     after = path.read_bytes()
     pages = range(0, max(len(before), len(after)), 4096)
     assert sum(before[at : at + 4096] != after[at : at + 4096] for at in pages) <= 10
@@ -131,11 +140,12 @@ def test_sixteen_tebibytes_are_small_and_a_commit_writes_what_changed(path: Path
     assert found.chunks == {**chunks, 5000: PARTIAL}
 
 
+TIMES = st.integers(0, 1 << 62)
 BITS = st.sampled_from([FULL, PARTIAL, SHORT, bytes(len(FULL))])
 STEPS = st.one_of(
     st.tuples(st.just("begin"), st.integers(0, 3)),
     st.tuples(st.just("add"), st.dictionaries(st.integers(0, 5), BITS, max_size=4)),
-    st.tuples(st.sampled_from(["tell_alive", "tell_closed"]), st.integers(0, 1 << 62)),
+    st.tuples(st.just("tell"), st.builds(Clock, TIMES, TIMES, st.none() | TIMES)),
     st.tuples(st.sampled_from(["forget", "reopen"]), st.none()),
 )
 
@@ -149,8 +159,8 @@ def test_any_steps_leave_what_a_dictionary_would(steps: list[tuple[str, Any]]) -
         model: dict[str, Any] = {}
         for step, value in [*steps, ("reopen", None)]:
             if step == "begin":
-                model = {"binding": binding(inode=value), "clock": (7, False), "chunks": {}}
-                journal.begin(model["binding"], 7)
+                model = {"binding": binding(inode=value), "clock": clock(7), "chunks": {}}
+                journal.begin(model["binding"], clock(7))
             elif step == "forget":
                 model["chunks"] = {}
                 journal.forget()
@@ -164,16 +174,16 @@ def test_any_steps_leave_what_a_dictionary_would(steps: list[tuple[str, Any]]) -
                     assert found
                     assert found.binding == model["binding"]
                     assert found.chunks == model["chunks"]
-                    assert (found.clock.mtime_ns, found.clock.closed) == model["clock"]
+                    assert found.clock == model["clock"]
             elif "binding" not in model:
                 continue  # nobody does it before
             elif step == "add":
                 model["chunks"].update(value)
-                model["clock"] = (11, False)
-                journal.add(value, 11)
+                model["clock"] = clock(11)
+                journal.add(value, clock(11))
             else:
-                model["clock"] = (value, step == "tell_closed")
-                getattr(journal, step)(value)
+                model["clock"] = value
+                journal.tell(value)
 
 
 # Who may have it
@@ -237,9 +247,9 @@ def test_where_nothing_can_be_written_no_state_is_kept(path: Path) -> None:
         with contextlib.closing(Journal(folder / "old")) as journal:
             assert journal.record == record
             with pytest.raises(StateNotKeptError):
-                journal.tell_alive(40)
+                journal.tell(clock(40))
             with pytest.raises(StateNotKeptError):
-                journal.begin(binding(inode=9), 50)
+                journal.begin(binding(inode=9), clock(50))
             with pytest.raises(StateError, match="would not be true any more, and cannot be removed"):
                 journal.discard()
         assert (folder / "old").read_bytes() == before
@@ -258,9 +268,9 @@ def test_a_full_disk_leaves_what_was_recorded(path: Path) -> None:
         with contextlib.closing(Journal(folder / "old")) as journal:
             filled(folder)
             for write in (
-                lambda: journal.add({7: PARTIAL}, 40),
-                lambda: journal.begin(binding(inode=9), 50),
-                lambda: journal.tell_alive(60),
+                lambda: journal.add({7: PARTIAL}, clock(40)),
+                lambda: journal.begin(binding(inode=9), clock(50)),
+                lambda: journal.tell(clock(60)),
                 journal.forget,
             ):
                 with pytest.raises(StateNotKeptError, match="cannot record in"):
@@ -305,7 +315,7 @@ def test_another_programs_database_is_not_touched(mode: str, in_use: bool, path:
 def test_a_newer_format_is_not_believed(path: Path) -> None:
     begun(path)
     with contextlib.closing(sqlite3.connect(path)) as database:
-        database.execute("PRAGMA user_version = 2")
+        database.execute("PRAGMA user_version = 3")
     assert is_set_aside(path, path.read_bytes())
 
 

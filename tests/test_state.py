@@ -1,7 +1,7 @@
 """What an interrupted `mount` or `sync` leaves on record, and what the next one believes of it.
 
-To see what is believed, a block that is on record is changed behind its back, outside of the sample, and with
-the time of the file put back: it stays wrong where the record is taken up, and is mended where it is not.
+To see what is believed, a block that is on record is changed behind its back, outside of the sample, and the
+record is told the new times of the file. The block stays wrong if the record is taken up, and else is mended.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from blockcopy import wire
 from blockcopy.decoder import Decoder
 from blockcopy.geometry import Extent, Geometry
 from blockcopy.identity import sample_extents
-from blockcopy.replica.journal import Journal
+from blockcopy.replica.journal import Clock, Journal
 
 Mounter = Callable[..., Mount]
 LoopDevice = Callable[..., str]
@@ -110,16 +110,18 @@ def known(mount: Mounter, source: Path, destination: Path, *options: object, pro
     made.umount()
 
 
-def tamper(path: Path, *blocks: int) -> None:
-    """Change what nobody looks at who believes the record."""
-    status = path.stat()
+def tamper(path: Path, *blocks: int, state: Path | None = None) -> None:
+    """Change what nobody looks at who believes the record; `state` is that of a file."""
     with path.open("r+b") as opened:
         for block in blocks:
             opened.seek(unsampled(block))
             byte = opened.read(1)
             opened.seek(unsampled(block))
             opened.write(bytes([byte[0] ^ 0x55]))
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    if state is not None:  # a file's ctime cannot be put back, but the record can be told of it
+        status = path.stat()
+        with contextlib.closing(Journal(state)) as journal:
+            journal.tell(Clock(status.st_mtime_ns, status.st_ctime_ns, None))
 
 
 def sync(*args: object) -> str:
@@ -236,7 +238,7 @@ def test_what_is_on_record_is_not_looked_at_again(source: Path, device: Path, mo
 
 def test_a_complete_copy_of_a_file_is_not_checked_but_by_recheck(source: Path, file: Path, tmp_path: Path) -> None:
     sync(source, file)
-    tamper(file, 7)
+    tamper(file, 7, state=state_file())
     assert sync("--blockcopy-path", listening(tmp_path / "listening"), source, file) == ""
     assert asked(tmp_path / "listening") == set()
     assert file.read_bytes() == changed(DATA, 7)
@@ -268,8 +270,8 @@ def flip(path: Path) -> None:
 
 
 NEWER_IN_WAL = pytest.param(
-    lambda path: spoil(path, "PRAGMA user_version = 2; PRAGMA journal_mode = WAL"),
-    "its format is 2",
+    lambda path: spoil(path, "PRAGMA user_version = 3; PRAGMA journal_mode = WAL"),
+    "its format is 3",
     id="a newer format, with WAL",
 )
 
@@ -279,7 +281,7 @@ NEWER_IN_WAL = pytest.param(
     [
         pytest.param(lambda path: os.truncate(path, path.stat().st_size - 4096), "", id="truncated"),
         pytest.param(flip, "it is damaged", id="a flipped bit"),
-        pytest.param(lambda path: spoil(path, "PRAGMA user_version = 2"), "its format is 2", id="a newer format"),
+        pytest.param(lambda path: spoil(path, "PRAGMA user_version = 3"), "its format is 3", id="a newer format"),
         NEWER_IN_WAL,
         pytest.param(lambda path: path.write_text("my diary\n"), "it is not a state file of", id="a text"),
         pytest.param(lambda path: path.chmod(0o666), "others can write to it", id="written by all"),
@@ -290,10 +292,10 @@ def test_a_spoiled_state_is_kept_aside_and_not_believed(
 ) -> None:
     state = tmp_path / "state"
     sync("--state", state, source, file)
+    tamper(file, 7, state=state)
     spoiler(state)
     data = state.read_bytes()
     written(tmp_path / "state.unusable-1", b"of another time")
-    tamper(file, 7)
     said = sync("--state", state, source, file)
     assert f"the state file {state} cannot be used ({told}" in said
     assert f"it is kept as {state}.unusable-2" in said
@@ -305,8 +307,8 @@ def test_a_spoiled_state_is_kept_aside_and_not_believed(
 
 def test_an_empty_state_is_no_record(source: Path, file: Path) -> None:
     sync(source, file)
+    tamper(file, 7, state=state_file())
     os.truncate(state_file(), 0)
-    tamper(file, 7)
     assert "is empty: every block is checked" in sync(source, file)
     assert file.read_bytes() == DATA
 
@@ -325,7 +327,7 @@ def test_the_state_of_another_destination_is_not_believed(source: Path, file: Pa
 def test_a_copy_of_the_destination_under_its_name_is_another_one(source: Path, file: Path) -> None:
     sync(source, file)
     state = state_file()
-    tamper(file, 7)
+    tamper(file, 7, state=state)
     shutil.copy2(file, f"{file}.new")
     os.replace(f"{file}.new", file)
     assert "file was " in sync("--state", state, source, file)
@@ -441,6 +443,79 @@ def test_a_source_file_that_changes_meanwhile_is_told(source: Path, file: Path) 
     assert b"source changed" in said
     assert OF_ANOTHER_SOURCE in sync(source, file)
     assert file.read_bytes() == OTHER
+
+
+def written_with_its_mtime_put_back(path: Path) -> None:
+    status = path.stat()
+    tamper(path, 7)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("again", ["sync", "mount"])
+@pytest.mark.parametrize("end", ["source", "file"])
+def test_a_write_whose_mtime_was_put_back_is_found(
+    end: str, again: str, source: Path, file: Path, mount: Mounter, request: pytest.FixtureRequest
+) -> None:
+    sync(source, file)
+    written_with_its_mtime_put_back(request.getfixturevalue(end))
+    if again == "sync":
+        said = sync(source, file)
+        assert WAS_WRITTEN in said or "its mtime was put back after a write, or its name" in said
+    else:
+        made = mount(source, file, wait=True)
+        assert made.file.read_bytes() == source.read_bytes()
+        made.umount()
+    assert file.read_bytes() == source.read_bytes()
+
+
+def test_a_source_whose_mtime_was_put_back_is_found_under_a_live_mount(
+    source: Path, file: Path, mount: Mounter
+) -> None:
+    made = mount(source, file, "--no-background")
+    assert run("prefetch", made.point, f"0:{BLOCK_SIZE}").returncode == 0
+    written_with_its_mtime_put_back(source)
+    run("prefetch", made.point, f"0:{len(DATA)}")
+    until(lambda: made.status()["state"] == "failed", "the failure")
+    assert "its mtime was put back after a write, or its name" in made.status()["error"]
+    made.umount()
+
+
+def test_a_source_whose_mode_was_changed_costs_a_check(source: Path, file: Path, tmp_path: Path) -> None:
+    sync(source, file)
+    source.chmod(0o640)
+    program = listening(tmp_path / "listening")
+    assert OF_ANOTHER_SOURCE in sync("--blockcopy-path", program, source, file)
+    assert asked(tmp_path / "listening") == set(range(BLOCKS))
+    assert sync(source, file) == ""
+
+
+def test_an_older_program_at_the_source_is_believed_as_a_device_is(
+    source: Path, file: Path, tmp_path: Path
+) -> None:
+    """It does not tell the ctime, so nobody can say that nothing was written since."""
+    old = f"{FAULTY} --no-ctime"
+    sync("--blockcopy-path", old, source, file)
+    written_with_its_mtime_put_back(source)
+    assert f"the copy was complete; e{CHECKED_AGAIN}" in sync("--blockcopy-path", old, source, file)
+    assert file.read_bytes() == source.read_bytes()
+    assert "ctime_ns was not told" in sync(source, file)
+    assert "ctime_ns is not told any more" in sync("--blockcopy-path", old, source, file)
+
+
+@pytest.mark.parametrize("program", ["sync", "verify"])
+def test_a_source_that_changes_while_it_is_compared_is_told(
+    program: str, source: Path, file: Path, tmp_path: Path
+) -> None:
+    """All of its blocks are equal when they are asked for, and its times are others in the end."""
+    sync(source, file)
+    touching = tmp_path / "touching"
+    touching.write_text(
+        f'#!/bin/sh\n(dd bs=1 count=1000 status=none; chmod 600 {source}; cat) | {" ".join(BLOCKCOPY)} "$@"\n'
+    )
+    touching.chmod(0o755)
+    options = ["--recheck", "--verify"] if program == "sync" else []
+    done = run(program, *options, "--blockcopy-path", touching, source, file)
+    assert (done.returncode, b"source changed" in done.stderr) == (3, True)
 
 
 # A destination that somebody else wrote to
@@ -598,7 +673,7 @@ def test_a_verified_copy_is_complete(source: Path, file: Path, mount: Mounter) -
 
 def test_verify_finds_what_the_record_does_not_tell(source: Path, file: Path) -> None:
     sync(source, file)
-    tamper(file, 7)
+    tamper(file, 7, state=state_file())
     done = run("sync", "--verify", source, file)
     assert done.returncode == 5
     extent = Extent(7 * BLOCK_SIZE, BLOCK_SIZE)
@@ -617,7 +692,7 @@ def test_what_verify_found_is_known_though_the_disk_of_the_state_is_full(
     support.output("mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder)
     try:
         sync("--state", folder / "state", source, file)
-        tamper(file, 7)
+        tamper(file, 7, state=folder / "state")
         with (folder / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
             while ballast.write(bytes(4096)):
                 pass

@@ -19,7 +19,6 @@ import logging
 import os
 import secrets
 import sqlite3
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,8 @@ from blockcopy.strict_json import parse_object
 logger = logging.getLogger(__name__)
 
 _APPLICATION_ID = 0x62637079  # "bcpy"
-_FORMAT = 1
+_FORMAT = 2
+"""1 had no ctime."""
 
 _SCHEMA = f"""
 CREATE TABLE facts (id INTEGER PRIMARY KEY, text TEXT NOT NULL, seal BLOB NOT NULL);
@@ -62,12 +62,15 @@ class Binding:
 
 @dataclass(frozen=True)
 class Clock:
-    """When the destination was last written by us: its mtime, ours at the last sign of life, both in
-    nanoseconds, and whether we have closed it since. Of a file; a device has no such time."""
+    """When the destination was written, in nanoseconds. Of a file; a device has no such times.
+
+    `mtime_ns`, `ctime_ns`: its times, as they are durable. `until_ns`: we may have written to it since, up to this
+    time of the system's clock; None once it is closed, with these times exactly.
+    """
 
     mtime_ns: int
-    alive_ns: int
-    closed: bool
+    ctime_ns: int
+    until_ns: int | None
 
 
 @dataclass(frozen=True)
@@ -183,33 +186,28 @@ class Journal:
         self._token, self._facts = token, facts
         return Record(binding, clock, believed)
 
-    def begin(self, binding: Binding, mtime_ns: int) -> None:
-        """A new record, of which no block is known yet. StateNotKeptError, here and below."""
+    def begin(self, binding: Binding, clock: Clock) -> None:
+        """Begin a new record, of which no block is known yet. Raises StateNotKeptError, here and below."""
         self._token = secrets.token_hex(16)
         self._facts = {"token": self._token, "binding": vars(binding)}
         with self._transaction():
             self._db.execute("DELETE FROM chunks")
-            self._write_clock(mtime_ns)
+            self._write_clock(clock)
 
-    def add(self, chunks: Mapping[int, bytes], mtime_ns: int) -> None:
-        """These chunks are durable on the destination, whose mtime this is."""
+    def add(self, chunks: Mapping[int, bytes], clock: Clock) -> None:
+        """Record `chunks`, which are durable on the destination."""
         rows = []
         for number, bits in chunks.items():
             stored = b"" if bits == _FULL else bits
             rows.append((number, stored, _seal(f"{self._token} {number}", stored)))
         with self._transaction():
             self._db.executemany("INSERT OR REPLACE INTO chunks VALUES (?, ?, ?)", rows)
-            self._write_clock(mtime_ns)
+            self._write_clock(clock)
 
-    def tell_alive(self, mtime_ns: int) -> None:
-        """The destination is written by us, now and from now on."""
+    def tell(self, clock: Clock) -> None:
+        """Record when the destination was written, and will be."""
         with self._transaction():
-            self._write_clock(mtime_ns)
-
-    def tell_closed(self, mtime_ns: int) -> None:
-        """The destination is written no more; this is its mtime."""
-        with self._transaction():
-            self._write_clock(mtime_ns, closed=True)
+            self._write_clock(clock)
 
     def forget(self) -> None:
         """Nothing of what is recorded is known any more."""
@@ -227,8 +225,7 @@ class Journal:
         if self._made and not self._facts:
             self.path.unlink(missing_ok=True)
 
-    def _write_clock(self, mtime_ns: int, *, closed: bool = False) -> None:
-        clock = Clock(mtime_ns, time.time_ns(), closed)
+    def _write_clock(self, clock: Clock) -> None:
         text = json.dumps({**self._facts, "clock": vars(clock)})
         self._db.execute("INSERT OR REPLACE INTO facts VALUES (1, ?, ?)", (text, _seal("facts", text.encode())))
 

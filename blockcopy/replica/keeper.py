@@ -10,6 +10,7 @@ costs the next run a check; the copy goes on.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,15 +21,19 @@ from blockcopy.device import Device
 from blockcopy.errors import DeviceError, StateNotKeptError
 from blockcopy.geometry import Extent, Geometry
 from blockcopy.identity import (
+    NO_TIMES,
     Identity,
+    Times,
     differences,
     of_destination,
     sample_extents,
+    settled_times,
     tells_of_writes,
+    times_of,
     unchanged_sample,
 )
 from blockcopy.replica.blockmap import BlockMap
-from blockcopy.replica.journal import Binding, Journal, Record
+from blockcopy.replica.journal import Binding, Clock, Journal, Record
 from blockcopy.replica.materialiser import Materialiser
 from blockcopy.statefile import default_path, retire
 
@@ -37,9 +42,9 @@ logger = logging.getLogger(__name__)
 _SECONDS = 1
 """Between two commits, and two signs of life."""
 
-_SLACK_NS = 3_000_000_000
-"""How long after our last sign of life a file may have been written by ourselves: a beat that was
-late, and what came after it. What somebody else writes in that time after a crash is not noticed."""
+_AHEAD_NS = 3_000_000_000
+"""Nanoseconds for which a sign of life holds, beside what it takes to record it. Until then a file may be
+written by ourselves. What somebody else writes in that time after a crash is not noticed."""
 
 
 def open_journal(path: str | None, device: Device, *, keep: bool) -> Journal | None:
@@ -79,16 +84,18 @@ def recall(journal: Journal, device: Device, block_size: int) -> Record | None:
     if differing:
         _refuse(journal, f"it is of another destination: {'; '.join(differing)}")
         return None
-    if not device.is_block_device and _was_written(record, device.status().st_mtime_ns):
+    if was_written(record.clock, times_of(device)):
         _refuse(journal, f"{device.path} was written by another program since")
         return None
     return record
 
 
-def _was_written(record: Record, mtime_ns: int) -> bool:
-    clock = record.clock
-    latest = clock.mtime_ns if clock.closed else clock.alive_ns + _SLACK_NS
-    return not (clock.mtime_ns <= mtime_ns <= latest or mtime_ns == clock.mtime_ns)
+def was_written(clock: Clock, found: Times) -> bool:
+    """Whether somebody else wrote to the destination, which is `found` with these times."""
+    known = Times(clock.mtime_ns, clock.ctime_ns)
+    if clock.until_ns is None:
+        return found != known
+    return not all(before <= now <= max(before, clock.until_ns) for before, now in zip(known, found, strict=True))
 
 
 def is_of(journal: Journal, record: Record, source: Identity) -> bool:
@@ -144,17 +151,22 @@ class Keeper:
         self._one_commit = trio.Lock()
         self._one_thread = trio.CapacityLimiter(1)
         self._trouble: StateNotKeptError | None = None
+        self._durable = NO_TIMES  # of the destination: no power loss takes it behind these
+        self._until_ns = 0  # the last sign of life on record
+        self._took_ns = 0  # to record the last one
 
     async def begin(self, source: Identity, block_size: int) -> None:
         """Before the destination is written: what is recorded is what the block map has, or nothing."""
         if self._journal is None:
             return
-        journal, mtime_ns = self._journal, self._mtime_ns()
-        if self._blockmap.resumed_bytes:
-            await self._write(partial(journal.tell_alive, mtime_ns))
+        journal = self._journal
+        if self._blockmap.resumed_bytes and journal.record:
+            clock = journal.record.clock
+            self._durable = Times(clock.mtime_ns, clock.ctime_ns)
+            await self._record(journal.tell)
         else:
             binding = Binding(source, of_destination(self._device), self._device.size(), block_size)
-            if not await self._write(partial(journal.begin, binding, mtime_ns)):
+            if not await self._record(partial(journal.begin, binding)):
                 self._journal = None
                 journal.discard()  # or else what is in it would be believed later
 
@@ -165,12 +177,12 @@ class Keeper:
             await self.commit()
 
     async def beat(self) -> None:
-        """While a file is written, say so, or else its new time would count against us after a crash."""
+        """While a file is written, say so, or else its new times would count against us after a crash."""
         while not self._device.is_block_device:
             await self._materialiser.unsynced.wait()
             if self._journal is None:
                 return
-            await self._write(partial(self._journal.tell_alive, self._mtime_ns()))
+            await self._record(self._journal.tell)
             await trio.sleep(_SECONDS)
 
     async def commit(self) -> None:
@@ -180,17 +192,26 @@ class Keeper:
                 await self._commit()
 
     async def _commit(self) -> None:
-        mtime_ns = self._mtime_ns()
+        await self._announce()
+        times = times_of(self._device)
         changes = self._blockmap.take_changes()
         try:
-            await self._materialiser.sync()
+            if await self._materialiser.sync():
+                self._durable = times
         except DeviceError:
             await self._forget()
             raise
         if self._journal is None or not changes:
             return
-        if not await self._write(partial(self._journal.add, changes, mtime_ns)):
+        if not await self._record(partial(self._journal.add, changes)):
             self._blockmap.put_back(changes)
+
+    async def _announce(self) -> None:
+        """Before a sync makes the times of our writes durable, they are within what is recorded."""
+        if self._journal is None or self._device.is_block_device or not self._materialiser.unsynced.is_set():
+            return
+        if self._until_ns < time.time_ns() + _SECONDS * 1_000_000_000:
+            await self._record(self._journal.tell)
 
     async def forget(self) -> None:
         """Nothing is known any more, here or on record."""
@@ -213,16 +234,28 @@ class Keeper:
                 await self._close_journal()
 
     async def _close_journal(self) -> None:
-        journal, mtime_ns = self._journal, self._mtime_ns()
+        """Raises DeviceError if the destination cannot be synced."""
+        journal, self._journal = self._journal, None
         if journal is None:
             return
-        self._journal = None
-        if self._trouble is None:
-            await self._write(partial(journal.tell_closed, mtime_ns))
-        journal.close()
+        try:
+            if self._trouble is None:
+                times = await trio.to_thread.run_sync(self._last_times)
+                await self._write(partial(journal.tell, Clock(*times, until_ns=None)))
+        finally:
+            journal.close()
 
-    def _mtime_ns(self) -> int:
-        return 0 if self._device.is_block_device else self._device.status().st_mtime_ns
+    def _last_times(self) -> Times:
+        return NO_TIMES if self._device.is_block_device else settled_times(self._device, self._device.sync)
+
+    async def _record(self, write: Callable[[Clock], None]) -> bool:
+        """As `_write`, with a sign of life that holds for some time after it is recorded."""
+        began = time.time_ns()
+        until = began + _AHEAD_NS + 2 * self._took_ns
+        if not await self._write(partial(write, Clock(*self._durable, until_ns=until))):
+            return False
+        self._until_ns, self._took_ns = until, time.time_ns() - began
+        return True
 
     async def _write(self, write: Callable[[], None]) -> bool:
         """In a thread; False, and said once, where it cannot be."""

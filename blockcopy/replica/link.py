@@ -250,7 +250,7 @@ class Link:
         except SourceChangedError:
             raise
         except SourceError as error:
-            logger.info("whether the source is still the same was not to be learnt: %s", error)
+            logger.warning("cannot ask whether the source is still the same: %s", error)
 
     async def close(self) -> None:
         """Let the source go, for good; who waits for it gets an error now. Returns when it is gone."""

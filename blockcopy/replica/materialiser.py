@@ -227,14 +227,14 @@ class Materialiser:
             if self._blockmap.complete:
                 self.complete.set()
 
-    async def sync(self) -> None:
-        """Return when all that is marked is durable.
+    async def sync(self) -> bool:
+        """Return when all that is marked is durable. Returns False if it was before.
 
         DeviceError where the device cannot say so. Then the kernel may have dropped what was
         written, and reads may give the old bytes: nothing is known any more, all is checked again.
         """
         try:
-            await self._writer.sync()
+            return await self._writer.sync()
         except DeviceError as error:
             self.last_error = error
             await self._forget_cached()

@@ -209,6 +209,7 @@ class Replica:
         await self._links[-1].check()
         if self._plan.verify:
             await self._verify()
+            await self._links[-1].check()  # what was compared was one source
         await self._keeper.close()
         await self.let_go()
         self._complete = True

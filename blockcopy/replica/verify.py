@@ -13,8 +13,9 @@ import trio
 
 from blockcopy.device import Device, open_source
 from blockcopy.digests import Buffer
-from blockcopy.errors import BlockcopyError
+from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.geometry import Extent, Geometry
+from blockcopy.identity import differences, of_source
 from blockcopy.progress import Counts, Progress
 from blockcopy.remote import Command
 from blockcopy.replica.connector import Connector
@@ -50,8 +51,10 @@ async def verify(
     Where the destination is shorter, all that it lacks differs; what it has beyond does not count. With `size`
     it is the other end that is the copy, of so many bytes. `progress` is told what was compared. `timeout` and
     `prompts` as for a Connector, `patience` as for a Link. SourceError, DeviceError, in exception groups.
+    Ends that are equal were so at one moment: SourceChangedError or DeviceError if one of them changed meanwhile.
     """
     with open_source(destination) as device:
+        before = await trio.to_thread.run_sync(of_source, device)
         async with trio.open_nursery() as nursery:
             own = device.size()
             connector = Connector(command, guess=own, timeout=timeout, prompts=prompts)
@@ -65,6 +68,11 @@ async def verify(
                 progress.update(Counts(count, total))
 
             verdict = await _compare_ends(device, there, size, link, report, completed)
+            if not verdict.differing:
+                await link.check()
+                changes = differences(before, await trio.to_thread.run_sync(of_source, device))
+                if changes:
+                    raise DeviceError(f"{destination} changed while it was compared: {'; '.join(changes)}")
             await link.close()
     return verdict
 

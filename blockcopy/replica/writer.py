@@ -88,11 +88,13 @@ class Writer:
             for extent in before:
                 self._device.drop_behind(*extent)
 
-    async def sync(self) -> None:
-        """Return when all that was written before is durable. DeviceError where the device cannot say so."""
+    async def sync(self) -> bool:
+        """Return when all that was written before is durable. Returns False if it was before.
+
+        Raises DeviceError if the device cannot say so."""
         with self._lock:
             if not self._dirty:
-                return
+                return False
             self._dirty = self._writing > 0  # a sync need not have what is written while it runs
             if not self._dirty:
                 self.unsynced = trio.Event()
@@ -103,6 +105,7 @@ class Writer:
                 self._dirty = True
             self.unsynced.set()
             raise
+        return True
 
 
 def _near(extents: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:

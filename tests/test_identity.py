@@ -1,0 +1,110 @@
+"""Who a source is: whatever is written to it after it was told, shows the next time, on each file system."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import support
+
+from blockcopy.device import open_source
+from blockcopy.identity import Identity, differences, of_source, tells_of_writes
+
+SIZE = 1 << 20
+
+FILE_SYSTEMS = {
+    "ext4": ["mkfs.ext4", "-q", "-F"],
+    "ext4 of whole seconds": ["mkfs.ext4", "-q", "-F", "-I", "128"],
+    "xfs": ["mkfs.xfs", "-q"],
+    "btrfs": ["mkfs.btrfs", "-q"],
+}
+
+
+@contextlib.contextmanager
+def file_system(name: str, folder: Path) -> Iterator[Path]:
+    """A new one, mounted; skipped where it cannot be made."""
+    support.require_root()
+    if shutil.which(FILE_SYSTEMS[name][0]) is None:
+        pytest.skip(f"{FILE_SYSTEMS[name][0]} is not installed")
+    image, point = folder / "image", folder / "point"
+    image.touch()
+    os.truncate(image, 320 << 20)
+    support.output(*FILE_SYSTEMS[name], image)
+    point.mkdir()
+    support.output("mount", "-o", "loop", image, point)
+    try:
+        yield point
+    finally:
+        support.output("umount", point)
+
+
+def identity(path: Path) -> Identity:
+    with open_source(str(path)) as device:
+        return of_source(device)
+
+
+@pytest.mark.parametrize("name", FILE_SYSTEMS)
+def test_each_write_after_it_was_told_shows(name: str, tmp_path: Path) -> None:
+    """A second write in the same tick, and a store through a mapping into a page that is dirty."""
+    with file_system(name, tmp_path) as folder:
+        source = support.written(folder / "source", bytes(SIZE))
+        with source.open("r+b", buffering=0) as opened:
+            opened.write(b"one")
+            first = identity(source)
+            opened.write(b"two")  # the same second
+            second = identity(source)
+            with mmap.mmap(opened.fileno(), SIZE) as mapped:
+                mapped[5000] = 1
+                third = identity(source)
+                mapped[5000] = 2
+                fourth = identity(source)
+            told = [each["ctime_ns"] for each in (first, second, third, fourth)]
+            assert len(set(told)) == 4, told
+        assert identity(source) == fourth  # of a source that stays as it is
+
+
+def test_a_write_in_the_tick_of_the_last_one_shows_where_the_kernel_has_one_clock_for_both(tmp_path: Path) -> None:
+    """As before Linux 6.13: it is told only when that clock has moved on."""
+    source = support.written(tmp_path / "source", bytes(SIZE))
+    found = identity(source)
+    import time
+
+    assert time.clock_gettime_ns(time.CLOCK_REALTIME) - found["ctime_ns"] >= 20_000_000
+
+
+ONE = {"size": 0, "sample": [], "inode": 1, "mtime_ns": 2, "ctime_ns": 3}
+OLDER = {"size": 0, "sample": [], "inode": 1, "mtime_ns": 2}
+ORIGINAL = {"size": 0, "sample": []}
+MOVED = {**ONE, "ctime_ns": 4}
+
+
+@pytest.mark.parametrize(
+    ("known", "found", "words"),
+    [
+        (ONE, ONE, []),
+        (OLDER, OLDER, []),
+        (ORIGINAL, ONE, []),
+        (OLDER, ONE, ["ctime_ns was not told, is 3"]),
+        (ONE, OLDER, ["ctime_ns is not told any more"]),
+        (
+            ONE,
+            MOVED,
+            [
+                "ctime_ns was 3, is 4",
+                "its mtime was put back after a write, or its name, links, owner or mode changed",
+            ],
+        ),
+        (ONE, {**MOVED, "mtime_ns": 5}, ["ctime_ns was 3, is 4", "mtime_ns was 2, is 5"]),
+    ],
+)
+def test_what_differs_is_told(known: Identity, found: Identity, words: list[str]) -> None:
+    assert differences(known, found) == words
+
+
+def test_only_who_tells_the_ctime_tells_of_writes() -> None:
+    assert [tells_of_writes(each) for each in (ONE, OLDER, ORIGINAL)] == [True, False, False]
