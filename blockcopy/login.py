@@ -12,6 +12,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 
+from blockcopy import beginning
 from blockcopy.advice import advice
 from blockcopy.errors import DeviceError, PeerError
 from blockcopy.remote import NO_CONTROL, Command
@@ -40,19 +41,40 @@ def control_path(*, shared: bool) -> str:
 
 
 def log_in(command: Command) -> Command:
-    """Make the login that is shared, with the terminal's help, and what goes through it. PeerError where it fails.
+    """Make the login that is shared, with the terminal's help, and return what goes through it.
 
-    ssh itself, asked to go to the background, minds a terminal that is closed.
+    Raises PeerError if it fails, or takes longer than LOGIN_SECONDS. ssh itself, asked to go to the background,
+    minds a terminal that is closed.
     """
     try:
-        done = subprocess.run(command.way.log_in, check=False, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        ssh = subprocess.Popen(command.way.log_in, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     except OSError as error:
         raise PeerError(f"cannot run `{command.argv[0]}`: {error.strerror}") from error
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip()
-        todo = advice(command, done.returncode, said, begun=False)
+    with ssh:
+        said = _last_words(ssh, command)
+    if ssh.returncode:
+        todo = advice(command, ssh.returncode, said, begun=False)
         raise PeerError(f"{command.location.host}: no login; ssh said: {said}" + (f" – {todo}" if todo else ""))
     return command.logged_in()
+
+
+def _last_words(ssh: subprocess.Popen[bytes], command: Command) -> str:
+    """Wait for the end of a process, and return what it said."""
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return _text(ssh.communicate(timeout=beginning.TELL_SECONDS)[1])
+        logger.warning("%s", beginning.still_waiting(command, []))
+        return _text(ssh.communicate(timeout=beginning.LOGIN_SECONDS - beginning.TELL_SECONDS)[1])
+    except subprocess.TimeoutExpired as late:
+        raise PeerError(
+            beginning.too_late(command, beginning.LOGIN_SECONDS, _text(late.stderr or b"").splitlines())
+        ) from late
+    finally:
+        ssh.kill()
+
+
+def _text(said: bytes) -> str:
+    return said.decode(errors="replace").strip()
 
 
 @contextlib.contextmanager

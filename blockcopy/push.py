@@ -7,20 +7,17 @@ A connection that breaks is made again. What was written stays, and is found equ
 
 from __future__ import annotations
 
-import collections
 import logging
 import math
-import subprocess
-import threading
 import time
 
 from blockcopy.advice import TRANSPORT_FAILED, advice
 from blockcopy.device import Device
 from blockcopy.errors import BlockcopyError, OutputError, PeerError, StreamError, how_ended
 from blockcopy.progress import Counts, Progress
-from blockcopy.remote import MOST_NOISE, Command
+from blockcopy.remote import Command
 from blockcopy.retrieve import retrieve
-from blockcopy.stages import InputStream, OutputStream
+from blockcopy.session import Clock, Session
 from blockcopy.wire import MAX_ASKED
 
 logger = logging.getLogger(__name__)
@@ -58,26 +55,48 @@ class _Paced(Progress):
         self._progress.finish()
 
 
+class _OurTime(Progress):
+    """Tells another, who may hold us up: meanwhile the host waits for us."""
+
+    def __init__(self, progress: Progress, clock: Clock) -> None:
+        self._progress = progress
+        self._clock = clock
+
+    def update(self, counts: Counts) -> None:
+        with self._clock.ours():
+            self._progress.update(counts)
+
+    def finish(self) -> None:
+        self._progress.finish()
+
+
 def push(
     command: Command,
     source: Device,
     *,
+    timeout: float = math.inf,
+    prompts: bool = False,
     patience: float = math.inf,
     limit: int | None = None,
     progress: Progress,
 ) -> None:
     """Have a `receive` make its destination the copy of `source`; synced there when this returns.
 
-    `patience`: seconds for which a connection that broke is tried again. `limit`: bytes of the source a second,
-    equal or not. `progress` is told the position that was answered, and how many bytes were sent. Errors:
-    PeerError where the host cannot be reached or goes away; what `receive` fails with, with its exit code;
-    DeviceError of the source.
+    `timeout`: seconds for which the host may say nothing when it is its turn. `prompts`: a password may be asked
+    for first. `patience`: seconds for which a connection that broke is tried again. `limit`: bytes of the source
+    a second, equal or not. `progress` is told the position that was answered, and how many bytes were sent.
+
+    Raises PeerError if the host cannot be reached or goes away, what `receive` fails with, with its exit code,
+    and DeviceError of the source.
     """
     delay, lost_at = _FIRST_DELAY, math.inf
     paced = _Paced(progress, limit) if limit else progress
     while True:
+        session = Session(
+            command, timeout=timeout, prompts=prompts, syncs=True, tell=lambda line: _show(command, line)
+        )
         try:
-            _push(command, source, paced)
+            _push(session, source, paced)
             return
         except _LostError as error:
             failure: PeerError = error
@@ -93,88 +112,40 @@ def push(
         delay = min(delay * 2, _LONGEST_DELAY)
 
 
-def _push(command: Command, source: Device, progress: Progress) -> None:
-    try:
-        process = command.start()
-    except OSError as error:
-        raise PeerError(f"cannot run `{command.argv[0]}`: {error.strerror}") from error
-    receiver = _Receiver(command, process)
+def _show(command: Command, line: str) -> None:
+    """Log what the host says by the way, with its name."""
+    if not line.startswith(_ITS_ERROR):
+        logger.warning("%s: %s", command.location, line)
+
+
+def _push(session: Session, source: Device, progress: Progress) -> None:
+    """Answer what one `receive` asks, to the end."""
     failure: BlockcopyError | None = None
     try:
-        with receiver:
-            receiver.serve(source, progress)
+        with session:
+            if session.begin():
+                ours = _OurTime(progress, session.clock)
+                retrieve(source, session.input, session.output, progress=ours, working=session.clock.ours)
     except (StreamError, OutputError) as error:
         failure = error  # most often because it is gone: then it has said why
-    if process.returncode or failure or not receiver.begun:
-        raise receiver.why(failure)
+    if session.status or failure or not session.begun:
+        raise _why(session, failure)
 
 
-class _Receiver:
-    """The `receive` process, or what leads to it. Left, it has ended."""
-
-    def __init__(self, command: Command, process: subprocess.Popen[bytes]) -> None:
-        if process.stdin is None or process.stdout is None or process.stderr is None:
-            raise ValueError("it was started without pipes")
-        self._command = command
-        self._process = process
-        self._stdin, self._stdout, self._stderr = process.stdin, process.stdout, process.stderr
-        self._said: collections.deque[str] = collections.deque(maxlen=5)
-        self._listener = threading.Thread(target=self._listen, name="listen")
-        self.begun = not command.mark
-        """It came to run, and was not only on its way."""
-
-    def __enter__(self) -> _Receiver:
-        self._listener.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        if kind is not None and not issubclass(kind, BlockcopyError):
-            self._process.kill()  # interrupted: it is not waited for
-        self._stdin.close()
-        if kind is not None:
-            self._stdout.close()  # it may still ask, and would wait for us; else ssh may take it for a break
-        self._process.wait()
-        self._listener.join()
-        self._stdout.close()
-        self._stderr.close()
-
-    def serve(self, source: Device, progress: Progress) -> None:
-        """Answer what is asked, to the end. Nothing is asked where it never begins. StreamError, OutputError,
-        DeviceError."""
-        output = OutputStream(self._stdin.fileno())
-        with InputStream(self._stdout.fileno()) as questions:
-            if self._command.mark:
-                output.write([self._command.opening])
-                self.begun, noise = questions.skip_past(self._command.mark, MOST_NOISE)
-                if not self.begun:
-                    self._said.extend(_lines(noise))
-                    return
-            retrieve(source, questions, output, progress=progress)
-
-    def _listen(self) -> None:
-        """What it says on standard error is kept. Said by the way, it is shown with the host's name."""
-        for line in self._stderr:
-            self._said.extend(_lines(line))
-            if self.begun and not line.startswith(_ITS_ERROR.encode()):
-                logger.warning("%s: %s", self._command.location, line.decode(errors="replace").strip())
-
-    def why(self, failure: BlockcopyError | None) -> BlockcopyError:
-        """What to tell of an end that was not in order."""
-        command, status = self._command, self._process.returncode
-        lost = self.begun and (status == TRANSPORT_FAILED or status < 0)
-        todo = advice(command, status, "\n".join(self._said), begun=self.begun and not lost)
-        more = f" – {todo}" if todo else ""
-        own = next((text for text in self._said if text.startswith(_ITS_ERROR)), None)
-        if own is not None:
-            message = own[len(_ITS_ERROR) :]
-            return BlockcopyError.told(f"{command.location.host or 'this host'}: {message}{more}", status)
-        told = f"; it said: {' | '.join(self._said)}" if self._said else ""
-        if failure is not None and not told:
-            told = f": {failure}"
-        return (_LostError if lost else PeerError)(
-            f"the receive process of {command.location} {how_ended(status)}{told}{more}"
-        )
-
-
-def _lines(text: bytes) -> list[str]:
-    return [line for line in map(str.strip, text.decode(errors="replace").split("\n")) if line]
+def _why(session: Session, failure: BlockcopyError | None) -> BlockcopyError:
+    """Return what to tell of an end that was not in order."""
+    command, status, said = session.command, session.status, session.said()
+    lost = session.begun and (status == TRANSPORT_FAILED or status < 0)
+    if session.given_up is not None:
+        return (_LostError if session.begun else PeerError)(session.given_up)
+    todo = advice(command, status, "\n".join(said), begun=session.begun and not lost)
+    more = f" – {todo}" if todo else ""
+    own = next((text for text in said if text.startswith(_ITS_ERROR)), None)
+    if own is not None:
+        message = own[len(_ITS_ERROR) :]
+        return BlockcopyError.told(f"{command.location.host or 'this host'}: {message}{more}", status)
+    told = f"; it said: {' | '.join(said)}" if said else ""
+    if failure is not None and not told:
+        told = f": {failure}"
+    how = how_ended(status)
+    return (_LostError if lost else PeerError)(f"the receive process of {command.location} {how}{told}{more}")

@@ -12,8 +12,9 @@ the same.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Union
+from typing import Any, Callable, NamedTuple, Union
 
 from blockcopy import digests, identity, packing, wire
 from blockcopy.answers import Run, Terms
@@ -58,10 +59,12 @@ def retrieve(
     *,
     packing: Packing | None = None,
     progress: Progress | None = None,
+    working: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> None:
     """Answer the hash stream from `source`, packed as `packing` or the asker has it.
 
-    `progress` is told the position answered, and how many bytes were sent.
+    `progress` is told the position answered, and how many bytes were sent. `working` makes what surrounds each
+    piece of work, in any thread: meanwhile the asker waits, and not we for the asker.
 
     A stream that is cut short is an error after all that arrived was answered. Errors: StreamError,
     DeviceError, OutputError; BlockcopyError for a digest that this host has not.
@@ -75,13 +78,14 @@ def retrieve(
     def answer(batch: list[_Item]) -> _Answer:
         room, used, end = buffers.take(), 0, 0
         frames: list[Output] = []
-        for item in batch:
-            frames += item.answer(source, room[used : used + item.size])
-            used += item.size
-            if isinstance(item, Run):
-                end = item.piece.position + item.size
-                if passing:
-                    source.drop_behind(item.piece.position, item.size)
+        with working():
+            for item in batch:
+                frames += item.answer(source, room[used : used + item.size])
+                used += item.size
+                if isinstance(item, Run):
+                    end = item.piece.position + item.size
+                    if passing:
+                        source.drop_behind(item.piece.position, item.size)
         return _Answer(frames, room, end)
 
     def send(answer: _Answer) -> None:

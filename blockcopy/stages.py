@@ -52,6 +52,8 @@ class InputStream:
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
         self._poll.register(self._wake_read, select.POLLIN)
+        self.noise = b""
+        """What `skip_past` has passed over so far. May be looked at by any thread."""
 
     def __enter__(self) -> InputStream:
         return self
@@ -79,22 +81,25 @@ class InputStream:
         except OSError as error:
             raise StreamError(f"cannot read the input: {error.strerror}") from error
 
-    def skip_past(self, mark: bytes, most: int) -> tuple[bool, bytes]:
-        """Pass over all that comes before `mark` and over itself: whether it came, and what was before it.
+    def skip_past(self, mark: bytes, most: int) -> bool:
+        """Pass over all that comes before `mark`, which is kept as `noise`, and over the mark. Returns False if
+        the stream ends without it.
 
-        StreamError for more than about `most` bytes without it.
+        Raises StreamError for more than about `most` bytes of noise.
         """
-        noise = bytearray()
+        received = bytearray()
         buffer = memoryview(bytearray(4096))
-        while (at := noise.find(mark)) < 0:
-            if len(noise) > most:
+        while (at := received.find(mark)) < 0:
+            self.noise = bytes(received)
+            if len(received) > most:
                 raise StreamError(f"more than {most} bytes were printed before the stream began")
             count = self.read_into(buffer)
             if not count:
-                return False, bytes(noise)
-            noise += buffer[:count]
-        self._rest = memoryview(bytes(noise[at + len(mark) :]))
-        return True, bytes(noise[:at])
+                return False
+            received += buffer[:count]
+        self._rest = memoryview(bytes(received[at + len(mark) :]))
+        self.noise = bytes(received[:at])
+        return True
 
 
 class FromDevice(NamedTuple):
@@ -140,7 +145,11 @@ class OutputStream:
     def _write(self, views: list[memoryview]) -> None:
         try:
             while views:
-                written = os.writev(self._fd, views[:1024])
+                try:
+                    written = os.writev(self._fd, views[:1024])
+                except BlockingIOError:
+                    self._await_room()
+                    continue
                 while views and written >= len(views[0]):
                     written -= len(views.pop(0))
                 if written:
@@ -148,11 +157,24 @@ class OutputStream:
         except OSError as error:
             raise self._error(error) from error
 
+    def _await_room(self) -> None:
+        """Return when more can be written to a descriptor that does not block: others may share it with us."""
+        room = select.poll()
+        room.register(self._fd, select.POLLOUT)
+        room.poll()
+
     def _send(self, stretch: FromDevice) -> None:
         device, offset, length = stretch
+        waited = False
         while self._splices and length:
             try:
                 count = device.splice_to(self._fd, offset, length)
+            except BlockingIOError:
+                if waited:
+                    break  # it is the device that says so
+                self._await_room()
+                waited = True
+                continue
             except OSError as error:
                 if error.errno in (errno.EPIPE, errno.ECONNRESET):
                     raise self._error(error) from error
@@ -160,7 +182,7 @@ class OutputStream:
                 break
             if not count:
                 break  # likewise
-            offset, length = offset + count, length - count
+            offset, length, waited = offset + count, length - count, False
         while length:
             data = device.read(offset, min(length, PIPE_SIZE))
             self._write([memoryview(data)])

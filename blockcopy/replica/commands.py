@@ -83,7 +83,7 @@ def plan_of(args: argparse.Namespace, command: Command, **more: Any) -> Plan:
         recheck=args.recheck,
         timeout=args.timeout,
         reconnect_timeout=args.reconnect_timeout,
-        prompts=_prompts(command.location),
+        prompts=prompts(command.location),
         limit=args.limit,
         verify=args.verify,
         compress=_wish(args),
@@ -106,7 +106,7 @@ def _default_wish(location: Location) -> packing.Wish | None:
     return packing.Wish(auto=True) if location.host else None
 
 
-def _prompts(location: Location) -> bool:
+def prompts(location: Location) -> bool:
     """Whether the way there may ask something at a terminal."""
     if location.host is None:
         return False
@@ -147,7 +147,15 @@ def _push(args: argparse.Namespace, destination: Location) -> None:
     command = command_for(args, destination, "receive", [*options, "--compress", packing.text_of(wish)])
     with logged_in(command), open_source(source) as device:
         with console.progress(args, unasked=True) as progress:
-            push(command, device, patience=args.reconnect_timeout, limit=args.limit, progress=progress)
+            push(
+                command,
+                device,
+                timeout=args.timeout,
+                prompts=prompts(destination),
+                patience=args.reconnect_timeout,
+                limit=args.limit,
+                progress=progress,
+            )
         if args.verify:
             _refuse_differing(
                 args, _compare(args, command_for(args, destination, "retrieve"), source, device.size())
@@ -172,7 +180,9 @@ def _started(command: Command) -> Iterator[list[Popen[bytes]]]:
     finally:
         for process in started:
             process.kill()
-            process.communicate()
+            for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
+                pipe.close()  # and not read to its end: what it has started may hold it open
+            process.wait()
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -209,7 +219,7 @@ def _compare(args: argparse.Namespace, command: Command, path: str, size: int | 
             report,
             timeout=args.timeout,
             patience=args.reconnect_timeout,
-            prompts=_prompts(command.location),
+            prompts=prompts(command.location),
             size=size,
             progress=progress,
         )

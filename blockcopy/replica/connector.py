@@ -6,8 +6,9 @@ started again then, asked in its own form, and what there is to know of it is fo
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from subprocess import Popen
@@ -15,6 +16,7 @@ from typing import Any
 
 import trio
 
+from blockcopy import beginning
 from blockcopy.digests import Buffer, Digest
 from blockcopy.errors import OriginalProgramError, SourceChangedError, SourceError
 from blockcopy.identity import Identity, differences, sample_extents, sample_of
@@ -23,6 +25,8 @@ from blockcopy.replica.forms import unconditional
 from blockcopy.replica.process import Process
 from blockcopy.replica.retriever import Retriever
 from blockcopy.replica.sizing import SizeSearch
+
+logger = logging.getLogger(__name__)
 
 
 class Connector:
@@ -42,7 +46,7 @@ class Connector:
         `started`: a process that was started already, taken out of the list when it is put to use.
 
         `timeout`: seconds without a sign of life after which a connection that was asked something is
-        given up. Not so the greeting of the first one where a password may be asked for, `prompts`.
+        given up. The first one may take longer to begin where a password may be asked for, `prompts`.
         """
         self.command = command
         self.identity: Identity | None = None
@@ -69,7 +73,7 @@ class Connector:
             retriever = await self._start(nursery, original=False)
             async with _closed_on_failure(retriever):
                 try:
-                    self._compare(await self._within(self._first_patience(), retriever.greet))
+                    self._compare(await self._first_greeting(retriever))
                     if self.digest in (None, retriever.digest):
                         return self._accepted(retriever)
                 except OriginalProgramError:
@@ -95,15 +99,24 @@ class Connector:
         if self._original and self.identity is not None:
             await self._sample(retriever, self.identity["size"])
         else:
-            self._compare(await self._within(self._timeout, retriever.greet_again))
+            self._compare(await self._greeting_again(retriever))
 
-    def _first_patience(self) -> float:
-        return math.inf if self._prompts and self.identity is None else self._timeout
+    async def _greeting_again(self, retriever: Retriever) -> Identity:
+        with trio.move_on_after(self._timeout):
+            return await retriever.greet_again()
+        raise SourceError(f"{self.command.location} gave no answer for {self._timeout:g} seconds")
 
-    async def _within(self, seconds: float, greet: Callable[[], Awaitable[Identity]]) -> Identity:
-        with trio.move_on_after(seconds):
-            return await greet()
-        raise SourceError(f"{self.command.location} gave no answer for {seconds:g} seconds")
+    async def _first_greeting(self, retriever: Retriever) -> Identity:
+        """Wait for the source to begin. SourceError if it takes too long; where it takes long, that is told."""
+        seconds = beginning.limit(self._timeout, prompts=self._prompts and self.identity is None)
+        with trio.move_on_after(min(seconds, beginning.TELL_SECONDS)):
+            return await retriever.greet()
+        if seconds > beginning.TELL_SECONDS:
+            if self.identity is None:  # else somebody tells that it is away
+                logger.warning("%s", beginning.still_waiting(self.command, retriever.said()))
+            with trio.move_on_after(seconds - beginning.TELL_SECONDS):
+                return await retriever.greet()
+        raise SourceError(beginning.too_late(self.command, seconds, retriever.said()))
 
     async def _open_original(self, nursery: trio.Nursery) -> Retriever:
         start = partial(self._start, nursery, original=True)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from blockcopy import digests, wire
+from blockcopy import beginning, digests, wire
 from blockcopy.advice import advice
 from blockcopy.decoder import Decoder
 from blockcopy.digests import Digest
@@ -81,6 +81,7 @@ class Retriever:
         self._hello: wire.Hello | None = None
         self._silence = Silence(timeout)
         self._begun = not command.mark
+        self._stream: InputStream | None = None
         self.ended = trio.Event()
         self._closing = False
         self._stalled = False
@@ -323,10 +324,16 @@ class Retriever:
 
     def _begins(self, stream: InputStream) -> bool:
         """Pass over what a login prints. Where nothing else comes, that may tell why."""
-        self._begun, noise = stream.skip_past(self._command.mark, MOST_NOISE)
+        self._stream = stream
+        self._begun = stream.skip_past(self._command.mark, MOST_NOISE)
         if not self._begun:
-            self._note(noise.split(b"\n"))
+            self._note(stream.noise.split(b"\n"))
         return self._begun
+
+    def said(self) -> list[str]:
+        """Return the last lines on standard error, and before the stage begins those that a login printed."""
+        noise = self._stream.noise if self._stream and not self._begun else b""
+        return [*beginning.printed(noise), *self._messages]
 
     def _take(self, message: wire.Message) -> None:
         if isinstance(message, wire.Hello) and self._hello is None:

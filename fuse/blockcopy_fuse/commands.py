@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from blockcopy import console
 from blockcopy.errors import IncompleteError, PeerError, UnfitError, UsageError
 from blockcopy.login import log_in, logged_in
+from blockcopy.meters import printable
 from blockcopy.progress import Progress
 from blockcopy.remote import Location
-from blockcopy.replica.commands import command_for, needs_extra, plan_of, run, source_command
+from blockcopy.replica.commands import command_for, needs_extra, plan_of, prompts, run, source_command
 from blockcopy.replica.status import one_line
 from blockcopy_fuse import control, options
 
@@ -139,10 +140,12 @@ def doctor(args: argparse.Namespace) -> None:
     findings = examine()
     if args.host is not None:
         host, _, path = args.host.partition(":")
-        findings = itertools.chain(findings, examine_host(command_for(args, Location(host, path), "facts")))
+        location = Location(host, path)
+        command = command_for(args, location, "facts")
+        findings = itertools.chain(findings, examine_host(command, prompts=prompts(location)))
     failures = 0
     for verdict, words in findings:
-        console.write(f"{verdict:5} {words}")
+        console.write(printable(f"{verdict:5} {words}"))
         failures += verdict == "FAIL"
     if failures:
         raise UnfitError(f"{failures} of these have to be mended first")

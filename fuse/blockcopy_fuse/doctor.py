@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,12 +17,17 @@ from typing import Any, Literal, NamedTuple
 
 from blockcopy import digests, zstd
 from blockcopy.advice import advice
-from blockcopy.errors import BlockcopyError
+from blockcopy.errors import BlockcopyError, PeerError
 from blockcopy.remote import Command
 from blockcopy.runfolder import run_folder
+from blockcopy.session import Session
+from blockcopy.stages import InputStream
 from blockcopy.statefile import default_folder
 
 _HOST_SECONDS = 30
+
+_MOST_FACTS = 64 * 1024
+"""Bytes of an answer."""
 
 _REQUIRED = {"pyfuse3": (3, 4), "trio": (0, 25)}
 
@@ -49,33 +54,64 @@ def examine() -> Iterator[Finding]:
         yield Finding("note", "zstd is not here, so nothing is compressed: pip install 'blockcopy[fast]'")
 
 
-def examine_host(command: Command) -> Iterator[Finding]:
-    """The host that runs `facts` by this command."""
+def examine_host(command: Command, *, prompts: bool = False) -> Iterator[Finding]:
+    """Yield what there is to say of the host that runs `facts` by this command.
+
+    `prompts`: a password may be asked for at a terminal.
+    """
     host = command.location.host
     started = time.monotonic()
     try:
-        done = subprocess.run(
-            command.argv, input=command.opening, capture_output=True, check=False, timeout=_HOST_SECONDS
-        )
-    except OSError as error:
-        yield Finding("FAIL", f"cannot run `{command.argv[0]}`: {error.strerror}")
+        found = _facts(command, prompts=prompts)
+    except BlockcopyError as error:
+        yield Finding("FAIL", str(error))
         return
-    except subprocess.TimeoutExpired:
-        yield Finding("FAIL", f"{host} gave no answer for {_HOST_SECONDS} seconds")
-        return
-    before, mark, answer = done.stdout.partition(command.mark or b"{")
-    said = done.stderr.decode(errors="replace").strip()
-    if done.returncode or not mark:
-        told = " | ".join(said.splitlines()[-3:]) or before.decode(errors="replace").strip()[-200:]
-        todo = advice(command, done.returncode, said, begun=bool(mark))
-        yield Finding("FAIL", f"{command.location}: {told}" + (f" – {todo}" if todo else ""))
-        return
-    found = json.loads(answer if command.mark else b"{" + answer)
     yield Finding("ok", f"{host}: reached in {time.monotonic() - started:.1f} s as {found['user']}")
     yield Finding("ok", f"{host}: Python {found['python']}, which runs {found['program']}")
     yield from _pair(str(host), found)
     if "size" in found:
         yield Finding("ok", f"{command.location} can be read: {found['size']} bytes")
+
+
+def _facts(command: Command, *, prompts: bool) -> dict[str, Any]:
+    """Return what `facts` says. Raises PeerError if it does not come to that, with what to do."""
+    host = str(command.location.host)
+    session = Session(command, timeout=_HOST_SECONDS, prompts=prompts)
+    answer = b""
+    with session:
+        if session.begin():
+            answer = _read(session.input, host)
+    if session.given_up is not None:
+        raise PeerError(session.given_up)
+    said = session.said()
+    text = answer[answer.find(b"{") :]  # a program that is there already begins after what its login prints
+    with contextlib.suppress(ValueError):
+        found = json.loads(text)
+        if session.status == 0 and _is_facts(found):
+            return dict(found)
+    todo = advice(command, session.status, "\n".join(said), begun=session.begun)
+    told = " | ".join(said[-3:]) or f"`{command.runs}` ended with exit status {session.status}"
+    raise PeerError(f"{command.location}: {told}" + (f" – {todo}" if todo else ""))
+
+
+def _read(stream: InputStream, host: str) -> bytes:
+    """Return all that comes. Raises PeerError for more than facts can be."""
+    room = memoryview(bytearray(_MOST_FACTS))
+    length = 0
+    while count := stream.read_into(room[length:]):
+        length += count
+        if length == len(room):
+            raise PeerError(f"{host} says what cannot be facts: {bytes(room[:100])!r} …")
+    return bytes(room[:length])
+
+
+def _is_facts(found: object) -> bool:
+    """Return whether this has all that is told of a host."""
+    if not isinstance(found, dict) or not isinstance(found.get("digests"), dict):
+        return False
+    speeds = found["digests"].values()
+    words = [found.get(name) for name in ("user", "python", "program")]
+    return all(isinstance(word, str) for word in words) and all(type(each) is int and each > 0 for each in speeds)
 
 
 def _pair(host: str, found: dict[str, Any]) -> Iterator[Finding]:
@@ -84,7 +120,7 @@ def _pair(host: str, found: dict[str, Any]) -> Iterator[Finding]:
     yield Finding("ok", f"{host}: blocks would be compared by {chosen}")
     if chosen != "blake3":
         yield Finding("note", f"{host}: with the package blake3 on both hosts it would be faster")
-    if not found["zstd"]:
+    if not found.get("zstd"):
         yield Finding(
             "note", f"{host}: it has no zstd, so nothing would be compressed: pip install 'blockcopy[fast]'"
         )
