@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -23,6 +22,7 @@ from blockcopy.runfolder import run_folder
 from blockcopy.session import Session
 from blockcopy.stages import InputStream
 from blockcopy.statefile import default_folder
+from blockcopy.strict_json import parse_object
 
 _HOST_SECONDS = 30
 
@@ -86,9 +86,9 @@ def _facts(command: Command, *, prompts: bool) -> dict[str, Any]:
     said = session.said()
     text = answer[answer.find(b"{") :]  # a program that is there already begins after what its login prints
     with contextlib.suppress(ValueError):
-        found = json.loads(text)
+        found = parse_object(text)
         if session.status == 0 and _is_facts(found):
-            return dict(found)
+            return found
     todo = advice(command, session.status, "\n".join(said), begun=session.begun)
     told = " | ".join(said[-3:]) or f"`{command.runs}` ended with exit status {session.status}"
     raise PeerError(f"{command.location}: {told}" + (f" – {todo}" if todo else ""))
@@ -105,9 +105,9 @@ def _read(stream: InputStream, host: str) -> bytes:
     return bytes(room[:length])
 
 
-def _is_facts(found: object) -> bool:
+def _is_facts(found: dict[str, Any]) -> bool:
     """Return whether this has all that is told of a host."""
-    if not isinstance(found, dict) or not isinstance(found.get("digests"), dict):
+    if not isinstance(found.get("digests"), dict):
         return False
     speeds = found["digests"].values()
     words = [found.get(name) for name in ("user", "python", "program")]
