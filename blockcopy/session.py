@@ -149,10 +149,11 @@ class Session:
     def begin(self) -> bool:
         """Send the stage there, and wait until it runs. Returns False if the login ends without that.
 
-        Raises StreamError or OutputError if the connection breaks.
+        Raises StreamError if it prints too much.
         """
         if self.command.mark:
-            self.output.write([self.command.opening])
+            with contextlib.suppress(OutputError):  # what it printed may tell why it went away
+                self.output.write([self.command.opening])
             self.begun = self.input.skip_past(self.command.mark, MOST_NOISE)
             self.clock.sign()
             return self.begun
