@@ -6,6 +6,7 @@ import errno
 import os
 from pathlib import Path
 
+from blockcopy import durable
 from blockcopy.device import Device, open_device
 from blockcopy.errors import DestinationRefusedError, DeviceError
 
@@ -22,8 +23,10 @@ def open_destination(path: str, *, force: bool = False, create: bool = False) ->
     """
     device = _open(path, os.O_RDWR | (os.O_CREAT if create else 0) | (0 if force else os.O_EXCL))
     try:
-        if not device.is_block_device and not force:
-            _claim_file(device)
+        if not device.is_block_device:
+            if not force:
+                _claim_file(device)
+            _keep_name(device)
     except BaseException:
         device.close()
         raise
@@ -65,6 +68,14 @@ def _open(path: str, flags: int) -> Device:
                 "Release it first (lsblk shows by what); --force writes all the same"
             ) from error
         raise
+
+
+def _keep_name(device: Device) -> None:
+    """Make the name of the file durable: a complete copy without a name would be lost with the power."""
+    try:
+        durable.sync_folder(Path(device.path).resolve().parent)
+    except OSError as error:
+        raise DeviceError.of("sync the folder of", device.path, error) from error
 
 
 def _claim_file(device: Device) -> None:

@@ -79,7 +79,7 @@ def retrieve(args: argparse.Namespace) -> None:
 def save(args: argparse.Namespace) -> None:
     from blockcopy.claim import open_destination
     from blockcopy.save import save as write_blocks
-    from blockcopy.statefile import default_path, retire
+    from blockcopy.statefile import end_records
 
     _refuse_dash(args.destination_file)
     with (
@@ -87,7 +87,7 @@ def save(args: argparse.Namespace) -> None:
         stages.InputStream(0) as blocks,
         console.progress(args) as progress,
     ):
-        retire(default_path(destination))  # what a mount or sync has on record is overwritten
+        end_records(destination)  # what a mount or sync has on record is overwritten
         write_blocks(destination, blocks, sparse=not args.no_sparse, progress=progress)
 
 

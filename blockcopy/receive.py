@@ -25,7 +25,7 @@ from blockcopy.identity import Identity, differences, is_identity
 from blockcopy.progress import Progress
 from blockcopy.save import Writer
 from blockcopy.stages import InputStream, OutputStream
-from blockcopy.statefile import default_path, retire
+from blockcopy.statefile import end_records
 
 
 def receive(
@@ -54,8 +54,8 @@ def receive(
         if destination is None:
             destination = stack.enter_context(open_destination(path, force=force, create=True))
         size = identity["size"]
+        end_records(destination)  # what a mount or sync has on record is overwritten
         make_room(destination, size)
-        retire(default_path(destination))  # what a mount or sync has on record is overwritten
         with (
             Writer(destination, sparse, Progress()) as writer,
             _asking(destination, size, name, questions, answers, greeting),

@@ -2,17 +2,25 @@
 
 What is in the file is `replica.journal`'s to know. But whoever writes to a destination without
 keeping its record has to end it: it would be believed later, and is true no more.
+
+    DEFAULT.state       the record, at its default place
+    DEFAULT.elsewhere   the token of the one record that is believed though it is kept elsewhere (`--state`)
+
+Each command that writes to a destination knows its default place. So it ends every record by removing these two,
+wherever the record is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from pathlib import Path
 
+from blockcopy import durable
 from blockcopy.device import Device
-from blockcopy.errors import StateError
+from blockcopy.errors import StateError, StateNotKeptError
 from blockcopy.identity import of_destination
 
 
@@ -32,15 +40,48 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "blockcopy"
 
 
+def end_records(destination: Device) -> None:
+    """Have no record of `destination` that is believed later: before it is written. Raises StateError."""
+    retire(default_path(destination))
+    retire(_note_path(destination))
+
+
 def retire(path: Path) -> None:
-    """Have no record at `path`. StateError where there is one that cannot be removed."""
-    if not os.path.lexists(path):
-        return
+    """Have no record at `path`, nor after a loss of power. Raises StateError if one cannot be removed."""
     try:
-        path.unlink()
-    except FileNotFoundError:
-        return
+        durable.remove(path)
     except OSError as error:
         raise StateError(
             f"the state in {path} would not be true any more, and cannot be removed ({error.strerror}); do it first"
         ) from error
+
+
+def believe_only(token: str, destination: Device) -> None:
+    """Of all records of `destination`, believe the one with this token later, though it is kept elsewhere.
+
+    Raises StateError if the record at the default place cannot be removed, StateNotKeptError if the token cannot
+    be kept.
+    """
+    retire(default_path(destination))
+    path = _note_path(destination)
+    try:
+        durable.make_folder(path.parent)
+        durable.write(path, token)
+    except OSError as error:
+        raise StateNotKeptError(f"cannot note in {path} which state is true: {error.strerror}") from error
+
+
+def is_believed(token: str, destination: Device) -> bool:
+    """Whether the record with this token, which is kept elsewhere, is the last one of `destination`."""
+    with contextlib.suppress(OSError):
+        return _note_path(destination).read_text(encoding="utf-8", errors="replace") == token
+    return False
+
+
+def believe_default(destination: Device) -> None:
+    """Believe no record of `destination` but the one at its default place. Raises StateError."""
+    retire(_note_path(destination))
+
+
+def _note_path(destination: Device) -> Path:
+    return default_path(destination).with_suffix(".elsewhere")

@@ -27,7 +27,7 @@ import pytest
 import support
 import trio
 
-from blockcopy.device import Device
+from blockcopy.device import Device, open_source
 from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.geometry import BLOCK_SIZE, Extent, Geometry
 from blockcopy.identity import NO_TIMES, Times
@@ -35,6 +35,7 @@ from blockcopy.remote import Location, stage_command
 from blockcopy.replica import blockmap, journal, keeper
 from blockcopy.replica.engine import Plan, Replica, open_replica
 from blockcopy.replica.journal import Binding, Clock, Journal
+from blockcopy.statefile import believe_only
 
 PIECE = 4096
 PIECES = BLOCK_SIZE // PIECE
@@ -543,6 +544,8 @@ def put_back(recorder: Recorder, recorded: Recorded, content: list[bytes], desti
     assert recorder.binding is not None
     kept.begin(recorder.binding, clock)
     kept.add(recorded, clock)
+    with open_source(str(destination)) as device:
+        believe_only(kept.token, device)
     kept.close()
     recorder.events.clear()
 

@@ -405,16 +405,51 @@ def by_save(tmp_path: Path, source: Path, destination: Path) -> None:
     assert run("save", destination, input=blocks.stdout).returncode == 0
 
 
-@pytest.mark.parametrize("between", [by_no_state, by_another_state, by_save])
+def by_the_default_state(tmp_path: Path, source: Path, destination: Path) -> None:
+    sync(source, destination)
+
+
+def by_push(tmp_path: Path, source: Path, destination: Path) -> None:
+    shell = tmp_path / "lrsh"
+    shell.write_text('#!/bin/sh\nshift; exec sh -c "$*"\n')
+    shell.chmod(0o755)
+    sync("-e", shell, source, f"here:{destination}")
+
+
+@pytest.mark.parametrize("kept", ["default", "elsewhere"])
+@pytest.mark.parametrize("between", [by_no_state, by_another_state, by_save, by_push, by_the_default_state])
 def test_what_another_source_wrote_between_ends_the_record(
-    between: Callable[..., None], source: Path, device: Path, tmp_path: Path, mount: Mounter
+    between: Callable[..., None], kept: str, source: Path, device: Path, tmp_path: Path, mount: Mounter
 ) -> None:
-    known(mount, source, device)
-    state = state_file()
+    """Nothing of a device tells that it was written; its record is ended wherever it is kept."""
+    if kept == "default" and between is by_the_default_state:
+        pytest.skip("goes on in that record, of another source")
+    options = ["--state", tmp_path / "state"] if kept == "elsewhere" else []
+    known(mount, source, device, *options)
     between(tmp_path, written(tmp_path / "other", OTHER), device)
-    assert not state.exists()
     assert device.read_bytes() == OTHER
-    sync(source, device)
+    said = sync(*options, source, device)
+    assert ("may have been written since" in said) == (kept == "elsewhere")
+    assert device.read_bytes() == DATA
+
+
+def test_a_record_that_is_kept_elsewhere_is_believed_as_any_other(
+    source: Path, device: Path, tmp_path: Path, mount: Mounter
+) -> None:
+    options = ["--state", tmp_path / "state"]
+    for _ in range(2):  # begun, and taken up
+        known(mount, source, device, *options)
+    tamper(device, 7)
+    assert sync(*options, source, device) == ""
+    assert device.read_bytes() == changed(DATA, 7)
+
+
+def test_what_nobody_could_note_is_not_believed(source: Path, device: Path, tmp_path: Path) -> None:
+    """No state can be kept at the default place, so no command that comes between could end the record there."""
+    Path(os.environ["STATE_DIRECTORY"]).rmdir()
+    Path(os.environ["STATE_DIRECTORY"]).touch()
+    assert "cannot note in" in sync("--state", tmp_path / "state", source, device)
+    assert not (tmp_path / "state").exists()
     assert device.read_bytes() == DATA
 
 

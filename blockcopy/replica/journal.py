@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blockcopy import durable
 from blockcopy.errors import StateError, StateNotKeptError
 from blockcopy.identity import Identity, is_identity
 from blockcopy.replica.blockmap import CHUNK_BLOCKS
@@ -123,7 +124,7 @@ class Journal:
                     f"the state file {self.path} is in use by another process; name another with --state"
                 ) from error
             if made:
-                self.path.unlink(missing_ok=True)
+                durable.remove(self.path)
                 raise StateNotKeptError(f"cannot keep the state in {self.path}: {error}") from error
             raise _UnusableError(str(error)) from error
         except BaseException:
@@ -146,7 +147,7 @@ class Journal:
 
     def _load(self, db: sqlite3.Connection, *, is_new: bool) -> Record | None:
         """What is recorded; the file is this process's own from now on. Raises sqlite3.Error."""
-        for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = DELETE", "synchronous = FULL"):
+        for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = DELETE", "synchronous = EXTRA"):
             db.execute(f"PRAGMA {pragma}")
         if is_new:
             db.executescript(f"BEGIN EXCLUSIVE; {_SCHEMA} COMMIT;")
@@ -186,6 +187,11 @@ class Journal:
         self._token, self._facts = token, facts
         return Record(binding, clock, believed)
 
+    @property
+    def token(self) -> str:
+        """What tells this record from all others, the earlier ones of the same file too."""
+        return self._token
+
     def begin(self, binding: Binding, clock: Clock) -> None:
         """Begin a new record, of which no block is known yet. Raises StateNotKeptError, here and below."""
         self._token = secrets.token_hex(16)
@@ -223,7 +229,7 @@ class Journal:
         """A file that was made here and has nothing in it does not stay."""
         self._db.close()
         if self._made and not self._facts:
-            self.path.unlink(missing_ok=True)
+            durable.remove(self.path)
 
     def _write_clock(self, clock: Clock) -> None:
         text = json.dumps({**self._facts, "clock": vars(clock)})
@@ -250,9 +256,8 @@ def _seal(key: str, data: bytes) -> bytes:
 def _make(path: Path) -> bool:
     """Have a file at `path`; True where it was not there. StateError, StateNotKeptError."""
     try:
-        if not path.parent.is_dir():
-            path.parent.mkdir(mode=0o700, parents=True)
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        durable.make_folder(path.parent)
+        durable.create(path)
     except FileExistsError:
         if not path.is_file():
             raise StateError(f"cannot keep the state in {path}: that is no regular file") from None
@@ -293,10 +298,10 @@ def _set_aside(path: Path) -> Path:
     while (aside := path.with_name(f"{path.name}.unusable-{number}")).exists():
         number += 1
     try:
-        path.rename(aside)
+        durable.rename(path, aside)
         for kind in ("journal", "wal", "shm"):
             with contextlib.suppress(FileNotFoundError):
-                Path(f"{path}-{kind}").rename(f"{aside}-{kind}")
+                durable.rename(Path(f"{path}-{kind}"), Path(f"{aside}-{kind}"))
     except OSError as error:
         raise StateNotKeptError(f"cannot set the unusable state file {path} aside: {error.strerror}") from error
     return aside

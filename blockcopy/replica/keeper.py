@@ -35,7 +35,7 @@ from blockcopy.identity import (
 from blockcopy.replica.blockmap import BlockMap
 from blockcopy.replica.journal import Binding, Clock, Journal, Record
 from blockcopy.replica.materialiser import Materialiser
-from blockcopy.statefile import default_path, retire
+from blockcopy.statefile import believe_default, believe_only, default_path, end_records, is_believed, retire
 
 logger = logging.getLogger(__name__)
 
@@ -53,22 +53,22 @@ def open_journal(path: str | None, device: Device, *, keep: bool) -> Journal | N
 
     StateError where the file is in use, or is none, or cannot be removed and would be believed later.
     """
-    default = default_path(device)
-    wanted = Path(path) if path else default
-    if not (keep and _is_same(wanted, default)):
-        retire(default)
     if not keep:
+        end_records(device)
         return None
+    wanted = Path(path) if path else default_path(device)
     try:
         return Journal(wanted)
     except StateNotKeptError as error:
         retire(wanted)
+        end_records(device)
         logger.warning("%s; after a restart, every block will be checked again", error)
         return None
 
 
-def _is_same(one: Path, other: Path) -> bool:
-    return one == other or (one.exists() and other.exists() and one.samefile(other))
+def _is_at_default(journal: Journal, device: Device) -> bool:
+    path, default = journal.path, default_path(device)
+    return path == default or (default.exists() and path.samefile(default))
 
 
 def recall(journal: Journal, device: Device, block_size: int) -> Record | None:
@@ -83,6 +83,9 @@ def recall(journal: Journal, device: Device, block_size: int) -> Record | None:
     )
     if differing:
         _refuse(journal, f"it is of another destination: {'; '.join(differing)}")
+        return None
+    if not (_is_at_default(journal, device) or is_believed(journal.token, device)):
+        _refuse(journal, f"{device.path} may have been written since, by a command that keeps its state elsewhere")
         return None
     if was_written(record.clock, times_of(device)):
         _refuse(journal, f"{device.path} was written by another program since")
@@ -166,9 +169,17 @@ class Keeper:
             await self._record(journal.tell)
         else:
             binding = Binding(source, of_destination(self._device), self._device.size(), block_size)
-            if not await self._record(partial(journal.begin, binding)):
+            if not await self._record(partial(self._begin, journal, binding)):
                 self._journal = None
                 journal.discard()  # or else what is in it would be believed later
+                end_records(self._device)
+
+    def _begin(self, journal: Journal, binding: Binding, clock: Clock) -> None:
+        journal.begin(binding, clock)
+        if _is_at_default(journal, self._device):
+            believe_default(self._device)
+        else:
+            believe_only(journal.token, self._device)
 
     async def run(self) -> None:
         """Commit each second. DeviceError where the destination cannot be synced."""

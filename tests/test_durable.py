@@ -1,0 +1,193 @@
+"""What outlives a loss of power, on a real file system: an image of its disk as it is at that moment."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import support
+from support import BLOCK_SIZE, noise, run, written
+
+from blockcopy import durable
+from blockcopy.claim import open_destination
+from blockcopy.device import open_source
+from blockcopy.replica.journal import Binding, Clock, Journal
+from blockcopy.statefile import default_path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+DATA = noise(8 * BLOCK_SIZE)
+OTHER = noise(8 * BLOCK_SIZE, seed=2)
+
+
+class Disk:
+    """An ext4 that writes nothing by itself; `after_power_loss` has what is on its disk now."""
+
+    def __init__(self, folder: Path) -> None:
+        self._image, self._copy = folder / "image", folder / "copy"
+        self.point, self._second = folder / "disk", folder / "after"
+        self.point.mkdir()
+        self._second.mkdir()
+        self._image.touch()
+        os.truncate(self._image, 32 << 20)
+        support.output("mkfs.ext4", "-q", "-F", self._image)
+
+    @contextlib.contextmanager
+    def mounted(self) -> Iterator[None]:
+        support.output("mount", "-o", "loop,commit=300", self._image, self.point)
+        try:
+            yield
+        finally:
+            support.output("umount", self.point)
+
+    @contextlib.contextmanager
+    def after_power_loss(self) -> Iterator[Path]:
+        shutil.copyfile(self._image, self._copy)
+        support.output("mount", "-o", "loop", self._copy, self._second)
+        try:
+            yield self._second
+        finally:
+            support.output("umount", self._second)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    support.require_root()
+    made = Disk(tmp_path)
+    with made.mounted():
+        yield made
+
+
+def names(folder: Path) -> set[str]:
+    return {each.name for each in folder.rglob("*")} - {"lost+found"}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda folder: durable.create(folder / "new"), {"old", "new"}),
+        (lambda folder: durable.make_folder(folder / "a/b/c"), {"old", "a", "b", "c"}),
+        (lambda folder: durable.rename(folder / "old", folder / "new"), {"new"}),
+        (lambda folder: durable.remove(folder / "old"), set()),
+        (lambda folder: ((folder / "old").unlink(), durable.remove(folder / "old")), set()),
+        (lambda folder: durable.write(folder / "new", "text"), {"old", "new"}),
+    ],
+    ids=["create", "make_folder", "rename", "remove", "remove what is missing", "write"],
+)
+def test_a_change_of_names_is_on_the_disk(change: Callable[[Path], object], expected: set[str], disk: Disk) -> None:
+    written(disk.point / "old", b"1")
+    os.sync()
+    change(disk.point)
+    with disk.after_power_loss() as folder:
+        assert names(folder) == expected
+        assert not (folder / "new").exists() or (folder / "new").read_text() in ("", "1", "text")
+
+
+def save(source: Path, destination: Path) -> None:
+    blocks = run("retrieve", source, input=run("checksum", destination).stdout)
+    assert run("save", destination, input=blocks.stdout).returncode == 0
+
+
+@pytest.mark.parametrize("kept", ["default", "elsewhere"])
+def test_a_record_that_save_has_ended_does_not_come_back(
+    kept: str, disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state's disk is as it was when the power was lost, and the destination's as `save` left it."""
+    source, destination = written(tmp_path / "source", DATA), written(tmp_path / "destination", OTHER)
+    monkeypatch.setenv("STATE_DIRECTORY", str(disk.point))
+    options = ["--state", tmp_path / "state"] if kept == "elsewhere" else []
+    assert run("sync", *options, source, destination).returncode == 0
+    os.sync()
+    save(written(tmp_path / "other", OTHER), destination)
+    if options:  # else the times of the file would tell
+        with open_source(str(destination)) as device, contextlib.closing(Journal(tmp_path / "state")) as journal:
+            status = device.status()
+            journal.tell(Clock(status.st_mtime_ns, status.st_ctime_ns, None))
+    with disk.after_power_loss() as folder:
+        assert names(folder) == set()
+        monkeypatch.setenv("STATE_DIRECTORY", str(folder))
+        assert run("sync", *options, source, destination).returncode == 0
+    assert destination.read_bytes() == DATA
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_the_name_of_a_destination_is_durable_before_it_is_written(
+    is_new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sync of the file brings its name to the disk on some file systems only."""
+    synced: list[Path] = []
+    monkeypatch.setattr(durable, "sync_folder", synced.append)
+    (tmp_path / "link").symlink_to("folder/file")
+    (tmp_path / "folder").mkdir()
+    if not is_new:
+        written(tmp_path / "folder/file", b"made just now")
+    open_destination(str(tmp_path / "link"), create=is_new).close()
+    assert synced == [tmp_path / "folder"]
+
+
+def test_what_a_record_was_before_does_not_come_back(disk: Disk, tmp_path: Path) -> None:
+    """A commit is on the disk when it returns, and nothing beside the file rolls it back."""
+    identity = {"size": 0, "sample": []}
+    with contextlib.closing(Journal(disk.point / "state")) as journal:
+        journal.begin(Binding(identity, {"file": 1}, 0, BLOCK_SIZE), Clock(1, 1, None))
+        journal.add({0: b"\xff" * 100}, Clock(1, 1, None))
+    os.sync()
+    with contextlib.closing(Journal(disk.point / "state")) as journal:
+        journal.forget()
+        with disk.after_power_loss() as folder, contextlib.closing(Journal(folder / "state")) as found:
+            assert found.record
+            assert found.record.chunks == {}
+    with disk.after_power_loss() as folder, contextlib.closing(Journal(folder / "state")) as found:
+        assert found.record
+        assert found.record.chunks == {}
+
+
+def test_the_default_place_of_a_state_is_made_once_and_for_all(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, destination = written(tmp_path / "source", DATA), written(tmp_path / "destination", OTHER)
+    monkeypatch.setenv("STATE_DIRECTORY", str(disk.point / "var/lib"))
+    assert run("sync", source, destination).returncode == 0
+    with open_source(str(destination)) as device, disk.after_power_loss() as folder:
+        assert (folder / "var/lib" / default_path(device).name).exists()
+
+
+NO_PROMISE = {
+    "blockcopy/durable.py": "is where it is done",
+    "blockcopy/runfolder.py": "sockets: gone with the machine's run",
+    "blockcopy/replica/metrics.py": "written anew every ten seconds",
+    "fuse/blockcopy_fuse/mounting.py": "--pid-file: of a process that runs",
+    "fuse/blockcopy_fuse/control_socket.py": "sockets",
+    "blockcopy/claim.py": "a destination: its name is made durable by `_keep_name`",
+}
+
+
+CHANGES = {"unlink", "rename", "mkdir", "makedirs", "rmdir", "symlink_to", "hardlink_to"}
+
+
+def changes_a_name(node: ast.AST) -> bool:
+    if isinstance(node, ast.Attribute):
+        return node.attr == "O_CREAT"
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return False
+    called = ast.unparse(node.func)
+    replaces = node.func.attr == "replace" and len(node.args) == 1 and not node.keywords  # a path, and no text
+    return not called.startswith("durable.") and (
+        node.func.attr in CHANGES or replaces or called in ("os.replace", "os.remove")
+    )
+
+
+def test_names_that_carry_a_promise_are_changed_by_durable_alone() -> None:
+    """Each other place that makes, removes or renames a file is listed, with why nothing follows from it."""
+    found = {
+        str(path.relative_to(CHECKOUT))
+        for root in ("blockcopy", "fuse/blockcopy_fuse")
+        for path in sorted((CHECKOUT / root).rglob("*.py"))
+        if any(map(changes_a_name, ast.walk(ast.parse(path.read_text()))))
+    }
+    assert found - NO_PROMISE.keys() == set()
