@@ -57,8 +57,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
         logging.getLogger(__name__).debug("failed", exc_info=True)
         _exit_with(args.command, error)
     except Interrupted as interrupted:
+        log.finish()
         stages.die_of(interrupted.signum)
-    _end()
+    _end(0)
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], None]:
@@ -74,13 +75,13 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
     return command
 
 
-def _end() -> NoReturn:
+def _end(status: int) -> NoReturn:
     """All is done, written and closed: to take the interpreter down in order as well would give nothing back
     that the kernel does not, and takes a hundredth of the time of a copy of 2 GiB, at both of its ends."""
-    logging.shutdown()
-    os._exit(0)
+    log.finish()
+    os._exit(status)
 
 
 def _exit_with(command: str, error: BlockcopyError) -> NoReturn:
     console.say(log.last_words(f"ERROR ({command}): {error}"))
-    sys.exit(error.exit_code)
+    _end(error.exit_code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -132,11 +133,21 @@ class Command(NamedTuple):
 
     def outliving_terminal(self) -> Command:
         """The same for an ssh that asks for its password at a terminal which may be gone afterwards."""
-        return self._replace(argv=["nohup", *self.argv])
+        return self._replace(argv=["nohup", *self.argv]).located()
+
+    def located(self) -> Command:
+        """The same with its programs as absolute paths: PATH may name folders that are in the way later."""
+        way = self.way._replace(log_in=_located(self.way.log_in), end_login=_located(self.way.end_login))
+        return self._replace(argv=_located(self.argv), way=way)
 
     def logged_in(self) -> Command:
         """The same where `log_in` has asked for all there was to ask."""
         return self._replace(own_session=True)
+
+
+def _located(argv: Sequence[str]) -> list[str]:
+    program = shutil.which(argv[0]) if argv else None
+    return [os.path.abspath(program), *argv[1:]] if program else list(argv)
 
 
 def stage_command(

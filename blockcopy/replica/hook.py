@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+from functools import partial
 from typing import Any
 
 import trio
 
 from blockcopy.errors import how_ended
+from blockcopy.replica import losable
 
 logger = logging.getLogger(__name__)
 
@@ -35,25 +37,29 @@ async def run(command: str, snapshot: dict[str, Any], folder: str) -> None:
     """Run it by the shell in `folder`, to its end. Cancelled, it is waited for shortly, and left."""
     logger.info("running --on-complete: %s", command)
     try:
-        process = await trio.lowlevel.open_process(
-            ["/bin/sh", "-c", command],
-            stdin=subprocess.DEVNULL,
-            cwd=folder if os.path.isdir(folder) else None,
-            env={**os.environ, **environment(snapshot)},
-            start_new_session=True,
-        )
+        process = await losable.start(partial(_start, command, folder, {**os.environ, **environment(snapshot)}))
     except OSError as error:
         logger.error("--on-complete cannot be run: %s", error)
         return
     try:
-        status = await process.wait()
+        status = await losable.ended(process)
     except trio.Cancelled:
         with trio.CancelScope(shield=True), trio.move_on_after(_FAREWELL_SECONDS):
-            _tell(await process.wait())
+            _tell(await losable.ended(process))
             raise
         logger.warning("--on-complete is still running, and is left to itself (process %d)", process.pid)
         raise
     _tell(status)
+
+
+def _start(command: str, folder: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        ["/bin/sh", "-c", command],
+        stdin=subprocess.DEVNULL,
+        cwd=folder if os.path.isdir(folder) else None,
+        env=environment,
+        start_new_session=True,
+    )
 
 
 def _tell(status: int) -> None:

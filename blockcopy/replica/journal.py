@@ -94,6 +94,8 @@ class Journal:
         """
         self.path = path
         self.record: Record | None = None
+        self.is_busy = False
+        """A call of another thread may never return: from then on `close` does nothing."""
         self._token = ""
         self._facts: dict[str, Any] = {}
         try:
@@ -227,6 +229,8 @@ class Journal:
 
     def close(self) -> None:
         """A file that was made here and has nothing in it does not stay."""
+        if self.is_busy:
+            return
         self._db.close()
         if self._made and not self._facts:
             durable.remove(self.path)

@@ -18,7 +18,7 @@ from pathlib import Path
 import trio
 
 from blockcopy.device import Device
-from blockcopy.errors import DeviceError, StateNotKeptError
+from blockcopy.errors import DeviceError, StateError, StateNotKeptError
 from blockcopy.geometry import Extent, Geometry
 from blockcopy.identity import (
     NO_TIMES,
@@ -32,6 +32,7 @@ from blockcopy.identity import (
     times_of,
     unchanged_sample,
 )
+from blockcopy.replica import losable
 from blockcopy.replica.blockmap import BlockMap
 from blockcopy.replica.journal import Binding, Clock, Journal, Record
 from blockcopy.replica.materialiser import Materialiser
@@ -45,6 +46,9 @@ _SECONDS = 1
 _AHEAD_NS = 3_000_000_000
 """Nanoseconds for which a sign of life holds, beside what it takes to record it. Until then a file may be
 written by ourselves. What somebody else writes in that time after a crash is not noticed."""
+
+_ANSWER_SECONDS = 10
+"""How long the state file may take, whose disk may be away; what it was told is told again later."""
 
 
 def open_journal(path: str | None, device: Device, *, keep: bool) -> Journal | None:
@@ -157,6 +161,7 @@ class Keeper:
         self._durable = NO_TIMES  # of the destination: no power loss takes it behind these
         self._until_ns = 0  # the last sign of life on record
         self._took_ns = 0  # to record the last one
+        self._gave_up = False
 
     async def begin(self, source: Identity, block_size: int) -> None:
         """Before the destination is written: what is recorded is what the block map has, or nothing."""
@@ -171,7 +176,7 @@ class Keeper:
             binding = Binding(source, of_destination(self._device), self._device.size(), block_size)
             if not await self._record(partial(self._begin, journal, binding)):
                 self._journal = None
-                journal.discard()  # or else what is in it would be believed later
+                await self._discard(journal)  # or else what is in it would be believed later
                 end_records(self._device)
 
     def _begin(self, journal: Journal, binding: Binding, clock: Clock) -> None:
@@ -234,7 +239,18 @@ class Keeper:
         """StateError where the record can neither be written nor removed."""
         if self._journal is not None and not await self._write(self._journal.forget):
             journal, self._journal = self._journal, None
-            journal.discard()
+            await self._discard(journal)
+
+    async def _discard(self, journal: Journal) -> None:
+        """Have no record. Raises StateError if the record cannot be removed."""
+        try:
+            await self._in_thread(journal.discard)
+        except TimeoutError as error:
+            journal.is_busy = True
+            raise StateError(
+                f"the state in {journal.path} would not be true any more, and cannot be removed: "
+                f"{error.strerror}; remove it before the next start"
+            ) from error
 
     async def close(self) -> None:
         """Nothing is written any more: commit, and let the journal go. DeviceError."""
@@ -254,7 +270,10 @@ class Keeper:
                 times = await trio.to_thread.run_sync(self._last_times)
                 await self._write(partial(journal.tell, Clock(*times, until_ns=None)))
         finally:
-            journal.close()
+            try:
+                await self._in_thread(journal.close)
+            except TimeoutError:
+                journal.is_busy = True  # a thread is in it still, and ends with the process
 
     def _last_times(self) -> Times:
         return NO_TIMES if self._device.is_block_device else settled_times(self._device, self._device.sync)
@@ -269,13 +288,28 @@ class Keeper:
         return True
 
     async def _write(self, write: Callable[[], None]) -> bool:
-        """In a thread; False, and said once, where it cannot be."""
+        """In a thread; False, and said once, where it cannot be, or gives no answer."""
         try:
-            await trio.to_thread.run_sync(write, limiter=self._one_thread)
+            await self._in_thread(write)
+        except TimeoutError as error:
+            path = self._journal.path if self._journal else ""
+            trouble = StateNotKeptError(f"cannot record in the state file {path}: {error.strerror}")
         except StateNotKeptError as error:
-            if self._trouble is None:
-                logger.warning("%s; after a crash, more will be checked again", error)
-            self._trouble = error
-            return False
-        self._trouble = None
-        return True
+            trouble = error
+        else:
+            self._trouble = None
+            return True
+        if self._trouble is None:
+            logger.warning("%s; after a crash, more will be checked again", trouble)
+        self._trouble = trouble
+        return False
+
+    async def _in_thread(self, work: Callable[[], None]) -> None:
+        """Call `work`, which touches the journal. Raises TimeoutError if the journal gives no answer."""
+        is_stuck = self._gave_up and self._one_thread.borrowed_tokens
+        try:
+            await losable.in_time(work, 0 if is_stuck else _ANSWER_SECONDS, limiter=self._one_thread)
+        except TimeoutError:
+            self._gave_up = True
+            raise
+        self._gave_up = False

@@ -9,14 +9,20 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 
+from blockcopy.replica import losable
+
 logger = logging.getLogger(__name__)
 
 _SECONDS = 10
+
+_LAST_SECONDS = 2
+"""How long the last write may take, when we end."""
 
 STATES = ("starting", "hydrating", "paused", "reconnecting", "verifying", "complete", "failed")
 
@@ -82,10 +88,13 @@ async def keep_writing(path: str | None, snapshot: Callable[[], dict[str, Any]])
         return
     try:
         while True:
-            await trio.to_thread.run_sync(_write, path, snapshot())  # reads do not wait for that disk
+            await losable.call(partial(_write, path, snapshot()))
             await trio.sleep(_SECONDS)
     finally:
-        _write(path, snapshot())
+        try:
+            await losable.in_time(partial(_write, path, snapshot()), _LAST_SECONDS)
+        except TimeoutError as error:
+            logger.warning("cannot write --metrics %s: %s", path, error.strerror)
 
 
 def _write(path: str, snapshot: dict[str, Any]) -> None:

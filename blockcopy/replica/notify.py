@@ -29,25 +29,22 @@ class Notifier:
     """Tells who has started us, if that listens. What we start does not: it finds no NOTIFY_SOCKET."""
 
     def __init__(self) -> None:
-        address = os.environ.pop("NOTIFY_SOCKET", "")
-        self._address = f"\0{address[1:]}" if address.startswith("@") else address
-        self._watchdog = _watchdog_seconds() if address else None
+        self._manager = _connected(os.environ.pop("NOTIFY_SOCKET", ""))
+        self._watchdog = _watchdog_seconds() if self._manager else None
 
     def tell(self, **facts: object) -> None:
         """A line NAME=value each. A manager that went away is not an error of ours."""
-        if not self._address:
+        if self._manager is None:
             return
         text = "\n".join(f"{name}={value}" for name, value in facts.items())
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-                manager.setblocking(False)
-                manager.sendto(text.encode(errors="replace"), self._address)
+            self._manager.send(text.encode(errors="replace"))
         except OSError as error:
             logger.debug("NOTIFY_SOCKET: %s", error)
 
     async def keep_telling(self, replica: Replica) -> None:
         """The status, and that we live, until cancelled or, without a watchdog, until the replica is settled."""
-        if not self._address:
+        if self._manager is None:
             return
         last = None
         while True:
@@ -61,6 +58,21 @@ class Notifier:
                 return
             with trio.move_on_after(min(_SECONDS, self._watchdog or _SECONDS)):
                 await (trio.sleep_forever() if settled else replica.settled.wait())
+
+
+def _connected(address: str) -> socket.socket | None:
+    """Connect while no mount of ours can be in the way of the path. Returns None if nobody listens."""
+    if not address:
+        return None
+    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    manager.setblocking(False)
+    try:
+        manager.connect(f"\0{address[1:]}" if address.startswith("@") else address)
+    except OSError as error:
+        manager.close()
+        logger.debug("NOTIFY_SOCKET: %s", error)
+        return None
+    return manager
 
 
 def _watchdog_seconds() -> float | None:

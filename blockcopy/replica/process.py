@@ -12,6 +12,7 @@ import trio
 
 from blockcopy.errors import SourceError
 from blockcopy.remote import Command
+from blockcopy.replica import losable
 
 
 class Process:
@@ -66,9 +67,9 @@ def _own(file: object) -> int:
         return os.dup(file.fileno())
 
 
-def start(command: Command) -> Process:
-    """SourceError where it cannot be started at all."""
+async def start(command: Command) -> Process:
+    """Start a process without waiting for a path in trio's thread. Raises SourceError if it cannot be started."""
     try:
-        return Process(command.start())
+        return Process(await losable.start(command.start))
     except OSError as error:
         raise SourceError(f"cannot run `{command.argv[0]}`: {error.strerror}") from error

@@ -207,7 +207,7 @@ class Retriever:
 
         SourceError where it cannot be started at all.
         """
-        process = self._process = self._started or start(self._command)
+        process = self._process = self._started or await start(self._command)
         failure = SourceError(self._let_go())
         task_status.started()
         try:

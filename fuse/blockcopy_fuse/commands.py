@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockcopy import console
+from blockcopy import console, log
 from blockcopy.errors import IncompleteError, PeerError, UnfitError, UsageError
 from blockcopy.login import log_in, logged_in
 from blockcopy.meters import printable
@@ -32,7 +32,7 @@ def mount(args: argparse.Namespace) -> None:
     with needs_extra():
         from blockcopy.replica.notify import Notifier
         from blockcopy_fuse import daemon, mounting
-    command = source_command(args)
+    command = source_command(args).located()
     plan = plan_of(
         args,
         command,
@@ -49,6 +49,7 @@ def mount(args: argparse.Namespace) -> None:
         name=_name_in(mountpoint, args),
         options=fuse_options,
         pid_file=os.path.abspath(args.pid_file) if args.pid_file else None,
+        log_file=os.path.abspath(args.log_file) if args.log_file else None,
     )
     mounting.check(shown)
     if plan.prompts and not args.foreground:
@@ -56,6 +57,7 @@ def mount(args: argparse.Namespace) -> None:
     notifier = Notifier()
 
     def serve(ready: Callable[[], None], progress: Progress) -> None:
+        log.write_aside()
         with logged_in(command), progress:
             run(lambda: mounting.serve(shown, ready, progress, notifier))
 

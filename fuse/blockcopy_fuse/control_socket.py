@@ -17,8 +17,9 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import trio
 
 from blockcopy.errors import BlockcopyError, DeviceError, UsageError
 from blockcopy.geometry import Extent
+from blockcopy.replica import losable
 from blockcopy.replica.replica import Replica
 from blockcopy.runfolder import run_folder
 from blockcopy.strict_json import parse_object
@@ -38,6 +40,9 @@ _MAX_REQUEST = 64 * 1024
 
 _MOST_CELLS = 65536
 
+_PATIENCE_SECONDS = 5
+"""How long the folder of the socket may take to answer."""
+
 Snapshot = Callable[[], dict[str, Any]]
 
 
@@ -46,7 +51,7 @@ class ControlSocket:
 
     def __init__(self, path: str, listener: socket.socket) -> None:
         self.path = path
-        self._listener = listener
+        self.listener = listener
 
     async def serve(self, replica: Replica, snapshot: Snapshot) -> None:
         """Until cancelled."""
@@ -59,35 +64,41 @@ class ControlSocket:
             except Exception as error:
                 logger.error("a request met a fault of blockcopy's; the control socket goes on", exc_info=error)
 
-        listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._listener))
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(self.listener))
         await trio.serve_listeners(answer, [listener])
 
 
-@contextmanager
-def opened(device: str) -> Iterator[ControlSocket | None]:
+@asynccontextmanager
+async def opened(device: str) -> AsyncIterator[ControlSocket | None]:
     """The socket of the mount of that number, gone at the end; None, with a warning, where none can be made."""
     try:
-        path = run_folder() / control.socket_name(device, os.getpid())
-        _sweep(path.parent)
-        path.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX)
+        made = await losable.in_time(partial(_listen, device), _PATIENCE_SECONDS)
     except (OSError, DeviceError) as error:
         logger.warning("pause, resume, limit and prefetch will not work: %s", error)
         yield None
         return
-    with listener:
+    with made.listener:
         try:
-            listener.bind(str(path))
-            path.chmod(0o600)
-            listener.listen()
-        except OSError as error:
-            logger.warning("pause, resume, limit and prefetch will not work: cannot listen at %s: %s", path, error)
-            yield None
-            return
-        try:
-            yield ControlSocket(str(path), listener)
+            yield made
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(TimeoutError):
+                await losable.in_time(partial(Path(made.path).unlink, missing_ok=True), _PATIENCE_SECONDS)
+
+
+def _listen(device: str) -> ControlSocket:
+    """Make the socket. Raises OSError or DeviceError if it cannot be made."""
+    path = run_folder() / control.socket_name(device, os.getpid())
+    _sweep(path.parent)
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        raise DeviceError.of("listen at", str(path), error) from error
+    return ControlSocket(str(path), listener)
 
 
 def _sweep(folder: Path) -> None:

@@ -17,8 +17,9 @@ import os
 import select
 import signal
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,14 +28,17 @@ from typing import Any
 import pyfuse3
 import trio
 
+import blockcopy
 from blockcopy.errors import Interrupted, MountError, UsageError
 from blockcopy.progress import Progress
-from blockcopy.replica import hook, metrics
+from blockcopy.replica import hook, losable, metrics
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.notify import Notifier
 from blockcopy.replica.replica import Plan, Replica
 from blockcopy.replica.report import report
 from blockcopy.replica.running import expendable, received
+from blockcopy.runfolder import run_folders
+from blockcopy.statefile import default_folder
 from blockcopy_fuse import STATUS_NAME, control, control_socket, mounts
 from blockcopy_fuse.control_socket import ControlSocket
 from blockcopy_fuse.operations import Operations
@@ -49,6 +53,9 @@ _TERMINATE_SECONDS = 5
 _MAX_HANDLERS = 256
 """Requests being handled at once. When all of them wait, not even a lookup is answered."""
 
+_FILE_SECONDS = 2
+"""How long a file of the user's may take to be written, or removed, before it is left."""
+
 _REQUEST_MARGIN = 20
 """The kernel looks each 15 seconds for requests that took too long."""
 
@@ -62,6 +69,7 @@ class MountPlan:
     name: str | None
     options: MountOptions
     pid_file: str | None = None
+    log_file: str | None = None
 
     @property
     def file(self) -> Path:
@@ -79,8 +87,8 @@ def check(mount: MountPlan) -> None:
         raise MountError(f"cannot mount on {mountpoint}: {error.strerror}") from error
     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
         raise MountError(f"cannot mount on {mountpoint}: it is neither a folder nor a regular file")
-    for path, what in _not_to_be_hidden(mount.plan):
-        if _hides(mountpoint, path):
+    for path, what in _not_to_be_hidden(mount):
+        if _hides(mountpoint, Path(path)):
             raise UsageError(f"the mount on {mountpoint} would hide the {what} {path}")
     if mount.name is not None and ("/" in mount.name or mount.name in ("", ".", "..", STATUS_NAME)):
         raise UsageError(f"--name {mount.name!r} cannot be the name of the file")
@@ -105,16 +113,24 @@ def longest_request() -> float:
     return min(limits)
 
 
-def _not_to_be_hidden(plan: Plan) -> Iterator[tuple[Path, str]]:
-    yield Path(plan.destination), "destination"
-    if plan.state is not None:
-        yield Path(plan.state), "state file"
+def _not_to_be_hidden(mount: MountPlan) -> Iterator[tuple[str, str]]:
+    """Yield each path that is used while the mount is there, and its name for a message."""
+    plan = mount.plan
+    yield plan.destination, "destination"
     if plan.command.location.host is None:
-        yield Path(plan.command.location.path), "source"
+        yield plan.command.location.path, "source"
+    if plan.keep_state:
+        yield plan.state or str(default_folder()), "state file"
+    files = {"pid file": mount.pid_file, "log file": mount.log_file, "metrics file": plan.metrics}
+    yield from ((path, what) for what, path in files.items() if path is not None)
+    yield plan.command.folder, "folder it is started in,"
+    yield plan.command.argv[0], "program"
+    yield from ((path, "folder of control sockets,") for path in map(str, run_folders(os.geteuid())[:1]))
+    yield from ((path, "folder of Python modules,") for path in (*sys.path, *blockcopy.__path__) if path)
 
 
 def _hides(mountpoint: Path, path: Path) -> bool:
-    """By whichever name."""
+    """Whether the mount will hide `path`, by whichever name."""
     if path.resolve().is_relative_to(mountpoint.resolve()):
         return True
     return path.exists() and path.samefile(mountpoint)
@@ -149,12 +165,12 @@ async def serve(mount: MountPlan, ready: Callable[[], None], progress: Progress,
             _init(mount, mountpoint, replica, snapshot)
             mounted = True
             try:
-                with (
-                    _released_before_helper(mount.options),
-                    control_socket.opened(_device_of(mountpoint)) as socket,
-                    _pid_file(mount.pid_file),
-                ):
-                    async with trio.open_nursery() as helpers:
+                with _released_before_helper(mount.options):
+                    async with (
+                        control_socket.opened(_device_of(mountpoint)) as socket,
+                        _pid_file(mount.pid_file),
+                        trio.open_nursery() as helpers,
+                    ):
                         parts = {
                             "sd_notify": partial(notifier.keep_telling, replica),
                             "--metrics": partial(metrics.keep_writing, mount.plan.metrics, snapshot),
@@ -184,21 +200,22 @@ async def _on_complete(plan: Plan, replica: Replica, snapshot: Callable[[], dict
         await hook.run(plan.on_complete, facts, plan.command.folder)
 
 
-@contextmanager
-def _pid_file(path: str | None) -> Iterator[None]:
-    """The file holds our process id as long as we serve."""
+@asynccontextmanager
+async def _pid_file(path: str | None) -> AsyncIterator[None]:
+    """Keep our process id in the file for as long as we serve. Raises MountError if it cannot be written."""
     if path is None:
         yield
         return
     file = Path(path)
     try:
-        file.write_text(f"{os.getpid()}\n")
+        await losable.in_time(partial(file.write_text, f"{os.getpid()}\n"), _FILE_SECONDS)
     except OSError as error:
         raise MountError(f"cannot write --pid-file {path}: {error.strerror}") from error
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)
+        with suppress(TimeoutError):
+            await losable.in_time(partial(file.unlink, missing_ok=True), _FILE_SECONDS)
 
 
 def await_first_answer(mount: MountPlan) -> None:

@@ -1,0 +1,77 @@
+"""Calls that can hang, in threads that may be left behind: the event loop itself touches no path of a user.
+
+A path can lie on a file system that gives no answer. It can lie in the mount that the event loop serves.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import subprocess
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import trio
+
+T = TypeVar("T")
+
+# With vfork() a child that hangs before its program begins stops all threads here: its parent keeps the GIL.
+subprocess._USE_VFORK = False  # type: ignore[misc]  # documented for this use
+
+_NO_LIMIT = trio.CapacityLimiter(math.inf)
+"""A thread that was left behind takes nobody's place."""
+
+
+async def call(work: Callable[[], T], *, limiter: trio.CapacityLimiter = _NO_LIMIT) -> T:
+    """Return `work()`, from a thread. Cancelled, the caller goes on and leaves the thread behind."""
+    return await trio.to_thread.run_sync(work, limiter=limiter, abandon_on_cancel=True)
+
+
+async def in_time(work: Callable[[], T], seconds: float, *, limiter: trio.CapacityLimiter = _NO_LIMIT) -> T:
+    """Return `work()`, from a thread; no cancellation ends it early.
+
+    Raises TimeoutError if `work` takes longer than `seconds`: the thread is left behind then.
+    """
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + seconds):
+        return await call(work, limiter=limiter)
+    raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+
+async def start(make: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    """Return the process that `make` starts. Cancelled, the process is killed whenever it comes to be."""
+    made: list[subprocess.Popen[bytes]] = []
+    unwanted = False
+
+    def run() -> subprocess.Popen[bytes]:
+        made.append(make())
+        if unwanted:
+            _end(made[0])
+        return made[0]
+
+    try:
+        return await call(run)
+    except trio.Cancelled:
+        unwanted = True
+        if made:
+            threading.Thread(target=_end, args=made, daemon=True).start()
+        raise
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()
+    process.wait()
+
+
+async def ended(process: subprocess.Popen[bytes]) -> int:
+    """Return the status of a process once it has ended, as subprocess has it."""
+    descriptor = os.pidfd_open(process.pid)
+    try:
+        await trio.lowlevel.wait_readable(descriptor)
+    finally:
+        os.close(descriptor)
+    return process.wait()
