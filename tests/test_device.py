@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from support import PATIENCE, held_by_another_process, mounted, noise, output, until
+from support import PATIENCE, held_by_another_process, mounted, needs_views, noise, output, until
 
 from blockcopy import syscalls
 from blockcopy.claim import open_destination
@@ -79,6 +79,7 @@ def test_a_read_error_is_told_with_its_place(tmp_path: Path, device: str) -> Non
 # Views
 
 
+@needs_views
 @pytest.mark.parametrize("kind", ["file", "device"])
 def test_a_view_has_the_bytes(request: pytest.FixtureRequest, kind: str) -> None:
     with open_source(str(request.getfixturevalue(kind))) as opened:
@@ -93,6 +94,7 @@ def test_a_view_has_the_bytes(request: pytest.FixtureRequest, kind: str) -> None
             assert view == data[offset : offset + length]  # it may still be sent
 
 
+@needs_views
 def test_a_view_is_not_had_of_what_is_not_there(file: Path) -> None:
     with open_source(str(file)) as opened:
         assert opened.view(MIB, 101, [Extent(MIB, 101)]) is None
@@ -100,6 +102,7 @@ def test_a_view_is_not_had_of_what_is_not_there(file: Path) -> None:
         assert opened.view(MIB, 100, [Extent(MIB, 100)]) is not None
 
 
+@needs_views
 def test_of_a_device_that_failed_once_no_more_views_are_had(tmp_path: Path, device: str) -> None:
     with open_source(device) as opened:
         assert opened.view(0, 4 * MIB, [Extent(0, 5000)]) is not None  # the rest is not to be looked at
@@ -111,6 +114,7 @@ def test_of_a_device_that_failed_once_no_more_views_are_had(tmp_path: Path, devi
         assert opened.read(0, MIB) == noise(4 * MIB)[:MIB]
 
 
+@needs_views
 @pytest.mark.parametrize("left", [0, MIB, MIB + 99])
 def test_who_gives_a_view_back_learns_that_it_was_cut_off(file: Path, left: int) -> None:
     """The last page of a file has zeros behind its end, which nobody must take for the file's."""
@@ -121,6 +125,7 @@ def test_who_gives_a_view_back_learns_that_it_was_cut_off(file: Path, left: int)
         assert opened.unview(0, left)
 
 
+@needs_views
 def test_a_file_that_grows_is_viewed_to_its_new_end(file: Path) -> None:
     with open_destination(str(file)) as opened:
         old = opened.view(0, 100, [Extent(0, 100)])
@@ -129,6 +134,7 @@ def test_a_file_that_grows_is_viewed_to_its_new_end(file: Path) -> None:
         assert old == noise(100)
 
 
+@needs_views
 def test_what_is_looked_at_is_dropped_from_the_cache_afterwards(device: str) -> None:
     """The kernel drops nothing that is mapped, and what should come from the disk would come from the cache."""
     with open_destination(device) as opened:
@@ -146,6 +152,7 @@ def test_what_is_looked_at_is_dropped_from_the_cache_afterwards(device: str) -> 
         opened.unview(MIB, MIB)
 
 
+@needs_views
 def test_a_view_is_gone_with_the_last_who_has_it(file: Path) -> None:
     def is_mapped() -> bool:
         return str(file) in Path("/proc/self/maps").read_text()
@@ -158,6 +165,7 @@ def test_a_view_is_gone_with_the_last_who_has_it(file: Path) -> None:
     assert not is_mapped()
 
 
+@needs_views
 @pytest.mark.parametrize("reason", [errno.EINVAL, errno.ENODEV, errno.EOPNOTSUPP])
 def test_where_there_are_no_views_they_are_asked_for_once(
     file: Path, monkeypatch: pytest.MonkeyPatch, reason: int

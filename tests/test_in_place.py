@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support import BLOCK_SIZE, BLOCKCOPY, PATIENCE, noise, run, written
+from support import BLOCK_SIZE, BLOCKCOPY, PATIENCE, needs_views, noise, run, written
 
 from blockcopy import digests, syscalls, wire
 from blockcopy.answers import Run, Terms
@@ -96,6 +96,7 @@ def test_the_questions_are_the_same(source: Device, block_size: int) -> None:
     assert questions(source, geometry, blocks, DIGEST) == read
 
 
+@needs_views
 def test_what_is_sent_is_not_copied(tmp_path: Path) -> None:
     path = written(tmp_path / "source", noise(2 * BLOCK_SIZE))
     terms = Terms(DIGEST, Packing(), joined=True, agreed=True)
