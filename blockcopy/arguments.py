@@ -142,7 +142,9 @@ def _mounting(commands: Any) -> None:
         help="of FUSE, with commas; allow_other: all may read",
     )
     shown.add_argument("--name", help="name of the file (default: DESTINATION's)")
-    shown.add_argument("--pid-file", metavar="FILE", help="write the id of the mount's process here")
+    shown.add_argument(
+        "--pid-file", metavar="FILE", type=values.file, help="write the id of the mount's process here"
+    )
     shown.add_argument("--replace", action="store_true", help="clear a dead mount there, of a killed blockcopy")
     shown.add_argument("--no-background", action="store_true", help="copy only what is read")
     _add_copy_options(mount)
@@ -220,7 +222,9 @@ def _add_copy_options(parser: Parser) -> None:
     _add_compress(copy, "source compresses (default: auto from a host)", default=argparse.SUPPRESS)
     copy.add_argument("--on-complete", metavar="COMMAND", help="what the shell runs when it is complete")
     record = parser.add_argument_group("the record of what is here")
-    record.add_argument("--state", metavar="FILE", help="where it is kept (default: see the manual)")
+    record.add_argument(
+        "--state", metavar="FILE", type=values.file, help="where it is kept (default: see the manual)"
+    )
     record.add_argument("--no-state", action="store_true", help="keep none; a restart checks every block")
     record.add_argument("--recheck", action="store_true", help="believe none; check every block")
 
@@ -334,11 +338,13 @@ def _add_progress(parser: Parser) -> Options:
 
 
 def _add_log_file(parser: Options) -> None:
-    parser.add_argument("--log-file", metavar="FILE", help="log to the end of this file")
+    parser.add_argument("--log-file", metavar="FILE", type=values.file, help="log to the end of this file")
 
 
 def _add_metrics(parser: Options) -> None:
-    parser.add_argument("--metrics", metavar="FILE", help="for Prometheus, a file written each 10 seconds")
+    parser.add_argument(
+        "--metrics", metavar="FILE", type=values.file, help="for Prometheus, a file written each 10 seconds"
+    )
 
 
 def _add_force(parser: Options) -> None:

@@ -14,11 +14,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from blockcopy import syscalls
 from blockcopy.digests import Buffer
-from blockcopy.errors import DeviceError
+from blockcopy.errors import DestinationLostError, DeviceError
 from blockcopy.geometry import Extent
+from blockcopy.places import holds_devices
 
 ZEROS = bytes(1024 * 1024)
 """`ZEROS.startswith(data)` is how it is told whether `data`, of at most this length, is all zeros."""
@@ -32,6 +34,9 @@ _HUGE_PAGE = 2 * 1024 * 1024
 
 _WRITTEN_BACK = 256 * 1024 * 1024
 """Bytes written back between two looks at the clock."""
+
+
+Opened = TypeVar("Opened", bound="Device")
 
 
 class Device:
@@ -52,7 +57,7 @@ class Device:
         self._dropping = False
         self.is_block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
 
-    def __enter__(self) -> Device:
+    def __enter__(self: Opened) -> Opened:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -65,8 +70,7 @@ class Device:
     @property
     def identity(self) -> tuple[int, int]:
         """Equal for two paths that lead to the same device or file, whatever their names."""
-        status = os.fstat(self._fd)
-        return (0, status.st_rdev) if self.is_block_device else (status.st_dev, status.st_ino)
+        return _identity(os.fstat(self._fd))
 
     def lock(self) -> None:
         """Lock the whole file for writing, as long as it is open. OSError where another program has it."""
@@ -76,6 +80,21 @@ class Device:
         """What the kernel says of it now."""
         with self._errors("look at"):
             return os.fstat(self._fd)
+
+    def check_in_place(self) -> None:
+        """Raise DestinationLostError if the path leads elsewhere. May wait for any file system on the path."""
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError as error:
+            raise DestinationLostError(
+                f"{self.path} was removed while it was in use: what was opened there has no name. Start again"
+            ) from error
+        except OSError as error:
+            raise DeviceError.of("look at", self.path, error) from error
+        if _identity(found) != self.identity:
+            raise DestinationLostError(
+                f"{self.path} was replaced while it was in use: it leads to another file or device. Start again"
+            )
 
     def file_system(self) -> str:
         """The identity of the file system it is on, which outlives a restart where that has a UUID."""
@@ -231,6 +250,11 @@ class Device:
                 offset += written
                 view = view[written:]
 
+    def write_nothing(self) -> None:
+        """Raise DeviceError if the kernel refuses any write, as to a read-only device or an active swap file."""
+        with self._errors("write to"):
+            os.pwrite(self._fd, b"", 0)
+
     def write_zeros(self, offset: int, length: int, *, sparse: bool) -> None:
         """Have `length` zeros at `offset`; with `sparse` as a hole, where that can be had."""
         if sparse and length:
@@ -297,11 +321,26 @@ class Device:
 
 def open_source(path: str) -> Device:
     """`path` for reading; it has to be a regular file or a block device."""
-    return open_device(path, os.O_RDONLY)
+    device = open_device(path, os.O_RDONLY, Device)
+    try:
+        check_kind(device)
+    except BaseException:
+        device.close()
+        raise
+    return device
 
 
-def open_device(path: str, flags: int) -> Device:
-    """Open a regular file or a block device. O_EXCL in `flags` is for a block device only.
+def check_kind(device: Device) -> None:
+    """Raise DeviceError if this is a regular file in memory, among the nodes of devices."""
+    if not device.is_block_device and holds_devices(os.path.dirname(os.path.realpath(device.path))):
+        raise DeviceError(
+            f"{device.path} is a regular file in memory, and no device: it is left of a name that was misspelt, or "
+            "of a device that was not active. Remove it, and look for the device (lsblk, lvchange -ay VG/LV)"
+        )
+
+
+def open_device(path: str, flags: int, kind: type[Opened]) -> Opened:
+    """Open a regular file or a block device as a `kind`. O_EXCL in `flags` is for a block device only.
 
     Raises DeviceError if `path` is anything else, or cannot be opened.
     """
@@ -312,11 +351,22 @@ def open_device(path: str, flags: int) -> Device:
         mode = stat.S_IFREG  # created by the open, or it tells
     except OSError as error:
         raise DeviceError.of("open", path, error) from error
+    if stat.S_ISDIR(mode):
+        raise DeviceError(f"{path} is a folder, neither a regular file nor a block device: name the file in it")
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         raise DeviceError(f"{path} is neither a regular file nor a block device")
     if not stat.S_ISBLK(mode):
         flags &= ~os.O_EXCL  # of a file it means another thing
     try:
-        return Device(path, os.open(path, flags | os.O_CLOEXEC, 0o600))
+        fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise DeviceError.of("open", path, error) from error
+    try:
+        return kind(path, fd)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)

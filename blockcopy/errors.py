@@ -58,6 +58,10 @@ class DestinationRefusedError(DeviceError):
     """The destination is in use, locked, mounted, too small or no fit place for a copy."""
 
 
+class DestinationLostError(DeviceError):
+    """The destination was removed, replaced, cut or written by another program while it was ours."""
+
+
 class StateError(BlockcopyError):
     """The state file is none that can be taken, or another process keeps it."""
 

@@ -15,6 +15,7 @@ import threading
 from typing import TextIO
 
 from blockcopy.errors import OutputError
+from blockcopy.places import absolute
 
 _PLAIN = "%(message)s"
 _VERBOSE = "%(asctime)s [%(process)d %(threadName)s] %(name)s %(levelname)5s: %(message)s"
@@ -104,7 +105,7 @@ def _log_file(path: str, level: int) -> logging.Handler:
 
     try:
         # One that logrotate has moved away is made anew.
-        handler = WatchedFileHandler(os.path.abspath(path), encoding="utf-8", errors="replace")
+        handler = WatchedFileHandler(absolute(path), encoding="utf-8", errors="replace")
     except OSError as error:
         raise OutputError(f"cannot write --log-file {path}: {error.strerror}") from error
     handler.setFormatter(logging.Formatter(_FILE))

@@ -44,20 +44,19 @@ def receive(
     is not what it was; then all else was written.
     """
     with contextlib.ExitStack() as stack:
-        destination = existing_destination(path, force=force)
-        if destination is not None:
-            stack.enter_context(destination)
+        existing = existing_destination(path, force=force)
+        if existing is not None:
+            stack.enter_context(existing)
         greeting = greeting_of_asker(digests.speeds(), compress if zstd.available() else None)
         questions.write([greeting])
         source = _Source(answers)
         identity, name = source.greeting()
-        if destination is None:
-            destination = stack.enter_context(open_destination(path, force=force, create=True))
+        destination = existing or stack.enter_context(open_destination(path, force=force, create=True))
         size = identity["size"]
         end_records(destination)  # what a mount or sync has on record is overwritten
         make_room(destination, size)
         with (
-            Writer(destination, sparse, Progress()) as writer,
+            Writer(destination, sparse, Progress(), size=size) as writer,
             _asking(destination, size, name, questions, answers, greeting),
         ):
             source.write_all(writer)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from blockcopy import bootstrap, parcel
 from blockcopy.errors import UsageError
+from blockcopy.places import absolute, working_folder
 
 DEFAULT_RSH = "ssh"
 
@@ -173,14 +174,14 @@ def stage_command(
     if program is not None:
         words = _remote_words("--blockcopy-path", program)
         argv = [*way.argv, *words, stage, *options, *map(shlex.quote, path)]
-        return Command(location, argv, {}, _here(), runs=program, way=way)
+        return Command(location, argv, {}, working_folder(), runs=program, way=way)
     # What stands behind the code is for whoever lists the processes there; it tells Python nothing.
     shown = [word for word in ("blockcopy", stage, *path) if re.fullmatch(r"[\w@%+:,./-]+", word, re.ASCII)]
     return Command(
         location,
         [*way.argv, *_remote_words("--python", python), "-c", parcel.CODE, *shown],
         {},
-        _here(),
+        working_folder(),
         runs=python,
         way=way,
         opening=parcel.opening([stage, *options, *path]),
@@ -224,22 +225,15 @@ def _remote_words(option: str, command: str) -> list[str]:
 
 
 def _local_command(location: Location, program: str | None, arguments: list[str]) -> Command:
-    path = os.path.abspath(location.path)
+    path = absolute(location.path)
     if program is not None:
         argv = [*_words("--blockcopy-path", program), *arguments, path]
-        return Command(location, argv, {}, _here(), runs=program)
+        return Command(location, argv, {}, working_folder(), runs=program)
     # This very package, wherever it lies; -P, so that nothing in the working directory is taken for it.
     package_root = str(Path(__file__).resolve().parent.parent)
     python_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     argv = [sys.executable, "-P", "-m", "blockcopy", *arguments, path]
-    return Command(location, argv, {"PYTHONPATH": python_path}, _here(), runs="blockcopy")
-
-
-def _here() -> str:
-    try:
-        return os.getcwd()
-    except FileNotFoundError:
-        return "/"  # it was removed: there is nothing to be meant from there
+    return Command(location, argv, {"PYTHONPATH": python_path}, working_folder(), runs="blockcopy")
 
 
 def _words(option: str, command: str) -> list[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from blockcopy import wire, xz, zstd
 from blockcopy.decoder import Decoder
-from blockcopy.device import Device
+from blockcopy.destination import Destination
 from blockcopy.digests import Buffer
-from blockcopy.errors import DestinationRefusedError
+from blockcopy.errors import DestinationRefusedError, StreamError
 from blockcopy.geometry import Extent
 from blockcopy.progress import Counts, Progress
 from blockcopy.stages import InputStream
@@ -19,7 +19,7 @@ _MOST_ZEROS = 64 * 1024 * 1024
 
 
 def save(
-    destination: Device, blocks: InputStream, *, sparse: bool = True, progress: Progress | None = None
+    destination: Destination, blocks: InputStream, *, sparse: bool = True, progress: Progress | None = None
 ) -> None:
     """Write each block of the stream, then sync. The destination is never shortened.
 
@@ -44,27 +44,33 @@ def save(
 
 
 class Writer:
-    """Writes what a block stream says, for as long as it is entered; then that is synced."""
+    """Writes what a block stream says, for as long as it is entered; then that is synced, and where it was."""
 
-    def __init__(self, destination: Device, sparse: bool, progress: Progress) -> None:
+    def __init__(
+        self, destination: Destination, sparse: bool, progress: Progress, *, size: int | None = None
+    ) -> None:
+        """`size`: bytes that the source has by its own word, where it gave one. Nothing is written beyond."""
         self._destination = destination
         self._progress = progress
         self._done = self._zeros = 0
         self._unwritten = Extent(0, 0)  # zeros that came last
         self._sparse = sparse
         self._passing = destination.exceeds_cache()
-        self._limit = destination.size() if destination.is_block_device else None
+        self._own_size = destination.size() if destination.is_block_device else None
+        self._source_size = size
         self._unsent = 0  # bytes written since the disk was set to work, all between these two
         self._first, self._end = wire.MAX_POSITION, 0
 
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         try:
             self._write_taken_zeros()
         finally:
             self._destination.sync()
+        if kind is None:
+            self._destination.check_in_place()
 
     def take(self, message: wire.Message) -> None:
         """Write what it is about, if it is about anything."""
@@ -102,7 +108,7 @@ class Writer:
 
     def _write_zeros(self, position: int, length: int) -> None:
         end = position + length
-        if self._limit is None and self._sparse and end > self._destination.size():
+        if self._own_size is None and self._sparse and end > self._destination.size():
             self._destination.grow(end)  # a hole that is punched makes no file longer
         self._destination.write_zeros(position, length, sparse=self._sparse)
 
@@ -119,8 +125,13 @@ class Writer:
             self._unsent, self._first, self._end = 0, wire.MAX_POSITION, 0
 
     def _check_fits(self, position: int, size: int) -> None:
-        if self._limit is not None and position + size > self._limit:
+        if self._source_size is not None and position + size > self._source_size:
+            raise StreamError(
+                f"the source sent {size} bytes for position {position}, and has {self._source_size} bytes by its "
+                "own word. Nothing of these was written"
+            )
+        if self._own_size is not None and position + size > self._own_size:
             raise DestinationRefusedError(
-                f"{self._destination.path} is too small: it has {self._limit} bytes, and the source sent "
+                f"{self._destination.path} is too small: it has {self._own_size} bytes, and the source sent "
                 f"{size} for position {position}. All before was written"
             )

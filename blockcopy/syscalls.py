@@ -83,6 +83,16 @@ def unpopulate(address: int, length: int) -> None:
     _call("madvise", address, length, mmap.MADV_DONTNEED)
 
 
+def file_system_magic(fd: int) -> int:
+    """Return the number of the type of `fd`'s file system, as in linux/magic.h. Raises OSError."""
+    import ctypes
+
+    found = (ctypes.c_long * 32)()  # struct statfs is shorter, and begins with the type
+    if _function("fstatfs")(fd, ctypes.addressof(found)):
+        raise _error()
+    return int(found[0]) & 0xFFFFFFFF
+
+
 def _call(name: str, *arguments: int) -> None:
     if _function(name)(*arguments):
         raise _error()
@@ -109,6 +119,7 @@ def _function(name: str) -> Any:
             "mmap": [address, size, number, number, number, offset],
             "munmap": [address, size],
             "madvise": [address, size, number],
+            "fstatfs": [number, address],
         }
         function = getattr(libc, f"{name}64", None) or getattr(libc, name)
         function.argtypes = arguments[name]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 
 from blockcopy import zstd
 from blockcopy.packing import Wish
+from blockcopy.places import holds_devices, names_folder
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -17,6 +19,15 @@ def size(text: str) -> int:
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, as 4096, 64K or 1G")
     return int(found[1]) * _UNITS[found[2]]
+
+
+def file(text: str) -> str:
+    """Return the path of a file that is there, or can be made. Refuses folders, and new files below /dev."""
+    if names_folder(text) or os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a file")
+    if not os.path.exists(text) and holds_devices(os.path.dirname(os.path.realpath(text))):
+        raise argparse.ArgumentTypeError(f"{text!r} would be a file in memory: none is created among devices")
+    return text
 
 
 def compression(text: str) -> Wish | None:

@@ -290,8 +290,11 @@ def test_only_files_and_block_devices_are_opened(
 
 @pytest.mark.parametrize("open_it", [open_source, open_destination])
 def test_a_path_that_leads_nowhere_is_told(tmp_path: Path, open_it: Callable[[str], Device]) -> None:
-    for path, reason in ((tmp_path / "none", "No such file"), (tmp_path / "none" / "x", "No such file")):
-        with pytest.raises(DeviceError, match=f"cannot open {path}: {reason}"):
+    for path, reason in (
+        (tmp_path / "none", "No such file"),
+        (tmp_path / "none" / "x", "No such file|there is no folder"),
+    ):
+        with pytest.raises(DeviceError, match=f"cannot open {path}: ({reason})"):
             open_it(str(path))
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(DeviceError, match="Too many levels of symbolic links"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import support
 from support import BLOCK_SIZE, BLOCKCOPY, PYTHON, STANDINS, Sshd, noise, run, until, with_changes, written
 
-from blockcopy import identity, wire
+from blockcopy import identity, wire, zstd
 from blockcopy.decoder import Decoder
 from blockcopy.device import open_source
 
@@ -315,8 +316,32 @@ def test_a_stream_that_is_cut_is_an_error_and_what_came_is_written(source: Path,
     assert (status, "without `done`" in said, destination.read_bytes()[:4]) == (1, True, b"came")
 
 
-def test_beyond_the_end_of_a_device(source: Path, tmp_path: Path, loop_device: Callable[..., str]) -> None:
-    device = loop_device(written(tmp_path / "backing", bytes(64 * BLOCK_SIZE)))
+BEYOND = [
+    wire.Data(SIZE - 5, b"beyond"),
+    wire.Data(1 << 40, b""),
+    wire.Zero(SIZE - 5, 6),
+    wire.Zero(0, 1 << 40),
+    wire.XzData(SIZE, lzma.compress(b"x")),
+    wire.ZstdData(SIZE - 5, bytes(zstd.compress(b"beyond", 1))),
+]
+
+
+@pytest.mark.parametrize("kind", ["file", "longer file", "device"])
+@pytest.mark.parametrize("message", BEYOND, ids=lambda message: type(message).__name__)
+def test_nothing_is_written_beyond_the_size_that_the_source_declared(
+    source: Path, tmp_path: Path, loop_device: Callable[..., str], kind: str, message: wire.Data
+) -> None:
+    file = written(tmp_path / "file", noise(64 * BLOCK_SIZE if kind != "file" else SIZE, seed=2))
+    before = file.read_bytes()
+    receiver = Receiver(Path(loop_device(file)) if kind == "device" else file)
     hello = wire.Hello(facts(source))
-    status, said, _ = Receiver(Path(device)).ended(hello, wire.Data(64 * BLOCK_SIZE, b"x"), wire.Done())
-    assert (status, "is too small" in said) == (1, True)
+    status, said, _ = receiver.ended(hello, wire.Data(0, b"within"), message, wire.Zero(7, 1), hello, wire.Done())
+    assert (status, f"for position {message.position}, and has {SIZE} bytes" in said) == (1, True), said
+    assert file.read_bytes() == b"within" + before[6:]
+
+
+def test_a_source_may_fill_the_destination_to_its_last_byte(source: Path, destination: Path) -> None:
+    hello = wire.Hello(facts(source))
+    messages = [hello, wire.Zero(0, SIZE - 4), wire.Data(SIZE - 4, b"last"), hello, wire.Done()]
+    assert Receiver(destination).ended(*messages)[0] == 0
+    assert destination.read_bytes() == bytes(SIZE - 4) + b"last"

@@ -104,7 +104,7 @@ def assert_silent_success(done: subprocess.CompletedProcess[bytes]) -> None:
         pytest.param(OLD + b"tail", id="longer"),
     ],
 )
-def test_a_file_becomes_the_copy_in_silence(
+def test_a_file_becomes_the_copy_and_only_a_tail_is_told(
     program: str | None, old: bytes | None, source: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if program == "original":
@@ -113,8 +113,13 @@ def test_a_file_becomes_the_copy_in_silence(
     if old is not None:
         destination.write_bytes(old)
     options = ["--blockcopy-path", program] if program else []
-    assert_silent_success(support.run("sync", *options, source, destination))
-    assert destination.read_bytes() == DATA + (old or b"")[len(DATA) :]
+    tail = (old or b"")[len(DATA) :]
+    done = support.run("sync", *options, source, destination)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert (
+        done.stderr.decode().count("\n") == done.stderr.decode().count("bytes longer than the source") == bool(tail)
+    )
+    assert destination.read_bytes() == DATA + tail
 
 
 @pytest.mark.parametrize("program", [None, support.QUEUEING])
@@ -123,7 +128,9 @@ def test_a_device_becomes_the_copy_of_a_device(
 ) -> None:
     device = loop_device(file_of(tmp_path, "backing", OLD + b"tail" * 128))
     options = ["--blockcopy-path", program] if program else []
-    assert_silent_success(support.run("sync", *options, loop_device(source), device))
+    done = support.run("sync", *options, loop_device(source), device)
+    told = f"{device} is 512 bytes longer than the source: what it has from {len(DATA)} on stays as it is\n"
+    assert (done.returncode, done.stdout, done.stderr.decode()) == (0, b"", told)
     assert Path(device).read_bytes() == DATA + b"tail" * 128
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import support
-from support import BLOCKCOPY, FAULTY, QUEUEING, noise, run, with_changes
+from support import BLOCKCOPY, FAULTY, QUEUEING, noise, run, with_changes, written
 
 from blockcopy.geometry import BLOCK_SIZE
 
@@ -31,9 +32,39 @@ def destination_of(data: bytes, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("program", [[], ["--blockcopy-path", QUEUEING]], ids=["ours", "stand-in"])
 @pytest.mark.parametrize("tail", [b"", b"a longer destination has a tail, which is its own"])
-def test_a_copy_is_equal_in_silence(program: list[str], tail: bytes, source: Path, tmp_path: Path) -> None:
-    done = run("verify", *program, source, destination_of(DATA + tail, tmp_path))
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+def test_a_copy_is_equal_and_only_a_tail_is_told(
+    program: list[str], tail: bytes, source: Path, tmp_path: Path
+) -> None:
+    destination = destination_of(DATA + tail, tmp_path)
+    told = f"{destination} is {len(tail)} bytes longer than {source}: its tail was not compared\n" if tail else ""
+    done = run("verify", *program, source, destination)
+    assert (done.returncode, done.stdout, done.stderr.decode()) == (0, b"", told)
+    as_json = json.loads(run("verify", "--json", *program, source, destination).stdout)
+    assert (as_json["tail_bytes"], as_json["differing_bytes"]) == (len(tail), 0)
+
+
+def test_a_destination_that_is_replaced_meanwhile_is_no_copy(source: Path, tmp_path: Path) -> None:
+    """It is compared by its descriptor, and promised by its name."""
+    destination = destination_of(DATA, tmp_path)
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    waits = written(tmp_path / "waits", f'#!/bin/sh\ncat {go}\nexec {" ".join(BLOCKCOPY)} "$@"\n'.encode())
+    waits.chmod(0o755)
+    command = [*BLOCKCOPY, "verify", "--blockcopy-path", str(waits), str(source), str(destination)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with go.open("w"):  # its retrieve process is there, and the destination is open
+            support.until(lambda: str(destination) in os.fsdecode(_open_files(process.pid)), "the destination")
+            destination.unlink()
+        said = process.communicate(timeout=60)[1].decode()
+    assert (process.returncode, f"{destination} was removed" in said) == (1, True), said
+
+
+def _open_files(pid: int) -> bytes:
+    found = []
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.fsencode(os.readlink(entry.path)))
+    return b"\n".join(found)
 
 
 @pytest.mark.parametrize("program", [[], ["--blockcopy-path", QUEUEING]], ids=["ours", "stand-in"])

@@ -98,6 +98,9 @@ class Watched:
     def exceeds_cache(self) -> bool:
         return self.is_large
 
+    def check_at_once(self) -> None:
+        """Nobody else writes."""
+
     def sync(self) -> None:
         self.during_sync()
         if self.fails:

@@ -10,14 +10,17 @@ import contextlib
 import functools
 import gc
 import json
+import logging
 import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from blockcopy import console, packing, zstd
+from blockcopy.claim import check_destination
 from blockcopy.device import open_source
 from blockcopy.errors import DifferentError, UsageError
 from blockcopy.login import control_path, logged_in
+from blockcopy.places import absolute
 from blockcopy.remote import Command, Location, parse_location, stage_command
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from blockcopy.geometry import Extent
     from blockcopy.replica.replica import Plan
     from blockcopy.replica.verify import Verdict
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -76,10 +81,10 @@ def plan_of(args: argparse.Namespace, command: Command, **more: Any) -> Plan:
         raise UsageError(f"DESTINATION {args.destination} has to be here: blocks of it are what a mount reads")
     return Plan(
         command,
-        os.path.abspath(destination.path),
+        absolute(destination.path),
         force=args.force,
         keep_state=not args.no_state,
-        state=os.path.abspath(args.state) if args.state else None,
+        state=absolute(args.state) if args.state else None,
         recheck=args.recheck,
         timeout=args.timeout,
         reconnect_timeout=args.reconnect_timeout,
@@ -89,7 +94,7 @@ def plan_of(args: argparse.Namespace, command: Command, **more: Any) -> Plan:
         compress=_wish(args),
         sparse=not args.no_sparse,
         on_complete=args.on_complete,
-        metrics=os.path.abspath(args.metrics) if args.metrics else None,
+        metrics=absolute(args.metrics) if args.metrics else None,
         **more,
     )
 
@@ -123,6 +128,7 @@ def sync(args: argparse.Namespace) -> None:
         _push(args, destination)
         return
     command = source_command(args)
+    check_destination(absolute(destination.path), force=args.force)  # before ssh asks for a password
     with logged_in(command), _started(command) as started:
         with needs_extra():
             from blockcopy.replica import running
@@ -166,7 +172,7 @@ def _local(args: argparse.Namespace) -> str:
     source = parse_location(args.source)
     if source.host is not None:
         raise UsageError("SOURCE and DESTINATION are both on another host: run it on one of the two")
-    return os.path.abspath(source.path)
+    return absolute(source.path)
 
 
 @contextlib.contextmanager
@@ -188,11 +194,15 @@ def _started(command: Command) -> Iterator[list[Popen[bytes]]]:
 def verify(args: argparse.Namespace) -> None:
     destination = parse_location(args.destination, "DESTINATION")
     if destination.host is None:
-        verdict = _compare(args, source_command(args), os.path.abspath(args.destination))
+        verdict = _compare(args, source_command(args), absolute(args.destination))
     else:  # there is no difference between the two ends but this: what the destination has beyond does not count
         source = _local(args)
         with open_source(source) as device:
             verdict = _compare(args, command_for(args, destination, "retrieve"), source, device.size())
+    if verdict.tail:
+        logger.warning(
+            "%s is %d bytes longer than %s: its tail was not compared", args.destination, verdict.tail, args.source
+        )
     _refuse_differing(args, verdict)
 
 
@@ -225,7 +235,16 @@ def _compare(args: argparse.Namespace, command: Command, path: str, size: int | 
         )
         verdict = run(lambda: running.interruptible(run_verify))
     if as_json:
-        console.write(json.dumps({"size": verdict.size, "differing_bytes": verdict.differing, "ranges": ranges}))
+        console.write(
+            json.dumps(
+                {
+                    "size": verdict.size,
+                    "differing_bytes": verdict.differing,
+                    "tail_bytes": verdict.tail,
+                    "ranges": ranges,
+                }
+            )
+        )
     return verdict
 
 

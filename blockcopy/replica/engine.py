@@ -12,6 +12,9 @@ Failure table: what can go wrong, what a read of a missing block gets, what beco
     the source is another than it was       SourceError           state failed, nothing of it is taken
     the source cannot read a block          SourceError           state failed once the pass meets it
     the destination fails or is full        DeviceError           state failed once the pass meets it
+    the destination is cut, or written by   DeviceError           state failed, nothing counts as present
+        another program
+    the destination is removed, replaced    served                state failed
     a sync fails                            checked again         state failed, nothing counts as present
     the state cannot be written             served                goes on; a restart checks more
     whoever holds the replica leaves        SourceError           synced, recorded, processes gone
@@ -31,6 +34,7 @@ from contextlib import ExitStack, asynccontextmanager
 import trio
 
 from blockcopy.claim import existing_destination, make_room, open_destination
+from blockcopy.destination import Destination
 from blockcopy.device import Device, open_source
 from blockcopy.errors import DestinationRefusedError, DeviceError, SourceError, StateError
 from blockcopy.geometry import BLOCK_SIZE, Geometry
@@ -52,12 +56,12 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
     nurseries do.
     """
     with ExitStack() as stack:
-        device = _open_existing(plan, stack)
-        journal, record = _recall(plan, device, stack) if device else (None, None)
+        existing = _open_existing(plan, stack)
+        journal, record = _recall(plan, existing, stack) if existing else (None, None)
         replica: Replica | None = None
         try:
             async with trio.open_nursery() as nursery:
-                guess = record.binding.source["size"] if record else device.size() if device else 0
+                guess = record.binding.source["size"] if record else existing.size() if existing else 0
                 connector = Connector(
                     plan.command,
                     guess=guess,
@@ -81,8 +85,10 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
                 if source is None:  # cannot be: `_connect` would have raised
                     raise SourceError(f"{plan.command.location} does not say what it is")
                 geometry = Geometry(source["size"])
-                if device is None:
-                    device = stack.enter_context(open_destination(plan.destination, force=plan.force, create=True))
+                device = existing or stack.enter_context(
+                    open_destination(plan.destination, force=plan.force, create=True)
+                )
+                if existing is None:
                     journal, record = _recall(plan, device, stack)
                 make_room(device, geometry.size)
                 blockmap = BlockMap(geometry)
@@ -147,7 +153,7 @@ async def _connect(
             nursery.start_soon(link.run)
 
 
-def _open_existing(plan: Plan, devices: ExitStack) -> Device | None:
+def _open_existing(plan: Plan, devices: ExitStack) -> Destination | None:
     """Claim the destination before anything is asked of anybody; None where it has to be created."""
     device = existing_destination(plan.destination, force=plan.force)
     if device is None:

@@ -262,14 +262,18 @@ class Keeper:
 
     async def _close_journal(self) -> None:
         """Raises DeviceError if the destination cannot be synced."""
-        journal, self._journal = self._journal, None
+        journal = self._journal
         if journal is None:
             return
         try:
             if self._trouble is None:
                 times = await trio.to_thread.run_sync(self._last_times)
                 await self._write(partial(journal.tell, Clock(*times, until_ns=None)))
+        except DeviceError:
+            await self._forget()
+            raise
         finally:
+            self._journal = None
             try:
                 await self._in_thread(journal.close)
             except TimeoutError:

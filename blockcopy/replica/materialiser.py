@@ -26,7 +26,7 @@ from functools import partial
 
 import trio
 
-from blockcopy.device import Device
+from blockcopy.destination import Destination
 from blockcopy.errors import BlockcopyError, DeviceError, SourceError
 from blockcopy.geometry import Geometry, runs
 from blockcopy.replica.blockmap import BlockMap
@@ -102,7 +102,7 @@ class Materialiser:
 
     def __init__(
         self,
-        device: Device,
+        device: Destination,
         geometry: Geometry,
         blockmap: BlockMap,
         lanes: list[Lane],

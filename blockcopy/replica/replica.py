@@ -19,7 +19,7 @@ from typing import Any
 
 import trio
 
-from blockcopy.device import Device
+from blockcopy.destination import Destination
 from blockcopy.errors import BlockcopyError, DifferentError
 from blockcopy.geometry import Extent, Geometry
 from blockcopy.identity import Identity
@@ -53,6 +53,10 @@ _BULK_WINDOW_ALONE = {**_BULK_WINDOW, "first": _BULK_WINDOW["most"]}
 
 _PREFETCHED = 512
 """Blocks that a prefetch asks for at once."""
+
+
+_WATCH_SECONDS = 1
+"""Between two looks at the destination's path."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class Replica:
     def __init__(
         self,
         plan: Plan,
-        device: Device,
+        device: Destination,
         geometry: Geometry,
         blockmap: BlockMap,
         journal: Journal | None,
@@ -176,6 +180,7 @@ class Replica:
             nursery.start_soon(self._measure)
             nursery.start_soon(self._guard, self._keeper.run)
             nursery.start_soon(self._guard, self._keeper.beat)
+            nursery.start_soon(self._guard, self._watch)
             if self._plan.hydrate:
                 nursery.start_soon(self._guard, self._hydrate)
             await self._await_complete()
@@ -210,11 +215,22 @@ class Replica:
         if self._plan.verify:
             await self._verify()
             await self._links[-1].check()  # what was compared was one source
+        await self._check_in_place()
         await self._keeper.close()
         await self.let_go()
         self._complete = True
         self.settled.set()
         logger.info("%s is a complete copy of %s", self._plan.destination, self._plan.command.location)
+
+    async def _watch(self) -> None:
+        while True:
+            await trio.sleep(_WATCH_SECONDS)
+            await self._check_in_place()
+
+    async def _check_in_place(self) -> None:
+        """Raise DestinationLostError if the destination is not where and what it was."""
+        # The path may lie on a file system that never answers.
+        await trio.to_thread.run_sync(self._device.check_in_place, abandon_on_cancel=True)
 
     async def _verify(self) -> None:
         """Ask about every block once more, of what is on the disk. DifferentError."""
@@ -277,9 +293,9 @@ class Replica:
 
     @property
     def state(self) -> str:
-        if self._complete:
+        if self._complete and not self._device.lost:
             return "complete"
-        if self._failure or self._links[0].changed:
+        if self._device.lost or self._failure or self._links[0].changed:
             return "failed"
         if self._verifying:
             return "verifying"
@@ -294,7 +310,7 @@ class Replica:
         size, hydrated = self._geometry.size, self.hydrated_bytes
         progress = self._progress
         rate = self._meter.rate(progress) if self.state in ("hydrating", "verifying") else 0
-        error = self._links[0].changed or self._failure or self._materialiser.last_error
+        error = self._device.lost or self._links[0].changed or self._failure or self._materialiser.last_error
         return {
             "state": self.state,
             "source": str(self._plan.command.location),
@@ -319,7 +335,7 @@ class Replica:
             "demand": self.volume.demand.as_json(),
             "link": self._link_status(),
             "state_file": self._state_file,
-            "error": str(error) if error and not self._complete else None,
+            "error": str(error) if error and self.state != "complete" else None,
         }
 
     def map(self, cells: int) -> list[dict[str, int]]:

@@ -29,10 +29,11 @@ _ROUND = 16
 
 @dataclass
 class Verdict:
-    """`differing` bytes, in whole blocks, of the `size` bytes of the source."""
+    """`differing` bytes, in whole blocks, of the `size` bytes of the source; `tail`: bytes of the copy beyond."""
 
     size: int
     differing: int = 0
+    tail: int = 0
 
 
 async def verify(
@@ -69,10 +70,12 @@ async def verify(
 
             verdict = await _compare_ends(device, there, size, link, report, completed)
             if not verdict.differing:
+                await trio.to_thread.run_sync(device.check_in_place, abandon_on_cancel=True)
                 await link.check()
                 changes = differences(before, await trio.to_thread.run_sync(of_source, device))
                 if changes:
                     raise DeviceError(f"{destination} changed while it was compared: {'; '.join(changes)}")
+            verdict.tail = max(0, own - there if size is None else there - size)
             await link.close()
     return verdict
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import trio
 
-from blockcopy.device import Device
+from blockcopy.destination import Destination
 from blockcopy.digests import Buffer
 from blockcopy.errors import DeviceError
 from blockcopy.geometry import Geometry
@@ -29,7 +29,7 @@ _NEAR = 64 * 1024 * 1024
 class Writer:
     """See the module."""
 
-    def __init__(self, device: Device, geometry: Geometry, blockmap: BlockMap, *, sparse: bool) -> None:
+    def __init__(self, device: Destination, geometry: Geometry, blockmap: BlockMap, *, sparse: bool) -> None:
         self._device = device
         self._geometry = geometry
         self._blockmap = blockmap
@@ -91,21 +91,24 @@ class Writer:
     async def sync(self) -> bool:
         """Return when all that was written before is durable. Returns False if it was before.
 
-        Raises DeviceError if the device cannot say so."""
+        Raises DeviceError if the device cannot say so, or somebody else has written.
+        """
         with self._lock:
-            if not self._dirty:
-                return False
+            was_dirty = self._dirty
             self._dirty = self._writing > 0  # a sync need not have what is written while it runs
-            if not self._dirty:
+            if was_dirty and not self._dirty:
                 self.unsynced = trio.Event()
         try:
-            await trio.to_thread.run_sync(self._device.sync)
+            if was_dirty:
+                await trio.to_thread.run_sync(self._device.sync)
+            else:
+                self._device.check_at_once()
         except DeviceError:
             with self._lock:
                 self._dirty = True
             self.unsynced.set()
             raise
-        return True
+        return was_dirty
 
 
 def _near(extents: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockcopy import console, log
+from blockcopy.claim import check_destination
 from blockcopy.errors import IncompleteError, PeerError, UnfitError, UsageError
 from blockcopy.login import log_in, logged_in
 from blockcopy.meters import printable
+from blockcopy.places import absolute
 from blockcopy.progress import Progress
 from blockcopy.remote import Location
 from blockcopy.replica.commands import command_for, needs_extra, plan_of, prompts, run, source_command
@@ -41,17 +43,18 @@ def mount(args: argparse.Namespace) -> None:
         read_timeout=mounting.longest_request(),
     )
     fuse_options = options.parse(args.options)
-    mountpoint = os.path.abspath(args.mountpoint)
+    mountpoint = absolute(args.mountpoint)
     control.make_way(mountpoint, replace=args.replace, kind=f"fuse.{fuse_options.subtype}")
     shown = mounting.MountPlan(
         plan=plan,
         mountpoint=mountpoint,
         name=_name_in(mountpoint, args),
         options=fuse_options,
-        pid_file=os.path.abspath(args.pid_file) if args.pid_file else None,
-        log_file=os.path.abspath(args.log_file) if args.log_file else None,
+        pid_file=absolute(args.pid_file) if args.pid_file else None,
+        log_file=absolute(args.log_file) if args.log_file else None,
     )
     mounting.check(shown)
+    check_destination(plan.destination, force=plan.force)  # before ssh asks for a password
     if plan.prompts and not args.foreground:
         shown = dataclasses.replace(shown, plan=_asked_beforehand(plan))
     notifier = Notifier()

@@ -1,0 +1,282 @@
+"""Destinations that are no place for a copy: refused with words, before anything is asked or created."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support import PYTHON, noise, output, require_root, run, written
+
+from blockcopy.claim import existing_destination, open_destination
+from blockcopy.device import open_source
+from blockcopy.errors import DestinationRefusedError, DeviceError
+from blockcopy.places import absolute
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return written(tmp_path / "source", noise(MIB))
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """Of a file that nothing may leave in /dev."""
+    name = f"blockcopy-test-{uuid.uuid4().hex}"
+    yield name
+    left = [path for path in (Path("/dev", name), Path("/dev/shm", name)) if path.exists()]
+    for path in left:
+        path.unlink()
+    assert Path("/dev", name) not in left
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> tuple[str, Path]:
+    """An rsh, and the file that is there once it was run; beside it a mountpoint."""
+    (tmp_path / "point").mkdir()
+    script, mark = tmp_path / "rsh", tmp_path / "asked"
+    script.write_text(f"#!/bin/sh\ntouch {mark}\nexit 1\n")
+    script.chmod(0o755)
+    return str(script), mark
+
+
+# Among devices
+
+
+@pytest.mark.parametrize(
+    "place", ["/dev/{}", "/dev/no-such/{}", "/dev/shm/../{}", "{tmp}/to-dev/{}", "{tmp}/link", "/dev/mqueue/{}"]
+)
+def test_no_file_is_created_among_devices(tmp_path: Path, name: str, place: str) -> None:
+    (tmp_path / "to-dev").symlink_to("/dev")
+    (tmp_path / "link").symlink_to(f"/dev/{name}")
+    path = place.format(name, tmp=tmp_path)
+    for force in (False, True):
+        with pytest.raises(DeviceError, match=r"cannot create .*: there is no such device.*lvchange"):
+            open_destination(path, create=True, force=force)
+        with pytest.raises(DeviceError, match=r"cannot create .*: there is no such device.*lvchange"):
+            existing_destination(path, force=force)
+    assert not os.path.exists(path)
+
+
+def test_a_second_mount_of_dev_is_a_place_of_devices(tmp_path: Path, name: str) -> None:
+    require_root()
+    point = tmp_path / "dev"
+    point.mkdir()
+    output("mount", "--bind", "/dev", point)
+    try:
+        with pytest.raises(DeviceError, match="there is no such device"):
+            existing_destination(str(point / name), force=False)
+    finally:
+        output("umount", point)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("sync", "{source}", "{path}"),
+        ("sync", "-e", "{rsh}", "host:/source", "{path}"),
+        ("mount", "{source}", "{path}", "{tmp}/point"),
+        ("save", "{path}"),
+        ("receive", "{path}"),
+        ("verify", "{source}", "{path}"),
+        ("sync", "--state", "{path}", "{source}", "{tmp}/copy"),
+        ("sync", "--metrics", "{path}", "{source}", "{tmp}/copy"),
+        ("sync", "--log-file", "{path}", "{source}", "{tmp}/copy"),
+        ("mount", "--pid-file", "{path}", "{source}", "{tmp}/copy", "{tmp}/point"),
+    ],
+    ids=" ".join,
+)
+def test_no_command_creates_a_file_among_devices(
+    tmp_path: Path, source: Path, name: str, command: tuple[str, ...], asked: tuple[str, Path]
+) -> None:
+    words = {"source": source, "path": f"/dev/{name}", "tmp": tmp_path, "rsh": asked[0]}
+    done = run(*(each.format(**words) for each in command), input=b"")
+    assert done.returncode == (2 if any(each.startswith("--") for each in command) else 1), done.stderr
+    assert not Path("/dev", name).exists()
+    assert not asked[1].exists()
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_tmpfs_of_its_own_below_dev_is_a_place_for_files(source: Path, name: str) -> None:
+    assert run("sync", source, f"/dev/shm/{name}").returncode == 0
+    assert Path("/dev/shm", name).read_bytes() == source.read_bytes()
+
+
+def test_a_file_that_is_left_among_devices_is_neither_source_nor_destination(source: Path, name: str) -> None:
+    require_root()
+    left = written(Path("/dev", name), b"left")
+    try:
+        for refused in (run("sync", source, left), run("sync", left, source), run("verify", source, left)):
+            assert (refused.returncode, b"is a regular file in memory" in refused.stderr) in ((1, True), (3, True))
+        for open_it in (open_source, open_destination):
+            with pytest.raises(DeviceError, match="is a regular file in memory"):
+                open_it(str(left))
+        open_destination(str(left), force=True).close()
+    finally:
+        left.unlink()
+
+
+# Read-only
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("sync", "-e", "{rsh}", "host:/source", "{path}"),
+        ("mount", "-e", "{rsh}", "host:/source", "{path}", "{tmp}/point"),
+        ("save", "{path}"),
+        ("receive", "{path}"),
+    ],
+    ids=lambda command: str(command[0]),
+)
+def test_a_read_only_device_is_refused_before_anything_is_asked(
+    tmp_path: Path, loop_device: Callable[..., str], command: tuple[str, ...], asked: tuple[str, Path]
+) -> None:
+    device = loop_device(written(tmp_path / "backing", bytes(MIB)), "--read-only")
+    done = run(*(each.format(path=device, tmp=tmp_path, rsh=asked[0]) for each in command), input=b"")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert f"{device}: Operation not permitted: the device is read-only (blockdev" in done.stderr.decode()
+    assert not asked[1].exists()
+
+
+@pytest.mark.parametrize(
+    ("attribute", "told"), [("i", "it is immutable or append-only"), ("a", "it is immutable or append-only")]
+)
+def test_an_attribute_that_forbids_writes_is_told(tmp_path: Path, attribute: str, told: str) -> None:
+    require_root()
+    path = written(tmp_path / "file", b"old")
+    output("chattr", f"+{attribute}", path)
+    try:
+        with pytest.raises(DestinationRefusedError, match=f"cannot open {path}.*: {told}"):
+            open_destination(str(path))
+    finally:
+        output("chattr", f"-{attribute}", path)
+
+
+def test_a_file_that_is_swapped_on_is_refused(tmp_path: Path) -> None:
+    require_root()
+    path = written(tmp_path / "swap", bytes(MIB))
+    path.chmod(0o600)
+    output("mkswap", path)
+    output("swapon", path)
+    try:
+        with pytest.raises(DestinationRefusedError, match="in use for swap"):
+            open_destination(str(path), force=True)
+    finally:
+        output("swapoff", path)
+
+
+def test_a_read_only_file_system_is_told(tmp_path: Path) -> None:
+    require_root()
+    output("mount", "-t", "tmpfs", "tmpfs", tmp_path)
+    try:
+        written(tmp_path / "old", b"old")
+        output("mount", "-o", "remount,ro", tmp_path)
+        with pytest.raises(DestinationRefusedError, match=r"old: .*its file system is mounted read-only"):
+            existing_destination(str(tmp_path / "old"), force=False)
+        with pytest.raises(DeviceError, match=rf"cannot create .*file system of {tmp_path} is mounted read-only"):
+            existing_destination(str(tmp_path / "new"), force=False)
+    finally:
+        output("umount", tmp_path)
+
+
+def test_a_folder_of_the_kernel_is_told() -> None:
+    for path in ("/proc/file", "/sys/file"):
+        with pytest.raises(DeviceError, match="is the kernel's"):
+            existing_destination(path, force=False)
+
+
+# Locks
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINTR, errno.EIO])
+def test_a_lock_that_cannot_be_had_is_not_told_as_held_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int
+) -> None:
+    def lockf(*_: object) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    path = str(written(tmp_path / "file", b""))
+    with pytest.raises(DestinationRefusedError, match=f"cannot be locked: {os.strerror(reason)}"):
+        open_destination(path)
+    open_destination(path, force=True).close()
+
+
+# Names of folders
+
+
+@pytest.mark.parametrize("place", ["new/", "new/.", "new/..", "folder", "folder/", "folder/.", "file/"])
+@pytest.mark.parametrize("command", ["sync", "receive", "save"])
+def test_the_name_of_a_folder_makes_no_file(tmp_path: Path, source: Path, place: str, command: str) -> None:
+    (tmp_path / "folder").mkdir()
+    written(tmp_path / "file", b"old")
+    for path in (place, f"{tmp_path}/{place}"):
+        arguments = [source, path] if command == "sync" else [path]
+        done = run(command, *arguments, input=b"", cwd=tmp_path)
+        assert (done.returncode, b"folder" in done.stderr) == (1, True), done.stderr
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_a_source_with_the_name_of_a_folder_is_none(source: Path, tmp_path: Path) -> None:
+    for command in ("sync", "verify"):
+        done = run(command, f"{source}/", written(tmp_path / "copy", b""))
+        assert (done.returncode, b"Not a directory" in done.stderr) == (3, True), done.stderr
+
+
+@pytest.mark.parametrize("option", ["--state", "--metrics", "--log-file"])
+@pytest.mark.parametrize("place", ["new/", "", "."])
+def test_a_file_of_ours_is_not_named_as_a_folder(tmp_path: Path, source: Path, option: str, place: str) -> None:
+    done = run("sync", f"{option}={place}", source, tmp_path / "copy", cwd=tmp_path)
+    assert (done.returncode, b"is no name of a file" in done.stderr) == (2, True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_path_means_what_it_means_to_the_kernel(tmp_path: Path, source: Path) -> None:
+    """`link/..` is the folder above the one that the link leads to."""
+    (tmp_path / "there" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "inner")
+    assert run("sync", source, "link/../copy", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "there" / "copy").read_bytes() == source.read_bytes()
+    assert not (tmp_path / "copy").exists()
+    assert run("verify", "source", "link/../copy", cwd=tmp_path).returncode == 0
+
+
+def test_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute("a//b/./c") == f"{tmp_path}/a/b/c"
+    assert absolute("a/") == absolute("a/.") == f"{tmp_path}/a/"
+    assert absolute("a/../b") == f"{tmp_path}/a/../b"
+    assert absolute("/a") == "/a"
+    assert absolute("/") == "/"
+
+
+def test_a_missing_folder_is_told_before_anything_is_asked(tmp_path: Path, asked: tuple[str, Path]) -> None:
+    missing = tmp_path / "no" / "file"
+    done = run("sync", "-e", asked[0], "host:/source", missing)
+    assert (done.returncode, f"there is no folder {missing.parent} to write into" in done.stderr.decode()) == (
+        1,
+        True,
+    )
+    assert not asked[1].exists()
+
+
+# Longer than the source
+
+
+def test_a_longer_destination_is_told_of_and_keeps_its_tail(tmp_path: Path, source: Path) -> None:
+    copy = written(tmp_path / "copy", bytes(MIB) + b"tail")
+    link = f"{PYTHON} {Path(__file__).parent.parent / 'tools/standins/link'}"
+    for way in (("sync", source, copy), ("sync", "-e", link, "--python", PYTHON, source, f"host:{copy}")):
+        done = run(*way)
+        assert done.returncode == 0
+        assert f"{copy} is 4 bytes longer than the source: what it has from {MIB} on" in done.stderr.decode()
+        assert copy.read_bytes() == source.read_bytes() + b"tail"
+    assert run("sync", "-q", source, copy).stderr == b""

@@ -1,0 +1,285 @@
+"""A destination that others remove, replace, cut or write while it is ours: never a status 0, never zeros."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support import BLOCK_SIZE, BLOCKCOPY, Mount, noise, output, run, until, written
+
+from blockcopy import wire
+from blockcopy.claim import make_room, open_destination
+from blockcopy.errors import DestinationLostError
+
+_COARSE_CLOCK = 5  # CLOCK_REALTIME_COARSE of linux/time.h, which times of files are taken from
+
+SIZE = 64 * BLOCK_SIZE
+DATA = noise(SIZE)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return written(tmp_path / "source", DATA)
+
+
+@pytest.fixture
+def destination(tmp_path: Path) -> Path:
+    return written(tmp_path / "destination", bytes(SIZE))
+
+
+# What others may do to it
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def move(path: Path) -> None:
+    path.rename(path.with_name("moved"))
+
+
+def replace(path: Path) -> None:
+    written(path.with_name("other"), DATA).rename(path)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, BLOCK_SIZE)
+
+
+def regrow(path: Path) -> None:
+    os.truncate(path, 0)
+    os.truncate(path, SIZE)
+
+
+def write(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(2 * BLOCK_SIZE)
+        file.write(b"not ours")
+
+
+MOVED = {remove: "was removed", move: "was removed", replace: "was replaced"}
+CHANGED = {
+    cut: "was made shorter",
+    regrow: "was written by another program",
+    write: "was written by another program",
+}
+ALL = {**MOVED, **CHANGED}
+
+Act = Callable[[Path], None]
+
+
+def each(acts: dict[Act, str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("act", "told"), acts.items(), ids=[act.__name__ for act in acts])
+
+
+def let_time_pass(path: Path) -> None:
+    """Have the clock of the file system go on: before Linux 6.13, what happens in one tick has one time."""
+    until(lambda: time.clock_gettime_ns(_COARSE_CLOCK) > path.stat().st_mtime_ns, "a tick")
+
+
+# By itself
+
+
+@each(CHANGED)
+@pytest.mark.parametrize("use", ["read", "read_cached", "write", "write_zeros", "sync", "check_in_place"])
+def test_who_uses_it_learns_of_it_and_again(destination: Path, act: Act, told: str, use: str) -> None:
+    uses: dict[str, Callable[[], object]] = {
+        "read": lambda: opened.read(0, 100),
+        "read_cached": lambda: opened.read_cached(0, 100),
+        "write": lambda: opened.write(40 * BLOCK_SIZE, b"ours"),
+        "write_zeros": lambda: opened.write_zeros(40 * BLOCK_SIZE, BLOCK_SIZE, sparse=True),
+        "sync": lambda: opened.sync(),
+        "check_in_place": lambda: opened.check_in_place(),
+    }
+    with open_destination(str(destination)) as opened:
+        if use == "read_cached" and opened.read_cached(0, 100) is None:
+            pytest.skip("this file system does not tell what is in the cache")
+        opened.write(0, b"ours")
+        opened.check()
+        before = destination.stat().st_size
+        let_time_pass(destination)
+        act(destination)
+        size = destination.stat().st_size
+        for _ in range(2):
+            with pytest.raises(DestinationLostError, match=f"{destination} {told}"):
+                uses[use]()
+        assert destination.stat().st_size == size <= before  # a cut is not covered by a write behind it
+
+
+@each(MOVED)
+def test_its_path_is_looked_at(destination: Path, act: Act, told: str) -> None:
+    with open_destination(str(destination)) as opened:
+        opened.check_in_place()
+        act(destination)
+        with pytest.raises(DestinationLostError, match=f"{destination} {told}"):
+            opened.check_in_place()
+
+
+def test_what_we_do_ourselves_is_no_change_by_others(destination: Path) -> None:
+    with open_destination(str(destination)) as opened:
+        make_room(opened, 2 * SIZE)
+        for position in range(0, 2 * SIZE, BLOCK_SIZE):
+            opened.write(position, DATA[:BLOCK_SIZE])
+            opened.write_zeros(position, 4096, sparse=True)
+        opened.sync()
+        opened.drop_cache()
+        os.chmod(destination, 0o640)
+        (destination.parent / "link").hardlink_to(destination)
+        assert opened.read(2 * SIZE - 4, 4) == DATA[BLOCK_SIZE - 4 : BLOCK_SIZE]
+        opened.check_in_place()
+
+
+def test_a_tail_that_is_not_needed_may_be_cut(destination: Path) -> None:
+    """As far as no time tells of it: of a device, or over a network."""
+    with open_destination(str(destination)) as opened:
+        opened._tells = False
+        make_room(opened, SIZE - BLOCK_SIZE)
+        os.truncate(destination, SIZE - BLOCK_SIZE)
+        opened.sync()
+        os.truncate(destination, SIZE - BLOCK_SIZE - 1)
+        with pytest.raises(
+            DestinationLostError, match=f"it has {SIZE - BLOCK_SIZE - 1} bytes of {SIZE - BLOCK_SIZE}"
+        ):
+            opened.sync()
+
+
+def test_a_device_that_shrinks(tmp_path: Path, destination: Path, loop_device: Callable[[Path], str]) -> None:
+    device = loop_device(destination)
+    with open_destination(device) as opened:
+        make_room(opened, SIZE)
+        os.truncate(destination, SIZE // 2)
+        output("losetup", "-c", device)
+        with pytest.raises(DestinationLostError, match=f"{device} was made shorter .* {SIZE // 2} bytes of {SIZE}"):
+            opened.sync()
+
+
+def test_a_device_whose_node_is_removed(
+    tmp_path: Path, destination: Path, loop_device: Callable[[Path], str]
+) -> None:
+    node = tmp_path / "node"
+    os.mknod(node, 0o60600, os.stat(loop_device(destination)).st_rdev)
+    with open_destination(str(node)) as opened:
+        opened.check_in_place()
+        node.unlink()
+        with pytest.raises(DestinationLostError, match=f"{node} was removed"):
+            opened.check_in_place()
+
+
+# By the commands
+
+
+@contextmanager
+def under_way(*command: object) -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(
+        [*BLOCKCOPY, *map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        yield process
+
+
+def has_begun(path: Path) -> None:
+    until(lambda: path.read_bytes()[:BLOCK_SIZE] == DATA[:BLOCK_SIZE], "the first block")
+    let_time_pass(path)
+
+
+@each(ALL)
+def test_a_sync_ends_with_an_error_and_is_not_complete(
+    tmp_path: Path, source: Path, destination: Path, act: Act, told: str
+) -> None:
+    mark, state = tmp_path / "complete", tmp_path / "state"
+    options = ("--limit", "2M", "--state", state, "--on-complete", f"touch {mark}")
+    with under_way("sync", *options, source, destination) as process:
+        has_begun(destination)
+        act(destination)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"ERROR (sync): {destination} {told}" in said.decode()
+    assert not mark.exists()
+    if act is not replace:  # by a file that is the copy
+        assert not destination.exists() or destination.read_bytes() != DATA
+    assert run("sync", "--state", state, source, destination).returncode == 0
+    assert destination.read_bytes() == DATA
+
+
+@each(ALL)
+@pytest.mark.parametrize("command", ["save", "receive"])
+def test_a_stage_that_writes_ends_with_an_error(
+    source: Path, destination: Path, act: Act, told: str, command: str
+) -> None:
+    with under_way(command, destination) as process:
+        assert process.stdin is not None
+        hello = wire.encode(wire.Hello(_facts(source)))
+        process.stdin.write((hello if command == "receive" else b"") + wire.encode(wire.Data(0, DATA[:BLOCK_SIZE])))
+        process.stdin.flush()
+        has_begun(destination)
+        act(destination)
+        rest = [wire.Data(at, DATA[at : at + BLOCK_SIZE]) for at in range(BLOCK_SIZE, SIZE, BLOCK_SIZE)]
+        closing = hello if command == "receive" else b""
+        _, said = process.communicate(b"".join(map(wire.encode, rest)) + closing + wire.encode(wire.Done()), 60)
+    assert process.returncode == 1
+    assert f"{destination} {told}" in said.decode() or "it is shorter than it was" in said.decode()
+
+
+def _facts(source: Path) -> dict[str, object]:
+    from blockcopy import identity
+    from blockcopy.device import open_source
+
+    with open_source(str(source)) as device:
+        return {"digest": "sha256", "identity": identity.of_source(device)}
+
+
+@each(CHANGED)
+def test_a_complete_mount_reads_no_bytes_that_are_not_the_sources(
+    mount: Callable[..., Mount], source: Path, destination: Path, act: Act, told: str
+) -> None:
+    """Of what the kernel does not have in its cache of the mount already."""
+    mounted = mount(source, destination, wait=True)
+    let_time_pass(destination)
+    act(destination)
+    _reads_nothing_wrong(mounted)
+    status = mounted.status()
+    assert (status["state"], told in status["error"]) == ("failed", True)
+    mounted.umount()
+    again = mount(source, destination, wait=True)
+    assert again.file.read_bytes() == DATA
+
+
+@each(CHANGED)
+def test_a_mount_under_way_reads_no_bytes_that_are_not_the_sources(
+    mount: Callable[..., Mount], source: Path, destination: Path, act: Act, told: str
+) -> None:
+    mounted = mount(source, destination, "--no-background")
+    output(*BLOCKCOPY, "prefetch", mounted.point, f"0:{SIZE // 2}")
+    let_time_pass(destination)
+    act(destination)
+    _reads_nothing_wrong(mounted)
+    until(lambda: mounted.status()["state"] == "failed", "its failure")
+    assert told in mounted.status()["error"]
+
+
+def _reads_nothing_wrong(mounted: Mount) -> None:
+    failed = 0
+    with mounted.file.open("rb", buffering=0) as file:
+        for position in range(0, SIZE, BLOCK_SIZE):
+            try:
+                got = os.pread(file.fileno(), BLOCK_SIZE, position)
+            except OSError:
+                failed += 1
+            else:
+                assert got == DATA[position : position + BLOCK_SIZE]
+    assert failed
+
+
+@each(MOVED)
+def test_a_mount_whose_destination_is_moved_is_never_complete(
+    mount: Callable[..., Mount], source: Path, destination: Path, act: Act, told: str
+) -> None:
+    mounted = mount(source, destination, "--limit", "2M")
+    act(destination)
+    done = run("wait", mounted.point)
+    assert (done.returncode, told in done.stderr.decode()) == (75, True)
+    assert mounted.file.read_bytes() == DATA  # what is here, and what the source has, is still right
