@@ -22,12 +22,13 @@ from blockcopy import durable
 from blockcopy.device import Device
 from blockcopy.errors import StateError, StateNotKeptError
 from blockcopy.identity import of_destination
+from blockcopy.trust import distrusted
 
 
 def default_path(destination: Device) -> Path:
     """Where the state is kept unless the user says otherwise: named after what the destination is."""
     identity = json.dumps(of_destination(destination), sort_keys=True)
-    return default_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.state"
+    return default_folder().resolve() / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.state"
 
 
 def default_folder() -> Path:
@@ -66,6 +67,8 @@ def believe_only(token: str, destination: Device) -> None:
     path = _note_path(destination)
     try:
         durable.make_folder(path.parent)
+        if why := distrusted(path.parent):
+            raise StateNotKeptError(f"cannot note in {path} which state is true: {why}")
         durable.write(path, token)
     except OSError as error:
         raise StateNotKeptError(f"cannot note in {path} which state is true: {error.strerror}") from error
@@ -73,8 +76,9 @@ def believe_only(token: str, destination: Device) -> None:
 
 def is_believed(token: str, destination: Device) -> bool:
     """Whether the record with this token, which is kept elsewhere, is the last one of `destination`."""
+    path = _note_path(destination)
     with contextlib.suppress(OSError):
-        return _note_path(destination).read_text(encoding="utf-8", errors="replace") == token
+        return not distrusted(path.parent) and path.read_text(encoding="utf-8", errors="replace") == token
     return False
 
 

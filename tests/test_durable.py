@@ -6,12 +6,13 @@ import ast
 import contextlib
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import support
-from support import BLOCK_SIZE, noise, run, written
+from support import BLOCK_SIZE, BLOCKCOPY, noise, run, until, written
 
 from blockcopy import durable
 from blockcopy.claim import open_destination
@@ -128,6 +129,32 @@ def test_the_name_of_a_destination_is_durable_before_it_is_written(
         written(tmp_path / "folder/file", b"made just now")
     open_destination(str(tmp_path / "link"), create=is_new).close()
     assert synced == [tmp_path / "folder"]
+
+
+def test_a_file_that_is_written_keeps_its_record(disk: Disk, tmp_path: Path) -> None:
+    """The times on record are not ahead of those on the disk; nobody but us wrote to it until then."""
+    source, destination = written(tmp_path / "source", DATA), written(disk.point / "destination", OTHER)
+    os.sync()
+    with open_source(str(destination)) as device:
+        state = default_path(device)
+    command = [*BLOCKCOPY, "sync", "--limit", "400K", str(source), str(destination)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        seen: set[int] = set()
+
+        def records() -> int:
+            with contextlib.suppress(FileNotFoundError):
+                seen.add(state.stat().st_mtime_ns)
+            return len(seen)
+
+        until(lambda: records() > 4, "some commits")
+        process.kill()
+    with contextlib.closing(Journal(state)) as journal:
+        assert journal.record
+        assert journal.record.chunks
+    with disk.after_power_loss() as folder:
+        done = run("sync", source, folder / "destination")
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert (folder / "destination").read_bytes() == DATA
 
 
 def test_what_a_record_was_before_does_not_come_back(disk: Disk, tmp_path: Path) -> None:

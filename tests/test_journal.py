@@ -86,7 +86,7 @@ def is_set_aside(path: Path, data: bytes) -> bool:
 def tmpfs(folder: Path, options: str) -> Iterator[Path]:
     support.require_root()
     folder.mkdir()
-    support.output("mount", "-t", "tmpfs", "-o", options, "tmpfs", folder)
+    support.output("mount", "-t", "tmpfs", "-o", f"mode=755,{options}", "tmpfs", folder)
     try:
         yield folder
     finally:

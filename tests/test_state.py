@@ -12,8 +12,10 @@ import os
 import shutil
 import signal
 import sqlite3
+import struct
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -284,7 +286,7 @@ NEWER_IN_WAL = pytest.param(
         pytest.param(lambda path: spoil(path, "PRAGMA user_version = 3"), "its format is 3", id="a newer format"),
         NEWER_IN_WAL,
         pytest.param(lambda path: path.write_text("my diary\n"), "it is not a state file of", id="a text"),
-        pytest.param(lambda path: path.chmod(0o666), "others can write to it", id="written by all"),
+        pytest.param(lambda path: path.chmod(0o666), "others can write to ", id="written by all"),
     ],
 )
 def test_a_spoiled_state_is_kept_aside_and_not_believed(
@@ -416,14 +418,18 @@ def by_push(tmp_path: Path, source: Path, destination: Path) -> None:
     sync("-e", shell, source, f"here:{destination}")
 
 
-@pytest.mark.parametrize("kept", ["default", "elsewhere"])
-@pytest.mark.parametrize("between", [by_no_state, by_another_state, by_save, by_push, by_the_default_state])
+WRITERS = [by_no_state, by_another_state, by_save, by_push]
+
+
+@pytest.mark.parametrize(
+    ("between", "kept"),
+    [(writer, kept) for writer in WRITERS for kept in ("default", "elsewhere")]
+    + [(by_the_default_state, "elsewhere")],
+)
 def test_what_another_source_wrote_between_ends_the_record(
     between: Callable[..., None], kept: str, source: Path, device: Path, tmp_path: Path, mount: Mounter
 ) -> None:
     """Nothing of a device tells that it was written; its record is ended wherever it is kept."""
-    if kept == "default" and between is by_the_default_state:
-        pytest.skip("goes on in that record, of another source")
     options = ["--state", tmp_path / "state"] if kept == "elsewhere" else []
     known(mount, source, device, *options)
     between(tmp_path, written(tmp_path / "other", OTHER), device)
@@ -583,6 +589,120 @@ def test_a_destination_device_that_was_written_shows_in_the_sample(
     assert device.read_bytes() == DATA
 
 
+# A state file that somebody else can forge
+
+MALLORY = 4321
+
+
+def plant_journal(state: Path, old: bytes) -> None:
+    """Another user puts beside `state` what plays it back to its `old` bytes (sqlite.org/fileformat.html, 3)."""
+    header = bytes.fromhex("d9d505f920a163d7")
+    numbers = (len(old) // 4096, 0, len(old) // 4096, 512, 4096)
+    forged = (header + b"".join(each.to_bytes(4, "big") for each in numbers)).ljust(512, b"\0")
+    for at in range(0, len(old), 4096):
+        page = old[at : at + 4096]
+        checksum = sum(page[4096 - 200 : 0 : -200])
+        forged += (at // 4096 + 1).to_bytes(4, "big") + page + checksum.to_bytes(4, "big")
+    script = "import os, sys; os.setuid(4321); open(sys.argv[1], 'wb').write(sys.stdin.buffer.read())"
+    subprocess.run([support.PYTHON, "-c", script, f"{state}-journal"], input=forged, check=True)
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that others can reach, as pytest's cannot be."""
+    support.require_root()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o755])
+def test_a_forged_hot_journal_is_not_played_back(mode: int, source: Path, file: Path, shared: Path) -> None:
+    """It has the record from before `--verify` found that a block is wrong; the folder was open to others once."""
+    folder, state = shared / "states", shared / "states/state"
+    folder.mkdir()
+    sync("--state", state, source, file)
+    tamper(file, 7, state=state)
+    old = state.read_bytes()
+    assert run("sync", "--verify", "--state", state, source, file).returncode == 5
+    folder.chmod(0o1777)
+    plant_journal(state, old)
+    folder.chmod(mode)
+    said = sync("--state", state, source, file)
+    assert (f"others may write to {folder}" if mode == 0o1777 else f"others can write to {state}-journal") in said
+    assert file.read_bytes() == DATA
+
+
+def acl_for_mallory() -> bytes:
+    """As `setfacl -m u:4321:rwx` makes it: with the group's bits as its mask."""
+    entries = [(1, 7, -1), (2, 7, MALLORY), (4, 0, -1), (16, 7, -1), (32, 0, -1)]
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda folder: folder.chmod(0o1777), "others may write to {}/a/b"),
+        (lambda folder: folder.chmod(0o757), "others may write to {}/a/b"),
+        (lambda folder: (os.chown(folder, 0, MALLORY), folder.chmod(0o770)), "others may write to {}/a/b"),
+        (
+            lambda folder: os.setxattr(folder, "system.posix_acl_access", acl_for_mallory()),
+            "others may write to {}/a/b",
+        ),
+        (lambda folder: os.chown(folder, MALLORY, 0), "{}/a/b belongs to another user"),
+        (lambda folder: os.chown(folder.parent, MALLORY, 0), "{}/a belongs to another user"),
+        (lambda folder: folder.parent.chmod(0o777), "others may write to {}/a"),
+        (lambda folder: folder.parent.chmod(0o1777), None),
+        (lambda folder: folder.chmod(0o775), None),
+    ],
+    ids=[
+        "sticky",
+        "of all",
+        "of a group",
+        "by a list",
+        "another's",
+        "in another's",
+        "in one of all",
+        "in a sticky one",
+        "of our own group",
+    ],
+)
+def test_no_state_is_kept_where_others_decide_what_is_there(
+    change: Change, why: str | None, source: Path, file: Path, shared: Path
+) -> None:
+    folder = shared / "a/b"
+    folder.mkdir(parents=True)
+    change(folder)
+    said = sync("--state", folder / "state", source, file)
+    if why is None:
+        assert said == ""
+    else:
+        told = f"cannot keep the state in {folder}/state: {why.format(shared)}; after a restart, every block will"
+        assert told in said
+        assert list(folder.iterdir()) == []
+    assert file.read_bytes() == DATA
+
+
+def test_a_link_is_no_state_file(source: Path, file: Path, tmp_path: Path) -> None:
+    sync("--state", tmp_path / "state", source, file)
+    (tmp_path / "link").symlink_to("state")
+    done = run("sync", "--state", tmp_path / "link", source, file)
+    assert (done.returncode, b"that is no regular file" in done.stderr) == (1, True)
+
+
+def test_a_note_that_others_can_write_is_not_believed(
+    source: Path, device: Path, tmp_path: Path, mount: Mounter
+) -> None:
+    state, default = tmp_path / "state", Path(os.environ["STATE_DIRECTORY"])
+    known(mount, source, device, "--state", state)
+    default.chmod(0o777)
+    tamper(device, 7)
+    said = sync("--state", state, source, device)
+    assert "may have been written since" in said
+    assert f"others may write to {default}" in said
+    assert device.read_bytes() == DATA
+
+
 # Where it is kept
 
 
@@ -724,7 +844,7 @@ def test_what_verify_found_is_known_though_the_disk_of_the_state_is_full(
     support.require_root()
     folder = tmp_path / "small"
     folder.mkdir()
-    support.output("mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder)
+    support.output("mount", "-t", "tmpfs", "-o", "size=64k,mode=755", "tmpfs", folder)
     try:
         sync("--state", folder / "state", source, file)
         tamper(file, 7, state=folder / "state")

@@ -19,6 +19,7 @@ import logging
 import os
 import secrets
 import sqlite3
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from blockcopy.identity import Identity, is_identity
 from blockcopy.replica.blockmap import CHUNK_BLOCKS
 from blockcopy.statefile import retire
 from blockcopy.strict_json import parse_object
+from blockcopy.trust import distrusted
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +92,9 @@ class Journal:
         """Open or create `path`; a file that cannot be believed is set aside, and the log says why.
 
         StateError where another process keeps it or it is no regular file, StateNotKeptError where
-        it cannot be written.
+        it cannot be written, or others decide what is there.
         """
-        self.path = path
+        self.path = path = path.parent.resolve() / path.name
         self.record: Record | None = None
         self.is_busy = False
         """A call of another thread may never return: from then on `close` does nothing."""
@@ -112,7 +114,7 @@ class Journal:
 
     def _open(self) -> sqlite3.Connection:
         made = _make(self.path)
-        size = 0 if made else _check_header(self.path)
+        size = 0 if made else _check_files(self.path)
         if not (made or size):
             logger.warning("the state file %s is empty: every block is checked", self.path)
         db = self._connect()
@@ -261,9 +263,11 @@ def _make(path: Path) -> bool:
     """Have a file at `path`; True where it was not there. StateError, StateNotKeptError."""
     try:
         durable.make_folder(path.parent)
+        if why := distrusted(path.parent):  # or else they could change what SQLite opens after we looked at it
+            raise StateNotKeptError(f"cannot keep the state in {path}: {why}")
         durable.create(path)
     except FileExistsError:
-        if not path.is_file():
+        if not stat.S_ISREG(path.lstat().st_mode):
             raise StateError(f"cannot keep the state in {path}: that is no regular file") from None
         return False
     except OSError as error:
@@ -271,19 +275,20 @@ def _make(path: Path) -> bool:
     return True
 
 
-def _check_header(path: Path) -> int:
-    """Before SQLite sees it, which writes to any database that it opens. Its size; _UnusableError.
+def _check_files(path: Path) -> int:
+    """Look at all files that SQLite would read, which writes to any database that it opens.
 
-    From https://www.sqlite.org/fileformat.html, 1.3: 100 bytes; how it is written at 18 and 19, the
-    user's version at 60, the application's id at 68.
+    Returns the size of the database. Raises _UnusableError. From https://www.sqlite.org/fileformat.html, 1.3: 100
+    bytes; how it is written at 18 and 19, the user's version at 60, the application's id at 68.
     """
     try:
+        for each in _beside(path):
+            _check_owner(each, each.lstat())
         with path.open("rb") as file:
             status, header = os.fstat(file.fileno()), file.read(100)
     except OSError as error:
         raise _UnusableError(str(error.strerror)) from error
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise _UnusableError("others can write to it")
+    _check_owner(path, status)
     if not header:
         return 0
     if header[:16] != b"SQLite format 3\0" or header[68:72] != _APPLICATION_ID.to_bytes(4, "big"):
@@ -296,16 +301,27 @@ def _check_header(path: Path) -> int:
     return status.st_size
 
 
+def _check_owner(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise _UnusableError(f"{path} is no regular file")
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise _UnusableError(f"others can write to {path}")
+
+
+def _beside(path: Path) -> list[Path]:
+    """What SQLite, or somebody else, has left for SQLite beside a database."""
+    found = (path.with_name(f"{path.name}-{kind}") for kind in ("journal", "wal", "shm"))
+    return [each for each in found if os.path.lexists(each)]
+
+
 def _set_aside(path: Path) -> Path:
     """Rename `path` to a name that is free; what SQLite left beside it belongs to it, and goes too."""
     number = 1
     while (aside := path.with_name(f"{path.name}.unusable-{number}")).exists():
         number += 1
     try:
-        durable.rename(path, aside)
-        for kind in ("journal", "wal", "shm"):
-            with contextlib.suppress(FileNotFoundError):
-                durable.rename(Path(f"{path}-{kind}"), Path(f"{aside}-{kind}"))
+        for each in [path, *_beside(path)]:
+            durable.rename(each, path.with_name(each.name.replace(path.name, aside.name, 1)))
     except OSError as error:
         raise StateNotKeptError(f"cannot set the unusable state file {path} aside: {error.strerror}") from error
     return aside

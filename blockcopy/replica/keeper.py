@@ -36,7 +36,7 @@ from blockcopy.replica import losable
 from blockcopy.replica.blockmap import BlockMap
 from blockcopy.replica.journal import Binding, Clock, Journal, Record
 from blockcopy.replica.materialiser import Materialiser
-from blockcopy.statefile import believe_default, believe_only, default_path, end_records, is_believed, retire
+from blockcopy.statefile import believe_default, believe_only, default_path, end_records, is_believed
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,6 @@ def open_journal(path: str | None, device: Device, *, keep: bool) -> Journal | N
     try:
         return Journal(wanted)
     except StateNotKeptError as error:
-        retire(wanted)
         end_records(device)
         logger.warning("%s; after a restart, every block will be checked again", error)
         return None
