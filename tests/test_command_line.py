@@ -19,7 +19,7 @@ from blockcopy import errors
 Mounter = Callable[..., support.Mount]
 
 COPYING = [
-    *("-e RSH", "--blockcopy-path", "--timeout", "--reconnect-timeout"),
+    *("--rsh RSH", "--blockcopy-path", "--timeout", "--reconnect-timeout"),
     *("--force", "--state FILE", "--no-state", "--recheck", "--verify", "--limit"),
     *("--on-complete COMMAND", "--log-file FILE"),
     *("SOURCE", "DESTINATION"),
@@ -42,7 +42,10 @@ OPTIONS = {
         "MOUNTPOINT",
     ],
     "sync": COPYING,
-    "verify": ["-e RSH", "--blockcopy-path", "--timeout", "--reconnect-timeout", "--json", "SOURCE", "DESTINATION"],
+    "verify": [
+        *("--rsh RSH", "--blockcopy-path", "--timeout", "--reconnect-timeout", "--json"),
+        *("SOURCE", "DESTINATION"),
+    ],
     "status": ["--json", "MOUNTPOINT"],
     "wait": ["MOUNTPOINT"],
     "umount": ["MOUNTPOINT"],
@@ -52,7 +55,7 @@ OPTIONS = {
     "facts": ["FILE"],
     "manual": [],
     "completion": ["SHELL"],
-    "doctor": ["HOST", "-e RSH", "--python", "--blockcopy-path"],
+    "doctor": ["HOST", "--rsh RSH", "--python", "--blockcopy-path"],
     "limit": ["MOUNTPOINT", "RATE"],
     "prefetch": ["MOUNTPOINT", "OFFSET:LENGTH"],
 }

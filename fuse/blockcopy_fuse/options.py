@@ -24,6 +24,9 @@ FLAGS = {
 }
 """Those that libfuse takes, and whose use is no harm here."""
 
+_DEFAULTS = {"atime"}
+"""Flags that change nothing. libfuse 3.17 refuses them, so they stay here."""
+
 VALUES = {"fsname", "subtype", "uid", "gid", "umask"}
 """Those that need a value."""
 
@@ -76,7 +79,7 @@ def parse(texts: list[str]) -> MountOptions:
     if not re.fullmatch(r"[\w.+-]+", subtype):
         raise UsageError(f"-o subtype={subtype} is not possible: it is a word, as in fuse.blockcopy")
     return MountOptions(
-        frozenset(flags),
+        frozenset(flags - _DEFAULTS),
         uid=_id("uid", values["uid"]) if "uid" in values else os.getuid(),
         gid=_id("gid", values["gid"]) if "gid" in values else os.getgid(),
         umask=_umask(values["umask"]) if "umask" in values else 0 if "allow_other" in flags else 0o077,
