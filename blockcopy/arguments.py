@@ -191,7 +191,11 @@ def _asking(commands: Any) -> None:
     status = of_mount("status", "tell how a mount is doing")
     how = status.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
-    how.add_argument("--watch", action="store_true", help="go on telling, on the whole terminal; q ends it")
+    how.add_argument(
+        "--watch",
+        action="store_true",
+        help="go on telling: on the whole terminal until q, or a line for each change",
+    )
     listing = _command(commands, "list", "tell of all mounts of this machine", "", "list")
     listing.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
     _add_progress(of_mount("wait", "return when the copy is complete"))

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
+from blockcopy.foreign import printable
 from blockcopy.meters import floored_percent, human_size, human_time
 from blockcopy.progress import Figures, TimedProgress
 
@@ -89,7 +90,7 @@ def drawn(figures: Figures, width: int) -> RenderableType:
     parts = [f"{_WORDS.get(name, name)} {human_size(count)}" for name, count in figures.counts.parts.items()]
     words = ", ".join(parts)
     if figures.counts.state:
-        words = f"{figures.counts.state}: {words}" if words else figures.counts.state
+        words = printable(f"{figures.counts.state}: {words}" if words else figures.counts.state)
     if words:
         lines.append(Text(f"  {words}", style="dim", no_wrap=True, overflow="ellipsis"))
     return Group(*lines)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable
 
-from blockcopy.meters import printable
+from blockcopy.foreign import printable
 from blockcopy.remote import Command
 
 TELL_SECONDS = 10

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     stages.raise_on_signals()
     try:
         log.set_up(
-            verbose=bool(args.verbose or os.environ.get("DEBUG")),
+            verbose=bool(args.verbose or os.environ.get("BLOCKCOPY_DEBUG")),
             quiet=getattr(args, "quiet", False),
             file=getattr(args, "log_file", None),
         )
@@ -57,8 +57,11 @@ def main(argv: list[str] | None = None) -> NoReturn:
         logging.getLogger(__name__).debug("failed", exc_info=True)
         _exit_with(args.command, error)
     except Interrupted as interrupted:
-        log.finish()
+        log.drain()
         stages.die_of(interrupted.signum)
+    except Exception as error:  # noqa: BLE001  (logged with its traceback, wherever the log goes)
+        log.fault(error)
+        _end(1)
     _end(0)
 
 
@@ -78,7 +81,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
 def _end(status: int) -> NoReturn:
     """All is done, written and closed: to take the interpreter down in order as well would give nothing back
     that the kernel does not, and takes a hundredth of the time of a copy of 2 GiB, at both of its ends."""
-    log.finish()
+    log.drain()
     os._exit(status)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TextIO
+from typing import Callable, TextIO
 
 from blockcopy import bar
+from blockcopy.foreign import printable
+from blockcopy.outlet import Outlet
 from blockcopy.progress import JsonProgress, LineProgress, Progress
 from blockcopy.stages import OutputStream
 
@@ -27,10 +29,32 @@ def write(text: str) -> None:
     OutputStream(1).write([f"{text}\n".encode(errors="surrogateescape")])
 
 
-def say(text: str) -> None:
-    """A line to standard error, if there is one."""
+def write_line(text: str) -> None:
+    """Write one line for people, whatever is in `text`, to standard output. Raises OutputError."""
+    write(printable(text, len(text)))
+
+
+def say(text: str | Callable[[], str]) -> None:
+    """Write a line, or what a function returns, to standard error, if there is one. Returns at once, never fails.
+
+    Nobody who reads it, or has stopped to, ends what the program does, or keeps it waiting.
+    """
+    _standard_error.put(text)
+
+
+def drain(seconds: float) -> None:
+    """Wait until all is written that was said, for so long at most."""
+    _standard_error.drain(seconds)
+
+
+def _say(text: str | Callable[[], str]) -> None:
     if sys.stderr is not None:  # None where the program was started without one
-        print(text, file=sys.stderr, flush=True)
+        print(text if isinstance(text, str) else text(), file=sys.stderr, flush=True)
+
+
+_standard_error: Outlet[str | Callable[[], str]] = Outlet(
+    _say, lambda count: f"{count} lines were dropped: nobody read them in time"
+)
 
 
 def terminal() -> TextIO | None:

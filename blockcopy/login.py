@@ -10,11 +10,13 @@ import contextlib
 import logging
 import os
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 
 from blockcopy import beginning
 from blockcopy.advice import advice
 from blockcopy.errors import DeviceError, PeerError
+from blockcopy.foreign import Budget, Said
 from blockcopy.remote import NO_CONTROL, Command
 from blockcopy.runfolder import run_folder
 
@@ -24,6 +26,9 @@ _MOST_PATH = 107 - 40 - 18
 """Bytes for the path of a socket, less what %C becomes, and what ssh appends while it makes one."""
 
 _PATIENCE_SECONDS = 5
+
+_FAREWELL_SECONDS = 2
+"""For the last words of an ssh that has ended: the master that it left behind may hold its standard error."""
 
 
 def control_path(*, shared: bool) -> str:
@@ -50,31 +55,39 @@ def log_in(command: Command) -> Command:
         ssh = subprocess.Popen(command.way.log_in, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     except OSError as error:
         raise PeerError(f"cannot run `{command.argv[0]}`: {error.strerror}") from error
-    with ssh:
-        said = _last_words(ssh, command)
+    said = " | ".join(_last_words(ssh, command))
     if ssh.returncode:
         todo = advice(command, ssh.returncode, said, begun=False)
         raise PeerError(f"{command.location.host}: no login; ssh said: {said}" + (f" – {todo}" if todo else ""))
     return command.logged_in()
 
 
-def _last_words(ssh: subprocess.Popen[bytes], command: Command) -> str:
-    """Wait for the end of a process, and return what it said."""
+def _last_words(ssh: subprocess.Popen[bytes], command: Command) -> Sequence[str]:
+    """Wait for the end of a process, and return the last lines that it said."""
+    said = Said(logger.debug, Budget())
+    pipe = ssh.stderr
+    if pipe is None:
+        raise ValueError("it was started without a pipe")
+
+    def listen() -> None:
+        with pipe:
+            said.listen(pipe.fileno())
+
+    listener = threading.Thread(target=listen, name="listen", daemon=True)
+    listener.start()
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return _text(ssh.communicate(timeout=beginning.TELL_SECONDS)[1])
-        logger.warning("%s", beginning.still_waiting(command, []))
-        return _text(ssh.communicate(timeout=beginning.LOGIN_SECONDS - beginning.TELL_SECONDS)[1])
+            ssh.wait(beginning.TELL_SECONDS)
+        if ssh.returncode is None:
+            logger.warning("%s", beginning.still_waiting(command, said.last))
+            ssh.wait(beginning.LOGIN_SECONDS - beginning.TELL_SECONDS)
     except subprocess.TimeoutExpired as late:
-        raise PeerError(
-            beginning.too_late(command, beginning.LOGIN_SECONDS, _text(late.stderr or b"").splitlines())
-        ) from late
+        raise PeerError(beginning.too_late(command, beginning.LOGIN_SECONDS, said.last)) from late
     finally:
         ssh.kill()
-
-
-def _text(said: bytes) -> str:
-    return said.decode(errors="replace").strip()
+        ssh.wait()
+        listener.join(_FAREWELL_SECONDS)
+    return said.last
 
 
 @contextlib.contextmanager

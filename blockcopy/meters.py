@@ -43,11 +43,6 @@ def floored_percent(part: int, whole: int) -> float:
     return 100.0 if part >= whole else part * 10000 // whole / 100
 
 
-def printable(text: str) -> str:
-    """What every terminal can show and none takes for a command: paths are any bytes, sources say anything."""
-    return "".join(each if each.isprintable() else "\ufffd" for each in text)
-
-
 def human_size(count: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:

@@ -102,6 +102,10 @@ class Figures(NamedTuple):
     finished: bool
 
 
+_FAREWELL_SECONDS = 2
+"""How long the end waits for a terminal that takes nothing any more."""
+
+
 class TimedProgress(Progress):
     """Tells each so many seconds, from a thread of its own, whether there is news or not; and once in the end."""
 
@@ -123,7 +127,7 @@ class TimedProgress(Progress):
 
     def __exit__(self, *exc: object) -> None:
         self._ended.set()
-        self._thread.join()
+        self._thread.join(_FAREWELL_SECONDS)
 
     def update(self, counts: Counts) -> None:
         self._counts = counts

@@ -14,6 +14,7 @@ import time
 from blockcopy.advice import TRANSPORT_FAILED, advice
 from blockcopy.device import Device
 from blockcopy.errors import BlockcopyError, OutputError, PeerError, StreamError, how_ended
+from blockcopy.foreign import Budget
 from blockcopy.progress import Counts, Progress
 from blockcopy.remote import Command
 from blockcopy.retrieve import retrieve
@@ -91,9 +92,15 @@ def push(
     """
     delay, lost_at = _FIRST_DELAY, math.inf
     paced = _Paced(progress, limit) if limit else progress
+    budget = Budget()  # for the log, of what all connections say
     while True:
         session = Session(
-            command, timeout=timeout, prompts=prompts, syncs=True, tell=lambda line: _show(command, line)
+            command,
+            timeout=timeout,
+            prompts=prompts,
+            syncs=True,
+            tell=lambda line: _show(command, line),
+            budget=budget,
         )
         try:
             _push(session, source, paced)
@@ -128,6 +135,11 @@ def _push(session: Session, source: Device, progress: Progress) -> None:
                 retrieve(source, session.input, session.output, progress=ours, working=session.clock.ours)
     except (StreamError, OutputError) as error:
         failure = error  # most often because it is gone: then it has said why
+    except BlockcopyError:
+        raise
+    except Exception as error:
+        logger.error("the connection to %s met a fault of blockcopy's", session.command.location, exc_info=error)
+        failure = StreamError(f"internal error: {error!r}")
     if session.status or failure or not session.begun:
         raise _why(session, failure)
 

@@ -70,7 +70,8 @@ class _Source:
         self._answers = answers
         self._decoder = Decoder(wire.AGREED_BLOCK_STREAM)
         self._last: Identity | None = None
-        self._failures: list[str] = []
+        self._failure: str | None = None
+        self._failures = 0
 
     def greeting(self) -> tuple[Identity, str]:
         """What it is, and the digest that suits both ends. StreamError where that cannot be agreed to."""
@@ -82,7 +83,8 @@ class _Source:
         """Write what comes, to the end."""
         for message in self._messages():
             if isinstance(message, wire.Failure):
-                self._failures.append(message.reason)
+                self._failure = self._failure or message.reason
+                self._failures += 1
             elif isinstance(message, wire.Hello):
                 found = message.facts.get("identity")
                 self._last = found if is_identity(found) else None
@@ -91,9 +93,9 @@ class _Source:
 
     def check(self, identity: Identity) -> None:
         """It read all that was asked, and was the same in the end."""
-        if self._failures:
-            more = f" (and {len(self._failures) - 1} more like it)" if len(self._failures) > 1 else ""
-            raise SourceError(f"{self._failures[0]}{more}. All else was copied")
+        if self._failure is not None:
+            more = f" (and {self._failures - 1} more like it)" if self._failures > 1 else ""
+            raise SourceError(f"{self._failure}{more}. All else was copied")
         changes = differences(identity, self._last or {})
         if changes:
             raise SourceChangedError(

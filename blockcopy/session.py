@@ -7,7 +7,6 @@ the clock        a thread ends a stage that does not begin in time, or that is s
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import logging
 import math
@@ -21,6 +20,7 @@ from typing import IO, Callable
 
 from blockcopy import beginning
 from blockcopy.errors import BlockcopyError, OutputError, PeerError
+from blockcopy.foreign import Budget, Said
 from blockcopy.remote import MOST_NOISE, Command
 from blockcopy.stages import InputStream, OutputStream
 
@@ -34,9 +34,6 @@ _FAREWELL_SECONDS = 2
 
 _FAILURE_SECONDS = 10
 """For a stage to say why it failed."""
-
-_MOST_LINE = 4096
-"""Bytes of a line on standard error; the rest of a longer one is another line."""
 
 
 class Clock:
@@ -80,11 +77,12 @@ class Session:
         prompts: bool = False,
         syncs: bool = False,
         tell: Callable[[str], None] | None = None,
+        budget: Budget | None = None,
     ) -> None:
         """`timeout`: seconds of silence after which it is ended. `prompts`: a password may be asked for. `syncs`:
         at its end the stage syncs a disk, which takes as long as it takes.
 
-        `tell` gets each line that the stage says on standard error.
+        `tell` gets each line that the stage says on standard error, as far as the `budget` goes.
         """
         self.command = command
         self.clock = Clock()
@@ -96,7 +94,7 @@ class Session:
         self._longest = beginning.limit(timeout, prompts=prompts)
         self._syncs = syncs
         self._tell = tell
-        self._lines: collections.deque[str] = collections.deque(maxlen=5)
+        self._said = Said(self._note, budget or Budget())
         self._left = threading.Event()
 
     def __enter__(self) -> Session:
@@ -161,26 +159,15 @@ class Session:
 
     def said(self) -> list[str]:
         """Return the last lines that were said, and before the stage began those that a login printed."""
-        return [*([] if self.begun else beginning.printed(self.input.noise)), *self._lines]
+        return [*([] if self.begun else beginning.printed(self.input.noise)), *self._said.last]
 
     def _listen(self, stderr: IO[bytes]) -> None:
-        rest = b""
         with stderr:
-            while data := os.read(stderr.fileno(), _MOST_LINE):
-                *lines, rest = (rest + data).split(b"\n")
-                for line in lines:
-                    self._note(line)
-                if len(rest) >= _MOST_LINE:
-                    self._note(rest)
-                    rest = b""
-        self._note(rest)
+            self._said.listen(stderr.fileno())
 
-    def _note(self, line: bytes) -> None:
-        text = line.decode(errors="replace").strip()
-        if text:
-            self._lines.append(text)
-            if self.begun and self._tell is not None:
-                self._tell(text)
+    def _note(self, line: str) -> None:
+        if self.begun and self._tell is not None:
+            self._tell(line)
 
     def _watch(self) -> None:
         """Look at the clock until the session is left, or somebody has to be woken."""

@@ -165,6 +165,9 @@ PROTOCOL = 1
 MAX_TEXT_SIZE = 64 * 1024
 """Bytes of a `helo`'s JSON or a `fail`'s reason."""
 
+_MOST_REASON = 4096
+"""Bytes of a `fail`'s reason that are kept."""
+
 _HASH = struct.Struct(f">QI{DIGEST_SIZE}s")
 _LEGACY_HASH = struct.Struct(f">I{DIGEST_SIZE}s")
 _OFFSET = struct.Struct(">Q")
@@ -230,7 +233,7 @@ def _hello(payload: Buffer) -> Hello:
 
 
 def _failure(position: int, payload: Buffer) -> Failure:
-    return Failure(position, bytes(payload).decode(errors="replace"))
+    return Failure(position, bytes(payload[:_MOST_REASON]).decode(errors="replace"))
 
 
 def _digests(payload: Buffer) -> Digests:

@@ -215,12 +215,14 @@ def test_standard_input_is_no_file_for_them(command: str) -> None:
 
 def test_success_is_silent(tmp_path: Path) -> None:
     source, destination = copies(tmp_path)
-    done = run("sync", source, destination)
+    done = run("sync", source, destination, env=os.environ | {"DEBUG": "1"})  # which is other programs'
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     assert destination.read_bytes() == b"Hello World!"
 
 
-@pytest.mark.parametrize(("options", "environment"), [(["-v"], {}), (["--verbose"], {}), ([], {"DEBUG": "1"})])
+@pytest.mark.parametrize(
+    ("options", "environment"), [(["-v"], {}), (["--verbose"], {}), ([], {"BLOCKCOPY_DEBUG": "1"})]
+)
 def test_verbose_and_debug_log_to_standard_error(
     tmp_path: Path, options: list[str], environment: dict[str, str]
 ) -> None:
@@ -230,13 +232,13 @@ def test_verbose_and_debug_log_to_standard_error(
     assert "complete copy" in done.stderr.decode()
 
 
-@pytest.mark.parametrize("option", ["-v", "DEBUG"])
+@pytest.mark.parametrize("option", ["-v", "BLOCKCOPY_DEBUG"])
 def test_a_verbose_error_says_where_it_came_from(tmp_path: Path, option: str) -> None:
     missing = tmp_path / "missing"
     if option == "-v":
         done = run("-v", "checksum", missing)
     else:
-        done = run("checksum", missing, env=os.environ | {"DEBUG": "1"})
+        done = run("checksum", missing, env=os.environ | {"BLOCKCOPY_DEBUG": "1"})
     assert done.returncode == 1
     assert "Traceback" in done.stderr.decode()
     assert done.stderr.decode().splitlines()[-1].startswith("ERROR (checksum): ")

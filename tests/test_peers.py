@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,18 +16,18 @@ import support
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
-from support import BLOCK_SIZE, Mount, noise, until, written
+from support import BLOCK_SIZE, BLOCKCOPY, PYTHON, STANDINS, Mount, noise, run, until, written
 from test_wire_properties import stable
 
 from blockcopy import packing, wire
 from blockcopy.decoder import Decoder
 from blockcopy.errors import SourceError, StreamError
+from blockcopy.foreign import Budget, Said
 from blockcopy.handshake import digest_for, read_source
-from blockcopy.identity import differences
+from blockcopy.identity import differences, sample_extents
 from blockcopy.progress import Progress
 from blockcopy.remote import Location, stage_command
 from blockcopy.replica import metrics
-from blockcopy.replica.forms import unconditional
 from blockcopy.replica.notify import Notifier
 from blockcopy.replica.replica import Plan
 from blockcopy.replica.retriever import Retriever
@@ -96,38 +99,26 @@ def test_any_greeting_is_believed_or_a_stream_error(text: str) -> None:
     assert differences(identity, {"size": 1, **identity}) == []
 
 
-def said_by_a_source(folder: Path, stream: bytes) -> list[str]:
-    """What is told to whoever greets a source that says this, and to whoever asks it then."""
+def greeted(folder: Path, stream: bytes) -> str:
+    """What is told to whoever greets a source that says this, and some words."""
     said = written(folder / "said", stream)
-    program = shlex.join(["sh", "-c", f"echo words >&2; cat {said}; exec cat >/dev/null"])
-    told = []
+    program = shlex.join(["sh", "-c", f"echo words >&2; cat {said}; exec cat 3>&1 >/dev/null"])
 
-    async def main() -> None:
+    async def main() -> str:
         async with trio.open_nursery() as nursery:
-            retriever = Retriever(stage_command(Location(None, "source"), program=program), timeout=20)
+            retriever = Retriever(stage_command(Location(None, "source"), program=program))
             await nursery.start(retriever.run)
-            for ask in (retriever.greet, lambda: retriever.ask([unconditional(0, 4096)], Kept())):
-                try:
-                    await ask()
-                except SourceError as error:
-                    told.append(str(error))
+            with pytest.raises(SourceError) as told:
+                await retriever.greet()
             await retriever.close()
+        return str(told.value)
 
-    trio.run(main)
-    return told
-
-
-class Kept:
-    """A sink that takes anything."""
-
-    def data(self, position: int, payload: object) -> None: ...
-
-    def zeros(self, position: int, length: int) -> None: ...
+    return trio.run(main)
 
 
 @pytest.mark.parametrize("text", ODD_JSON, ids=range(len(ODD_JSON)))
 def test_an_odd_greeting_is_the_error_of_its_connection(tmp_path: Path, text: str) -> None:
-    assert len(said_by_a_source(tmp_path, hello(text))) >= 1
+    assert greeted(tmp_path, hello(text))
 
 
 def test_a_fault_of_ours_is_the_error_of_its_connection(
@@ -138,11 +129,10 @@ def test_a_fault_of_ours_is_the_error_of_its_connection(
     def fail(*_: object) -> NoReturn:
         raise RecursionError("on request")
 
-    for owner, name in ((Decoder, "next"), (Retriever, "_note"), (Retriever, "_owes")):
+    for owner, name in ((Decoder, "next"), (Retriever, "_log"), (Retriever, "_owes")):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, fail)
-            greeting, _ = said_by_a_source(tmp_path, b"fe")
-        assert "on request" in greeting
+            assert "on request" in greeted(tmp_path, b"fe")
         assert any(record.exc_info for record in caplog.records)
         caplog.clear()
 
@@ -205,3 +195,151 @@ def test_a_live_mount_outlives_a_source_that_garbles_its_greeting(
     assert "Traceback" not in log
     assert "no agreement" in log
     assert "nested too deep" in log
+
+
+# Nobody who looks away
+
+
+@contextmanager
+def nobody_reads(how: str) -> Iterator[int]:
+    """A standard error that takes nothing: `gone`, `full` as a disk is, or `stuck`, a pipe that nobody empties."""
+    if how == "full":
+        fd = os.open("/dev/full", os.O_WRONLY)
+        others = []
+    else:
+        other, fd = os.pipe()
+        others = [other]
+    try:
+        if how == "gone":
+            os.close(others.pop())
+        if how == "stuck":
+            os.set_blocking(fd, False)
+            with suppress(BlockingIOError):
+                while True:
+                    os.write(fd, bytes(4096))
+            os.set_blocking(fd, True)
+        yield fd
+    finally:
+        for each in (fd, *others):
+            os.close(each)
+
+
+LOOKING_AWAY = pytest.mark.parametrize("how", ["gone", "full", "stuck"])
+
+
+def ended(*arguments: object, stderr: int) -> tuple[int, bytes]:
+    done = subprocess.run(
+        [*BLOCKCOPY, *map(str, arguments)], stdout=subprocess.PIPE, stderr=stderr, timeout=20, check=False
+    )
+    return done.returncode, done.stdout
+
+
+@LOOKING_AWAY
+def test_nobody_who_looks_away_ends_or_blocks_a_copy(tmp_path: Path, how: str) -> None:
+    """With some 100 lines of log and progress; the exit status is the same."""
+    source, destination = written(tmp_path / "source", DATA), tmp_path / "destination"
+    with nobody_reads(how) as stderr:
+        assert ended("-v", "sync", "--progress", source, destination, stderr=stderr) == (0, b"")
+        assert destination.read_bytes() == DATA
+        assert ended("-v", "sync", "--progress", tmp_path / "no", destination, stderr=stderr) == (3, b"")
+        status, stream = ended("-v", "checksum", "--progress", source, stderr=stderr)
+    assert (status, stream) == (0, run("checksum", source).stdout)
+
+
+@LOOKING_AWAY
+def test_nobody_who_looks_away_ends_or_blocks_a_mount(tmp_path: Path, how: str) -> None:
+    support.require_fuse()
+    source, point = written(tmp_path / "source", DATA), tmp_path / "point"
+    point.mkdir()
+    command = [*BLOCKCOPY, "-v", "mount", "-f", "--progress", source, tmp_path / "copy", point]
+    with nobody_reads(how) as stderr, subprocess.Popen(list(map(str, command)), stderr=stderr) as process:
+        until((point / "status.json").exists, "the mount")
+        assert (point / "copy").read_bytes() == DATA
+        assert run("wait", point).returncode == 0
+        assert run("umount", point).returncode == 0
+        assert process.wait(20) == 0
+
+
+# What is told, and how much of it
+
+FORGED = "no such\n2026-01-01 00:00:00 blockcopy[1] ERROR: forged\x1b[2J\x9b\u202e"
+
+
+def test_no_name_forges_a_line_or_commands_a_terminal(tmp_path: Path) -> None:
+    done = run("sync", "--log-file", tmp_path / "log", FORGED, tmp_path / "copy", cwd=tmp_path)
+    for text in (done.stderr.decode(), (tmp_path / "log").read_text()):
+        [line] = text.splitlines()
+        assert "forged" in line
+        assert line.isprintable()
+
+
+def test_a_crash_of_a_background_mount_is_in_its_log(tmp_path: Path) -> None:
+    """A fault that nobody foresaw: here, in a task of the mount's own."""
+    support.require_fuse()
+    (tmp_path / "sitecustomize.py").write_text(
+        """
+import sys
+if "mount" in sys.orig_argv:
+    from blockcopy_fuse import mounting
+    async def fail(stop):
+        raise RuntimeError("on request\\n\\x1b[2J")
+    mounting._watch_connection = fail
+"""
+    )
+    source, point = written(tmp_path / "source", DATA), tmp_path / "point"
+    point.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run("mount", "--log-file", tmp_path / "log", source, tmp_path / "copy", point, env=environment)
+    until(lambda: "RuntimeError" in (tmp_path / "log").read_text(), "the traceback")
+    until(lambda: str(point) not in support.fuse_mounts(), "the end of the mount")
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" in log
+    assert all(line.isprintable() for line in log.splitlines())
+    assert [line for line in log.splitlines() if line[:2] not in ("20", "  ")] == []
+
+
+def flooding(folder: Path, flood: str, *then: str) -> str:
+    """A program that does `flood` in the background, and then is another, to whose standard error both write."""
+    path = folder / "flooding"
+    path.write_text(f'#!/bin/sh\n{{ {flood}; }} >&2 &\nexec {shlex.join(then)} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("flood", ["head -c 300M /dev/zero", "yes 'a word' | head -n 10000000"])
+@pytest.mark.parametrize("direction", ["pull", "push"])
+def test_a_flood_of_words_is_neither_kept_nor_logged(tmp_path: Path, flood: str, direction: str) -> None:
+    source, log = written(tmp_path / "source", DATA), tmp_path / "log"
+    rsh = [str(STANDINS / "link")]
+    ends: list[object] = [f"host:{source}", tmp_path / "copy"]
+    if direction == "push":
+        ends = [source, f"host:{tmp_path}/copy"]
+    command = [*BLOCKCOPY, "sync", "--log-file", log, "-e", flooding(tmp_path, flood, PYTHON, *rsh), *ends]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert (tmp_path / "copy").read_bytes() == DATA
+    assert log.stat().st_size < 1 << 20
+    assert usage.ru_maxrss < 200 * 1024  # KiB; of which about 60 are Python
+
+
+def test_what_a_program_drew_over_itself_is_not_told() -> None:
+    noted: list[str] = []
+    said = Said(noted.append, Budget(lines=3))
+    said.feed(b"0%\r50%\r100%\r\nand \x1b[1m\n")
+    said.feed(b"a line in two ")
+    said.feed(b"parts\n" + b"more\n" * 1000)
+    said.finish()
+    assert noted == ["100%", "and \x1b[1m", "a line in two parts"]
+    assert list(said.last) == ["more"] * 5
+
+
+def test_a_size_that_no_map_can_have_is_refused(tmp_path: Path) -> None:
+    size = (1 << 50) + 1
+    facts = {"identity": {"size": size, "sample": ["0"] * len(sample_extents(size))}}
+    source, destination = written(tmp_path / "source", DATA), tmp_path / "copy"
+    program = f"{support.FAULTY} --hello {shlex.quote(json.dumps(facts))}"
+    done = run("sync", "--blockcopy-path", program, source, destination)
+    assert (done.returncode, b"claims" in done.stderr) == (3, True)
+    assert not destination.exists()

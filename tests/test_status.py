@@ -184,7 +184,7 @@ def test_the_screen_of_what_is_compared_once_more() -> None:
 def test_what_a_source_says_is_no_command_to_the_terminal() -> None:
     link = {"state": "reconnecting", "reconnects": 1, "last_error": "sorry \x1b[2J\r\udcff"}
     shown = drawn(screen({**SNAPSHOT, "link": link, "error": "bad\x1b]0;title\x07"}, []))
-    assert "sorry \ufffd[2J" in shown
+    assert r"sorry \x1b[2J" in shown
     assert not set(shown) & set("\x1b\r\x07\udcff")
 
 
@@ -308,9 +308,7 @@ def test_a_mountpoint_that_is_no_text(tmp_path: Path) -> None:
     point = os.fsdecode(name)
     assert run("mount", source, tmp_path / "copy", point).returncode == 0
     try:
-        [line] = [
-            each for each in run("list").stdout.decode().splitlines() if f"{tmp_path}/mnt\ufffd\ufffd" in each
-        ]
+        [line] = [each for each in run("list").stdout.decode().splitlines() if rf"{tmp_path}/mnt\xff\n" in each]
         assert str(source) in line
         assert point in [each["mountpoint"] for each in json.loads(run("list", "--json").stdout)]
         assert run("status", point).returncode == 0
@@ -403,3 +401,19 @@ def test_reads_that_wait_are_timed_and_others_are_counted(mount: Mounter, tmp_pa
     assert (once["reads"], once["bytes"], once["waiting"]) == (1, 4096, 0)
     assert 0 < once["latency_p50_seconds"] == once["latency_max_seconds"] < support.PATIENCE
     assert (after["reads"], after["latency_max_seconds"]) == (2, once["latency_max_seconds"])
+
+
+def test_watch_without_a_terminal_tells_lines_until_the_mount_goes(
+    tmp_path: Path, mount: Callable[..., support.Mount]
+) -> None:
+    source = written(tmp_path / "source", DATA)
+    mounted = mount(source, tmp_path / "copy", "--no-background")
+    command = [*support.BLOCKCOPY, "status", "--watch", str(mounted.point)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("paused: 0.00 %")
+        assert mounted.file.read_bytes() == DATA
+        assert process.stdout.readline().startswith("complete: 100.00 %")
+        mounted.umount()
+        _, said = process.communicate(timeout=20)
+    assert (process.returncode, "no replica is mounted" in said) == (4, True)

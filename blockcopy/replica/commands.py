@@ -6,6 +6,7 @@ trio is imported by the commands, and not before a source was started: that take
 from __future__ import annotations
 
 import argparse
+import array
 import contextlib
 import functools
 import gc
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_RANGES = 1000
+"""Ranges that are written at once."""
 
 
 @contextlib.contextmanager
@@ -214,13 +218,13 @@ def _compare(args: argparse.Namespace, command: Command, path: str, size: int | 
 
     def report(extent: Extent) -> None:
         if as_json:
-            ranges.append(extent._asdict())
+            ranges.extend(extent)
         else:
             with progress.aside():
                 console.write(f"{extent.offset}:{extent.length}")
 
     as_json = getattr(args, "json", False)
-    ranges: list[dict[str, int]] = []
+    ranges = array.array("q")  # offset and length of each: there may be as many as half of the blocks
     with logged_in(command), console.progress(args, unasked=True) as progress:
         run_verify = functools.partial(
             compare,
@@ -235,17 +239,21 @@ def _compare(args: argparse.Namespace, command: Command, path: str, size: int | 
         )
         verdict = run(lambda: running.interruptible(run_verify))
     if as_json:
-        console.write(
-            json.dumps(
-                {
-                    "size": verdict.size,
-                    "differing_bytes": verdict.differing,
-                    "tail_bytes": verdict.tail,
-                    "ranges": ranges,
-                }
-            )
-        )
+        _write_json(verdict, ranges)
     return verdict
+
+
+def _write_json(verdict: Verdict, ranges: array.array[int]) -> None:
+    """One object, with a range a line."""
+    figures = {"size": verdict.size, "differing_bytes": verdict.differing, "tail_bytes": verdict.tail}
+    console.write(f'{json.dumps(figures)[:-1]}, "ranges": [')
+    for at in range(0, len(ranges), 2 * _RANGES):
+        lines = [
+            json.dumps({"offset": offset, "length": length})
+            for offset, length in zip(*[iter(ranges[at : at + 2 * _RANGES])] * 2, strict=True)
+        ]
+        console.write(",\n".join(lines) + ("," if at + 2 * _RANGES < len(ranges) else ""))
+    console.write("]}")
 
 
 def _refuse_differing(args: argparse.Namespace, verdict: Verdict) -> None:

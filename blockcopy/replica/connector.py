@@ -19,6 +19,7 @@ import trio
 from blockcopy import beginning
 from blockcopy.digests import Buffer, Digest
 from blockcopy.errors import OriginalProgramError, SourceChangedError, SourceError
+from blockcopy.foreign import Budget
 from blockcopy.identity import Identity, differences, sample_extents, sample_of
 from blockcopy.remote import Command
 from blockcopy.replica.forms import unconditional
@@ -61,6 +62,7 @@ class Connector:
         self._prompts = prompts
         self._compress = compress
         self._started = started if started is not None else []
+        self._budget = Budget()  # for the log, of what all connections say
         self._original = False
         self._finding_out = trio.Lock()
 
@@ -90,6 +92,7 @@ class Connector:
             digest=self.digest,
             compress=self._compress,
             started=Process(self._started.pop()) if self._started else None,
+            budget=self._budget,
         )
         await nursery.start(retriever.run)
         return retriever

@@ -47,6 +47,9 @@ from blockcopy.replica.replica import Plan, Replica
 
 logger = logging.getLogger(__name__)
 
+_LARGEST = 1 << 50
+"""Bytes that a source may have: the map of them takes 1 GiB."""
+
 
 @asynccontextmanager
 async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
@@ -84,7 +87,7 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
                 source = connector.identity
                 if source is None:  # cannot be: `_connect` would have raised
                     raise SourceError(f"{plan.command.location} does not say what it is")
-                geometry = Geometry(source["size"])
+                geometry = _geometry(plan, source["size"])
                 device = existing or stack.enter_context(
                     open_destination(plan.destination, force=plan.force, create=True)
                 )
@@ -106,6 +109,13 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
             if replica is not None:
                 with trio.CancelScope(shield=True):
                     await replica.close()
+
+
+def _geometry(plan: Plan, size: int) -> Geometry:
+    """Raises SourceError if a map of so many bytes cannot be had here."""
+    if size > _LARGEST:
+        raise SourceError(f"{plan.command.location} claims to have {size} bytes; {_LARGEST} are the most")
+    return Geometry(size)
 
 
 def _recall(plan: Plan, device: Device, stack: ExitStack) -> tuple[Journal | None, Record | None]:

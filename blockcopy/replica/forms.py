@@ -33,6 +33,9 @@ from blockcopy.digests import NO_DIGEST, Buffer, digest
 from blockcopy.errors import BlockcopyError, SourceError, StreamError
 from blockcopy.geometry import Extent
 
+_MOST_HOLES = 65536
+"""Holes of one answer that are kept; the pass asks about what lies in the others."""
+
 FENCES = 16
 """Empty questions behind a batch in the original form: whatever its queue held, one of them fills it."""
 
@@ -187,7 +190,7 @@ class Survey(Batch):
         if not (hole.length and self._reached <= hole.offset and hole.end <= self.extent.end):
             return False
         self._reached = hole.end
-        if hole.length >= self.least:
+        if hole.length >= self.least and len(self.holes) < _MOST_HOLES:
             self.holes.append(hole)
         return True
 

@@ -7,14 +7,13 @@ written out here: a client library would bring a registry and a server that nobo
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import trio
 
+from blockcopy import own_file
 from blockcopy.replica import losable
 
 logger = logging.getLogger(__name__)
@@ -99,11 +98,8 @@ async def keep_writing(path: str | None, snapshot: Callable[[], dict[str, Any]])
 
 def _write(path: str, snapshot: dict[str, Any]) -> None:
     """Whoever reads it sees all of one moment."""
-    temporary = Path(f"{path}.{os.getpid()}.new")
     try:
         # A path may be any bytes, and a file of metrics is UTF-8.
-        temporary.write_text(text(snapshot), encoding="utf-8", errors="replace")
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        own_file.replace(path, text(snapshot).encode(errors="replace"), 0o644)
     except OSError as error:
         logger.warning("cannot write --metrics %s: %s", path, error.strerror)

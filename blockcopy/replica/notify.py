@@ -16,6 +16,7 @@ from typing import Any
 
 import trio
 
+from blockcopy.foreign import printable
 from blockcopy.meters import human_size, human_time
 from blockcopy.replica.replica import Replica
 
@@ -36,7 +37,7 @@ class Notifier:
         """A line NAME=value each. A manager that went away is not an error of ours."""
         if self._manager is None:
             return
-        text = "\n".join(f"{name}={value}" for name, value in facts.items())
+        text = "\n".join(f"{name}={printable(str(value))}" for name, value in facts.items())
         try:
             self._manager.send(text.encode(errors="replace"))
         except OSError as error:
@@ -92,4 +93,4 @@ def one_line(snapshot: dict[str, Any]) -> str:
     error = snapshot["error"]
     if snapshot["link"]["state"] == "reconnecting":
         error = error or snapshot["link"]["last_error"]
-    return " ".join(f"{text}; {error}".split()) if error else text
+    return f"{text}; {error}" if error else text

@@ -234,15 +234,21 @@ class Replica:
 
     async def _verify(self) -> None:
         """Ask about every block once more, of what is on the disk. DifferentError."""
-        ranges: list[Extent] = []
+        first: Extent | None = None
+        count = 0
+
+        def note(extent: Extent) -> None:
+            nonlocal first, count
+            first, count = first or extent, count + 1
+
         self._verified, self._verifying = 0, True  # until it is complete, or failed
         self._device.drop_cache()
-        verdict = await compare(self._device, self._geometry, self._links[-1], ranges.append, self._note_verified)
-        if ranges:
+        verdict = await compare(self._device, self._geometry, self._links[-1], note, self._note_verified)
+        if first is not None:
             await self._keeper.forget()
             raise DifferentError(
                 f"{self._plan.destination} is not a copy of {self._plan.command.location} after all: "
-                f"{verdict.differing} bytes in {len(ranges)} ranges differ, the first at {ranges[0].offset}"
+                f"{verdict.differing} bytes in {count} ranges differ, the first at {first.offset}"
             )
 
     def _note_verified(self, count: int) -> None:

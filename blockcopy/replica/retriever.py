@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from copy import copy
 from functools import partial
@@ -32,6 +31,7 @@ from blockcopy.errors import (
     StreamError,
     how_ended,
 )
+from blockcopy.foreign import Budget, Said
 from blockcopy.geometry import Extent
 from blockcopy.handshake import greeting_of_asker, read_source
 from blockcopy.identity import Identity
@@ -44,6 +44,9 @@ from blockcopy.stages import InputStream, enlarge_pipe
 logger = logging.getLogger(__name__)
 
 Kind = TypeVar("Kind", bound=Batch)
+
+_MOST_WORDS = 64 * 1024
+"""Bytes of its words that are read at once."""
 
 _FAREWELL_SECONDS = 2
 """How long a process that closed its output, or was told to end, is waited for before it is killed."""
@@ -61,11 +64,12 @@ class Retriever:
         digest: Digest | None = None,
         compress: Mapping[str, Any] | None = None,
         started: Process | None = None,
+        budget: Budget | None = None,
     ) -> None:
         """It is killed if it makes no progress (see `silence`) for `timeout` seconds while it is asked something.
 
         `digest`: the only one that will do; any if None. `compress`: what is wished for, as in `wire`.
-        `started`: the process, where it was started already.
+        `started`: the process, where it was started already. `budget`: of what it says, for the log.
         """
         self._command = command
         self._started = started
@@ -74,7 +78,7 @@ class Retriever:
         """What questions are digested with; None until it was greeted."""
         # Unbounded, yet bounded by those who ask: each waits for its answer before it asks again.
         self._send, self._outgoing = trio.open_memory_channel[bytes](math.inf)
-        self._messages: deque[str] = deque(maxlen=5)
+        self._said = Said(self._log, budget or Budget())
         self._process: Process | None = None
         self._token = trio.lowlevel.current_trio_token()
         self._greeted = trio.Event()
@@ -119,7 +123,7 @@ class Retriever:
         await self._greeted.wait()
         if self._hello is None:
             failure = self.failure or SourceError(self._let_go())
-            if any("helo" in message for message in self._messages):
+            if any("helo" in line for line in self._said.last):
                 raise OriginalProgramError(str(failure))
             raise copy(failure)
         try:
@@ -260,10 +264,10 @@ class Retriever:
             return SourceError(f"{self._command.location} gave no answer for {self._silence.timeout:g} seconds")
         if garbled is not None:
             words = f"{self._command.location} sent what was not asked for: {garbled}"
-            return GarbledSourceError(words + self._said())
+            return GarbledSourceError(words + self._last_words())
         if not self._closing:
-            words = self._describe_end(process.returncode) + self._said()
-            todo = advice(self._command, process.returncode, "\n".join(self._messages), begun=self._begun)
+            words = self._describe_end(process.returncode) + self._last_words()
+            todo = advice(self._command, process.returncode, "\n".join(self._said.last), begun=self._begun)
             return SourceError(f"{words} – {todo}" if todo else words)
         return None
 
@@ -327,13 +331,13 @@ class Retriever:
         self._stream = stream
         self._begun = stream.skip_past(self._command.mark, MOST_NOISE)
         if not self._begun:
-            self._note(stream.noise.split(b"\n"))
+            self._token.run_sync_soon(self._said.feed, stream.noise + b"\n")
         return self._begun
 
     def said(self) -> list[str]:
         """Return the last lines on standard error, and before the stage begins those that a login printed."""
         noise = self._stream.noise if self._stream and not self._begun else b""
-        return [*beginning.printed(noise), *self._messages]
+        return [*beginning.printed(noise), *self._said.last]
 
     def _take(self, message: wire.Message) -> None:
         if isinstance(message, wire.Hello) and self._hello is None:
@@ -364,30 +368,21 @@ class Retriever:
 
     async def _read_messages(self, process: Process, finished: trio.Event) -> None:
         """What the process says to standard error is logged with the source's name, and kept."""
-        rest = b""
-        while data := await process.stderr.receive_some(4096):
-            *lines, rest = (rest + data).split(b"\n")
-            self._note(lines)
-            rest = rest[-4096:]  # a line without an end is not waited for
-        self._note([rest])
+        while data := await process.stderr.receive_some(_MOST_WORDS):
+            self._said.feed(data)
+        self._said.finish()
         finished.set()
 
-    def _note(self, lines: list[bytes]) -> None:
-        for line in lines:
-            text = line.decode(errors="replace").strip()
-            if text:
-                self._messages.append(text)
-                self._log(f"{self._command.location}: {text}")
-
     def _log(self, text: str) -> None:
-        logger.log(logging.DEBUG if self.quiet else logging.WARNING, "%s", text)
+        level = logging.DEBUG if self.quiet else logging.WARNING
+        logger.log(level, "%s: %s", self._command.location, text)
 
     def _describe_end(self, returncode: int | None) -> str:
         how = "closed its output" if returncode is None else how_ended(returncode)
         return f"the retrieve process of {self._command.location} {how}"
 
-    def _said(self) -> str:
-        return "; it said: " + " | ".join(self._messages) if self._messages else ""
+    def _last_words(self) -> str:
+        return "; it said: " + " | ".join(self._said.last) if self._said.last else ""
 
     def _let_go(self) -> str:
         return f"{self._command.location} has been let go"

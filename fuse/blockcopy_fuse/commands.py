@@ -8,15 +8,15 @@ import itertools
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from blockcopy import console, log
 from blockcopy.claim import check_destination
 from blockcopy.errors import IncompleteError, PeerError, UnfitError, UsageError
 from blockcopy.login import log_in, logged_in
-from blockcopy.meters import printable
 from blockcopy.places import absolute
 from blockcopy.progress import Progress
 from blockcopy.remote import Location
@@ -60,7 +60,7 @@ def mount(args: argparse.Namespace) -> None:
     notifier = Notifier()
 
     def serve(ready: Callable[[], None], progress: Progress) -> None:
-        log.write_aside()
+        log.be_ready_for_syslog()
         with logged_in(command), progress:
             run(lambda: mounting.serve(shown, ready, progress, notifier))
 
@@ -91,13 +91,32 @@ def _name_in(mountpoint: str, args: argparse.Namespace) -> str | None:
 
 
 def status(args: argparse.Namespace) -> None:
+    if args.watch and not console.shows_screens():
+        _watch_lines(args)
     if args.watch or (console.shows_screens() and not args.json):
         with needs_extra():
             from blockcopy_fuse import watch
         (watch.watch if args.watch else watch.show)(args.mountpoint)
         return
     snapshot = control.read_status(args.mountpoint)
-    console.write(json.dumps(snapshot, indent=2) if args.json else one_line(snapshot))
+    if args.json:
+        console.write(json.dumps(snapshot, indent=2))
+    else:
+        console.write_line(one_line(snapshot))
+
+
+def _watch_lines(args: argparse.Namespace) -> NoReturn:
+    """Write the status as a line, each second if it changed, until the mount goes. Raises MountError then."""
+    last = None
+    while True:
+        try:
+            line = one_line(control.read_status(args.mountpoint))
+        except control.StandsStillError as error:
+            line = str(error)
+        if line != last:
+            console.write_line(line)
+            last = line
+        time.sleep(1)
 
 
 def list(args: argparse.Namespace) -> None:
@@ -150,7 +169,7 @@ def doctor(args: argparse.Namespace) -> None:
         findings = itertools.chain(findings, examine_host(command, prompts=prompts(location)))
     failures = 0
     for verdict, words in findings:
-        console.write(printable(f"{verdict:5} {words}"))
+        console.write_line(f"{verdict:5} {words}")
         failures += verdict == "FAIL"
     if failures:
         raise UnfitError(f"{failures} of these have to be mended first")

@@ -26,6 +26,7 @@ def run_in_background(program: Callable[[Callable[[], None]], None]) -> bool:
     What the child fails with before that is raised in the parent, with the child's exit code.
     """
     told, tell = os.pipe()
+    log.drain()  # the threads that write it do not live on in the child
     child = os.fork()
     if child:
         os.close(tell)
@@ -77,6 +78,7 @@ def _run_child(program: Callable[[Callable[[], None]], None], tell: int) -> None
 def _leave_terminal() -> None:
     os.setsid()
     os.chdir("/")
+    log.drain()
     if log.is_journal():
         _leave(0, 1)
     else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from blockcopy.errors import MountError
-from blockcopy.meters import human_size, human_time, printable
+from blockcopy.foreign import printable
+from blockcopy.meters import human_size, human_time
 from blockcopy_fuse import control, mounts
 
 _SECONDS = 1.0

@@ -21,7 +21,7 @@ The sockets of mounts, and of shared ssh logins."""
 
 _ENVIRONMENT = """\
 .TP
-.B DEBUG
+.B BLOCKCOPY_DEBUG
 As \\-\\-verbose."""
 
 

@@ -29,6 +29,7 @@ import pyfuse3
 import trio
 
 import blockcopy
+from blockcopy import own_file
 from blockcopy.errors import Interrupted, MountError, UsageError
 from blockcopy.progress import Progress
 from blockcopy.replica import hook, losable, metrics
@@ -206,16 +207,16 @@ async def _pid_file(path: str | None) -> AsyncIterator[None]:
     if path is None:
         yield
         return
-    file = Path(path)
+    write = partial(own_file.replace, path, f"{os.getpid()}\n".encode(), 0o644)
     try:
-        await losable.in_time(partial(file.write_text, f"{os.getpid()}\n"), _FILE_SECONDS)
+        ours = await losable.in_time(write, _FILE_SECONDS)
     except OSError as error:
         raise MountError(f"cannot write --pid-file {path}: {error.strerror}") from error
     try:
         yield
     finally:
         with suppress(TimeoutError):
-            await losable.in_time(partial(file.unlink, missing_ok=True), _FILE_SECONDS)
+            await losable.in_time(partial(own_file.remove, path, ours), _FILE_SECONDS)
 
 
 def await_first_answer(mount: MountPlan) -> None:

@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from blockcopy.bar import DONE, GOING
-from blockcopy.meters import floored_percent, human_size, human_time, printable
+from blockcopy.foreign import printable
+from blockcopy.meters import floored_percent, human_size, human_time
 from blockcopy.replica.status import counts_of
 
 _ATTENTION = "bold black on yellow"
@@ -87,7 +88,7 @@ def _headline(snapshot: dict[str, Any]) -> RenderableType:
     row.add_column(ratio=1)
     state, size, done = snapshot["state"], snapshot["size"], counts_of(snapshot).done
     row.add_row(
-        Text(state.upper(), _STATES.get(state, "bold")),
+        Text(printable(state.upper()), _STATES.get(state, "bold")),
         Text(f"{floored_percent(done, size):.2f} %", "bold"),
         ProgressBar(total=max(1, size), completed=done if size else 1, complete_style=GOING, finished_style=DONE),
     )
@@ -141,7 +142,7 @@ def _origin(snapshot: dict[str, Any]) -> Text:
 
 
 def _link(link: dict[str, Any]) -> Text:
-    text = Text().append(link["state"], _ATTENTION if link["state"] == "reconnecting" else "")
+    text = Text().append(printable(link["state"]), _ATTENTION if link["state"] == "reconnecting" else "")
     if link["reconnects"]:
         text.append(f", made again {link['reconnects']} times")
     if link["last_error"] and link["state"] != "closed":

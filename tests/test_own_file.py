@@ -1,0 +1,118 @@
+"""Files that root writes in folders of others: nothing that was planted there is followed, or waited for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+from support import noise, run, written
+
+from blockcopy import console, log, own_file
+from blockcopy_fuse import mounting
+
+DATA = noise(300_000)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return written(tmp_path / "source", DATA)
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    path = written(tmp_path / "secret", b"root's")
+    path.chmod(0o600)
+    return path
+
+
+def untouched(secret: Path) -> bool:
+    return secret.read_bytes() == b"root's" and secret.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_planted_link_is_replaced_and_its_target_is_not(tmp_path: Path, source: Path, secret: Path) -> None:
+    metrics = tmp_path / "metrics.prom"
+    metrics.symlink_to(secret)
+    assert run("sync", "--metrics", metrics, source, tmp_path / "copy").returncode == 0
+    assert untouched(secret)
+    assert not metrics.is_symlink()
+    assert b"blockcopy_state" in metrics.read_bytes()
+    assert metrics.stat().st_mode & 0o777 == 0o644
+    assert {each.name for each in tmp_path.iterdir()} >= {"metrics.prom", "source", "secret", "copy"}
+    assert not [each for each in tmp_path.iterdir() if each.name.endswith(".new")]
+
+
+def test_the_name_of_a_file_on_its_way_cannot_be_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where it is guessed all the same, nothing is followed."""
+    folder, secret = tmp_path / "folder", written(tmp_path / "secret", b"root's")
+    folder.mkdir()
+    monkeypatch.setattr(os, "urandom", lambda _: b"known")
+    (folder / f".{b'known'.hex()}.new").symlink_to(secret)
+    with pytest.raises(FileExistsError):
+        own_file.replace(str(folder / "file"), b"new", 0o644)
+    assert secret.read_bytes() == b"root's"
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_what_is_no_file_is_neither_written_nor_waited_for(tmp_path: Path, source: Path, kind: str) -> None:
+    path = "/dev/null" if kind == "device" else str(tmp_path / "fifo")
+    if kind == "fifo":
+        os.mkfifo(path)
+    before = os.lstat(path)
+    done = run("sync", "--metrics", path, source, tmp_path / "copy")
+    assert (done.returncode, b"it is no regular file" in done.stderr) == (0, True)
+    done = run("sync", "--log-file", path, source, tmp_path / "copy")
+    assert (done.returncode, b"it is no regular file" in done.stderr) == (1, True)
+    assert os.path.samestat(os.lstat(path), before)
+
+
+@pytest.mark.parametrize("plant", [os.symlink, os.link])
+def test_a_log_is_not_written_through_a_planted_link(
+    tmp_path: Path, source: Path, secret: Path, plant: Callable[[Path, Path], None]
+) -> None:
+    plant(secret, tmp_path / "log")
+    done = run("sync", "--log-file", tmp_path / "log", source, tmp_path / "copy")
+    assert (done.returncode, b"cannot write --log-file" in done.stderr) == (1, True)
+    assert untouched(secret)
+
+
+def test_a_log_that_is_moved_away_is_made_anew_but_not_through_a_link(
+    tmp_path: Path, secret: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As logrotate does it. What cannot be written anew goes on where it was, and is told once."""
+    said: list[str] = []
+    monkeypatch.setattr(console, "say", said.append)
+    path, moved, more = (tmp_path / name for name in ("log", "log.1", "log.2"))
+    log_file = log._LogFile(str(path))
+    log_file.write(0, "one")
+    path.rename(moved)
+    log_file.write(0, "two")
+    path.rename(more)
+    path.symlink_to(secret)
+    log_file.write(0, "three")
+    log_file.write(0, "four")
+    os.close(log_file._fd)
+    assert (moved.read_text(), more.read_text()) == ("one\n", "two\nthree\nfour\n")
+    assert untouched(secret)
+    assert [line for line in said if "symbolic link" in line] == said
+    assert len(said) == 1
+
+
+def test_a_pid_file_is_ours_alone(tmp_path: Path, secret: Path) -> None:
+    pid_file = tmp_path / "pid"
+    pid_file.symlink_to(secret)
+
+    async def main() -> None:
+        async with mounting._pid_file(str(pid_file)):
+            assert pid_file.read_text() == f"{os.getpid()}\n"
+            assert not pid_file.is_symlink()
+        assert not pid_file.exists()
+        async with mounting._pid_file(str(pid_file)):
+            pid_file.unlink()
+            pid_file.write_text("of another\n")
+
+    trio.run(main)
+    assert pid_file.read_text() == "of another\n"
+    assert untouched(secret)
