@@ -10,6 +10,7 @@ import shlex
 import signal
 from typing import NamedTuple
 
+from blockcopy import parcel
 from blockcopy.remote import Command
 
 TRANSPORT_FAILED = 255
@@ -43,10 +44,21 @@ _LOGIN = [
         "{host} cannot be reached: is it up, and does sshd listen there? Try it by hand: {login}",
     ),
     _Case(
-        "sudo: .*(password|terminal|tty).* required|sudo: no tty",
-        "sudo there asks for a password: let it do without (NOPASSWD in its sudoers), or log in as root",
+        "must have a tty to run sudo",
+        "sudo there wants a terminal: exempt this user (`Defaults:USER !requiretty` in sudoers), or log in as root",
+    ),
+    _Case(
+        "(sudo|doas): .*(password|terminal|tty|uthentication).* required|(sudo|doas): no tty|doas: Authoriz",
+        "{runs} there asks for a password: let it do without (NOPASSWD in sudoers), or log in as root",
     ),
     _Case("sudoers|not allowed to execute", "sudo there does not let this user do that: see its sudoers"),
+    _Case("(?m)^(sudo|doas|su): ", "it has to work without a terminal; try it by hand: {login} {runs} -V"),
+    _Case("[Pp]assword (change required|has expired)|account has expired", "log in once by hand: {login}"),
+    _Case(
+        f"(?m)^{parcel.NOT_GIVEN}",
+        "a start-up file of the login there reads standard input: have it do so at a terminal only "
+        "(`[ -t 0 ] && …`); and `docker exec` needs `-i`",
+    ),
     _Case("restricted", "the login there is restricted: name what it may run by --blockcopy-path"),
 ]
 
@@ -58,6 +70,7 @@ _PYTHON = [
 _DEVICE = [
     _Case("cannot open .*: Permission denied", "that user may not open it: {more_rights}"),
     _Case("cannot open .*: No such file or directory", "the path is one on {where}: is it spelled right?"),
+    _Case("Too many open files", "raise the limit on {where} (ulimit -n, or LimitNOFILE= of a unit)"),
 ]
 
 
@@ -74,7 +87,7 @@ def advice(command: Command, status: int | None, said: str, *, begun: bool) -> s
     if found is None and status in _BUS_ERRORS:
         found = "it was made shorter, or its disk failed, while it was looked at: see the kernel's log on {where}"
     if found is None and host is not None and not (ours and begun):
-        found = _by_status(status, ours=ours)
+        found = _by_status(status, said, ours=ours)
     if found is None:
         return None
     if host is None:
@@ -92,12 +105,14 @@ def advice(command: Command, status: int | None, said: str, *, begun: bool) -> s
     )
 
 
-def _by_status(status: int | None, *, ours: bool) -> str | None:
+def _by_status(status: int | None, said: str, *, ours: bool) -> str | None:
     """As shells have it: 127 for what is not there, 126 for what may not be run."""
     if status == 127 and ours:
         return "there is no `{runs}` on {host}: install Python 3.9 or newer there, or name it by --python"
     if status == 127:
         return "there is no `{runs}` on {host}: name it by --blockcopy-path; without that option python3 will do"
+    if status == TRANSPORT_FAILED and not said:
+        return "the connection failed without a word; try it by hand: {login}"
     if status == 126:
         return "`{runs}` cannot be run there by that user"
     if ours and status != TRANSPORT_FAILED:

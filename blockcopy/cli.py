@@ -14,9 +14,9 @@ import os
 import sys
 from typing import Callable, NoReturn
 
-from blockcopy import console, log, stages
+from blockcopy import console, limits, log, stages
 from blockcopy.arguments import parser
-from blockcopy.errors import BlockcopyError, Interrupted, UsageError
+from blockcopy.errors import BlockcopyError, FaultError, Interrupted, UsageError, told_of
 
 _STAGES = "blockcopy.commands"
 
@@ -39,6 +39,12 @@ _LAYERS = {
     ),
 }
 
+_OPEN_FILES = {"mount": 64, "sync": 64, "verify": 64, "doctor": 32}
+"""Files that a command may have open at once."""
+
+_FEW_FILES = 16
+"""Those of all others."""
+
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run a command and exit with its status; by the signal where one ended it."""
@@ -52,16 +58,14 @@ def main(argv: list[str] | None = None) -> NoReturn:
             quiet=getattr(args, "quiet", False),
             file=getattr(args, "log_file", None),
         )
+        limits.check_open_files(_OPEN_FILES.get(args.command, _FEW_FILES))
         _command(args.command)(args)
-    except BlockcopyError as error:
+    except Exception as error:  # whatever it is, a user is told one line
         logging.getLogger(__name__).debug("failed", exc_info=True)
-        _exit_with(args.command, error)
+        _exit_with(args.command, told_of(error))
     except Interrupted as interrupted:
         log.drain()
         stages.die_of(interrupted.signum)
-    except Exception as error:  # noqa: BLE001  (logged with its traceback, wherever the log goes)
-        log.fault(error)
-        _end(1)
     _end(0)
 
 
@@ -86,5 +90,5 @@ def _end(status: int) -> NoReturn:
 
 
 def _exit_with(command: str, error: BlockcopyError) -> NoReturn:
-    console.say(log.last_words(f"ERROR ({command}): {error}"))
+    console.say(log.last_words(f"ERROR ({command}): {error}", error if isinstance(error, FaultError) else None))
     _end(error.exit_code)

@@ -5,6 +5,7 @@ The exit status is an attribute of the class. `cli` is the only place that print
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 
@@ -122,6 +123,56 @@ def how_ended(status: int) -> str:
         return f"was killed by {signal.Signals(-status).name}"
     except ValueError:  # most of the real-time signals have no name
         return f"was killed by signal {-status}"
+
+
+class SurroundingsError(BlockcopyError):
+    """The system refuses what any program needs: a file, memory, a process, a folder to be in."""
+
+
+class FaultError(BlockcopyError):
+    """A fault of blockcopy itself."""
+
+
+_LIMITS = {
+    errno.EMFILE: "too many open files: raise the limit (ulimit -n, or LimitNOFILE= of a unit)",
+    errno.ENFILE: "too many open files on this machine (fs.file-max)",
+    errno.ENOMEM: "not enough memory",
+    errno.EAGAIN: "too many processes or threads of this user (ulimit -u)",
+}
+
+
+def told_of(error: BaseException) -> BlockcopyError:
+    """Return what a user is told of any exception that ended a command."""
+    leaves = _leaves(error)
+    unforeseen = next((each for each in leaves if not isinstance(each, BlockcopyError)), leaves[0])
+    if isinstance(unforeseen, BlockcopyError):
+        return unforeseen
+    if isinstance(unforeseen, OSError):
+        reason = _LIMITS.get(unforeseen.errno or 0) or unforeseen.strerror or str(unforeseen)
+        where = f": {unforeseen.filename}" if unforeseen.filename else ""
+        told: BlockcopyError = SurroundingsError(f"{reason}{where}{_no_folder()}")
+    elif isinstance(unforeseen, MemoryError):
+        told = SurroundingsError(_LIMITS[errno.ENOMEM])
+    elif isinstance(unforeseen, RuntimeError) and "start new thread" in str(unforeseen):
+        told = SurroundingsError(_LIMITS[errno.EAGAIN])
+    else:
+        told = FaultError(f"a fault of blockcopy: {type(unforeseen).__name__}: {unforeseen}; -v shows more")
+    told.__cause__ = error
+    return told
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    """Return what is in an exception group; Python 3.9 has none."""
+    inner = getattr(error, "exceptions", None)
+    return [leaf for each in inner for leaf in _leaves(each)] if inner else [error]
+
+
+def _no_folder() -> str:
+    try:
+        os.getcwd()
+    except OSError:
+        return " (the current folder was removed: go to another one)"
+    return ""
 
 
 class Interrupted(BaseException):

@@ -9,6 +9,7 @@ size                      of the file or device that was asked about, if one was
 from __future__ import annotations
 
 import getpass
+import os
 import platform
 import sys
 from typing import Any
@@ -22,7 +23,7 @@ def facts(path: str | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "program": f"blockcopy {__version__}",
         "python": f"{platform.python_version()} ({sys.executable})",
-        "user": getpass.getuser(),
+        "user": _user(),
         "digests": digests.speeds(),
         "zstd": zstd.available(),
     }
@@ -30,3 +31,11 @@ def facts(path: str | None = None) -> dict[str, Any]:
         with open_source(path) as device:
             found["size"] = device.size()
     return found
+
+
+def _user() -> str:
+    """Return this user's name; the number where nobody knows it."""
+    try:
+        return getpass.getuser()
+    except (KeyError, ImportError, OSError):
+        return str(os.geteuid())

@@ -213,9 +213,14 @@ def with_priority(text: str, level: int) -> str:
     return "\n".join(f"<{_PRIORITIES.get(level, 5)}>{line}" for line in text.split("\n"))
 
 
-def last_words(text: str) -> str:
-    """What the program fails with: logged wherever that is not standard error, and the text for there."""
+def last_words(text: str, fault: BaseException | None = None) -> str:
+    """What the program fails with: logged wherever that is not standard error, and the text for there.
+
+    `fault`: an exception that is logged with its traceback.
+    """
     record = _record(logging.ERROR, text)
+    if fault is not None:
+        record.exc_info = (type(fault), fault, fault.__traceback__)
     for handler in logging.getLogger().handlers:
         if not isinstance(handler, _StandardError):
             handler.handle(record)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import stat
 from pathlib import Path
 
@@ -10,7 +12,8 @@ from blockcopy.errors import DeviceError
 
 
 def run_folder() -> Path:
-    """This user's, made where it is not there. DeviceError where it cannot be, or others can enter it."""
+    """This user's, made where it is not there. DeviceError where it cannot be, or others can enter it, or no
+    socket can be made in it: it may be full, or read-only."""
     folder = run_folders(os.geteuid())[0]
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -18,7 +21,24 @@ def run_folder() -> Path:
         raise DeviceError.of("make the folder", str(folder), error) from error
     if not is_private(folder, os.geteuid()):
         raise DeviceError(f"{folder} is not a folder of this user alone")
+    try:
+        _try_socket(folder / f"try-{os.urandom(4).hex()}")
+    except OSError as error:
+        raise DeviceError.of("make a socket in", str(folder), error) from error
     return folder
+
+
+def _try_socket(path: Path) -> None:
+    """Make a socket at `path`, and remove it. A second name is what ssh gives its own."""
+    second = path.with_suffix(".link")
+    with socket.socket(socket.AF_UNIX) as tried:
+        try:
+            tried.bind(str(path))
+            os.link(path, second)
+        finally:
+            for each in (path, second):
+                with contextlib.suppress(OSError):
+                    each.unlink()
 
 
 def run_folders(uid: int) -> list[Path]:

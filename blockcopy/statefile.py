@@ -38,7 +38,14 @@ def default_folder() -> Path:
         return Path(systemd.partition(":")[0])
     if os.geteuid() == 0:
         return Path("/var/lib/blockcopy")
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "blockcopy"
+    return Path(os.environ.get("XDG_STATE_HOME") or _home() / ".local/state") / "blockcopy"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise StateError("this user has no home for states: set HOME or XDG_STATE_HOME") from error
 
 
 def end_records(destination: Device) -> None:

@@ -167,6 +167,39 @@ def test_a_login_that_runs_something_else(rsh: Transport, source: Path, tmp_path
     assert not destination.exists()
 
 
+@pytest.mark.parametrize("reads", ["read answer", "head -c 300 >/dev/null", "cat >/dev/null", "read -n 3 answer"])
+@pytest.mark.parametrize("script", [SHELL, NO_SHELL], ids=["shell", "no shell"])
+def test_a_start_up_file_that_reads_standard_input(
+    rsh: Transport, source: Path, tmp_path: Path, script: str, reads: str
+) -> None:
+    done = sync(source, tmp_path / "copy", "-e", rsh(f"{reads}; {script}"), "--python", PYTHON, "--timeout", "1")
+    if reads.startswith("cat"):
+        refused(done, "gave up waiting for host to start")
+    else:
+        refused(done, "did not reach it", "a start-up file of the login there reads standard input")
+
+
+def test_standard_input_that_is_not_passed_on(rsh: Transport, source: Path, tmp_path: Path) -> None:
+    """As by `docker exec` without -i."""
+    done = sync(source, tmp_path / "copy", "-e", rsh(f"exec </dev/null; {NO_SHELL}"), "--python", PYTHON)
+    refused(done, "did not reach it", "`docker exec` needs `-i`")
+
+
+@pytest.mark.parametrize("direction", ["pull", "push"])
+def test_few_files_there(rsh: Transport, source: Path, tmp_path: Path, direction: str) -> None:
+    way = ["-e", rsh(f"ulimit -n 10; {SHELL}"), "--python", PYTHON]
+    ends = [f"host:{source}", tmp_path / "copy"] if direction == "pull" else [source, f"host:{tmp_path}/copy"]
+    done = run("sync", *way, *ends)
+    assert b"only 10 files may be open at once" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_full_disk_there(rsh: Transport, source: Path, tmp_path: Path) -> None:
+    done = run("sync", "-e", rsh(f"ulimit -f 100; {SHELL}"), "--python", PYTHON, source, f"host:{tmp_path}/copy")
+    assert (done.returncode, b"ERROR (sync): host: cannot " in done.stderr) == (1, True)
+    assert b"File too large" in done.stderr
+
+
 def test_no_such_device(rsh: Transport, tmp_path: Path) -> None:
     done = sync("/dev/no-such", tmp_path / "copy", "-e", rsh(SHELL), "--python", PYTHON)
     refused(done, "cannot open /dev/no-such: No such file or directory", "the path is one on host")
@@ -190,6 +223,12 @@ def test_no_permission(rsh: Transport, source: Path, tmp_path: Path) -> None:
         ("ssh: connect to host host port 22: Connection refused", "is it up, and does sshd listen there?"),
         ("ssh: connect to host host port 22: No route to host", "cannot be reached"),
         ("sudo: a password is required", "NOPASSWD"),
+        ("sudo: sorry, you must have a tty to run sudo", "requiretty"),
+        ("sudo: interactive authentication is required", "NOPASSWD"),
+        ("doas: a tty is required", "NOPASSWD"),
+        ("sudo: unheard-of words", "try it by hand: "),
+        ("WARNING: Your password has expired.", "log in once by hand"),
+        ("", "failed without a word"),
         ("sudo: a terminal is required to read the password; either use …", "NOPASSWD"),
         ("me is not in the sudoers file.", "see its sudoers"),
     ],

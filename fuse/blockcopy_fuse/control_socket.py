@@ -81,7 +81,7 @@ async def opened(device: str) -> AsyncIterator[ControlSocket | None]:
         try:
             yield made
         finally:
-            with suppress(TimeoutError):
+            with suppress(TimeoutError, OSError):  # what is left of it, the next one sweeps
                 await losable.in_time(partial(Path(made.path).unlink, missing_ok=True), _PATIENCE_SECONDS)
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable
 
 from blockcopy import log
-from blockcopy.errors import BlockcopyError, Interrupted, MountError
+from blockcopy.errors import BlockcopyError, FaultError, Interrupted, MountError, told_of
+
+logger = logging.getLogger(__name__)
 
 _READY = b"ready"
 
@@ -67,12 +70,16 @@ def _run_child(program: Callable[[Callable[[], None]], None], tell: int) -> None
 
     try:
         program(ready)
-    except BlockcopyError as error:
+    except Exception as error:
+        told = told_of(error)
         if not is_ready:  # the parent is the one who says it
-            os.write(tell, json.dumps({"message": str(error), "exit_code": error.exit_code}).encode())
+            os.write(tell, json.dumps({"message": str(told), "exit_code": told.exit_code}).encode())
+            logger.debug("failed", exc_info=True)
+            if isinstance(told, FaultError):
+                log.last_words(str(told), told)
             _leave(0, 1, 2)
             log.be_silent()
-        raise
+        raise told from told.__cause__
 
 
 def _leave_terminal() -> None:
