@@ -17,9 +17,10 @@ def absolute(path: str) -> str:
     """Return `path` from the root on, meaning the same to the kernel.
 
     A trailing slash stays: it says that the path leads to a folder. Any `..` stays: it may follow a link.
+    Raises FileNotFoundError if the path is relative and the current folder was removed.
     """
     if not path.startswith("/"):
-        path = os.path.join(working_folder(), path)
+        path = os.path.join(os.getcwd(), path)
     if ".." in path.split("/"):
         return path
     tail = "/" if names_folder(path) else ""
