@@ -135,6 +135,18 @@ def test_a_frozen_link_passes_nothing_until_it_thaws(tmp_path: Path) -> None:
         assert says(process) + says(process) == b"bc"
 
 
+def test_a_trickling_link_passes_a_byte_at_a_time(tmp_path: Path) -> None:
+    trickling = tmp_path / "trickling"
+    with running(link("--trickle-while", trickling, "host", "cat")) as process:
+        tell(process, b"a")
+        assert says(process) == b"a"
+        trickling.touch()
+        tell(process, b"bcdef")
+        assert says(process, 5) == b"b"
+        trickling.unlink()
+        assert b"".join(iter(lambda: says(process, seconds=0.5), b"")) == b"cdef"
+
+
 def test_drop_after_so_many_bytes() -> None:
     done = finish(link("--drop-after", 100_000, "host", "head -c 3000000 /dev/zero"))
     assert (done.returncode, done.stdout) == (LOST, bytes(100_000))
@@ -337,6 +349,7 @@ def test_zeros_and_compressed_blocks_are_counted_too(source: Path) -> None:
     """The second of two blocks of zeros, and the one of two that were compressed as one."""
     text = b"to be compressed " * BLOCK_SIZE
     source.write_bytes(bytes(2 * BLOCK_SIZE) + text[: 2 * BLOCK_SIZE])
+    assert answers_to_a_run(source, "--fail-for", BLOCK_SIZE) == answers_to_a_run(source, "--fail-at", 2)
     first, *said = answers_to_a_run(source, "--fail-at", 2)
     assert first == wire.Zero(0, BLOCK_SIZE)
     assert isinstance(said.pop(0), wire.Failure)
