@@ -143,7 +143,7 @@ def _mounting(commands: Any) -> None:
     )
     shown.add_argument("--name", help="name of the file (default: DESTINATION's)")
     shown.add_argument(
-        "--pid-file", metavar="FILE", type=values.file, help="write the id of the mount's process here"
+        "--pid-file", metavar="FILE", type=values.regular_file, help="write the id of the mount's process here"
     )
     shown.add_argument("--replace", action="store_true", help="clear a dead mount there, of a killed blockcopy")
     shown.add_argument("--no-background", action="store_true", help="copy only what is read")
@@ -227,7 +227,7 @@ def _add_copy_options(parser: Parser) -> None:
     copy.add_argument("--on-complete", metavar="COMMAND", help="what the shell runs when it is complete")
     record = parser.add_argument_group("the record of what is here")
     record.add_argument(
-        "--state", metavar="FILE", type=values.file, help="where it is kept (default: see the manual)"
+        "--state", metavar="FILE", type=values.regular_file, help="where it is kept (default: see the manual)"
     )
     record.add_argument("--no-state", action="store_true", help="keep none; a restart checks every block")
     record.add_argument("--recheck", action="store_true", help="believe none; check every block")
@@ -347,7 +347,7 @@ def _add_log_file(parser: Options) -> None:
 
 def _add_metrics(parser: Options) -> None:
     parser.add_argument(
-        "--metrics", metavar="FILE", type=values.file, help="for Prometheus, a file written each 10 seconds"
+        "--metrics", metavar="FILE", type=values.regular_file, help="for Prometheus, a file written each 10 seconds"
     )
 
 

@@ -30,6 +30,16 @@ def file(text: str) -> str:
     return text
 
 
+def regular_file(text: str) -> str:
+    """Do as `file`, for a file that is replaced or removed in its folder: no device, pipe or link of /dev."""
+    path = file(text)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise argparse.ArgumentTypeError(f"{path!r} is no regular file, and would be replaced")
+    if holds_devices(os.path.realpath(os.path.dirname(path) or ".")):
+        raise argparse.ArgumentTypeError(f"{path!r} lies among devices, and would be replaced")
+    return path
+
+
 def compression(text: str) -> Wish | None:
     """None for `none`; also what a mount or a sync wishes for."""
     if text == "none":

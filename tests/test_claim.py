@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import PYTHON, noise, output, require_root, run, written
+from support import BLOCKCOPY, PYTHON, noise, output, require_root, run, written
 
 from blockcopy.claim import existing_destination, open_destination
 from blockcopy.device import open_source
@@ -74,6 +75,14 @@ def test_a_second_mount_of_dev_is_a_place_of_devices(tmp_path: Path, name: str) 
             existing_destination(str(point / name), force=False)
     finally:
         output("umount", point)
+
+
+def test_a_tmpfs_as_dev_is_a_place_of_devices_too() -> None:
+    """As in a container."""
+    require_root()
+    asked = "from blockcopy.places import obstacle; print(obstacle('/dev/x'), obstacle('/dev/new/x'))"
+    script = f'mount -t tmpfs none /dev && mkdir /dev/new && exec {PYTHON} -c "{asked}"'
+    assert output("unshare", "--mount", "sh", "-c", script).count("there is no such device") == 2
 
 
 @pytest.mark.parametrize(
@@ -237,6 +246,27 @@ def test_a_file_of_ours_is_not_named_as_a_folder(tmp_path: Path, source: Path, o
     done = run("sync", f"{option}={place}", source, tmp_path / "copy", cwd=tmp_path)
     assert (done.returncode, b"is no name of a file" in done.stderr) == (2, True)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("option", ["--state", "--metrics", "--pid-file"])
+@pytest.mark.parametrize("kind", ["device", "pipe", "standard output"])
+def test_a_file_of_ours_replaces_nothing_that_is_no_file(
+    tmp_path: Path, source: Path, option: str, kind: str
+) -> None:
+    (tmp_path / "point").mkdir()
+    path = tmp_path / "it"
+    if kind == "device":
+        path = Path("/dev/full")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path = Path("/dev/stdout")  # a link to a regular file, perhaps
+    before = os.lstat(path)
+    command = [*BLOCKCOPY, "mount", option, str(path), str(source), str(tmp_path / "copy"), str(tmp_path / "point")]
+    with (tmp_path / "output").open("wb") as standard_output:
+        done = subprocess.run(command, stdout=standard_output, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, b"would be replaced" in done.stderr) == (2, True), done.stderr
+    assert os.lstat(path).st_ino == before.st_ino
 
 
 def test_a_path_means_what_it_means_to_the_kernel(tmp_path: Path, source: Path) -> None:

@@ -8,13 +8,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support import BLOCK_SIZE, BLOCKCOPY, Mount, noise, output, run, until, written
+import trio
+from support import BLOCK_SIZE, BLOCKCOPY, PATIENCE, Mount, noise, output, run, until, written
 
 from blockcopy import wire
 from blockcopy.claim import make_room, open_destination
 from blockcopy.errors import DestinationLostError
+from blockcopy.remote import Location, stage_command
+from blockcopy.replica import replica
+from blockcopy.replica.engine import open_replica
 
 _COARSE_CLOCK = 5  # CLOCK_REALTIME_COARSE of linux/time.h, which times of files are taken from
 
@@ -170,6 +175,42 @@ def test_a_device_whose_node_is_removed(
             opened.check_in_place()
 
 
+def test_a_cut_in_the_midst_of_a_write_is_noticed(destination: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite = os.pwrite
+
+    def cutting(*args: Any) -> int:
+        os.truncate(destination, 0)
+        return pwrite(*args)
+
+    with open_destination(str(destination)) as opened:
+        monkeypatch.setattr(os, "pwrite", cutting)
+        with pytest.raises(DestinationLostError, match="was made shorter"):
+            opened.write(40 * BLOCK_SIZE, DATA[:BLOCK_SIZE])
+
+
+# By the replica
+
+
+@each(MOVED)
+@pytest.mark.parametrize("looked_at", ["each second", "in the end"])
+def test_a_replica_of_a_destination_that_is_moved_is_not_complete(
+    monkeypatch: pytest.MonkeyPatch, source: Path, destination: Path, act: Act, told: str, looked_at: str
+) -> None:
+    at_the_end = looked_at == "in the end"
+    monkeypatch.setattr(replica, "_WATCH_SECONDS", 1000 if at_the_end else 0.01)
+    command = stage_command(Location(None, str(source)))
+
+    async def scenario() -> None:
+        async with open_replica(replica.Plan(command, str(destination), hydrate=at_the_end)) as made:
+            act(destination)
+            with trio.fail_after(PATIENCE), pytest.raises(DestinationLostError, match=f"{destination} {told}"):
+                await made.wait_complete()
+            assert made.state == "failed"
+            assert await made.volume.read(0, SIZE) == DATA  # what is here, and what the source has, is still right
+
+    trio.run(scenario)
+
+
 # By the commands
 
 
@@ -274,12 +315,11 @@ def _reads_nothing_wrong(mounted: Mount) -> None:
     assert failed
 
 
-@each(MOVED)
-def test_a_mount_whose_destination_is_moved_is_never_complete(
-    mount: Callable[..., Mount], source: Path, destination: Path, act: Act, told: str
+def test_a_mount_whose_destination_is_removed_is_never_complete(
+    mount: Callable[..., Mount], source: Path, destination: Path
 ) -> None:
     mounted = mount(source, destination, "--limit", "2M")
-    act(destination)
+    destination.unlink()
     done = run("wait", mounted.point)
-    assert (done.returncode, told in done.stderr.decode()) == (75, True)
-    assert mounted.file.read_bytes() == DATA  # what is here, and what the source has, is still right
+    assert (done.returncode, "was removed" in done.stderr.decode()) == (75, True)
+    assert mounted.file.read_bytes() == DATA
