@@ -238,6 +238,19 @@ def test_two_files_are_told_apart(
         assert run("umount", each.point).returncode == 75
 
 
+def test_a_file_without_a_control_socket_is_unmounted_all_the_same(
+    on_file: Callable[..., FileMount], source: Path, destination: Path
+) -> None:
+    mounted = on_file(source, destination, *SLOW)
+    status = mounted.status()
+    Path(status["control_socket"]).unlink()
+    done = run("status", mounted.point)
+    assert (done.returncode, b"has no control socket" in done.stderr) == (4, True)
+    done = run("umount", mounted.point)
+    assert (done.returncode, b"nobody tells when" in done.stderr) == (0, True), done.stderr
+    until(lambda: not support.alive(status["pid"]), "its end")
+
+
 def test_a_file_whose_program_died(on_file: Callable[..., FileMount], source: Path, destination: Path) -> None:
     mounted = on_file(source, destination, *SLOW)
     killed(mounted)

@@ -139,10 +139,10 @@ def test_the_map_of_a_mount(mount: Mounter, tmp_path: Path) -> None:
         os.pread(file.fileno(), 100, 20 * BLOCK_SIZE)
     from blockcopy_fuse.control import read_map
 
-    cells = read_map(mounted.status(), BLOCKS)
+    cells = read_map(str(mounted.point), BLOCKS)
     assert [number for number, each in enumerate(cells) if each["present"]] == [3, 20]
     assert [kind_of(each) for each in (cells[3], cells[4])] == ["present", "missing"]
-    assert sum(each["blocks"] for each in read_map(mounted.status(), 5)) == BLOCKS
+    assert sum(each["blocks"] for each in read_map(str(mounted.point), 5)) == BLOCKS
 
 
 # The screen

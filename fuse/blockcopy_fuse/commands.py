@@ -23,6 +23,7 @@ from blockcopy.remote import Location
 from blockcopy.replica.commands import command_for, needs_extra, plan_of, prompts, run, source_command
 from blockcopy.replica.status import one_line
 from blockcopy_fuse import control, options
+from blockcopy_fuse.asking import StandsStillError
 
 if TYPE_CHECKING:
     from blockcopy.replica.replica import Plan
@@ -111,7 +112,7 @@ def _watch_lines(args: argparse.Namespace) -> NoReturn:
     while True:
         try:
             line = one_line(control.read_status(args.mountpoint))
-        except control.StandsStillError as error:
+        except StandsStillError as error:
             line = str(error)
         if line != last:
             console.write_line(line)

@@ -1,43 +1,39 @@
-"""A mount from outside: status, wait, umount, and what its control socket takes. Needs no pyfuse3.
-
-A mount is asked through its own files; its status names the socket. Where the mountpoint is a file, there is
-no other beside it, and the status comes from the socket, which is found by the mount's device number.
-"""
+"""A mount from outside: status, wait, umount, and what its control socket takes. Needs no pyfuse3."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
 import logging
 import os
-import queue
 import select
 import shutil
-import signal
-import socket
 import subprocess
-import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from blockcopy.errors import BlockcopyError, IncompleteError, MountError
 from blockcopy.progress import Progress
 from blockcopy.replica.status import counts_of
-from blockcopy.runfolder import is_private, run_folders
-from blockcopy_fuse import STATUS_NAME, mounts
+from blockcopy_fuse import snapshots
+from blockcopy_fuse.asking import (
+    ANSWER_SECONDS,
+    Asking,
+    Place,
+    StandsStillError,
+    dead_mount,
+    is_dead,
+    locate,
+    not_a_replicas,
+)
 
 logger = logging.getLogger(__name__)
 
 KIND = "fuse.blockcopy"
 """Of our mounts, unless the user says otherwise."""
 
-_POLL_SECONDS = 0.2
+_STATUS = {"command": "status"}
 
-_ANSWER_SECONDS = 5
-"""How long a mount may take to tell its status, which waits for nobody."""
+_POLL_SECONDS = 0.2
 
 _MAP_SECONDS = 1
 """How long it may take to tell its map."""
@@ -45,125 +41,58 @@ _MAP_SECONDS = 1
 _FAREWELL_SECONDS = 3
 """How long a mount's program may take to see by itself that it was unmounted."""
 
+_LAST_SYNC_SECONDS = 600
+"""How long a mount's program may take to sync the destination and to end."""
 
-Answer = TypeVar("Answer")
+_UNMOUNT_SECONDS = 10
+"""How long fusermount3 may take, which waits for nobody."""
 
 
-class Asking(Generic[Answer]):
-    """What a mount is being asked, by a thread that is left alone where the mount stands still: who waits for
-    an answer of such a mount can neither be woken nor interrupted."""
+class AskingStatus:
+    """The status of a mount, asked for by those who have something else to do until it answers."""
 
-    def __init__(self, ask: Callable[[str], Answer], mountpoint: str) -> None:
-        self._ask, self._mountpoint = ask, mountpoint
-        self._reply: queue.SimpleQueue[tuple[Answer | None, MountError | None]] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="asking", daemon=True).start()
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._asking = Asking(place, _STATUS)
 
-    def _run(self) -> None:
-        try:
-            self._reply.put((self._ask(self._mountpoint), None))
-        except MountError as error:
-            self._reply.put((None, error))
-
-    def answer(self, seconds: float) -> Answer | None:
-        """What was answered, once, or the MountError; None where there is neither so far."""
-        try:
-            answer, error = self._reply.get(timeout=seconds)
-        except queue.Empty:
+    def answer(self, seconds: float) -> dict[str, Any] | None:
+        """Return the snapshot, once; None if there is none so far. MountError if there will be none."""
+        reply = self._asking.answer(seconds)
+        if reply is None:
             return None
-        if error is not None:
-            raise error
-        return answer
+        try:
+            snapshot = snapshots.checked(reply.get("status"))
+        except ValueError as error:
+            raise not_a_replicas(self._place, error) from error
+        return {**snapshot, "pid": reply.get("pid", snapshot["pid"])}  # the kernel knows better
+
+    def close(self) -> None:
+        self._asking.close()
 
 
-class StandsStillError(MountError):
-    """A mount that gives no answer."""
-
-    def __init__(self, mountpoint: str) -> None:
-        super().__init__(
-            f"the mount on {mountpoint} gave no answer within {_ANSWER_SECONDS} s: its program stands still, or "
-            "all that it can do at once is waiting for the source"
-        )
+def _place(mountpoint: str) -> Place:
+    place = locate(mountpoint)
+    if place is None:
+        raise MountError(f"no replica is mounted on {mountpoint}")
+    return place
 
 
 def read_status(mountpoint: str) -> dict[str, Any]:
     """The mount's snapshot. MountError where there is none; StandsStillError where there is no answer in time."""
-    return _in_time(_status, mountpoint)
+    return _status_of(_place(mountpoint))
 
 
-def asked_for_status(mountpoint: str) -> Asking[dict[str, Any]]:
-    """For those who have something else to do until it answers; as `read_status` does."""
-    return Asking(_status, mountpoint)
-
-
-def _in_time(ask: Callable[[str], Answer], mountpoint: str) -> Answer:
-    answer = Asking(ask, mountpoint).answer(_ANSWER_SECONDS)
-    if answer is None:
-        raise StandsStillError(mountpoint)
-    return answer
-
-
-def _status(mountpoint: str) -> dict[str, Any]:
-    try:
-        snapshot = json.loads((Path(mountpoint) / STATUS_NAME).read_bytes())
-    except NotADirectoryError:
-        return _status_of_file(mountpoint)
-    except OSError as error:
-        if error.errno == errno.ENOTCONN:
-            raise MountError(dead_mount(mountpoint)) from error
-        if error.errno == errno.ENOENT:
-            raise MountError(f"no replica is mounted on {mountpoint}") from error
-        raise MountError(f"cannot ask the mount on {mountpoint}: {os.strerror(error.errno or 0)}") from error
-    except ValueError as error:
-        raise MountError(f"{mountpoint}/{STATUS_NAME} is not a replica's") from error
-    if not isinstance(snapshot, dict) or "source_needed" not in snapshot:
-        raise MountError(f"{mountpoint}/{STATUS_NAME} is not a replica's")
+def _status_of(place: Place) -> dict[str, Any]:
+    with contextlib.closing(AskingStatus(place)) as asking:
+        snapshot = asking.answer(ANSWER_SECONDS)
+    if snapshot is None:
+        raise StandsStillError(place.mountpoint)
     return snapshot
 
 
-def _status_of_file(mountpoint: str) -> dict[str, Any]:
-    """As `_status`, of a mountpoint that is a file."""
-    entry = mounts.at(os.path.realpath(mountpoint))
-    if entry is None or entry.owner is None:
-        raise MountError(f"no replica is mounted on {mountpoint}")
-    if _no_one_serves(mountpoint):
-        raise MountError(dead_mount(mountpoint))
-    for path in _sockets(entry.owner, entry.device):
-        with contextlib.suppress(OSError):
-            reply = _asked(str(path), {"command": "status"})
-            if reply is not None and "status" in reply:
-                snapshot: dict[str, Any] = reply["status"]
-                return snapshot
-    if os.geteuid() not in (0, entry.owner):
-        raise MountError(f"cannot ask the mount on {mountpoint}: only the user who mounted it may, and root")
-    raise MountError(f"no replica answers for the mount on {mountpoint}, which is of the type {entry.kind}")
-
-
-def socket_name(device: str, pid: int | str) -> str:
-    """Of the mount whose device number is MAJOR:MINOR. One that is just ending may still have the same number."""
-    return f"{device}-{pid}.sock"
-
-
-def _sockets(uid: int, device: str) -> list[Path]:
-    """Those of that name, the latest first: it is the one of the mount that has the number now."""
-    found = []
-    for folder in run_folders(uid):
-        if is_private(folder, uid):
-            for path in folder.glob(socket_name(device, "*")):
-                with contextlib.suppress(FileNotFoundError):
-                    found.append((path.stat().st_ctime_ns, path))
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def _asked(path: str, request: dict[str, Any], seconds: float | None = None) -> dict[str, Any] | None:
-    """The reply of the mount whose socket that is; None where it ended before. OSError, also after `seconds`."""
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(seconds)
-        connection.connect(path)
-        connection.sendall(json.dumps(request).encode() + b"\n")
-        with connection.makefile("rb") as replies:
-            line = replies.readline()
-    reply: dict[str, Any] | None = json.loads(line) if line else None
-    return reply
+def asked_for_status(mountpoint: str) -> AskingStatus:
+    """For those who have something else to do until it answers; as `read_status` does."""
+    return AskingStatus(_place(mountpoint))
 
 
 def wait(mountpoint: str, progress: Progress) -> dict[str, Any]:
@@ -188,122 +117,130 @@ def wait(mountpoint: str, progress: Progress) -> dict[str, Any]:
 
 def _status_at_last(mountpoint: str) -> dict[str, Any]:
     """As `read_status`, whenever it is that the mount answers."""
-    asking = asked_for_status(mountpoint)
-    snapshot = asking.answer(_ANSWER_SECONDS)
-    if snapshot is None:
-        logger.warning("%s; waiting for it", StandsStillError(mountpoint))
+    with contextlib.closing(asked_for_status(mountpoint)) as asking:
+        snapshot = asking.answer(ANSWER_SECONDS)
+        if snapshot is None:
+            logger.warning("%s; waiting for it", StandsStillError(mountpoint))
         while snapshot is None:
-            snapshot = asking.answer(_ANSWER_SECONDS)
+            snapshot = asking.answer(ANSWER_SECONDS)
     return snapshot
 
 
-def read_map(snapshot: dict[str, Any], cells: int) -> list[dict[str, int]]:
-    """Of the mount whose snapshot that is; as `Replica.map`. Empty where it does not tell."""
+def read_map(mountpoint: str, cells: int) -> list[dict[str, int]]:
+    """As `Replica.map`, of at most `cells`. Empty where the mount does not tell."""
     try:
-        reply = _asked(str(snapshot["control_socket"]), {"command": "map", "cells": cells}, _MAP_SECONDS)
-    except (OSError, ValueError):
+        with contextlib.closing(Asking(_place(mountpoint), {"command": "map", "cells": cells})) as asking:
+            reply = asking.answer(_MAP_SECONDS)
+    except MountError:
         return []
-    found: list[dict[str, int]] = (reply or {}).get("cells", [])
-    return found
+    return snapshots.cells((reply or {}).get("cells"), cells)
 
 
 def command(mountpoint: str, request: dict[str, Any]) -> None:
     """Have the mount do it, and return when it is done. MountError, or what it failed with."""
-    path = read_status(mountpoint).get("control_socket")
-    if path is None:
-        raise MountError(f"the mount on {mountpoint} has no control socket; its log says why")
-    try:
-        reply = _asked(path, request)
-    except OSError as error:
-        raise MountError(f"cannot reach the mount on {mountpoint} at {path}: {error.strerror}") from error
-    if reply is None:
-        raise MountError(f"the mount on {mountpoint} ended before it answered")
-    if "error" in reply:
-        raise BlockcopyError.told(reply["error"], reply["exit_code"])
+    place = _place(mountpoint)
+    _status_of(place)
+    with contextlib.closing(Asking(place, request)) as asking:
+        reply = asking.answer(None) or {}
+    error, exit_code = reply.get("error"), reply.get("exit_code")
+    if isinstance(error, str):
+        raise BlockcopyError.told(error, exit_code if type(exit_code) is int and 0 < exit_code < 256 else 1)
 
 
 def umount(mountpoint: str) -> dict[str, Any] | None:
     """Unmount, and return when the mount's program has synced the destination and ended.
 
-    The last snapshot; None where it was a dead mount. MountError where it cannot be unmounted.
+    The last snapshot; None where there is none to be had. MountError where it cannot be unmounted.
     """
-    snapshot: dict[str, Any] | None = None
+    place = _place(mountpoint)
     try:
-        snapshot = read_status(mountpoint)
-        while snapshot["state"] in ("hydrating", "verifying") and counts_of(snapshot).done == snapshot["size"]:
-            time.sleep(_POLL_SECONDS)  # the last sync, which would be waited for anyhow
-            snapshot = read_status(mountpoint)
+        snapshot = None if is_dead(place) else _settled_status(place)
     except StandsStillError as error:
-        raise MountError(f"{error}. To take it away all the same: fusermount3 -uz {mountpoint}") from error
+        number = place.entry.device.partition(":")[2]
+        raise MountError(
+            f"{error}. To take it away all the same: fusermount3 -uz {place.mountpoint}; where programs still wait "
+            f"for it, as root: echo 1 >/sys/fs/fuse/connections/{number}/abort"
+        ) from error
     except MountError:
-        if not is_dead(mountpoint):
+        if place.entry.kind != KIND:
             raise
+        logger.warning("%s: nobody tells when its program has synced the destination", place.mountpoint)
+        snapshot = None
     with contextlib.ExitStack() as stack:
-        process = None
-        if snapshot is not None:
-            with contextlib.suppress(ProcessLookupError):
-                process = os.pidfd_open(snapshot["pid"])
-                stack.callback(os.close, process)
-        _unmount(mountpoint)
-        if process is not None:
-            poll = select.poll()
-            poll.register(process, select.POLLIN)
-            if not poll.poll(_FAREWELL_SECONDS * 1000):
-                # The kernel keeps it for another mount namespace, say; it is to end all the same.
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(process, signal.SIGTERM)
-                poll.poll()
+        process = _process_of(snapshot, place, stack) if snapshot else None
+        _unmount(place.mountpoint)
+        if snapshot and process is not None:
+            _await_end(process, place, snapshot["pid"])
     return snapshot
+
+
+def _settled_status(place: Place) -> dict[str, Any]:
+    """The status, when the last sync is over, which would be waited for anyhow."""
+    snapshot = _status_of(place)
+    while snapshot["state"] in ("hydrating", "verifying") and counts_of(snapshot).done == snapshot["size"]:
+        time.sleep(_POLL_SECONDS)
+        snapshot = _status_of(place)
+    return snapshot
+
+
+def _process_of(snapshot: dict[str, Any], place: Place, stack: contextlib.ExitStack) -> int | None:
+    """Return a descriptor of the mount's process; None if there is none of its owner with that number."""
+    try:
+        process = os.pidfd_open(snapshot["pid"])
+        stack.callback(os.close, process)
+        owner = os.stat(f"/proc/{snapshot['pid']}").st_uid
+    except (OSError, OverflowError):
+        return None
+    return process if owner == place.owner else None
+
+
+def _await_end(process: int, place: Place, pid: int) -> None:
+    """Return when the process has ended. No signal is sent: it is another user's word that names it."""
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    if poll.poll(_FAREWELL_SECONDS * 1000):
+        return
+    # The kernel keeps the mount for another mount namespace, say; it is to end all the same.
+    with contextlib.closing(Asking(place, {"command": "end"}, pid)) as asking, contextlib.suppress(MountError):
+        asking.answer(ANSWER_SECONDS)
+    if not poll.poll(_LAST_SYNC_SECONDS * 1000):
+        raise MountError(
+            f"{place.mountpoint} is unmounted, but its program (process {pid}) has not ended within "
+            f"{_LAST_SYNC_SECONDS} s: the destination may not be synced yet"
+        )
 
 
 def is_replica(mountpoint: str) -> bool:
     """One is mounted there, and lives."""
-    entry = mounts.at(os.path.realpath(mountpoint))
-    if entry is None or entry.owner is None:
+    place = locate(mountpoint)
+    if place is None:
         return False
     with contextlib.suppress(MountError):
-        return bool(read_status(mountpoint))
-    return entry.kind == KIND  # of another user, say
-
-
-def is_dead(mountpoint: str) -> bool:
-    """A mount is there, but nobody serves it any more. StandsStillError."""
-    entry = mounts.at(os.path.realpath(mountpoint))
-    if entry is None or entry.owner is None:
-        return False  # and not looked at: an automount would wait for what we are about to mount
-    return _in_time(_no_one_serves, mountpoint)
-
-
-def _no_one_serves(mountpoint: str) -> bool:
-    try:
-        os.statvfs(mountpoint)  # not stat: the kernel answers that from what it remembers
-    except OSError as error:
-        return error.errno == errno.ENOTCONN
-    return False
+        return bool(_status_of(place))
+    return place.entry.kind == KIND  # of another user, say
 
 
 def make_way(mountpoint: str, *, replace: bool, kind: str = KIND) -> None:
     """Have no dead mount there. MountError where there is one, and it is not a replica's or not to be replaced."""
-    if not is_dead(mountpoint):
-        return
-    entry = mounts.at(os.path.realpath(mountpoint))
-    if not replace or entry is None or entry.kind not in (KIND, kind):
+    place = locate(mountpoint)
+    if place is None or not is_dead(place):
+        return  # and not looked at: an automount would wait for what we are about to mount
+    if not replace or place.entry.kind not in (KIND, kind):
         raise MountError(dead_mount(mountpoint))
-    _unmount(mountpoint, "-z")
-
-
-def dead_mount(mountpoint: str) -> str:
-    """What to say of one."""
-    return f"{mountpoint} is a mount whose program died; clear it with: fusermount3 -uz {mountpoint}"
+    _unmount(place.mountpoint, "-z")
 
 
 def _unmount(mountpoint: str, *options: str) -> None:
     program = shutil.which("fusermount3")
     if program is None:
         raise MountError("fusermount3 is not installed (Debian: apt install fuse3)")
-    ended = subprocess.run([program, "-u", *options, "--", mountpoint], capture_output=True, text=True, check=False)
+    words = [program, "-u", *options, "--", mountpoint]
+    try:
+        ended = subprocess.run(words, capture_output=True, text=True, check=False, timeout=_UNMOUNT_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise MountError(f"cannot unmount {mountpoint}: fusermount3 does not end") from error
     if ended.returncode:
-        said = ended.stderr.strip().rpartition(": ")[2]
+        said = " | ".join(ended.stderr.strip().splitlines()) or f"fusermount3 ended with {ended.returncode}"
         raise MountError(
             f"cannot unmount {mountpoint}: {said}"
             + (" (a program has a file open there)" if "busy" in said else "")

@@ -4,6 +4,7 @@
     {"command": "resume"}                                    {"error": "…", "exit_code": 3}
     {"command": "limit", "rate": bytes a second, or null}
     {"command": "prefetch", "extents": [[offset, length], …]}     answered when they are here
+    {"command": "end"}                                       as SIGTERM does; answered before
     {"command": "status"}                                    {"ok": true, "status": {…}}
     {"command": "map", "cells": most of them}                {"ok": true, "cells": [{…}, …]}, as `Replica.map`
 
@@ -32,7 +33,7 @@ from blockcopy.replica.replica import Replica
 from blockcopy.runfolder import run_folder
 from blockcopy.strict_json import parse_object
 from blockcopy.wire import MAX_POSITION
-from blockcopy_fuse import control
+from blockcopy_fuse import asking
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +54,12 @@ class ControlSocket:
         self.path = path
         self.listener = listener
 
-    async def serve(self, replica: Replica, snapshot: Snapshot) -> None:
-        """Until cancelled."""
+    async def serve(self, replica: Replica, snapshot: Snapshot, end: Callable[[], None]) -> None:
+        """Until cancelled. `end` ends the mount."""
 
         async def answer(stream: trio.SocketStream) -> None:
             try:
-                await stream.send_all(json.dumps(await _reply(stream, replica, snapshot)).encode() + b"\n")
+                await stream.send_all(json.dumps(await _reply(stream, replica, snapshot, end)).encode() + b"\n")
             except trio.BrokenResourceError:
                 logger.debug("who asked has gone away")
             except Exception as error:
@@ -87,7 +88,7 @@ async def opened(device: str) -> AsyncIterator[ControlSocket | None]:
 
 def _listen(device: str) -> ControlSocket:
     """Make the socket. Raises OSError or DeviceError if it cannot be made."""
-    path = run_folder() / control.socket_name(device, os.getpid())
+    path = run_folder() / asking.socket_name(device, os.getpid())
     _sweep(path.parent)
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
@@ -114,13 +115,18 @@ def _sweep(folder: Path) -> None:
                 continue  # busy, or gone by now: not ours to take away
 
 
-async def _reply(stream: trio.SocketStream, replica: Replica, snapshot: Snapshot) -> dict[str, Any]:
+async def _reply(
+    stream: trio.SocketStream, replica: Replica, snapshot: Snapshot, end: Callable[[], None]
+) -> dict[str, Any]:
     try:
         request = await _request(stream)
         if request.get("command") == "status":
             return {"ok": True, "status": snapshot()}
         if request.get("command") == "map" and _is_count(request.get("cells")):
             return {"ok": True, "cells": replica.map(request["cells"])}
+        if request.get("command") == "end":
+            end()
+            return {"ok": True}
         await _obey(request, replica)
     except BlockcopyError as error:
         return {"error": str(error), "exit_code": error.exit_code}

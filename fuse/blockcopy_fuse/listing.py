@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from typing import Any
 
 from blockcopy.errors import MountError
 from blockcopy.foreign import printable
 from blockcopy.meters import human_size, human_time
 from blockcopy_fuse import control, mounts
+from blockcopy_fuse.asking import Place
 
 _SECONDS = 1.0
-"""How long a mount may take to answer."""
+"""How long all mounts together may take to answer."""
 
 _HEAD = ["MOUNTPOINT", "SOURCE", "STATE", "HERE", "RATE", "TO GO", "SOURCE IS"]
 
 
 def replicas() -> list[dict[str, Any]]:
     """The snapshots of all, with `mountpoint`; where there is none, `mountpoint`, `source` and `error`."""
-    found = [(entry, mountpoint) for mountpoint, entry in mounts.everywhere() if entry.kind == control.KIND]
-    asked = [(entry, mountpoint, control.asked_for_status(mountpoint)) for entry, mountpoint in found]
+    found = [
+        Place(mountpoint, entry, entry.owner)
+        for mountpoint, entry in mounts.everywhere()
+        if entry.kind == control.KIND and entry.owner is not None
+    ]
+    asked = [(place, control.AskingStatus(place)) for place in found]
+    end = time.monotonic() + _SECONDS
     return [
-        {"source": entry.source, "mountpoint": mountpoint, **_answer(asking)} for entry, mountpoint, asking in asked
+        {"source": place.entry.source, **_answer(asking, end), "mountpoint": place.mountpoint}
+        for place, asking in asked
     ]
 
 
-def _answer(asking: control.Asking[dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return asking.answer(_SECONDS) or {"error": f"no answer within {_SECONDS:g} s"}
-    except MountError as error:
-        return {"error": str(error)}
+def _answer(asking: control.AskingStatus, end: float) -> dict[str, Any]:
+    with contextlib.closing(asking):
+        try:
+            answer = asking.answer(max(0, end - time.monotonic()))
+        except MountError as error:
+            return {"error": str(error)}
+    return answer or {"error": f"no answer within {_SECONDS:g} s"}
 
 
 def table(found: list[dict[str, Any]]) -> str:

@@ -41,6 +41,7 @@ from blockcopy.replica.running import expendable, received
 from blockcopy.runfolder import run_folders
 from blockcopy.statefile import default_folder
 from blockcopy_fuse import STATUS_NAME, control, control_socket, mounts
+from blockcopy_fuse.asking import await_answer
 from blockcopy_fuse.control_socket import ControlSocket
 from blockcopy_fuse.operations import Operations
 from blockcopy_fuse.options import MountOptions
@@ -179,7 +180,7 @@ async def serve(mount: MountPlan, ready: Callable[[], None], progress: Progress,
                             "--on-complete": partial(_on_complete, mount.plan, replica, snapshot),
                         }
                         if socket is not None:
-                            parts["the control socket"] = partial(socket.serve, replica, snapshot)
+                            parts["the control socket"] = partial(socket.serve, replica, snapshot, stop.set)
                         for name, part in parts.items():
                             helpers.start_soon(expendable, name, part)
                         await _serve(replica, stop, ready, notifier)
@@ -221,10 +222,7 @@ async def _pid_file(path: str | None) -> AsyncIterator[None]:
 
 def await_first_answer(mount: MountPlan) -> None:
     """Return when the mount answers. For another process than the one that serves it."""
-    try:
-        mount.file.stat()
-    except OSError as error:
-        raise MountError(f"the mount on {mount.mountpoint} does not answer: {error.strerror}") from error
+    await_answer(str(mount.file), mount.mountpoint)
 
 
 def _init(mount: MountPlan, mountpoint: str, replica: Replica, snapshot: Callable[[], dict[str, Any]]) -> None:

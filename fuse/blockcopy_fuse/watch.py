@@ -35,7 +35,7 @@ def show(mountpoint: str) -> None:
     """The status, once. MountError."""
     console = Console(highlight=False)
     snapshot = control.read_status(mountpoint)
-    console.print(screen(snapshot, control.read_map(snapshot, _ROWS * console.width)))
+    console.print(screen(snapshot, control.read_map(mountpoint, _ROWS * console.width)))
 
 
 def watch(mountpoint: str) -> None:
@@ -47,7 +47,7 @@ def watch(mountpoint: str) -> None:
         with _keys() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
                 silence = time.monotonic() - answered_at if asking else 0
-                cells = [] if asking else control.read_map(snapshot, _cells(console))
+                cells = [] if asking else control.read_map(mountpoint, _cells(console))
                 live.update(screen(snapshot, cells, silence=silence), refresh=True)
                 if select.select(keys, [], [], _SECONDS)[0] and os.read(keys[0], 1) in (b"q", b"Q", b""):
                     return

@@ -1,0 +1,242 @@
+"""What is asked of mounts that nobody can rely on: those that stand still, and those of other users.
+
+Every command comes to its end, with a status and words; no other user's word is believed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support
+from support import BLOCK_SIZE, PYTHON, Mount, noise, run, until, written
+
+from blockcopy.errors import MountError
+from blockcopy_fuse import asking, control, listing, mounts, snapshots
+from blockcopy_fuse.asking import Place
+
+Mounter = Callable[..., Mount]
+
+DATA = noise(8 * BLOCK_SIZE)
+
+FUSE = frozenset([f"user_id={os.geteuid()}"])
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, mount: Mounter) -> Iterator[Mount]:
+    """A mount without a control socket that stands still, and in which a lookup is in flight."""
+    pid_file = tmp_path / "pid"
+    mounted = mount(
+        written(tmp_path / "source", DATA), tmp_path / "copy", "--no-background", "--pid-file", pid_file
+    )
+    entry, pid = mounts.at(str(mounted.point)), int(pid_file.read_text())
+    assert entry is not None
+    Path("/run/blockcopy" if os.geteuid() == 0 else "", asking.socket_name(entry.device, pid)).unlink()
+    os.kill(pid, signal.SIGSTOP)
+    command = [PYTHON, "-I", "-S", "-c", "import sys; print(flush=True); open(sys.argv[1])"]
+    looking = subprocess.Popen([*command, str(mounted.point / "status.json")], stdout=subprocess.PIPE)
+    try:
+        assert looking.stdout is not None
+        looking.stdout.readline()
+        until(lambda: state_of(looking.pid) in "SD", "the lookup")
+        yield mounted
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        looking.communicate()
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_every_command_ends_where_a_mount_stands_still_and_another_lookup_is_in_flight(
+    stopped: Mount, tmp_path: Path
+) -> None:
+    commands = [
+        ["status", stopped.point],
+        ["umount", stopped.point],
+        ["pause", stopped.point],
+        ["mount", tmp_path / "source", tmp_path / "other", stopped.point],
+    ]
+    running = [
+        subprocess.Popen([*support.BLOCKCOPY, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for words in commands
+    ]
+    waiting = subprocess.Popen([*support.BLOCKCOPY, "wait", str(stopped.point)], stderr=subprocess.PIPE)
+    [row] = [each for each in json.loads(run("list", "--json").stdout) if each["mountpoint"] == str(stopped.point)]
+    assert row["error"] == "no answer within 1 s"
+    for words, process in zip(commands, running, strict=True):
+        said = process.communicate(timeout=support.PATIENCE)[1]
+        assert (process.returncode, b"gave no answer within 5 s" in said) == (4, True), (words, said)
+        if words[0] == "umount":
+            assert b"fusermount3 -uz" in said
+            assert b"/abort" in said
+    assert waiting.stderr is not None
+    assert b"waiting for it" in waiting.stderr.readline()
+    waiting.terminate()
+    waiting.communicate(timeout=support.PATIENCE)
+    assert waiting.returncode == -signal.SIGTERM
+
+
+# What another user says
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the control sockets of a user lie."""
+    made = tmp_path / "run"
+    made.mkdir(mode=0o700)
+    monkeypatch.setattr(asking, "run_folders", lambda _: [made])
+    return made
+
+
+def place(tmp_path: Path) -> Place:
+    """A folder in place of a mount: all that is looked at is what is in it."""
+    (tmp_path / "mnt").mkdir(exist_ok=True)
+    entry = mounts.Entry("0:4095", control.KIND, "source", FUSE)
+    return Place(str(tmp_path / "mnt"), entry, os.geteuid())
+
+
+@contextlib.contextmanager
+def saying(path: Path, answer: bytes, *, without_end: bool = False) -> Iterator[None]:
+    """A control socket that answers this to the first who asks."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                connection = listener.accept()[0]
+                with connection:
+                    connection.recv(4096)
+                    connection.sendall(answer)
+                    while without_end:
+                        connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield
+        finally:
+            with socket.socket(socket.AF_UNIX) as last, contextlib.suppress(OSError):
+                last.connect(str(path))  # where nobody asked
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+GOOD: dict[str, Any] = {"state": "hydrating", "size": 5, "source_needed": True}
+
+BAD: dict[str, object] = {
+    "nothing of it": {},
+    "no object": [],
+    "a number": 5,
+    "deep": json.loads("[" * 900 + "]" * 900),
+    "a state of a list": {**GOOD, "state": ["complete"]},
+    "a negative size": {**GOOD, "size": -1},
+    "a size beyond all": {**GOOD, "size": 1 << 70},
+    "no number": {**GOOD, "hydrated_percent": float("nan")},
+    "a time without end": {**GOOD, "eta_seconds": float("inf")},
+    "a true rate": {**GOOD, "rate_bytes_per_s": True},
+    "a text for a number": {**GOOD, "pid": "1"},
+    "no link": {**GOOD, "link": 5},
+    "half a character": {**GOOD, "error": "\ud800"},
+    "a demand of texts": {**GOOD, "demand": {"reads": "many"}},
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("way", ["socket", "file"])
+def test_what_is_no_status_is_one_bad_row(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, way: str
+) -> None:
+    told = place(tmp_path)
+    text = json.dumps(BAD[name] if way == "file" else {"ok": True, "status": BAD[name]}).encode()
+    monkeypatch.setattr(mounts, "everywhere", lambda: [(told.mountpoint, told.entry)])
+    with saying(folder / "0:4095-1.sock", text) if way == "socket" else contextlib.nullcontext():
+        written(Path(told.mountpoint, "status.json"), text)
+        [row] = listing.replicas()
+    assert "is not a replica's" in row["error"]
+    assert listing.table([row])
+
+
+@pytest.mark.parametrize("way", ["socket", "file"])
+def test_a_flood_is_cut_off(folder: Path, tmp_path: Path, way: str) -> None:
+    told = place(tmp_path)
+    flood = b" " * (1 << 20)
+    with saying(folder / "0:4095-1.sock", flood, without_end=True) if way == "socket" else contextlib.nullcontext():
+        os.symlink("/dev/zero", f"{told.mountpoint}/status.json")
+        with contextlib.closing(control.AskingStatus(told)) as asked, pytest.raises(MountError, match="more than"):
+            asked.answer(10)
+
+
+def test_what_is_not_told_has_a_default_and_can_be_shown(tmp_path: Path, folder: Path) -> None:
+    told = place(tmp_path)
+    written(Path(told.mountpoint, "status.json"), json.dumps(GOOD).encode())
+    with contextlib.closing(control.AskingStatus(told)) as asked:
+        snapshot = asked.answer(10)
+    assert snapshot is not None
+    assert listing.table([{**snapshot, "mountpoint": "m"}])
+
+
+def test_each_field_of_a_status_is_checked(mount: Mounter, tmp_path: Path) -> None:
+    """A field that is new is one that `snapshots` has to know."""
+    status = mount(written(tmp_path / "source", DATA), tmp_path / "copy").status()
+    assert status.keys() == snapshots.REQUIRED.keys() | snapshots.FIELDS.keys() | snapshots.NESTED.keys()
+    assert {name: status[name].keys() for name in snapshots.NESTED} == {
+        name: fields.keys() for name, fields in snapshots.NESTED.items()
+    }
+    assert snapshots.checked(status) == status
+
+
+OF_ANOTHER = """
+import os, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+os.chmod(sys.argv[1], 0o777)
+os.setuid(65534)
+listener.listen()
+print(flush=True)
+connection = listener.accept()[0]
+print(connection.recv(100), flush=True)
+"""
+
+
+def test_a_socket_of_another_user_is_told_nothing(folder: Path, tmp_path: Path) -> None:
+    support.require_root()
+    told = place(tmp_path)
+    command = [PYTHON, "-I", "-S", "-c", OF_ANOTHER, str(folder / "0:4095-1.sock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with contextlib.closing(control.AskingStatus(told)) as asked, pytest.raises(MountError):
+            asked.answer(10)
+        assert other.stdout.readline() == b"b''\n"
+
+
+def test_a_process_that_a_mount_names_is_never_signalled(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = place(tmp_path)
+    monkeypatch.setattr(control, "_FAREWELL_SECONDS", 0.01)
+    monkeypatch.setattr(control, "_LAST_SYNC_SECONDS", 0.01)
+    monkeypatch.setattr(control, "_unmount", lambda *_: None)
+    monkeypatch.setattr(control, "locate", lambda _: told)
+    with subprocess.Popen(["sleep", "100"]) as innocent:
+        status = {**GOOD, "pid": innocent.pid, "state": "paused"}
+        written(Path(told.mountpoint, "status.json"), json.dumps(status).encode())
+        with pytest.raises(MountError, match="has not ended"):
+            control.umount(told.mountpoint)
+        told = told._replace(owner=65534)  # then it is not that user's at all, and nobody waits for it
+        monkeypatch.setattr(control, "_FAREWELL_SECONDS", 100)
+        control.umount(told.mountpoint)
+        assert innocent.poll() is None
+        innocent.kill()
