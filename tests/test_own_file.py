@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import support
 import trio
 from support import noise, run, written
 
@@ -116,3 +117,29 @@ def test_a_pid_file_is_ours_alone(tmp_path: Path, secret: Path) -> None:
     trio.run(main)
     assert pid_file.read_text() == "of another\n"
     assert untouched(secret)
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_link_to_a_folder_is_followed_where_it_is_ours(tmp_path: Path, absolute: bool) -> None:
+    real = tmp_path / "real" / "inner"
+    real.mkdir(parents=True)
+    (tmp_path / "hop").symlink_to(tmp_path / "real" if absolute else "real")
+    (tmp_path / "link").symlink_to("./hop//inner/")
+    own_file.replace(str(tmp_path / "link" / "file"), b"new", 0o600)
+    assert (real / "file").read_bytes() == b"new"
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match=r"Too many|Not a directory"):
+        own_file.replace(str(tmp_path / "loop" / "file"), b"new", 0o600)
+
+
+def test_a_link_to_a_folder_that_is_another_users_is_not_followed(tmp_path: Path) -> None:
+    support.require_root()
+    real = tmp_path / "real"
+    real.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("real")
+    os.chown(link, 65534, 65534, follow_symlinks=False)
+    for write in (lambda path: own_file.replace(path, b"new", 0o600), own_file.open_log):
+        with pytest.raises(OSError, match="another user"):
+            write(str(link / "file"))
+    assert not list(real.iterdir())
