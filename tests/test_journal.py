@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +284,34 @@ def test_a_full_disk_leaves_what_was_recorded(path: Path) -> None:
 
 
 # What is not ours
+
+
+DEEP: Any = functools.reduce(lambda inner, _: [inner], range(100), 0)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"mtime_ns": "10"},
+        {"ctime_ns": 1.5},
+        {"until_ns": []},
+        {"until_ns": True},
+        {"destination_size": None},
+        {"block_size": {}},
+        {"destination": [DEEP]},
+        {"source": {**binding().source, "id": DEEP}},
+        {"source": {**binding().source, "mtime_ns": float("nan")}},
+        {"source": {**binding().source, "inode": 1 << 64}},
+    ],
+    ids=lambda odd: next(iter(odd)),
+)
+def test_facts_of_another_kind_are_set_aside(path: Path, odd: dict[str, Any]) -> None:
+    """They are sealed, as by a newer version or by a hand that knows how."""
+    of_clock = {name: value for name, value in odd.items() if name.endswith("_ns")}
+    of_binding = {name: value for name, value in odd.items() if name not in of_clock}
+    with contextlib.closing(Journal(path)) as journal:
+        journal.begin(replace(binding(), **of_binding), replace(clock(10), **of_clock))
+    assert is_set_aside(path, path.read_bytes())
 
 
 def test_a_text_is_set_aside_with_what_is_beside_it(path: Path) -> None:

@@ -186,8 +186,11 @@ class Journal:
                 raise ValueError(f"chunk {number}")
             believed[number] = bits or _FULL
         binding, clock = Binding(**facts["binding"]), Clock(**facts.pop("clock"))
-        if not is_identity(binding.source):
-            raise ValueError("the source")
+        if not is_identity(binding.source) or not isinstance(binding.destination, dict):
+            raise ValueError("what it is about")
+        times = [clock.mtime_ns, clock.ctime_ns, clock.until_ns if clock.until_ns is not None else 0]
+        if not all(type(each) is int for each in (binding.destination_size, binding.block_size, *times)):
+            raise ValueError("a size or a time")
         self._token, self._facts = token, facts
         return Record(binding, clock, believed)
 
