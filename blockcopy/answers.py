@@ -8,6 +8,7 @@ to the pipe without a copy.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 from blockcopy import wire
@@ -18,6 +19,7 @@ from blockcopy.geometry import Extent
 from blockcopy.packing import Packing
 from blockcopy.pieces import Piece
 from blockcopy.stages import FromDevice, Output
+from blockcopy.unreadable import Unreadable
 
 
 class Terms(NamedTuple):
@@ -25,10 +27,12 @@ class Terms(NamedTuple):
 
     digest: Digest
     packing: Packing
+    unreadable: Unreadable
+    """Gets what cannot be read where nothing can be said of it."""
     joined: bool = False
     """Blocks that follow one another in one frame, zeros as `zero`."""
     agreed: bool = False
-    """What cannot be answered is said, not passed over, and no reason to end."""
+    """What cannot be answered is said."""
 
 
 class Run(NamedTuple):
@@ -45,7 +49,7 @@ class Run(NamedTuple):
         return self.piece.length
 
     def answer(self, source: Device, room: memoryview) -> list[Output]:
-        """What is to be sent; it has views of `room`, of `size` bytes, in it. DeviceError unless `agreed`."""
+        """What is to be sent; it has views of `room`, of `size` bytes, in it."""
         view = self.piece.view(source)
         if view is not None:
             try:
@@ -72,7 +76,7 @@ class _Answers:
         self._source = source
         self._room = room
         self._in_place = in_place
-        self._failures: dict[int, str] = {}
+        self._failures: dict[int, DeviceError] = {}
         self._available = self._piece.length
         self._blocks = range(0, self._piece.length, self._block_size)
         self._unread: frozenset[int] = frozenset()
@@ -92,13 +96,8 @@ class _Answers:
     def _read(self) -> None:
         if self._terms.packing.takes_unread:
             self._unread = self._find_unread()
-        try:
-            self._available = self._piece.without(self._unread, self._block_size).read(self._source, self._room)
-        except DeviceError:
-            if not self._terms.agreed:
-                raise
-            self._unread = frozenset()
-            self._read_block_by_block(self._source)
+        read = self._piece.without(self._unread, self._block_size)
+        self._available, self._failures = read.read_around(self._source, self._room, self._block_size)
 
     def _find_unread(self) -> frozenset[int]:
         """The blocks of which the asker has zeros, or nothing, and the source has no zeros."""
@@ -119,23 +118,8 @@ class _Answers:
         except DeviceError:
             return False  # found once more, and told, when it is read
 
-    def _read_block_by_block(self, source: Device) -> None:
-        """So that one bad sector is the fault of its own block only."""
-        for at in self._blocks:
-            try:
-                end = self._block(at).read(source, self._room[at : at + self._block_size])
-            except DeviceError as error:
-                self._failures[at] = str(error)
-                continue
-            if end < self._block(at).length:
-                self._available = at + end
-                return  # it ends here
-
     def _block(self, at: int) -> Piece:
-        position = self._piece.position + at
-        length = min(self._block_size, self._piece.length - at)
-        here = [extent for extent in self._piece.data if extent.offset <= position < extent.end]
-        return Piece(position, length, [Extent(position, length)] if here else [])
+        return self._piece.block(at, self._block_size)
 
     def _kinds(self) -> Iterator[str]:
         """What is to be said of each block."""
@@ -173,29 +157,53 @@ class _Answers:
         if kind is _EQUAL:
             return []
         if kind is _FAILED:
-            blocks = range(start, end, self._block_size)
-            return [wire.encode(wire.Failure(position + at, self._reason(at))) for at in blocks]
-        if kind is _UNREAD:
-            for at in range(start, end, step):
-                size = min(step, end - at)
-                frames += [wire.frame_header(b"data", position + at, size)]
-                frames += [FromDevice(self._source, position + at, size)]
+            for at in range(start, end, self._block_size):
+                frames += self._say_failed(at, self._reason(at))
             return frames
+        if kind is _UNREAD:
+            return [self._say_from_device(at, min(step, end - at)) for at in range(start, end, step)]
         end = min(end, self._available)
         if kind is _ZEROS and joined:
             return [wire.encode(wire.Zero(position + start, end - start))]
         for at in range(start, end, step):
             size = min(step, end - at)
             data = memoryview(ZEROS)[:size] if kind is _ZEROS else self._room[at : at + size]
-            for part in self._terms.packing.frame(position + at, data):
-                # What would be sent from there as it is, the kernel sends without us.
-                in_place = self._in_place and kind is _DATA and part is data
-                frames.append(FromDevice(self._source, position + at, size) if in_place else part)
+            packed = self._terms.packing.frame(position + at, data)
+            # What would be sent from there as it is, the kernel sends without us.
+            in_place = self._in_place and kind is _DATA and packed[-1] is data
+            frames += [self._say_from_device(at, size)] if in_place else packed
         return frames
 
+    def _say_from_device(self, at: int, size: int) -> Output:
+        position = self._piece.position + at
+        header = wire.frame_header(b"data", position, size)
+        return FromDevice(self._source, position, size, header, partial(self._say_each, at, at + size))
+
+    def _say_each(self, start: int, end: int) -> list[Output]:
+        """Read each of the blocks from `start` to `end`, which could not be had without that."""
+        frames: list[Output] = []
+        for at in range(start, end, self._block_size):
+            position, length, _ = self._block(at)
+            try:
+                data = self._source.read(position, length)
+            except DeviceError as error:
+                frames += self._say_failed(at, str(error))
+            else:
+                frames += [wire.frame_header(b"data", position, length), data]
+        return frames
+
+    def _say_failed(self, at: int, reason: str) -> list[Output]:
+        position, length, _ = self._block(at)
+        if self._terms.agreed:
+            return [wire.encode(wire.Failure(position, reason))]
+        self._terms.unreadable.add(Extent(position, length), reason)
+        return []
+
     def _reason(self, at: int) -> str:
+        if at in self._failures:
+            return str(self._failures[at])
         block = self._block(at)
-        return self._failures.get(at) or (
+        return (
             f"cannot read {block.length} bytes at {block.position} of {self._source.path}: "
-            f"it is shorter than it was, and ends at {self._piece.position + self._available}"
+            f"it is shorter than it was, or than it says, and ends at {self._piece.position + self._available}"
         )

@@ -7,9 +7,10 @@ zeros are not hashed, because their digest is known, and holes of the destinatio
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Callable, NamedTuple
 
 from blockcopy import digests, wire
@@ -20,6 +21,9 @@ from blockcopy.geometry import BLOCK_SIZE, Extent
 from blockcopy.pieces import PIECE_SIZE, Piece, Pieces
 from blockcopy.progress import Counts, Progress
 from blockcopy.stages import Buffers, InputStream, OutputStream, run_ordered
+from blockcopy.unreadable import Unreadable
+
+logger = logging.getLogger(__name__)
 
 ASKED_SIZE = PIECE_SIZE
 """Bytes that one `asks` is about at most."""
@@ -87,6 +91,7 @@ def checksum(
         stop = device.size() if end is None else min(end, device.size())
         hasher.read_from(device)
         run_ordered(voice.items(Pieces(device), start, stop), hasher.hash, send)
+        hasher.tell_unreadable()
     elif seekable:
         run_ordered(_piped(_reader(fd, path), hasher, start, end), hasher.hash, send)
     else:  # a pipe may be silent for ever, so whoever reads it has to be woken where the writer fails
@@ -117,6 +122,7 @@ def ask_about(device: Device, size: int, digest: Digest, output: OutputStream, *
 
     items = itertools.takewhile(lambda _: not stop(), voice.items(Pieces(device), 0, size))
     run_ordered(items, hasher.hash, send)
+    hasher.tell_unreadable()
     voice.pause()
 
 
@@ -212,11 +218,17 @@ class _Hasher:
         self._device: Device | None = None
         self._passing = False
         self.buffers = Buffers(PIECE_SIZE)
+        self.unreadable = Unreadable()
 
     def read_from(self, device: Device) -> None:
         """Where pieces are that are not read yet."""
         self._device = device
         self._passing = device.exceeds_cache()
+
+    def tell_unreadable(self) -> None:
+        """Log what could not be read. It is asked for in any case, and a write may mend it."""
+        if self.unreadable and self._device is not None:
+            logger.warning("of %s, %s. These are asked for", self._device.path, self.unreadable)
 
     def hash(self, item: _Item) -> list[_Run]:
         piece, room = item
@@ -241,20 +253,28 @@ class _Hasher:
                 whole = piece.unview(device)
         if not whole:
             room = self.buffers.take()
-            runs = list(self._runs(piece._replace(length=piece.read(device, room)), room))
+            there, errors = piece.read_around(device, room, BLOCK_SIZE)
+            runs = list(self._runs(piece._replace(length=there), room, errors))
             self.buffers.give(room)
         if self._passing:
             device.drop_behind(piece.position, piece.length)
         return runs
 
-    def _runs(self, piece: Piece, data: memoryview) -> Iterator[_Run]:
+    def _runs(
+        self, piece: Piece, data: memoryview, errors: Mapping[int, DeviceError] | None = None
+    ) -> Iterator[_Run]:
+        """Digests of the blocks. For one that could not be read, by its `errors`: a digest that nothing has."""
         start = at = 0
         found: list[bytes] = []  # digests of the blocks from `start` on, or none where these are zeros
         for size, block in piece.blocks(data, BLOCK_SIZE):
-            if at > start and (block is None) == bool(found):
+            error = errors.get(at) if errors else None
+            if at > start and (block is None and error is None) == bool(found):
                 yield _Run(piece.position + start, at - start, b"".join(found))
                 start, found = at, []
-            if block is not None:
+            if error is not None:
+                self.unreadable.add(Extent(piece.position + at, size), str(error))
+                found.append(self._digest.impossible)
+            elif block is not None:
                 found.append(self._digest(block))
             at += size
         if at > start:

@@ -199,8 +199,8 @@ class Device:
 
     def splice_to(self, pipe: int, offset: int, length: int) -> int:
         """Some of those bytes into `pipe`, without a copy of them: how many, 0 at the end. OSError, and not
-        a DeviceError, where that cannot be had."""
-        return os.splice(self._fd, pipe, length, offset_src=offset)
+        a DeviceError, where that cannot be had, or the pipe is full."""
+        return os.splice(self._fd, pipe, length, offset_src=offset, flags=os.SPLICE_F_NONBLOCK)
 
     def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Where in there, ascending, there can be other bytes than zeros: what lies between is holes.

@@ -89,6 +89,10 @@ class SourceChangedError(SourceError):
     """The source is not the one it was: nothing of it can be mixed with what is here."""
 
 
+class UnreadableError(SourceError):
+    """The source cannot read some of its blocks, and goes on to serve all others."""
+
+
 class OriginalProgramError(SourceError):
     """The source runs the original program, which is asked in another form."""
 

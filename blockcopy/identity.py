@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 Identity = dict[str, Any]
 
+_UNREADABLE = "unreadable"
+"""In a sample, in the place of a digest."""
+
 _MOST_NAMES = 16
 """Facts of an identity; others than those above may come with newer programs."""
 
@@ -154,13 +157,18 @@ def sample_extents(size: int) -> list[Extent]:
 
 def sample_of(pieces: Iterable[bytes | None]) -> list[str]:
     """The digests of the pieces; of one that cannot be read, words that say so."""
-    return [hashlib.sha256(piece).hexdigest() if piece is not None else "unreadable" for piece in pieces]
+    return [hashlib.sha256(piece).hexdigest() if piece is not None else _UNREADABLE for piece in pieces]
 
 
 def unchanged_sample(device: Device, identity: Identity, extents: Iterable[Extent]) -> bool:
     """Whether those of the sample's `extents` read from `device` as they did from the source."""
     sample = dict(zip(sample_extents(identity["size"]), identity["sample"]))
-    return all(sample_of([_read_or_none(device, extent)]) == [sample[extent]] for extent in extents)
+    return all(_same_piece(sample_of([_read_or_none(device, extent)])[0], sample[extent]) for extent in extents)
+
+
+def _same_piece(known: str, found: str) -> bool:
+    """Return whether nothing tells two pieces of samples apart: a bad sector that comes or goes is no change."""
+    return known == found or _UNREADABLE in (known, found)
 
 
 def is_identity(value: object) -> bool:
@@ -194,11 +202,17 @@ def differences(known: Identity, found: Identity) -> list[str]:
     the other. Not so the other way round: what is known of a file's time has to be found again.
     """
     names = known.keys() if len(known) == len(("size", "sample")) else known.keys() | found.keys()
-    differing = sorted(name for name in names if known.get(name) != found.get(name))
+    differing = sorted(name for name in names if not _is_same(name, known.get(name), found.get(name)))
     words = [_difference(name, known.get(name), found.get(name)) for name in differing]
     if differing == ["ctime_ns"] and "ctime_ns" in known and "ctime_ns" in found:
         words.append("its mtime was put back after a write, or its name, links, owner or mode changed")
     return words
+
+
+def _is_same(name: str, known: Any, found: Any) -> bool:
+    if name == "sample" and known and found and len(known) == len(found):
+        return all(map(_same_piece, known, found))
+    return bool(known == found)
 
 
 def _difference(name: str, known: object, found: object) -> str:

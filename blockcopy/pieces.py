@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from blockcopy.device import ZEROS, Device
+from blockcopy.errors import DeviceError
 from blockcopy.geometry import Extent
 from blockcopy.wire import MAX_POSITION
 
@@ -50,6 +51,33 @@ class Piece(NamedTuple):
         if self.data and self.data[-1].end == end:
             return self.length
         return max(0, min(end, device.size()) - self.position)
+
+    def read_around(self, device: Device, room: memoryview, block_size: int) -> tuple[int, dict[int, DeviceError]]:
+        """Read as `read`, and pass over blocks that cannot be read, so that a bad sector costs its own block only.
+
+        Returns how many bytes of the piece the device has, and the error of each block that was passed over, by
+        its offset in the piece. The room has no bytes of these.
+        """
+        try:
+            return self.read(device, room), {}
+        except DeviceError:
+            errors: dict[int, DeviceError] = {}
+        for at in range(0, self.length, block_size):
+            block = self.block(at, block_size)
+            try:
+                count = block.read(device, room[at : at + block_size])
+            except DeviceError as error:
+                errors[at] = error
+                continue
+            if count < block.length:
+                return at + count, errors
+        return self.length, errors
+
+    def block(self, at: int, block_size: int) -> Piece:
+        """Return the block that begins `at` bytes into the piece."""
+        position = self.position + at
+        length = min(block_size, self.length - at)
+        return Piece(position, length, [Extent(position, length)] if self._has_data(position) else [])
 
     def view(self, device: Device) -> memoryview | None:
         """The same without a copy, of a piece that the device has wholly: what is not in `data` is not to be

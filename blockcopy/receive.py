@@ -19,13 +19,15 @@ from blockcopy.checksum import ask_about
 from blockcopy.claim import existing_destination, make_room, open_destination
 from blockcopy.decoder import Decoder
 from blockcopy.device import Device
-from blockcopy.errors import BlockcopyError, SourceChangedError, SourceError, StreamError
+from blockcopy.errors import BlockcopyError, SourceChangedError, StreamError, UnreadableError
+from blockcopy.geometry import BLOCK_SIZE, Extent
 from blockcopy.handshake import greeting_of_asker, read_source
 from blockcopy.identity import Identity, differences, is_identity
 from blockcopy.progress import Progress
 from blockcopy.save import Writer
 from blockcopy.stages import InputStream, OutputStream
 from blockcopy.statefile import end_records
+from blockcopy.unreadable import Unreadable
 
 
 def receive(
@@ -70,8 +72,7 @@ class _Source:
         self._answers = answers
         self._decoder = Decoder(wire.AGREED_BLOCK_STREAM)
         self._last: Identity | None = None
-        self._failure: str | None = None
-        self._failures = 0
+        self._unreadable = Unreadable()
 
     def greeting(self) -> tuple[Identity, str]:
         """What it is, and the digest that suits both ends. StreamError where that cannot be agreed to."""
@@ -83,8 +84,8 @@ class _Source:
         """Write what comes, to the end."""
         for message in self._messages():
             if isinstance(message, wire.Failure):
-                self._failure = self._failure or message.reason
-                self._failures += 1
+                # It has no length: what is asked about is in blocks of this size, but for the last.
+                self._unreadable.add(Extent(message.position, BLOCK_SIZE), message.reason)
             elif isinstance(message, wire.Hello):
                 found = message.facts.get("identity")
                 self._last = found if is_identity(found) else None
@@ -93,15 +94,14 @@ class _Source:
 
     def check(self, identity: Identity) -> None:
         """It read all that was asked, and was the same in the end."""
-        if self._failure is not None:
-            more = f" (and {self._failures - 1} more like it)" if self._failures > 1 else ""
-            raise SourceError(f"{self._failure}{more}. All else was copied")
         changes = differences(identity, self._last or {})
         if changes:
             raise SourceChangedError(
                 f"source changed: it is not what it was ({'; '.join(changes)}). Start again; of a source that is "
                 "in use, take a snapshot"
             )
+        if self._unreadable:
+            raise UnreadableError(f"the source cannot read {self._unreadable}. All else was copied")
 
     def _messages(self) -> Iterator[wire.Message]:
         while not self._decoder.done:

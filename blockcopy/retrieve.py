@@ -21,13 +21,14 @@ from blockcopy.answers import Run, Terms
 from blockcopy.decoder import Decoder
 from blockcopy.device import Device
 from blockcopy.digests import ORIGINAL
-from blockcopy.errors import StreamError
+from blockcopy.errors import DeviceError, StreamError
 from blockcopy.geometry import BLOCK_SIZE
 from blockcopy.handshake import digest_for, greeting_of_source
 from blockcopy.packing import Packing
 from blockcopy.pieces import PIECE_SIZE, Pieces
 from blockcopy.progress import Counts, Progress
 from blockcopy.stages import Buffers, InputStream, Output, OutputStream, run_ordered
+from blockcopy.unreadable import Unreadable
 
 
 class _Say(NamedTuple):
@@ -66,8 +67,9 @@ def retrieve(
     `progress` is told the position answered, and how many bytes were sent. `working` makes what surrounds each
     piece of work, in any thread: meanwhile the asker waits, and not we for the asker.
 
-    A stream that is cut short is an error after all that arrived was answered. Errors: StreamError,
-    DeviceError, OutputError; BlockcopyError for a digest that this host has not.
+    A stream that is cut short is an error after all that arrived was answered. So are blocks that cannot be read,
+    if the form has no word for them: the stream then ends without `done`, so that nobody takes it for the whole.
+    Errors: StreamError, DeviceError, OutputError; BlockcopyError for a digest that this host has not.
     """
     buffers = Buffers(PIECE_SIZE)
     passing = source.exceeds_cache()
@@ -96,8 +98,14 @@ def retrieve(
         sent += sum(map(len, answer.frames))
         progress.update(Counts(min(position, size), size, {"sent": sent}))
 
-    questions = _Questions(source, output, packing or Packing())
-    run_ordered(_batches(_items(hashes, questions)), answer, send, wake=hashes.wake)
+    unreadable = Unreadable()
+    questions = _Questions(source, output, packing or Packing(), unreadable)
+    try:
+        run_ordered(_batches(_items(hashes, questions)), answer, send, wake=hashes.wake)
+    finally:
+        output.release()
+    if unreadable:
+        raise DeviceError(f"of {source.path}, {unreadable}. All else was answered, and nothing said of these")
     output.write([wire.encode(wire.Done())])
     progress.finish()
 
@@ -140,12 +148,13 @@ def _batches(items: Iterator[_Item | None]) -> Iterator[list[_Item]]:
 class _Questions:
     """Messages of the hash stream → what is to be answered. Knows what was agreed on so far."""
 
-    def __init__(self, source: Device, output: OutputStream, packing: Packing) -> None:
+    def __init__(self, source: Device, output: OutputStream, packing: Packing, unreadable: Unreadable) -> None:
+        """`unreadable` gets the blocks that cannot be read, where the asker has no word for them."""
         self._source = source
         self._output = output
         self._pieces = Pieces(source)
         self._packing = packing  # unless the asker wishes for another
-        self._original = self._terms = Terms(digests.named(ORIGINAL), packing)
+        self._original = self._terms = Terms(digests.named(ORIGINAL), packing, unreadable)
         self._first = True
         self._position = 0  # where the last read of the source ended, for `hash`
 
@@ -186,7 +195,7 @@ class _Questions:
         wish = packing.wish_of(facts.get("compress"))
         pack = packing.wished(wish, self._output) if wish else self._packing
         self._original = self._original._replace(packing=pack, agreed=True)
-        self._terms = Terms(digests.named(name), pack, joined=True, agreed=True)
+        self._terms = self._original._replace(digest=digests.named(name), joined=True)
         return greeting_of_source(identity.of_source(self._source), name, pack.name)
 
     def _hash(self, asked: wire.Hash) -> Iterable[_Item]:

@@ -11,6 +11,7 @@ and no thread is left.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import itertools
@@ -27,7 +28,7 @@ from typing import Callable, Generic, NamedTuple, NoReturn, TypeVar, Union
 
 from blockcopy.device import Device
 from blockcopy.digests import Buffer
-from blockcopy.errors import BlockcopyError, Interrupted, OutputError, StreamError
+from blockcopy.errors import BlockcopyError, DeviceError, Interrupted, OutputError, StreamError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -103,14 +104,17 @@ class InputStream:
 
 
 class FromDevice(NamedTuple):
-    """`length` bytes at `offset` of `device`, to be sent without being looked at."""
+    """`header`, then `length` bytes at `offset` of `device`, to be sent without being looked at."""
 
     device: Device
     offset: int
     length: int
+    header: bytes
+    instead: Callable[[], Sequence[Output]]
+    """Returns what is sent if not all of these bytes can be had. Nothing was sent then, the header neither."""
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.header) + self.length
 
 
 Output = Union[Buffer, FromDevice]
@@ -122,13 +126,13 @@ class OutputStream:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._splices = hasattr(os, "splice")  # since Python 3.10; until it is found that this is no pipe
+        self._way: tuple[int, int] | None = None  # a pipe of our own: its two ends
         self.seconds_per_byte = 0.0
         """What writing took of late: little where a pipe has room, and its reader's pace where that is slow."""
         enlarge_pipe(fd)
 
     def write(self, outputs: Sequence[Output]) -> None:
-        """All of `outputs`, in order. OutputError where the reader went away or the disk is full; DeviceError
-        where a device has not, or cannot read, what is to be sent of it."""
+        """All of `outputs`, in order. OutputError where the reader went away or the disk is full."""
         started = time.perf_counter()
         size = sum(map(len, outputs))
         for is_device, group in itertools.groupby(outputs, key=lambda output: isinstance(output, FromDevice)):
@@ -163,30 +167,59 @@ class OutputStream:
         room.register(self._fd, select.POLLOUT)
         room.poll()
 
+    def release(self) -> None:
+        """Close what writing needed. The descriptor itself stays open."""
+        way, self._way = self._way, None
+        for fd in way or ():
+            os.close(fd)
+
     def _send(self, stretch: FromDevice) -> None:
-        device, offset, length = stretch
-        waited = False
-        while self._splices and length:
+        if self._splices and self._fill(stretch):
+            self._write([memoryview(stretch.header)])
+            self._pour(stretch.length)
+            return
+        try:
+            data = stretch.device.read(stretch.offset, stretch.length)
+        except DeviceError:
+            self.write(stretch.instead())
+        else:
+            self._write([memoryview(stretch.header), memoryview(data)])
+
+    def _fill(self, stretch: FromDevice) -> bool:
+        """Have the bytes in a pipe of our own, without a copy: before a header promises them to the reader.
+
+        Returns False if they cannot be had so. What is wrong with the device, reading tells.
+        """
+        if self._way is None:
+            self._way = os.pipe()
+            enlarge_pipe(self._way[1])
+        device, offset, length, *_ = stretch
+        end = offset + length
+        with contextlib.suppress(OSError):
+            while offset < end and (count := device.splice_to(self._way[1], offset, end - offset)):
+                offset += count
+        if offset < end:
+            self._skip(length - (end - offset))
+        return offset == end
+
+    def _skip(self, count: int) -> None:
+        while self._way is not None and count:
+            count -= len(os.read(self._way[0], count))
+
+    def _pour(self, length: int) -> None:
+        """Pass on what is in the pipe."""
+        while self._way is not None and length:
             try:
-                count = device.splice_to(self._fd, offset, length)
+                length -= os.splice(self._way[0], self._fd, length)
             except BlockingIOError:
-                if waited:
-                    break  # it is the device that says so
                 self._await_room()
-                waited = True
-                continue
             except OSError as error:
                 if error.errno in (errno.EPIPE, errno.ECONNRESET):
                     raise self._error(error) from error
-                self._splices = False  # no pipe, or a device that cannot; what is wrong with it, reading tells
-                break
-            if not count:
-                break  # likewise
-            offset, length, waited = offset + count, length - count, False
-        while length:
-            data = device.read(offset, min(length, PIPE_SIZE))
-            self._write([memoryview(data)])
-            offset, length = offset + len(data), length - len(data)
+                self._splices = False  # nothing that can be spliced to: from now on all is read
+                data = os.read(self._way[0], length)
+                self._write([memoryview(data)])
+                length -= len(data)
 
     @staticmethod
     def _error(error: OSError) -> OutputError:

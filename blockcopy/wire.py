@@ -28,7 +28,7 @@ Between a mount or a sync and our own `retrieve`, the agreed form, by a greeting
                                 answered again: what the source is by now
     hole  position 8 · length 8     asked: where in there are holes; answered: here is one (any number of times)
     fenc  number 8              asked: tell when all before is answered; answered: it is
-    fail  position 8 · size 4 · text    what was asked of this position cannot be answered, and why
+    fail  position 8 · size 4 · text    the block at this position, which was asked for, cannot be read, and why
 
 In it, silence before a `fenc` means "equal" and nothing else: what the source does not have is a
 `fail`. Of the JSON, an object, these names are read, and others passed over:

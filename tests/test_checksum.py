@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import BLOCKCOPY, noise, run
+from support import BLOCKCOPY, noise, run, with_changes
 
 from blockcopy.geometry import BLOCK_SIZE
 
@@ -162,15 +162,26 @@ def test_what_cannot_be_opened_is_told_with_its_name(tmp_path: Path) -> None:
     assert failed(run("checksum", tmp_path), str(tmp_path), "Is a directory") == b""
 
 
-def test_a_read_error_is_told_with_its_place(
-    file: Callable[[bytes], Path], loop_device: Callable[..., str]
+@pytest.mark.parametrize("options", [[], ["--digest", "sha256"]], ids=["original", "extended"])
+def test_what_cannot_be_read_is_asked_for_and_told(
+    options: list[str], file: Callable[[bytes], Path], loop_device: Callable[..., str]
 ) -> None:
-    """A loop device whose backing file has become shorter; what was read before is hashed."""
-    path = file(noise(32 * BLOCK_SIZE))
+    """A loop device whose backing file has become shorter. A write may mend what it lost."""
+    data = noise(32 * BLOCK_SIZE)
+    path = file(data)
     device = loop_device(path, "--direct-io=on")
     os.truncate(path, 8 * BLOCK_SIZE)
-    stream = failed(run("checksum", device), f"of {device}: Input/output error")
-    assert hashes(noise(32 * BLOCK_SIZE)).startswith(stream)
+    hashing = run("checksum", *options, device)
+    assert hashing.returncode == 0
+    assert f"{8 * BLOCK_SIZE}:{24 * BLOCK_SIZE}): cannot read" in hashing.stderr.decode()
+    changed = with_changes(data, [3])
+    source = path.with_name("source")
+    source.write_bytes(changed)
+    answers = run("retrieve", source, input=hashing.stdout)
+    assert answers.returncode == 0
+    assert 25 * BLOCK_SIZE < len(answers.stdout) < 26 * BLOCK_SIZE
+    assert run("save", device, input=answers.stdout).returncode == 0
+    assert path.read_bytes() == changed
 
 
 def test_a_terminal_is_refused(file: Callable[[bytes], Path]) -> None:

@@ -166,6 +166,7 @@ def test_exit_statuses_are_those_that_scripts_rely_on() -> None:
         "SourceError": 3,
         "GarbledSourceError": 3,
         "SourceChangedError": 3,
+        "UnreadableError": 3,
         "OriginalProgramError": 3,
         "MountError": 4,
         "DifferentError": 5,

@@ -194,10 +194,10 @@ def test_silence_is_equal_in_the_agreed_form() -> None:
     first, second = asked(form, question(0, 10)), asked(form, question(20, 4), question(40, 3))
     form.take(Fence(0))
     assert (first.settled, second.settled) == (1, 0)
-    assert first.batch.answer == ([], [])
+    assert first.batch.answer == ([], [], [])
     form.take(Data(40, b"abc"))
     form.take(Fence(1))
-    assert second.batch.answer == ([Extent(40, 3)], [])
+    assert second.batch.answer == ([Extent(40, 3)], [], [])
 
 
 def test_several_blocks_may_come_as_one() -> None:
@@ -206,7 +206,7 @@ def test_several_blocks_may_come_as_one() -> None:
     form.take(Data(4, b"abcdefgh"))
     form.take(Zero(12, 6))
     form.take(Fence(0))
-    assert each.batch.answer == ([Extent(4, 8)], [Extent(12, 6)])
+    assert each.batch.answer == ([Extent(4, 8)], [Extent(12, 6)], [])
     assert each.sink.given == [(4, b"abcdefgh"), (12, bytes(6))]
 
 
@@ -218,7 +218,7 @@ def test_neighbouring_zeros_are_given_as_one() -> None:
     assert each.sink.given == [(0, bytes(8)), (8, b"abcd"), (12, bytes(12))]
     form.take(Fence(0))
     assert each.sink.given[3:] == [(40, bytes(4))]
-    assert each.batch.answer == ([Extent(8, 4)], [Extent(0, 8), Extent(12, 12), Extent(40, 4)])
+    assert each.batch.answer == ([Extent(8, 4)], [Extent(0, 8), Extent(12, 12), Extent(40, 4)], [])
 
 
 @pytest.mark.parametrize(
@@ -254,16 +254,25 @@ def test_nothing_comes_before_what_came_before() -> None:
         form.take(Data(4, b"abcd"))
 
 
-def test_a_failure_is_of_its_batch_alone() -> None:
+def test_a_failure_is_of_its_block_alone() -> None:
     form = AgreedForm("source")
-    first, second = asked(form, question(0, 8)), asked(form, question(8, 4))
-    form.take(Failure(0, "the disk is on fire"))
-    form.take(Data(4, b"abcd"))
-    form.take(Fence(0))
-    form.take(Fence(1))
-    assert isinstance(first.batch.error, SourceError)
-    assert "the disk is on fire" in str(first.batch.error)
-    assert (first.sink.given, second.batch.error) == ([], None)  # the rest of it is of no use
+    first, second = asked(form, question(0, 11)), asked(form, question(12, 4))
+    for word in (Failure(0, "the disk is on fire"), Data(4, b"abcd"), Failure(8, "x" * 1000), Fence(0), Fence(1)):
+        form.take(word)
+    assert (first.batch.error, first.sink.given) == (None, [(4, b"abcd")])
+    told, long = first.batch.answer.unread
+    assert told == (Extent(0, 4), "source: the disk is on fire")
+    assert (long.extent, len(long.reason)) == (Extent(8, 3), 500)
+    assert second.batch.answer == ([], [], [])
+
+
+@pytest.mark.parametrize("position", [2, 12, 0])
+def test_a_failure_of_what_was_not_asked_or_is_answered_is_none(position: int) -> None:
+    form = AgreedForm("source")
+    asked(form, question(0, 8))
+    form.take(Failure(4, "bad"))
+    with pytest.raises(StreamError, match="a failure"):
+        form.take(Failure(position, "bad"))
 
 
 def test_a_sink_that_fails_fails_its_batch_alone() -> None:

@@ -37,7 +37,8 @@ from support import (
 )
 
 from blockcopy.errors import SourceChangedError, SourceError
-from blockcopy.replica.forms import Answer
+from blockcopy.geometry import Extent
+from blockcopy.replica.forms import Answer, Question, Unread
 from blockcopy.replica.link import Link
 
 Mounter = Callable[..., Mount]
@@ -555,8 +556,9 @@ def test_a_source_that_always_garbles_ends_the_pass_of_a_mount(mount: Mounter, s
 # The back-off, with a clock that jumps to whatever is waited for
 
 
-NOTHING_DIFFERS = Answer([], [])
+NOTHING_DIFFERS = Answer([], [], [])
 SINK: Any = object()  # to which nothing is given
+QUESTION = Question(0, 1, 1, b"")
 
 
 class FakeRetriever:
@@ -565,6 +567,7 @@ class FakeRetriever:
     def __init__(self) -> None:
         self.ended = trio.Event()
         self.failure: SourceError | None = None
+        self.unanswered: Sequence[Question] | None = None
         self.answered_at: float | None = None
         self.sent_bytes = self.received_bytes = 0
 
@@ -592,6 +595,7 @@ class FakeConnector:
         self.plan = list(plan)
         self.changed: SourceChangedError | None = None
         self.links_changed = trio.Event()
+        self.fatal_blocks = 0
         self.attempts: list[float] = []
         """When they were, in trio's time."""
 
@@ -646,7 +650,7 @@ def test_after_an_answer_the_next_attempt_is_soon_again() -> None:
 
     async def scenario(link: Link, connector: FakeConnector) -> None:
         for retriever in (first, second, third):
-            await link.ask([1], SINK, trio.current_time())
+            await link.ask([QUESTION], SINK, trio.current_time())
             retriever.end()
         await trio.sleep(5)
         assert connector.waits() == [1, 2, 4, 1, 1, 1, 2]
@@ -672,13 +676,13 @@ def test_who_asks_waits_as_long_as_its_patience_and_others_longer() -> None:
     async def scenario(link: Link, connector: FakeConnector) -> None:
         start = trio.current_time()
         with pytest.raises(SourceError, match="has been away for 60 seconds: nobody is there"):
-            await link.ask([1], SINK, start)
+            await link.ask([QUESTION], SINK, start)
         assert trio.current_time() - start == pytest.approx(60)
         with pytest.raises(SourceError, match="60 seconds"):  # wanted for as long already
-            await link.ask([1], SINK, start)
+            await link.ask([QUESTION], SINK, start)
         assert trio.current_time() - start == pytest.approx(60)
         with pytest.raises(SourceError, match="60 seconds"):
-            await link.ask([1], SINK, trio.current_time())
+            await link.ask([QUESTION], SINK, trio.current_time())
         assert trio.current_time() - start == pytest.approx(120)
 
     with_link(scenario)
@@ -688,11 +692,11 @@ def test_patience_is_counted_from_the_last_answer() -> None:
     first = FakeRetriever()
 
     async def scenario(link: Link, connector: FakeConnector) -> None:
-        await link.ask([1], SINK, 0)
+        await link.ask([QUESTION], SINK, 0)
         start = trio.current_time()
         first.end()
         with pytest.raises(SourceError, match="60 seconds"):
-            await link.ask([1], SINK, start - 1000)
+            await link.ask([QUESTION], SINK, start - 1000)
         assert trio.current_time() - start == pytest.approx(60)
 
     with_link(scenario, [first])
@@ -711,7 +715,7 @@ def test_connections_without_an_answer_do_not_prolong_a_patience() -> None:
     async def scenario(link: Link, connector: FakeConnector) -> None:
         start = trio.current_time()
         with pytest.raises(SourceError, match="away for 60 seconds: it broke"):
-            await link.ask([1], SINK, start)
+            await link.ask([QUESTION], SINK, start)
         assert 60 <= trio.current_time() - start <= 60 + 20
 
     with_link(scenario, [TricklingRetriever() for _ in range(100)])
@@ -722,21 +726,53 @@ def test_what_was_in_flight_is_asked_of_the_next_connection() -> None:
     broken.end()
 
     async def scenario(link: Link, connector: FakeConnector) -> None:
-        assert await link.ask([1, 2], SINK, trio.current_time()) == NOTHING_DIFFERS
+        assert await link.ask([QUESTION, QUESTION], SINK, trio.current_time()) == NOTHING_DIFFERS
         assert good.answered_at is not None
         assert link.reconnects == 1
 
     with_link(scenario, [broken, good])
 
 
+class MortalRetriever(FakeRetriever):
+    """A connection that ends at a block whose position is odd, whatever else it is asked in one."""
+
+    async def ask(self, questions: Sequence[Any], sink: object) -> Answer:
+        await trio.lowlevel.checkpoint()
+        if self.failure is None and any(extent.offset % 2 for each in questions for extent, _ in each.blocks()):
+            self.unanswered = questions
+            self.end()
+        if self.failure is not None:
+            raise self.failure
+        return Answer([Extent(each.position, each.length) for each in questions], [], [])
+
+
+def test_what_ends_connection_after_connection_is_found_out_block_by_block() -> None:
+    async def scenario(link: Link, connector: FakeConnector) -> None:
+        answer = await link.ask([Question(0, 3, 1, b"abc")], SINK, 0)
+        assert sorted(answer.data) == [Extent(0, 1), Extent(2, 1)]
+        assert answer.unread == [Unread(Extent(1, 1), "it broke")]
+        assert len(connector.attempts) <= 6
+        assert set(connector.waits()) <= {1}  # an end that tells something is as good as an answer
+
+    with_link(scenario, [MortalRetriever() for _ in range(20)])
+
+
+def test_a_source_that_ends_at_everything_is_given_up() -> None:
+    async def scenario(link: Link, connector: FakeConnector) -> None:
+        with pytest.raises(SourceError, match="ended at more than 64 blocks"):
+            await link.ask([Question(0, 140, 1, bytes(140))], SINK, trio.current_time())
+
+    with_link(scenario, [MortalRetriever() for _ in range(1000)], patience=10_000)
+
+
 def test_another_source_is_the_end_of_the_link() -> None:
     async def scenario(link: Link, connector: FakeConnector) -> None:
         with pytest.raises(SourceChangedError, match="source changed"):
-            await link.ask([1], SINK, trio.current_time())
+            await link.ask([QUESTION], SINK, trio.current_time())
         await trio.sleep(100)
         assert len(connector.attempts) == 2
         with pytest.raises(SourceChangedError, match="source changed"):
-            await link.ask([1], SINK, trio.current_time())
+            await link.ask([QUESTION], SINK, trio.current_time())
 
     with_link(scenario, [SourceError("nobody is there"), SourceChangedError("source changed: it is another")])
 
@@ -747,7 +783,7 @@ def test_a_link_that_is_closed_lets_everybody_go() -> None:
 
             async def wait_in_vain() -> None:
                 with pytest.raises(SourceError, match="let go"):
-                    await link.ask([1], SINK, trio.current_time())
+                    await link.ask([QUESTION], SINK, trio.current_time())
 
             nursery.start_soon(wait_in_vain)
             await trio.sleep(5)

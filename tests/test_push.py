@@ -283,10 +283,11 @@ def test_it_asks_about_all_and_writes_what_comes(source: Path, destination: Path
 
 def test_what_the_source_cannot_read_is_told_and_all_else_is_written(source: Path, destination: Path) -> None:
     hello = wire.Hello(facts(source))
-    failures = [wire.Failure(0, "cannot read block 0"), wire.Failure(9, "cannot read block 9")]
+    failures = [wire.Failure(at * BLOCK_SIZE, f"cannot read block {at}") for at in (0, 1, 9)]
     status, said, _ = Receiver(destination).ended(hello, *failures, wire.Data(5, b"x"), hello, wire.Done())
     assert (status, destination.read_bytes()[5:6]) == (3, b"x")
-    assert "cannot read block 0 (and 1 more like it). All else was copied" in said
+    ranges = f"0:{2 * BLOCK_SIZE}, {9 * BLOCK_SIZE}:{BLOCK_SIZE}"
+    assert f"cannot read {3 * BLOCK_SIZE} bytes ({ranges}): cannot read block 0. All else was copied" in said
 
 
 def test_a_source_that_changed_is_told(source: Path, destination: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import trio
 
 from blockcopy.device import Device
-from blockcopy.errors import BlockcopyError
+from blockcopy.errors import BlockcopyError, UnreadableError
 from blockcopy.geometry import Extent, Geometry
 from blockcopy.replica.blockmap import BlockMap
 from blockcopy.replica.materialiser import Lane, Materialiser
@@ -48,10 +48,14 @@ class Hydration:
         self._error: BlockcopyError | None = None
 
     async def run(self) -> None:
-        """Return when nothing is missing. Raises the first error; what is in flight then still lands."""
+        """Return when nothing is missing but what the source cannot read.
+
+        Raises the first other error; what is in flight then still lands.
+        """
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._survey)
-            while not self._blockmap.complete:  # once, unless a failed sync made it forget what it had
+            # Once, unless a failed sync made it forget what it had.
+            while next(self._blockmap.wanted(range(self._geometry.blocks)), None) is not None:
                 await self._sweep()
                 if self._error is not None:
                     nursery.cancel_scope.cancel()
@@ -75,18 +79,25 @@ class Hydration:
                     first = self._next(range(start))
                 if first is None:
                     break
-                start = min(first + self._pace.batch_blocks, self._geometry.blocks)
+                start = self._end_of_batch(first)
                 self._pace.take(start - first)
                 self._in_hand.update(range(first, start))
                 nursery.start_soon(self._bring, range(first, start))
 
     def _next(self, blocks: range) -> int | None:
-        """The first that is missing, and that nobody here is bringing."""
-        return next((block for block in self._blockmap.missing(blocks) if block not in self._in_hand), None)
+        """The first that is missing and can be had, as far as is known, and that nobody here is bringing."""
+        return next((block for block in self._blockmap.wanted(blocks) if block not in self._in_hand), None)
+
+    def _end_of_batch(self, first: int) -> int:
+        """Return where a batch from `first` on ends: at a block that was set aside, at the latest."""
+        stop = min(first + self._pace.batch_blocks, self._geometry.blocks)
+        return next(filter(self._blockmap.is_aside, range(first, stop)), stop)
 
     async def _bring(self, blocks: range) -> None:
         try:
             await self._materialiser.ensure(blocks, self._lane)
+        except UnreadableError:
+            pass  # all others of them are here; what is not, the block map knows
         except BlockcopyError as error:
             self._error = self._error or error
         finally:

@@ -1,6 +1,7 @@
 """Which blocks of the destination are known to be right. Pure state: one bit a block and counters.
 
-A block is unknown until it is marked. Blocks on their way are the materialiser's to know. What was
+A block is unknown until it is marked. One that the source cannot read is set aside: missing as before, and not
+wanted by the pass. Blocks on their way are the materialiser's to know. What was
 marked since it was last asked for is handed out in chunks, for the journal.
 """
 
@@ -10,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
-from blockcopy.geometry import Geometry
+from blockcopy.geometry import Extent, Geometry
 
 CHUNK_BLOCKS = 16384
 """Blocks whose bits are kept and recorded as one: 2 KiB for 2 GiB of the device."""
@@ -39,6 +40,7 @@ class BlockMap:
         """Nothing is known: every block has to be checked again."""
         self.generation += 1
         self._bits = bytearray(-(-self._geometry.blocks // 8))
+        self._aside = bytearray()  # bits of the blocks that were set aside, once there are any
         self._fill_padding()
         self._changed: set[int] = set()
         self.resumed_bytes = 0
@@ -71,7 +73,7 @@ class BlockMap:
             return
         if not 0 <= blocks.start < blocks.stop <= self._geometry.blocks:
             raise IndexError(f"blocks {blocks.start} to {blocks.stop - 1} of {self._geometry.blocks}")
-        added = self._set_zeros(blocks) if kind == "zero" else self._set(blocks)
+        added = self._set_zeros(blocks) if kind == "zero" else _set(self._bits, blocks)
         if not added:
             return
         length = added * self._geometry.block_size
@@ -87,11 +89,11 @@ class BlockMap:
             self.same_bytes += length
 
     def _set_zeros(self, blocks: range) -> int:
-        """As `_set`; what was not set before is counted, range by range."""
+        """As `_set`, of the present ones; what was not set before is counted, range by range."""
         added = 0
         for cell in range(blocks.start // self._coarse, blocks[-1] // self._coarse + 1):
             start = cell * self._coarse
-            new = self._set(range(max(blocks.start, start), min(blocks.stop, start + self._coarse)))
+            new = _set(self._bits, range(max(blocks.start, start), min(blocks.stop, start + self._coarse)))
             self._zeros[cell] += new
             added += new
         return added
@@ -107,14 +109,6 @@ class BlockMap:
         looked_at = min(cells.stop * self._coarse, self._geometry.blocks) - cells.start * self._coarse
         zeros = sum(map(self._zeros.__getitem__, cells)) * len(blocks) // looked_at
         return present, min(present, zeros)
-
-    def _set(self, blocks: range) -> int:
-        """Set their bits; how many were not set before."""
-        first, last = blocks.start >> 3, (blocks.stop - 1) >> 3
-        old = int.from_bytes(self._bits[first : last + 1], "little")
-        new = old | ((1 << len(blocks)) - 1) << (blocks.start & 7)
-        self._bits[first : last + 1] = new.to_bytes(last + 1 - first, "little")
-        return (new ^ old).bit_count()
 
     def resume(self, chunks: Mapping[int, bytes]) -> None:
         """Take recorded chunks as they are; for a map of which nothing is marked yet.
@@ -159,6 +153,52 @@ class BlockMap:
             yield found
             block = found + 1
 
+    def set_aside(self, blocks: range) -> None:
+        """Note that consecutive blocks cannot be read at the source. They are missing until they are marked."""
+        self._aside = self._aside or bytearray(len(self._bits))
+        _set(self._aside, blocks)
+
+    def is_aside(self, block: int) -> bool:
+        """Return whether it was set aside, be it present by now."""
+        return bool(self._aside) and bool(self._aside[block >> 3] & 1 << (block & 7))
+
+    def wanted(self, blocks: range) -> Iterator[int]:
+        """Return those that are missing and were not set aside, as `missing` does."""
+        found = self._next_wanted(blocks.start)
+        while found is not None and found < blocks.stop:
+            yield found
+            found = self._next_wanted(found + 1)
+
+    def _next_wanted(self, block: int) -> int | None:
+        while True:
+            found = self._next_missing(block)
+            if found is None or not self.is_aside(found):
+                return found
+            behind = _next_clear(self._aside, found)
+            if behind is None:
+                return None
+            block = behind
+
+    def unreadable(self, most: int) -> tuple[int, list[Extent], bool]:
+        """Return the bytes that were set aside and are missing, the first `most` ranges, and if there are more."""
+        if not self._aside:
+            return 0, [], False
+        left = int.from_bytes(self._aside, "little") & ~int.from_bytes(self._bits, "little")
+        count = left.bit_count() * self._geometry.block_size
+        if left >> self._geometry.blocks - 1:
+            count -= self._geometry.block_size - self._geometry.extent(self._geometry.blocks - 1).length
+        ranges: list[Extent] = []
+        at = 0
+        while left and len(ranges) < most:
+            skipped = (left & -left).bit_length() - 1
+            left >>= skipped
+            run = (~left & left + 1).bit_length() - 1
+            left >>= run
+            first, last = self._geometry.extent(at + skipped), self._geometry.extent(at + skipped + run - 1)
+            ranges.append(Extent(first.offset, last.end - first.offset))
+            at += skipped + run
+        return count, ranges, bool(left)
+
     def any_missing(self, blocks: Sequence[int]) -> bool:
         """Whether one of them is unknown; quick for a range."""
         if isinstance(blocks, range):
@@ -167,15 +207,29 @@ class BlockMap:
         return any(not self._bits[block >> 3] & 1 << (block & 7) for block in blocks)
 
     def _next_missing(self, block: int) -> int | None:
-        index = block >> 3
-        if index >= len(self._bits):
+        return _next_clear(self._bits, block)
+
+
+def _set(bits: bytearray, blocks: range) -> int:
+    """Set the bits of `blocks`. Returns how many were not set before."""
+    first, last = blocks.start >> 3, (blocks.stop - 1) >> 3
+    old = int.from_bytes(bits[first : last + 1], "little")
+    new = old | ((1 << len(blocks)) - 1) << (blocks.start & 7)
+    bits[first : last + 1] = new.to_bytes(last + 1 - first, "little")
+    return (new ^ old).bit_count()
+
+
+def _next_clear(bits: bytearray, block: int) -> int | None:
+    """Return the first block from `block` on whose bit is not set. Returns None if there is none."""
+    index = block >> 3
+    if index >= len(bits):
+        return None
+    byte = bits[index] | (1 << (block & 7)) - 1  # what lies before `block` does not count
+    if byte == 0xFF:
+        found = _NOT_FULL.search(bits, index + 1)
+        if found is None:
             return None
-        byte = self._bits[index] | (1 << (block & 7)) - 1  # what lies before `block` does not count
-        if byte == 0xFF:
-            found = _NOT_FULL.search(self._bits, index + 1)
-            if found is None:
-                return None
-            index = found.start()
-            byte = self._bits[index]
-        lowest_zero = ~byte & byte + 1
-        return index * 8 + lowest_zero.bit_length() - 1
+        index = found.start()
+        byte = bits[index]
+    lowest_zero = ~byte & byte + 1
+    return index * 8 + lowest_zero.bit_length() - 1

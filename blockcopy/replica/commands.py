@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from blockcopy import console, packing, zstd
 from blockcopy.claim import check_destination
 from blockcopy.device import open_source
-from blockcopy.errors import DifferentError, UsageError
+from blockcopy.errors import DeviceError, DifferentError, UnreadableError, UsageError
 from blockcopy.login import control_path, logged_in
 from blockcopy.places import absolute
 from blockcopy.remote import Command, Location, parse_location, stage_command
@@ -245,7 +245,14 @@ def _compare(args: argparse.Namespace, command: Command, path: str, size: int | 
 
 def _write_json(verdict: Verdict, ranges: array.array[int]) -> None:
     """One object, with a range a line."""
-    figures = {"size": verdict.size, "differing_bytes": verdict.differing, "tail_bytes": verdict.tail}
+    unread = [extent._asdict() for each in (verdict.there, verdict.here) for extent in each.ranges]
+    figures = {
+        "size": verdict.size,
+        "differing_bytes": verdict.differing,
+        "tail_bytes": verdict.tail,
+        "unreadable_bytes": verdict.there.bytes + verdict.here.bytes,
+        "unreadable_ranges": unread,
+    }
     console.write(f'{json.dumps(figures)[:-1]}, "ranges": [')
     for at in range(0, len(ranges), 2 * _RANGES):
         lines = [
@@ -257,8 +264,20 @@ def _write_json(verdict: Verdict, ranges: array.array[int]) -> None:
 
 
 def _refuse_differing(args: argparse.Namespace, verdict: Verdict) -> None:
+    """Raises DifferentError if the ends differ, else UnreadableError or DeviceError if blocks were not compared."""
+    ends = (verdict.there, verdict.here)
+    source, destination = ends if parse_location(args.destination).host is None else reversed(ends)
+    uncompared = [
+        f"of {path}, cannot read {found}"
+        for path, found in ((args.source, source), (args.destination, destination))
+        if found
+    ]
     if verdict.differing:
-        raise DifferentError(
+        differing = (
             f"{args.destination} is not a copy of {args.source}: {verdict.differing} of {verdict.size} bytes "
             "lie in blocks that differ"
         )
+        raise DifferentError("; ".join([differing, *uncompared]))
+    if uncompared:
+        words = "; ".join(uncompared) + ". All else is equal"
+        raise UnreadableError(words) if source else DeviceError(words)

@@ -57,6 +57,8 @@ class Connector:
         """It was found to be another: from then on nothing of it is believed."""
         self.links_changed = trio.Event()
         """Set, and replaced, when a link has a connection, or will never have one again."""
+        self.fatal_blocks = 0
+        """Blocks that no connection outlived."""
         self._guess = guess
         self._timeout = timeout
         self._prompts = prompts

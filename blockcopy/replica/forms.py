@@ -14,8 +14,8 @@ byte that cannot be equal: without that answer nothing of the batch is believed.
 
 In both, answers come in the order asked, so silence before a fence means "equal". An answer is checked
 against what was asked, and then given to the batch's sink as it comes. A source that no longer has what
-it had fails the batches in question, and goes on serving others; what cannot be an answer at all is a
-StreamError, and ends the connection.
+it had fails the blocks in question (in the original form, the batch), and goes on serving others; what cannot be
+an answer at all is a StreamError, and ends the connection.
 
 `ask` is called by tasks, `take` by the thread that receives; `pending` is what they share: the one
 appends to it, the other takes from its front.
@@ -39,6 +39,9 @@ _MOST_HOLES = 65536
 FENCES = 16
 """Empty questions behind a batch in the original form: whatever its queue held, one of them fills it."""
 
+_MAX_REASON = 500
+"""Characters that are kept of what a source says of a block."""
+
 
 class Question(NamedTuple):
     """`length` bytes (at least 1) at `position` have these `digests` here, one a block, joined: the
@@ -52,6 +55,10 @@ class Question(NamedTuple):
     @property
     def end(self) -> int:
         return self.position + self.length
+
+    def split(self) -> list[Question]:
+        """Return the same as questions of one block each."""
+        return [Question(*extent, self.block_size, own) for extent, own in self.blocks()]
 
     def blocks(self) -> Iterator[tuple[Extent, bytes]]:
         """Each block, and its digest."""
@@ -78,11 +85,20 @@ class Sink(Protocol):
         """The source has zeros there."""
 
 
+class Unread(NamedTuple):
+    """A block that the source cannot read, and why, in its words."""
+
+    extent: Extent
+    reason: str
+
+
 class Answer(NamedTuple):
-    """Where the source's bytes differ, in ascending order; all else that was asked about is equal."""
+    """Where the source's bytes differ, and what it cannot read, each in ascending order; all else that was asked
+    about is equal."""
 
     data: list[Extent]
     zeros: list[Extent]
+    unread: list[Unread]
 
 
 class Batch:
@@ -92,7 +108,7 @@ class Batch:
         """`settle` is called once, from any thread, when there is nothing more to come."""
         self.questions = questions
         self.fence = 0
-        self.answer = Answer([], [])
+        self.answer = Answer([], [], [])
         self.error: BlockcopyError | None = None
         self.settle = settle
         self._sink = sink
@@ -120,6 +136,14 @@ class Batch:
         else:
             self._give_zeros()
             self._zeros = extent
+        return True
+
+    def failure(self, position: int, reason: str) -> bool:
+        """Take that a block cannot be read. Returns False if it answers nothing that was asked."""
+        block = self.block_at(position)
+        if block is None or not self._fits(block):
+            return False
+        self.answer.unread.append(Unread(block, reason[:_MAX_REASON]))
         return True
 
     def _give_zeros(self) -> None:
@@ -292,12 +316,14 @@ class AgreedForm(Form):
                 raise StreamError(f"a hole of {message.length} bytes at position {message.position}")
             self.answers += message.length >= survey.least
         elif isinstance(message, wire.Failure):
-            if not self.pending:
+            if not self.pending or not self.pending[0].failure(message.position, self._told(message)):
                 raise StreamError(f"a failure for position {message.position}")
-            batch = self.pending[0]
-            batch.error = batch.error or SourceError(f"{self.source}: {message.reason}")
+            self.answers += 1
         else:
             super().take(message)
+
+    def _told(self, failure: wire.Failure) -> str:
+        return f"{self.source}: {failure.reason}"
 
 
 class OriginalForm(Form):

@@ -18,10 +18,10 @@ from typing import TypeVar
 import trio
 
 from blockcopy.digests import Buffer, Digest
-from blockcopy.errors import GarbledSourceError, SourceChangedError, SourceError
+from blockcopy.errors import BlockcopyError, GarbledSourceError, SourceChangedError, SourceError
 from blockcopy.geometry import Extent
 from blockcopy.replica.connector import Connector
-from blockcopy.replica.forms import Answer, Question, Sink
+from blockcopy.replica.forms import Answer, Question, Sink, Unread
 from blockcopy.replica.retriever import Retriever
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,18 @@ _WANTED_DELAY = 5
 
 _MOST_GARBLED = 3
 """Connections that one question may end by garbled answers: then it is the source and not the link."""
+
+
+_SUSPECT_AFTER, _FATAL_AFTER = 2, 3
+"""Connections that end by themselves at the same questions. After the first number, each block is asked for by
+itself. A block that ended the second number of them counts as one that the source cannot read."""
+
+_MOST_FATAL = 64
+"""Blocks that may be found so. Each costs some connections: a source that is bad all over would take for ever."""
+
+
+class _FatalError(SourceError):
+    """Connection after connection ended at the same questions."""
 
 
 class _Guarded:
@@ -131,8 +143,8 @@ class Link:
         while not self._connector.changed:
             if self._retriever is not None:
                 await self._retriever.ended.wait()
-                if self._retriever.answered_at is not None:
-                    delay = _FIRST_DELAY
+                if self._retriever.answered_at is not None or self._retriever.unanswered is not None:
+                    delay = _FIRST_DELAY  # an end that tells of what it comes is as good as an answer
                 self._lose(self._retriever)
             if self.last_error is not None:  # else it has not been tried yet
                 await self._rest(delay)
@@ -177,18 +189,67 @@ class Link:
     async def ask(self, questions: Sequence[Question], sink: Sink, since: float) -> Answer:
         """As `Retriever.ask`, over as many connections as it takes.
 
-        `since`: when it was first wanted, in trio's time. SourceError where the patience ends, where
-        the source says that it cannot answer, and where the link is closed or the source another.
+        `since`: when it was first wanted, in trio's time. SourceError where the patience ends, and where the
+        link is closed or the source another.
         """
         guarded = _Guarded(sink, self._connector)
-        return await self._over_connections(lambda retriever: retriever.ask(questions, guarded), since)
+        if len(questions) > 1 or questions[0].length > questions[0].block_size:
+            try:
+                return await self._ask(questions, guarded, since, _SUSPECT_AFTER)
+            except _FatalError as error:
+                logger.warning("%s; each block of what it was asked is asked for by itself", error)
+        return await self._ask_each([each for question in questions for each in question.split()], guarded, since)
+
+    async def _ask(self, questions: Sequence[Question], sink: Sink, since: float, most: int) -> Answer:
+        """As `ask`. Raises _FatalError if `most` connections ended while this was to be answered next."""
+        ended = 0
+
+        async def ask(retriever: Retriever) -> Answer:
+            nonlocal ended
+            try:
+                return await retriever.ask(questions, sink)
+            except SourceError as error:
+                if retriever.unanswered is questions:
+                    ended += 1
+                    if ended == most:
+                        raise _FatalError(str(error)) from error
+                raise
+
+        return await self._over_connections(ask, since)
+
+    async def _ask_each(self, questions: Sequence[Question], sink: Sink, since: float) -> Answer:
+        """Ask for blocks, each by itself. One that ends connection after connection cannot be read."""
+        answer = Answer([], [], [])
+        errors: list[BlockcopyError] = []
+
+        async def ask(question: Question) -> None:
+            try:
+                found = await self._ask([question], sink, since, _FATAL_AFTER)
+            except _FatalError as error:
+                found = Answer([], [], [Unread(Extent(question.position, question.length), str(error))])
+                self._connector.fatal_blocks += 1
+                if self._connector.fatal_blocks > _MOST_FATAL:
+                    errors.append(SourceError(f"the source ended at more than {_MOST_FATAL} blocks: {error}"))
+            except BlockcopyError as error:
+                errors.append(error)
+                return
+            answer.data.extend(found.data)
+            answer.zeros.extend(found.zeros)
+            answer.unread.extend(found.unread)
+
+        async with trio.open_nursery() as nursery:
+            for question in questions:
+                nursery.start_soon(ask, question)
+        if errors:
+            raise errors[0]
+        return answer
 
     async def holes(self, extent: Extent, least: int, since: float) -> list[Extent]:
         """As `Retriever.holes`, over as many connections as it takes. SourceError as in `ask`."""
         return await self._over_connections(lambda retriever: retriever.holes(extent, least), since)
 
     async def _over_connections(self, ask: Callable[[Retriever], Awaitable[T]], since: float) -> T:
-        garbled = 0
+        garbled, late = 0, False
         while True:
             retriever = await self._connected(since)
             try:
@@ -199,13 +260,15 @@ class Link:
                 garbled += 1
                 if garbled == _MOST_GARBLED:
                     raise
-            except SourceError:
-                if retriever.failure is None or self._closing:
+            except SourceError as error:
+                if retriever.failure is None or self._closing or isinstance(error, _FatalError):
                     raise
             if self._connector.changed is None:
                 await retriever.ended.wait()
                 if trio.current_time() >= self._deadline(since):
-                    raise self._given_up(retriever.failure)
+                    if late or self._up() is None:
+                        raise self._given_up(retriever.failure)
+                    late = True  # whoever has no patience at all is served by the other link all the same, once
 
     async def _connected(self, since: float) -> Retriever:
         while True:
@@ -213,11 +276,17 @@ class Link:
                 raise copy(self._connector.changed)
             if self._closing:
                 raise SourceError(f"{self._connector.command.location} has been let go")
-            for link in filter(None, (self, self.substitute)):
-                if link._retriever is not None and link._retriever.failure is None:
-                    return link._retriever
+            if (retriever := self._up()) is not None:
+                return retriever
             if not await self._wait_until(self._deadline(since)):
                 raise self._given_up(self.last_error)
+
+    def _up(self) -> Retriever | None:
+        """Return a connection that can be asked now: of this link, or else of its substitute."""
+        for link in filter(None, (self, self.substitute)):
+            if link._retriever is not None and link._retriever.failure is None:
+                return link._retriever
+        return None
 
     def _deadline(self, since: float) -> float:
         """Return when what is wanted since then is given up, in trio's time."""

@@ -10,6 +10,7 @@ same bytes, is dropped, and a flight that has nothing left to bring ends. Each f
 nursery given here, not in the task of who asked, so a reader that goes away strands nobody.
 A failed flight is forgotten: the next `ensure` tries again. Who waited for a flight of the other lane, or
 for one of more blocks than it wants, does not inherit its failure, but tries by its own means.
+A block that the source cannot read is set aside, and fails nobody but those who want it (`faults`).
 
 What differs is written by the `_Writer`, in the thread that receives it. What holds after a crash or an
 error at any line of `_fetch`: a block is marked only after the write of all its bytes returned, or
@@ -27,14 +28,16 @@ from functools import partial
 import trio
 
 from blockcopy.destination import Destination
-from blockcopy.errors import BlockcopyError, DeviceError, SourceError
+from blockcopy.errors import BlockcopyError, DeviceError, SourceError, UnreadableError
 from blockcopy.geometry import Geometry, runs
 from blockcopy.replica.blockmap import BlockMap
+from blockcopy.replica.faults import Faults
 from blockcopy.replica.forms import Answer
 from blockcopy.replica.link import Link
 from blockcopy.replica.questions import questions
 from blockcopy.replica.window import Window
 from blockcopy.replica.writer import Writer
+from blockcopy.unreadable import Unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +121,9 @@ class Materialiser:
         self._nursery = nursery
         self._writer = Writer(device, geometry, blockmap, sparse=sparse)
         self._dropping = False
+        self._faults = Faults()
+        self._rewritten = Unreadable()
+        """Blocks of the destination that cannot be read: they are fetched, and a write may mend them."""
         self.last_error: BlockcopyError | None = None
         self.complete = trio.Event()
         if blockmap.complete:
@@ -128,13 +134,24 @@ class Materialiser:
         """Something was written since the device was last synced. Replaced by each sync."""
         return self._writer.unsynced
 
+    @property
+    def last_fault(self) -> UnreadableError | None:
+        """Return why the source could not read a block, of the last one that it could not."""
+        return self._faults.last
+
     async def ensure(self, blocks: range, lane: Lane) -> None:
-        """Return when all of `blocks` are present. SourceError or DeviceError where one cannot be."""
+        """Return when all of `blocks` are present. SourceError or DeviceError where one cannot be.
+
+        Raises UnreadableError if the source cannot read some of them, and all others are present.
+        """
         since = trio.current_time()
         patient = True
         while missing := list(self._blockmap.missing(blocks)):
             own, others, unclaimed = set(), set(), []
-            for block in missing:
+            wanted = [block for block in missing if not self._faults.is_known(block, since)]
+            if not wanted:
+                raise copy(self._faults.error(missing[0]))
+            for block in wanted:
                 if flight := lane.claims.get(block):
                     own.add(flight)
                 elif patient and (flight := self._claim_elsewhere(block, lane)):
@@ -200,7 +217,9 @@ class Materialiser:
     async def _fetch(self, blocks: Sequence[int], lane: Lane, since: float) -> None:
         digest = await lane.link.digest(since)
         generation = self._blockmap.generation
-        read = partial(questions, self._device, self._geometry, blocks, digest, passing=lane.passing)
+        read = partial(
+            questions, self._device, self._geometry, blocks, digest, self._rewritten, passing=lane.passing
+        )
         asked = await trio.to_thread.run_sync(read, limiter=lane.threads)
         asked_at = trio.current_time()
         answer = await lane.link.ask(asked, self._writer, since)
@@ -215,8 +234,13 @@ class Materialiser:
             self._blockmap.mark(self._geometry.span(*extent), "fetched")
         for extent in answer.zeros:
             self._blockmap.mark(self._geometry.span(*extent), "zero")
-        for run in runs(blocks):
+        unread = {block for each in answer.unread for block in self._geometry.span(*each.extent)}
+        for run in runs(block for block in blocks if block not in unread):
             self._blockmap.mark(run, "same")
+        for each in answer.unread:
+            for block in self._blockmap.missing(self._geometry.span(*each.extent)):
+                self._blockmap.set_aside(range(block, block + 1))
+                self.last_error = self._faults.add(block, each.reason)
         if self._blockmap.complete:
             self.complete.set()
 
@@ -257,5 +281,6 @@ class Materialiser:
     def forget(self) -> None:
         """Nothing is known any more: every block has to be checked again."""
         self._blockmap.forget_all()
+        self._faults = Faults()
         if self.complete.is_set():
             self.complete = trio.Event()

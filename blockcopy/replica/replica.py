@@ -20,7 +20,7 @@ from typing import Any
 import trio
 
 from blockcopy.destination import Destination
-from blockcopy.errors import BlockcopyError, DifferentError
+from blockcopy.errors import BlockcopyError, DeviceError, DifferentError, UnreadableError
 from blockcopy.geometry import Extent, Geometry
 from blockcopy.identity import Identity
 from blockcopy.meters import RateMeter, eta, floored_percent
@@ -36,6 +36,7 @@ from blockcopy.replica.verify import compare
 from blockcopy.replica.volume import Volume
 from blockcopy.replica.window import Window
 from blockcopy.stages import WORKERS
+from blockcopy.unreadable import MAX_RANGES, listed
 
 logger = logging.getLogger(__name__)
 
@@ -202,6 +203,16 @@ class Replica:
         await Hydration(
             self._materialiser, self._device, self._geometry, self._blockmap, self._demand, self._bulk, self.pace
         ).run()
+        if not self._blockmap.complete:
+            await self._links[-1].check()  # one that was cut, say, is another
+            raise UnreadableError(f"{self._plan.command.location} cannot read {self._unreadable()}")
+
+    def _unreadable(self) -> str:
+        count, ranges, more = self._blockmap.unreadable(MAX_RANGES)
+        return (
+            f"{count} bytes ({listed(ranges, more=more)}): {self._materialiser.last_fault}. All else was copied. "
+            "These are asked for again by each read, and by the next mount or sync"
+        )
 
     async def _await_complete(self) -> None:
         while True:
@@ -250,6 +261,10 @@ class Replica:
                 f"{self._plan.destination} is not a copy of {self._plan.command.location} after all: "
                 f"{verdict.differing} bytes in {count} ranges differ, the first at {first.offset}"
             )
+        if verdict.here:
+            raise DeviceError(f"cannot read, of {self._plan.destination}, {verdict.here}")
+        if verdict.there:
+            raise UnreadableError(f"{self._plan.command.location} cannot read any more {verdict.there}")
 
     def _note_verified(self, count: int) -> None:
         self._verified = count
@@ -317,6 +332,7 @@ class Replica:
         progress = self._progress
         rate = self._meter.rate(progress) if self.state in ("hydrating", "verifying") else 0
         error = self._device.lost or self._links[0].changed or self._failure or self._materialiser.last_error
+        unreadable, ranges, _ = self._blockmap.unreadable(MAX_RANGES)
         return {
             "state": self.state,
             "source": str(self._plan.command.location),
@@ -329,6 +345,8 @@ class Replica:
             "same_bytes": self._blockmap.same_bytes,
             "fetched_bytes": self._blockmap.fetched_bytes,
             "zero_bytes": self._blockmap.zero_bytes,
+            "unreadable_bytes": unreadable,
+            "unreadable_ranges": [list(extent) for extent in ranges],
             "verified_bytes": self._verified,
             "verified_percent": floored_percent(self._verified, size) if self._plan.verify else None,
             "sent_bytes": sum(link.sent_bytes for link in self._links),

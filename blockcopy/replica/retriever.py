@@ -47,6 +47,8 @@ Kind = TypeVar("Kind", bound=Batch)
 
 _MOST_WORDS = 64 * 1024
 """Bytes of its words that are read at once."""
+_NOT_ITS_OWN = 126
+"""Exit statuses from here on are of shells, of signals, and of ssh (255)."""
 
 _FAREWELL_SECONDS = 2
 """How long a process that closed its output, or was told to end, is waited for before it is killed."""
@@ -89,6 +91,8 @@ class Retriever:
         self.ended = trio.Event()
         self._closing = False
         self._stalled = False
+        self.unanswered: Sequence[Question] | None = None
+        """What it was to answer next when it ended by itself, as a program does that meets a read error."""
         self._fault: Exception | None = None
         """Raised by a part of this connection, and foreseen by none."""
         self.failure: SourceError | None = None
@@ -144,7 +148,7 @@ class Retriever:
         """Have the source's bytes, where they differ, given to `sink`; and tell where that was.
 
         `questions` in ascending positions, digested with `digest`. SourceError where the process is gone
-        or went away, sent what was not asked for, or no longer has, or cannot read, all that was asked;
+        or went away, sent what was not asked for, or, in the original form, no longer has all that was asked;
         and what the sink raised. Then some of it may have been given.
         """
         return (await self._exchange(partial(Batch, questions, sink))).answer
@@ -260,14 +264,18 @@ class Retriever:
         """Why it ended, unless it was told to."""
         if self._fault is not None:
             return GarbledSourceError(f"{self._command.location}: internal error: {self._fault!r}")
+        status = process.returncode
+        if self._form.pending and (self._stalled or 0 < (status or 0) < _NOT_ITS_OWN):
+            self.unanswered = self._form.pending[0].questions
         if self._stalled:
             return SourceError(f"{self._command.location} gave no answer for {self._silence.timeout:g} seconds")
         if garbled is not None:
             words = f"{self._command.location} sent what was not asked for: {garbled}"
             return GarbledSourceError(words + self._last_words())
         if not self._closing:
-            words = self._describe_end(process.returncode) + self._last_words()
-            todo = advice(self._command, process.returncode, "\n".join(self._said.last), begun=self._begun)
+            how = "closed its output" if status is None else how_ended(status)
+            words = f"the retrieve process of {self._command.location} {how}{self._last_words()}"
+            todo = advice(self._command, status, "\n".join(self._said.last), begun=self._begun)
             return SourceError(f"{words} – {todo}" if todo else words)
         return None
 
@@ -376,10 +384,6 @@ class Retriever:
     def _log(self, text: str) -> None:
         level = logging.DEBUG if self.quiet else logging.WARNING
         logger.log(level, "%s: %s", self._command.location, text)
-
-    def _describe_end(self, returncode: int | None) -> str:
-        how = "closed its output" if returncode is None else how_ended(returncode)
-        return f"the retrieve process of {self._command.location} {how}"
 
     def _last_words(self) -> str:
         return "; it said: " + " | ".join(self._said.last) if self._said.last else ""

@@ -6,8 +6,9 @@ The same questions as when copying; what comes back is counted and thrown away.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import trio
 
@@ -22,6 +23,7 @@ from blockcopy.replica.connector import Connector
 from blockcopy.replica.link import Link
 from blockcopy.replica.pace import BATCH_BLOCKS
 from blockcopy.replica.questions import questions
+from blockcopy.unreadable import Unreadable
 
 _ROUND = 16
 """Batches asked for at a time: 128 MiB."""
@@ -34,6 +36,10 @@ class Verdict:
     size: int
     differing: int = 0
     tail: int = 0
+    here: Unreadable = field(default_factory=Unreadable)
+    """Blocks that cannot be read at this end, and were not compared."""
+    there: Unreadable = field(default_factory=Unreadable)
+    """And at the other one."""
 
 
 async def verify(
@@ -49,6 +55,7 @@ async def verify(
 ) -> Verdict:
     """Compare every block; `report` gets each range that differs, in order, neighbours as one.
 
+    Blocks that one of the ends cannot read are in the verdict, and all others are compared.
     Where the destination is shorter, all that it lacks differs; what it has beyond does not count. With `size`
     it is the other end that is the copy, of so many bytes. `progress` is told what was compared. `timeout` and
     `prompts` as for a Connector, `patience` as for a Link. SourceError, DeviceError, in exception groups.
@@ -92,7 +99,7 @@ async def _compare_ends(
         return await compare(device, Geometry(there if size is None else size), link, report, completed)
     verdict = await compare(device, Geometry(there), link, report, completed)
     report(Extent(there, size - there))
-    return Verdict(size, verdict.differing + size - there)
+    return replace(verdict, size=size, differing=verdict.differing + size - there)
 
 
 async def compare(
@@ -109,7 +116,7 @@ async def compare(
     verdict = Verdict(geometry.size)
     ranges = _Ranges(report, verdict)
     own = min(device.size(), geometry.size)
-    await _compare(device, Geometry(own, geometry.block_size), link, ranges, completed)
+    await _compare(device, Geometry(own, geometry.block_size), link, ranges, verdict, completed)
     completed(geometry.size)
     if geometry.size > own:
         ranges.add(Extent(own, geometry.size - own))
@@ -118,7 +125,12 @@ async def compare(
 
 
 async def _compare(
-    device: Device, geometry: Geometry, link: Link, ranges: _Ranges, completed: Callable[[int], None]
+    device: Device,
+    geometry: Geometry,
+    link: Link,
+    ranges: _Ranges,
+    verdict: Verdict,
+    completed: Callable[[int], None],
 ) -> None:
     """In rounds of _ROUND batches, so that what differs is told in order."""
     threads = trio.CapacityLimiter(len(os.sched_getaffinity(0)))
@@ -132,12 +144,22 @@ async def _compare(
             try:
                 since = trio.current_time()
                 digest = await link.digest(since)
-                asked = await trio.to_thread.run_sync(questions, device, geometry, batch, digest, limiter=threads)
+                here = Unreadable()
+                read = partial(questions, device, geometry, batch, digest, here)
+                asked = await trio.to_thread.run_sync(read, limiter=threads)
                 answer = await link.ask(asked, _IGNORE, since)
             except BlockcopyError as error:
                 errors.append(error)
                 return
-            found += [*answer.data, *answer.zeros]
+            for each in answer.unread:
+                verdict.there.add(*each)
+            extents = [*answer.data, *answer.zeros]
+            if here:
+                unread = {at for each in asked for at, own in each.blocks() if own == digest.impossible}
+                for at in sorted(unread):
+                    verdict.here.add(at, here.reason)
+                extents = [at for each in extents for at in _blocks(each, geometry) if at not in unread]
+            found += extents
 
         async with trio.open_nursery() as nursery:
             for first in range(start, stop, BATCH_BLOCKS):
@@ -147,6 +169,10 @@ async def _compare(
         for extent in sorted(found):
             ranges.add(extent)
         completed(min(stop * geometry.block_size, geometry.size))
+
+
+def _blocks(extent: Extent, geometry: Geometry) -> Iterator[Extent]:
+    return map(geometry.extent, geometry.span(*extent))
 
 
 class _Ignore:

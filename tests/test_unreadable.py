@@ -1,0 +1,233 @@
+"""Blocks that one of the ends cannot read: all else is copied, what is missing is told, and asked for again."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shlex
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import support
+import trio
+from support import BLOCK_SIZE, FAULTY, PYTHON, QUEUEING, STANDINS, Mount, noise, run, written
+
+from blockcopy.device import open_source
+from blockcopy.errors import UnreadableError
+from blockcopy.geometry import Extent, Geometry
+from blockcopy.identity import differences, of_source
+from blockcopy.remote import Location, stage_command
+from blockcopy.replica import link
+from blockcopy.replica.blockmap import BlockMap
+from blockcopy.replica.engine import open_replica
+from blockcopy.replica.replica import Plan
+from blockcopy.unreadable import MAX_RANGES, Unreadable, joined
+
+BLOCKS = 40
+DATA = noise(BLOCKS * BLOCK_SIZE)
+BAD = (7, 21)
+"""Blocks with a bad sector; not in the first page of the block, which is looked at by itself."""
+RANGES = ", ".join(f"{block * BLOCK_SIZE}:{BLOCK_SIZE}" for block in BAD)
+COPY = b"".join(
+    bytes(BLOCK_SIZE) if block in BAD else DATA[block * BLOCK_SIZE :][:BLOCK_SIZE] for block in range(BLOCKS)
+)
+"""What a destination of zeros becomes."""
+
+
+@pytest.fixture
+def bad_disk(tmp_path: Path) -> Iterator[Path]:
+    """A source with bad sectors."""
+    support.require_fuse()
+    backing, point = written(tmp_path / "backing", DATA), tmp_path / "point"
+    point.mkdir()
+    offsets = [word for block in BAD for word in ("--eio-at", str(block * BLOCK_SIZE + 50_000))]
+    command = [PYTHON, str(STANDINS / "faulty_disk"), *offsets, str(backing), str(point)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield point / "disk"
+        process.terminate()
+
+
+@pytest.fixture
+def destination(tmp_path: Path) -> Path:
+    path = written(tmp_path / "destination", b"")
+    os.truncate(path, len(DATA))
+    return path
+
+
+def told(done: subprocess.CompletedProcess[bytes], status: int) -> str:
+    """Its last words. They name the ranges."""
+    words = done.stderr.decode()
+    assert done.returncode == status, words
+    last = words.splitlines()[-1]
+    assert f"cannot read {len(BAD) * BLOCK_SIZE} bytes ({RANGES})" in last
+    return words
+
+
+def test_a_sync_copies_all_else_and_asks_only_for_these_the_next_time(bad_disk: Path, destination: Path) -> None:
+    told(run("sync", bad_disk, destination), 3)
+    assert destination.read_bytes() == COPY
+    again = run("sync", "--progress=json", bad_disk, destination)
+    told(again, 3)
+    lines = [json.loads(line) for line in again.stderr.splitlines() if line.startswith(b"{")]
+    assert lines[-1]["resumed_bytes"] == len(DATA) - len(BAD) * BLOCK_SIZE
+    assert (lines[-1]["state"], lines[-1]["fetched_bytes"], lines[-1]["same_bytes"]) == ("failed", 0, 0)
+
+
+@pytest.mark.parametrize(
+    "program", [QUEUEING, f"{FAULTY} --exit-for {BAD[0] * BLOCK_SIZE}"], ids=["original", "ours"]
+)
+def test_a_program_that_ends_at_a_bad_block_is_started_again_for_all_else(
+    program: str, bad_disk: Path, destination: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the original does, and older ones of ours did."""
+    monkeypatch.setattr(link, "_FIRST_DELAY", 0.01)
+    source, bad = (bad_disk, BAD) if program == QUEUEING else (written(tmp_path / "source", DATA), BAD[:1])
+
+    async def main() -> None:
+        plan = Plan(stage_command(Location(None, str(source)), program=program), str(destination), demand=False)
+        with trio.fail_after(30):
+            async with open_replica(plan) as replica:
+                with pytest.raises(UnreadableError, match="ended with exit status 1"):
+                    await replica.wait_complete()
+                ranges = replica.snapshot()["unreadable_ranges"]
+                assert ranges == [[block * BLOCK_SIZE, BLOCK_SIZE] for block in bad]
+
+    trio.run(main)
+    for block in range(BLOCKS):
+        here = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
+        assert destination.read_bytes()[here] == (bytes(BLOCK_SIZE) if block in bad else DATA[here])
+
+
+@pytest.mark.parametrize("empty", [True, False])
+@pytest.mark.parametrize("options", [[], ["--digest", "sha256"]], ids=["original", "extended"])
+def test_the_stages_copy_all_else(options: list[str], empty: bool, bad_disk: Path, destination: Path) -> None:
+    """Nobody takes it for the whole: the stream has no `done`."""
+    if empty:
+        os.truncate(destination, 0)
+    asked = run("checksum", *options, destination)
+    answers = run("retrieve", bad_disk, input=asked.stdout)
+    words = answers.stderr.decode()
+    assert (answers.returncode, len(words.splitlines())) == (1, 1)
+    assert f"{len(BAD) * BLOCK_SIZE} bytes ({RANGES}): cannot read" in words
+    saved = run("save", destination, input=answers.stdout)
+    assert (saved.returncode, b"without `done`" in saved.stderr) == (1, True)
+    assert destination.read_bytes() == COPY
+
+
+def test_a_push_copies_all_else(bad_disk: Path, destination: Path) -> None:
+    rsh = shlex.join([PYTHON, str(STANDINS / "link")])
+    told(run("sync", "-e", rsh, bad_disk, f"host:{destination}"), 3)
+    assert destination.read_bytes() == COPY
+
+
+def test_verify_compares_all_else(bad_disk: Path, tmp_path: Path) -> None:
+    copy = written(tmp_path / "copy", DATA)
+    assert "All else is equal" in told(run("verify", bad_disk, copy), 3)
+    assert "All else is equal" in told(run("verify", copy, bad_disk), 1)
+    written(copy, support.with_changes(DATA, [3, 7]))
+    done = run("verify", bad_disk, copy)
+    told(done, 5)
+    assert done.stdout.decode() == f"{3 * BLOCK_SIZE}:{BLOCK_SIZE}\n"
+
+
+def read(mounted: Mount, block: int) -> bytes | None:
+    """Its first 4096 bytes; None for EIO."""
+    fd = os.open(mounted.file, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        return os.pread(fd, 4096, block * BLOCK_SIZE)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return None
+    finally:
+        os.close(fd)
+
+
+def test_a_mount_serves_all_else(mount: Callable[..., Mount], bad_disk: Path, destination: Path) -> None:
+    mounted = mount(bad_disk, destination)
+    for block in (*BAD, *range(BLOCKS)):
+        assert read(mounted, block) == (None if block in BAD else DATA[block * BLOCK_SIZE :][:4096])
+    assert run("wait", mounted.point).returncode == 75
+    status = mounted.status()
+    assert (status["state"], status["unreadable_bytes"]) == ("failed", len(BAD) * BLOCK_SIZE)
+    assert status["unreadable_ranges"] == [[block * BLOCK_SIZE, BLOCK_SIZE] for block in BAD]
+    assert RANGES in status["error"]
+    assert status["link"]["reconnects"] == 0
+    assert run("umount", mounted.point).returncode == 75
+    assert destination.read_bytes() == COPY
+
+
+def test_a_disk_that_is_bad_all_over_ends_soon_and_with_few_words(
+    tmp_path: Path, loop_device: Callable[..., str]
+) -> None:
+    """A loop device whose backing file was cut."""
+    backing = written(tmp_path / "backing", DATA)
+    device = loop_device(backing, "--direct-io=on")
+    os.truncate(backing, 0)
+    done = run("sync", device, tmp_path / "destination")
+    assert done.returncode == 3
+    assert f"cannot read {len(DATA)} bytes (0:{len(DATA)})" in done.stderr.decode().splitlines()[-1]
+    assert len(done.stderr.splitlines()) < 25
+
+
+def test_a_source_that_is_always_shorter_than_it_says_is_given_up(tmp_path: Path) -> None:
+    """As files of sysfs are: of 4096 bytes, it says."""
+    source = Path("/sys/kernel/uevent_seqnum")
+    assert source.stat().st_size > len(source.read_bytes())
+    done = run("sync", source, tmp_path / "destination")
+    assert (done.returncode, b"it is shorter than it was" in done.stderr) == (3, True)
+
+
+# What is known of them
+
+
+def test_ranges_are_bounded_and_joined() -> None:
+    found = Unreadable()
+    for offset in (40, 0, 20, 10, 10):
+        found.add(Extent(offset, 10), f"at {offset}")
+    assert (found.bytes, found.ranges) == (40, [Extent(0, 30), Extent(40, 10)])
+    assert str(found) == "40 bytes (0:30, 40:10): at 40"
+    for offset in range(100, 10_000, 20):
+        found.add(Extent(offset, 10), "")
+    assert (len(found.ranges), found.more, found.bytes) == (MAX_RANGES, True, 40 + 495 * 10)
+    assert " and more): at 40" in str(found)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_pass_wants_what_is_missing_and_was_not_set_aside(seed: int) -> None:
+    chance = random.Random(seed)
+    geometry = Geometry(chance.randint(1, 300) * 4096 - 5, 4096)
+    blockmap, every = BlockMap(geometry), range(geometry.blocks)
+    present, aside = set[int](), set[int]()
+    for _ in range(30):
+        start = chance.choice(every)
+        blocks = range(start, min(start + chance.choice([1, 3, 40]), geometry.blocks))
+        if chance.random() < 0.5:
+            blockmap.mark(blocks, "fetched")
+            present |= set(blocks)
+        else:
+            blockmap.set_aside(blocks)
+            aside |= set(blocks)
+        assert list(blockmap.wanted(every)) == sorted(set(every) - present - aside)
+        left = [geometry.extent(block) for block in sorted(aside - present)]
+        count, ranges, more = blockmap.unreadable(3)
+        assert count == sum(extent.length for extent in left)
+        assert (ranges, more) == (joined(left)[:3], len(joined(left)) > 3)
+    blockmap.forget_all()
+    assert (list(blockmap.wanted(every)), blockmap.unreadable(3)) == (list(every), (0, [], False))
+
+
+def test_a_bad_sector_of_the_sample_that_comes_or_goes_is_no_change(tmp_path: Path) -> None:
+    with open_source(str(written(tmp_path / "source", DATA))) as device:
+        source_identity = of_source(device)
+    known = {**source_identity, "sample": ["unreadable", *source_identity["sample"][1:]]}
+    assert differences(known, source_identity) == differences(source_identity, known) == []
+    changed = {**known, "sample": [*known["sample"][:-1], "0" * 64]}
+    assert differences(known, changed) == ["its bytes differ"]
