@@ -140,17 +140,26 @@ def test_a_wrong_copy_fails_loudly(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_ctrl_c_takes_everything_down(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_takes_everything_down_and_keeps_what_was_measured(tmp_path: Path, number: signal.Signals) -> None:
     """In the middle of a mount."""
     support.require_fuse()
-    with subprocess.Popen(command(tmp_path, "--parts", "lazy"), stderr=subprocess.PIPE, text=True) as bench:
+    folder, found = tmp_path / "folder", tmp_path / "found"
+    folder.mkdir()
+    words = command(folder, "--parts", "lazy", "--json", found)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True) as bench:
         for line in bench.stderr:
             if "in order: blockcopy" in line:
                 break
-        bench.send_signal(signal.SIGINT)
-        bench.stderr.read()
-    assert bench.returncode == 130
-    assert list(tmp_path.iterdir()) == []
+        bench.send_signal(number)
+        said, _ = bench.communicate()
+    assert bench.returncode == 128 + number
+    assert list(folder.iterdir()) == []
+    measured = json.loads(found.read_text())
+    assert any(group["rows"] for group in measured["groups"])
+    [note] = [each for each in measured["notes"] if "ended in the part lazy" in each]
+    assert note in said
 
 
 @pytest.mark.parametrize(

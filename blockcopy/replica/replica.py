@@ -20,7 +20,7 @@ from typing import Any
 import trio
 
 from blockcopy.destination import Destination
-from blockcopy.errors import BlockcopyError, DeviceError, DifferentError, UnreadableError
+from blockcopy.errors import BlockcopyError, DeviceError, DifferentError, SourceError, UnreadableError
 from blockcopy.geometry import Extent, Geometry
 from blockcopy.identity import Identity
 from blockcopy.meters import RateMeter, eta, floored_percent
@@ -323,7 +323,7 @@ class Replica:
         if self.pace.paused:
             return "paused"
         if not self._links[-1].is_up:
-            return "reconnecting" if self._links[-1].last_error else "starting"
+            return "reconnecting" if self._link_error else "starting"
         return "hydrating" if self._plan.hydrate else "paused"
 
     def snapshot(self) -> dict[str, Any]:
@@ -377,8 +377,13 @@ class Replica:
                 found[block // size][name] += 1
         return found
 
+    @property
+    def _link_error(self) -> SourceError | None:
+        """Why the source could not be reached of late, on whichever link; None if that has not happened."""
+        return next((link.last_error for link in self._links if link.last_error), None)
+
     def _link_status(self) -> dict[str, Any]:
-        last_error = next((link.last_error for link in self._links if link.last_error), None)
+        last_error = self._link_error
         if self._closing:
             state = "closed"
         elif all(link.is_up for link in self._links):
