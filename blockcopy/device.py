@@ -302,8 +302,12 @@ class Device:
         for offset in range(0, self.size(), _WRITTEN_BACK):
             if time.monotonic() > end:
                 return False
-            with contextlib.suppress(OSError):  # of an earlier write, and nothing that a reader can mend
+            try:
                 syscalls.write_back(self._fd, offset, _WRITTEN_BACK)
+            except OSError:  # it cannot be called here, or an earlier write has failed, which a reader cannot mend
+                with contextlib.suppress(OSError):
+                    os.fdatasync(self._fd)
+                break
         return True
 
     def sync(self) -> None:

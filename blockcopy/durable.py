@@ -30,8 +30,8 @@ def make_folder(folder: Path) -> None:
 
 def remove(path: Path) -> None:
     """Have nothing at `path`. A file that is missing may be on the disk still: its folder is synced as well."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        path.unlink()
+    if os.path.lexists(path):  # else a file system that is read only refuses
+        path.unlink(missing_ok=True)
     folder = path.parent
     while not folder.is_dir():
         folder = folder.parent
@@ -58,7 +58,7 @@ def write(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Return when the names in a folder are on the disk as they are now."""
+    """Return when the names in a folder are on the disk as they are now, if it has a disk that is written."""
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except PermissionError:  # who may write into it need not be allowed to read it
@@ -67,7 +67,7 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # no file system with a disk
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS):
             raise
     finally:
         os.close(fd)

@@ -89,6 +89,14 @@ def test_a_change_of_names_is_on_the_disk(change: Callable[[Path], object], expe
         assert not (folder / "new").exists() or (folder / "new").read_text() in ("", "1", "text")
 
 
+def test_nothing_has_to_be_removed_where_nothing_is(disk: Disk) -> None:
+    support.output("mount", "-o", "remount,ro", disk.point)
+    for missing in ("name", "folder/name"):
+        durable.remove(disk.point / missing)
+    durable.remove(Path("/proc/none/name"))
+    durable.remove(Path("/dev/null/name"))
+
+
 def save(source: Path, destination: Path) -> None:
     blocks = run("retrieve", source, input=run("checksum", destination).stdout)
     assert run("save", destination, input=blocks.stdout).returncode == 0
