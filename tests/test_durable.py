@@ -195,8 +195,7 @@ def test_the_default_place_of_a_state_is_made_once_and_for_all(
 NO_PROMISE = {
     "blockcopy/durable.py": "is where it is done",
     "blockcopy/runfolder.py": "sockets: gone with the machine's run",
-    "blockcopy/replica/metrics.py": "written anew every ten seconds",
-    "fuse/blockcopy_fuse/mounting.py": "--pid-file: of a process that runs",
+    "blockcopy/own_file.py": "--metrics, --pid-file, --log-file: of a process that runs",
     "fuse/blockcopy_fuse/control_socket.py": "sockets",
     "blockcopy/claim.py": "a destination: its name is made durable by `_keep_name`",
 }
