@@ -77,7 +77,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
         command: Callable[[argparse.Namespace], None] = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"{name} is not in this copy of the stages; pip install 'blockcopy[fuse]' has it"
+            f"{name} is not in this copy of the stages: it is in what the checkout installs, see its README"
         ) from error
     return command
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import Callable, Union
 
+from blockcopy import extras
 from blockcopy.errors import BlockcopyError
 
 Buffer = Union[bytes, bytearray, memoryview]
@@ -74,7 +75,7 @@ def named(name: str) -> Digest:
         return Digest(name, _MAKERS[name]())
     except ImportError as error:
         raise BlockcopyError(
-            f"the digest {name} needs the package `{name}` on this host (pip install {name})"
+            f"the digest {name} needs the package `{name}` on this host: {extras.install(extras.BLAKE3)}"
         ) from error
 
 

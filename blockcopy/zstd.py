@@ -11,6 +11,7 @@ import importlib
 import sys
 from typing import Any
 
+from blockcopy import extras
 from blockcopy.digests import Buffer
 from blockcopy.errors import BlockcopyError, StreamError
 from blockcopy.wire import MAX_BLOCK_SIZE, ZstdData
@@ -43,7 +44,7 @@ def check_available() -> None:
     """BlockcopyError where this host has no zstd."""
     if not available():
         raise BlockcopyError(
-            "zstd needs Python 3.14, or the package `backports.zstd`, on this host (pip install backports.zstd)"
+            f"zstd needs Python 3.14, or the package `backports.zstd`, on this host: {extras.install(extras.ZSTD)}"
         )
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from support import PYTHON, Sshd, noise, run, written
 
 import blockcopy
+from blockcopy import extras
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DATA = noise(300_001)
@@ -75,7 +78,42 @@ def test_what_is_missing_here_is_named(tmp_path: Path) -> None:
     said = done.stdout.decode()
     assert done.returncode == 1
     assert "FAIL  fusermount3 is not installed: apt install fuse3" in said
-    assert "FAIL  the package pyfuse3 is not installed: pip install 'blockcopy[fuse]'" in said
+    assert f"FAIL  the package pyfuse3 is not installed: {sys.executable} -m pip install 'pyfuse3>=3.4' " in said
+
+
+# Advice to install
+
+
+def test_no_text_advises_to_install_blockcopy_from_an_index() -> None:
+    """There is no such distribution: whoever registers the name would be run, as root perhaps."""
+    named = re.compile(
+        r"""\b(?:install|upgrade|pipx run|uvx)\b[^\n]*?[\s'"`](blockcopy(?:\[[\w,]+\])?)(?=['"`\s;,)=<>~]|$)"""
+    )
+    folders = [CHECKOUT / name for name in ("blockcopy", "fuse", "tools", "tests")]
+    texts = [*CHECKOUT.glob("*.*"), *(path for folder in folders for path in folder.rglob("*"))]
+    found = []
+    for path in texts:
+        if path.suffix in (".svg", ".png", ".pyc") or not path.is_file():
+            continue
+        for line in path.read_text(errors="replace").splitlines():
+            if re.search(r"\b(pip3?|pipx|uv|uvx|easy_install)\b", line) and named.search(line):
+                found.append(f"{path}: {line.strip()}")
+    assert found == []
+    assert named.search(" ".join(["pip", "install", "'blockcopy[fuse]'"]))
+
+
+def test_the_packages_that_are_advised_are_those_of_the_project() -> None:
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert [*extras.FUSE] == project["fuse"]
+    assert [each.partition(";")[0] for each in project["fast"]] == [extras.BLAKE3, extras.ZSTD]
+
+
+def test_what_is_advised_installs_for_the_very_python_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/opt/an environment/bin/python")
+    assert extras.install("blake3>=0.4") == "'/opt/an environment/bin/python' -m pip install 'blake3>=0.4'"
+    monkeypatch.setattr(extras, "is_managed", lambda: True)
+    assert "takes no packages" in extras.install("blake3>=0.4")
+    assert "pip install" not in extras.install("blake3>=0.4")
 
 
 def test_the_stages_as_one_file(tmp_path: Path) -> None:

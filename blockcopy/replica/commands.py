@@ -16,7 +16,7 @@ import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from blockcopy import console, packing, zstd
+from blockcopy import console, extras, packing, zstd
 from blockcopy.claim import check_destination
 from blockcopy.device import open_source
 from blockcopy.errors import DeviceError, DifferentError, UnreadableError, UsageError
@@ -46,7 +46,7 @@ def needs_extra() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"this needs the module `{error.name}`; install it with: pip install 'blockcopy[fuse]'"
+            f"this needs the module `{error.name}`; install it with: {extras.install(*extras.FUSE)}"
         ) from error
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from blockcopy import digests, zstd
+from blockcopy import digests, extras, zstd
 from blockcopy.advice import advice
 from blockcopy.errors import BlockcopyError, PeerError
 from blockcopy.remote import Command
@@ -49,9 +49,9 @@ def examine() -> Iterator[Finding]:
     yield from _folders()
     yield Finding("ok", f"digests: {_speeds(digests.speeds())}")
     if "blake3" not in digests.speeds():
-        yield Finding("note", "BLAKE3, the fastest digest, is not here: pip install 'blockcopy[fast]'")
+        yield Finding("note", f"BLAKE3, the fastest digest, is not here: {extras.install(extras.BLAKE3)}")
     if not zstd.available():
-        yield Finding("note", "zstd is not here, so nothing is compressed: pip install 'blockcopy[fast]'")
+        yield Finding("note", f"zstd is not here, so nothing is compressed: {extras.install(extras.ZSTD)}")
 
 
 def examine_host(command: Command, *, prompts: bool = False) -> Iterator[Finding]:
@@ -122,7 +122,9 @@ def _pair(host: str, found: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("note", f"{host}: with the package blake3 on both hosts it would be faster")
     if not found.get("zstd"):
         yield Finding(
-            "note", f"{host}: it has no zstd, so nothing would be compressed: pip install 'blockcopy[fast]'"
+            "note",
+            f"{host}: it has no zstd, so nothing would be compressed; Python 3.14 has it, or the package "
+            "backports.zstd for the python there",
         )
 
 
@@ -134,11 +136,9 @@ def _package(name: str, least: tuple[int, int]) -> Finding:
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return Finding("FAIL", f"the package {name} is not installed: pip install 'blockcopy[fuse]'")
+        return Finding("FAIL", f"the package {name} is not installed: {extras.install(*extras.FUSE)}")
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < least:
-        return Finding(
-            "FAIL", f"{name} {version} is too old: pip install --upgrade '{name}>={least[0]}.{least[1]}'"
-        )
+        return Finding("FAIL", f"{name} {version} is too old: {extras.install(f'{name}>={least[0]}.{least[1]}')}")
     return Finding("ok", f"{name} {version}")
 
 
