@@ -408,7 +408,7 @@ def test_compression_is_agreed_on(source: Callable[[bytes], Path]) -> None:
 
 
 @needs_zstd
-@pytest.mark.parametrize("level", [-(10**9), 0, 22, 10**30, "9", None, True])
+@pytest.mark.parametrize("level", [-(10**9), 0, 22, 2**60, "9", None, True])
 def test_no_level_is_taken_beyond_the_bounds(source: Callable[[bytes], Path], level: object) -> None:
     greeting = {**GREETING, "compress": {"name": "zstd", "level": level}}
     frames = agreed(source(TEXT[:MIB]), Asks(0, B, MIB, bytes(8 * 32)), greeting=greeting)
