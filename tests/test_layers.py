@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import pytest
 from support import PYTHON
 
-from blockcopy import cli
+from blockcopy import cli, parcel
 from blockcopy.arguments import parser
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -179,6 +180,38 @@ def test_imports_have_no_cycle() -> None:
     }
     order = list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the cycle
     assert set(order) == set(SOURCES)
+
+
+def _module_map() -> list[str]:
+    """The modules in the order of CONTRIBUTING.md's lists, with their packages."""
+    package, found = "", []
+    text = (CHECKOUT / "CONTRIBUTING.md").read_text()
+    for line in text.partition("## Module map\n")[2].partition("\n## ")[0].splitlines():
+        if folder := re.match(r" {4,6}(?:fuse/)?(\w+)/ ", line):
+            package = "blockcopy.replica" if folder[1] == "replica" else folder[1]
+        elif names := re.match(r" {6,8}(\w+(?: · \w+)*)(?: |$)", line):
+            found += [f"{package}.{name}" for name in names[1].split(" · ")]
+    return found
+
+
+def test_imports_inside_a_package_are_of_what_stands_higher_in_the_module_map() -> None:
+    order = _module_map()
+    packages = {module for module, path in SOURCES.items() if path.name == "__init__.py"}
+    assert sorted(order) == sorted(SOURCES.keys() - packages), "the map in CONTRIBUTING.md has each module once"
+    wrong = [
+        f"{module} imports {each.module}"
+        for place, module in enumerate(order)
+        for each in READ[module].imports
+        if each.module in order[place:] and each.module.rpartition(".")[0] == module.rpartition(".")[0]
+        if not each.typing_only
+    ]
+    assert wrong == []
+
+
+def test_what_travels_to_a_host_is_as_small_as_it_is_said_to_be() -> None:
+    said = re.search(r"\| (\d+) KiB, run from memory \|", (CHECKOUT / "CONTRIBUTING.md").read_text())
+    assert said is not None
+    assert int(said[1]) / 2 < len(parcel.opening(["retrieve"])) / 1024 < int(said[1])
 
 
 @pytest.mark.parametrize("module", sorted(SOURCES))
