@@ -25,6 +25,7 @@ from blockcopy.errors import StateError
 from blockcopy.geometry import Geometry
 from blockcopy.replica import keeper, losable
 from blockcopy.replica.blockmap import BlockMap
+from blockcopy.replica.process import Process
 
 DATA = noise(8 * BLOCK_SIZE)
 
@@ -124,6 +125,34 @@ def test_a_disk_that_gives_no_answer_does_not_keep_a_mount_from_its_end(
             finally:
                 output("fsfreeze", "--unfreeze", disk)
         until(lambda: not Path(f"/proc/{pid}").exists(), "the end of its threads")
+
+
+def test_a_killed_process_whose_disk_gives_no_answer_is_left_behind(
+    tmp_path: Path,
+    loop_device: Callable[[Path], str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(losable, "DEATH_SECONDS", 0.05)
+    (tmp_path / "image").touch()
+    os.truncate(tmp_path / "image", 64 << 20)
+    disk, pipe = tmp_path / "disk", subprocess.PIPE
+    with support.mounted(loop_device(tmp_path / "image"), disk):
+        output("fsfreeze", "--freeze", disk)
+        try:
+            writer = subprocess.Popen(["touch", disk / "new"], bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe)
+            stat = Path(f"/proc/{writer.pid}/stat")
+            until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "D", "a call that cannot be ended")
+
+            async def main() -> None:
+                with trio.fail_after(5):
+                    await Process(writer).aclose()
+
+            trio.run(main)
+            assert "it is left behind" in caplog.text
+        finally:
+            output("fsfreeze", "--unfreeze", disk)
+        until(lambda: not stat.exists(), "its end")  # and it is reaped
 
 
 class StuckJournal:

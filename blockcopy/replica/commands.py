@@ -189,10 +189,9 @@ def _started(command: Command) -> Iterator[list[Popen[bytes]]]:
         yield started
     finally:
         for process in started:
-            process.kill()
-            for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
-                pipe.close()  # and not read to its end: what it has started may hold it open
-            process.wait()
+            from blockcopy.replica import losable
+
+            losable.leave(process).join(losable.DEATH_SECONDS)
 
 
 def verify(args: argparse.Namespace) -> None:

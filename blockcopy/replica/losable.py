@@ -20,6 +20,9 @@ T = TypeVar("T")
 # With vfork() a child that hangs before its program begins stops all threads here: its parent keeps the GIL.
 subprocess._USE_VFORK = False  # type: ignore[misc]  # documented for this use
 
+DEATH_SECONDS = 5
+"""How long a killed process is waited for. It may be in a call that nothing ends, of a disk that is away."""
+
 _NO_LIMIT = trio.CapacityLimiter(math.inf)
 """A thread that was left behind takes nobody's place."""
 
@@ -55,8 +58,15 @@ async def start(make: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen
     except trio.Cancelled:
         unwanted = True
         if made:
-            threading.Thread(target=_end, args=made, daemon=True).start()
+            leave(made[0])
         raise
+
+
+def leave(process: subprocess.Popen[bytes]) -> threading.Thread:
+    """Kill a process, and close its pipes. Returns the thread that waits for its end, however long that takes."""
+    thread = threading.Thread(target=_end, args=(process,), daemon=True)
+    thread.start()
+    return thread
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

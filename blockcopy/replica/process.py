@@ -5,6 +5,7 @@ It may have been started before trio was there: loading that takes as long as a 
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 
@@ -13,6 +14,8 @@ import trio
 from blockcopy.errors import SourceError
 from blockcopy.remote import Command
 from blockcopy.replica import losable
+
+logger = logging.getLogger(__name__)
 
 
 class Process:
@@ -23,6 +26,8 @@ class Process:
         self._popen = popen
         self._ended = os.pidfd_open(popen.pid)
         self._waiting = trio.Lock()
+        self._killed = trio.Event()
+        self._left = False
         self.stdout = _own(popen.stdout)
         self.stdin = trio.lowlevel.FdStream(_own(popen.stdin))
         self.stderr = trio.lowlevel.FdStream(_own(popen.stderr))
@@ -37,21 +42,34 @@ class Process:
         return self._popen.returncode
 
     def kill(self) -> None:
-        """End it, if it did not end yet."""
+        """End it, if it did not end yet. Call from trio's thread only."""
         self._popen.kill()
+        self._killed.set()
 
     async def wait(self) -> None:
-        """Return when it has ended, and is reaped."""
+        """Return when it has ended and is reaped, or is left behind: killed, and in a call that does not return."""
         async with self._waiting:  # one task at a time may wait for a descriptor
-            if self._popen.returncode is None:
-                await trio.lowlevel.wait_readable(self._ended)
-                self._popen.wait()
+            if self._popen.returncode is None and not self._left:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._leave, nursery.cancel_scope)
+                    await trio.lowlevel.wait_readable(self._ended)
+                    self._popen.wait()
+                    nursery.cancel_scope.cancel()
+
+    async def _leave(self, waiting: trio.CancelScope) -> None:
+        """Some seconds after it was killed, end `waiting`."""
+        await self._killed.wait()
+        await trio.sleep(losable.DEATH_SECONDS)
+        self._left = True
+        logger.warning("process %d was killed, and waits for its disk: it is left behind", self.pid)
+        losable.leave(self._popen)
+        waiting.cancel()
 
     async def aclose(self) -> None:
-        """Kill it, and return when nothing of it is left."""
+        """Kill it, and return when nothing of it is left that can be ended."""
         with trio.CancelScope(shield=True):
             if self._popen.returncode is None:
-                self._popen.kill()
+                self.kill()
             await self.wait()
             await self.stdin.aclose()
             await self.stderr.aclose()
