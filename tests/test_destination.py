@@ -283,8 +283,8 @@ def test_a_complete_mount_reads_no_bytes_that_are_not_the_sources(
     act(destination)
     _reads_nothing_wrong(mounted)
     status = mounted.status()
-    assert (status["state"], told in status["error"]) == ("failed", True)
-    mounted.umount()
+    assert (status["state"], told in status["error"], status["source_needed"]) == ("failed", True, True)
+    assert run("umount", mounted.point).returncode == 75
     again = mount(source, destination, wait=True)
     assert again.file.read_bytes() == DATA
 

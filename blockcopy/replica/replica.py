@@ -313,8 +313,13 @@ class Replica:
         return self._verified if self._verifying else self.hydrated_bytes
 
     @property
+    def _is_copy(self) -> bool:
+        """It was complete, and nobody else has changed the destination since, as far as it shows."""
+        return self._complete and not self._device.lost
+
+    @property
     def state(self) -> str:
-        if self._complete and not self._device.lost:
+        if self._is_copy:
             return "complete"
         if self._device.lost or self._failure or self._links[0].changed:
             return "failed"
@@ -355,11 +360,11 @@ class Replica:
             "limit_bytes_per_s": self.pace.limit,
             "eta_seconds": eta(progress, size, rate),
             "elapsed_seconds": round(trio.current_time() - self._started_at, 1),
-            "source_needed": not self._complete,
+            "source_needed": not self._is_copy,
             "demand": self.volume.demand.as_json(),
             "link": self._link_status(),
             "state_file": self._state_file,
-            "error": str(error) if error and self.state != "complete" else None,
+            "error": str(error) if error and not self._is_copy else None,
         }
 
     def map(self, cells: int) -> list[dict[str, int]]:
