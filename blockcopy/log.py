@@ -5,6 +5,7 @@ The modules log by name, as is usual; who reads it is settled here.
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import sys
@@ -171,6 +172,10 @@ class _LogFile:
                     console.say(f"cannot write --log-file {printable(self._path)}: {error.strerror}")
                 self._told = True
 
+    def take_fatal_signals(self) -> None:
+        """Have Python write there what kills it, as SIGBUS does if a destination is cut."""
+        faulthandler.enable(os.dup(self._fd), all_threads=False)
+
     def _follow(self) -> None:
         """Write to a new file from now on, if the one that was is moved away."""
         if not self._is_there():
@@ -191,7 +196,9 @@ class _FileHandler(_Outside):
 
 def _log_file(path: str, level: int) -> logging.Handler:
     try:
-        handler = _FileHandler(_LogFile(path).write)
+        log_file = _LogFile(path)
+        handler = _FileHandler(log_file.write)
+        log_file.take_fatal_signals()
     except OSError as error:
         raise OutputError(f"cannot write --log-file {path}: {error.strerror}") from error
     handler.setFormatter(_Formatter(_FILE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,11 +24,13 @@ from blockcopy import packing, wire
 from blockcopy.decoder import Decoder
 from blockcopy.errors import SourceError, StreamError
 from blockcopy.foreign import Budget, Said
+from blockcopy.geometry import Extent
 from blockcopy.handshake import digest_for, read_source
 from blockcopy.identity import differences, sample_extents
 from blockcopy.progress import Progress
 from blockcopy.remote import Location, stage_command
 from blockcopy.replica import metrics
+from blockcopy.replica.forms import Survey
 from blockcopy.replica.notify import Notifier
 from blockcopy.replica.replica import Plan
 from blockcopy.replica.retriever import Retriever
@@ -298,6 +301,15 @@ if "mount" in sys.orig_argv:
     assert [line for line in log.splitlines() if line[:2] not in ("20", "  ")] == []
 
 
+def test_what_kills_a_background_mount_is_in_its_log(tmp_path: Path, mount: Callable[..., Mount]) -> None:
+    source, log = written(tmp_path / "source", DATA), tmp_path / "log"
+    mounted = mount(source, tmp_path / "copy", "--log-file", log, wait=True)
+    pid = mounted.status()["pid"]
+    os.kill(pid, signal.SIGBUS)
+    until(lambda: not support.alive(pid), "its death")
+    assert "Fatal Python error: Bus error" in log.read_text()
+
+
 def flooding(folder: Path, flood: str, *then: str) -> str:
     """A program that does `flood` in the background, and then is another, to whose standard error both write."""
     path = folder / "flooding"
@@ -343,3 +355,9 @@ def test_a_size_that_no_map_can_have_is_refused(tmp_path: Path) -> None:
     done = run("sync", "--blockcopy-path", program, source, destination)
     assert (done.returncode, b"claims" in done.stderr) == (3, True)
     assert not destination.exists()
+
+
+def test_holes_of_one_answer_are_bounded() -> None:
+    survey = Survey(Extent(0, 64 << 30), 1, lambda: None)
+    assert all(survey.hole(Extent(2 * number, 1)) for number in range(1 << 17))
+    assert len(survey.holes) == 1 << 16
