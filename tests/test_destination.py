@@ -287,6 +287,7 @@ def test_a_complete_mount_reads_no_bytes_that_are_not_the_sources(
     assert run("umount", mounted.point).returncode == 75
     again = mount(source, destination, wait=True)
     assert again.file.read_bytes() == DATA
+    again.umount()
 
 
 @each(CHANGED)
