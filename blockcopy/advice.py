@@ -97,8 +97,8 @@ def advice(command: Command, status: int | None, said: str, *, begun: bool) -> s
     else:
         more_rights = f"--blockcopy-path {shlex.quote(f'sudo -n {command.runs}')}"
     return found.format(
-        host=host,
-        where=host or "this host",
+        host=command.location.host_shown,
+        where=command.location.host_shown or "this host",
         runs=command.runs,
         login=shlex.join(command.way.by_hand),
         more_rights=more_rights,

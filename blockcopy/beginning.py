@@ -51,10 +51,9 @@ def printed(noise: bytes) -> list[str]:
 
 
 def _what(command: Command) -> str:
-    host = command.location.host
-    if host is None:
+    if command.location.host is None:
         return f"`{command.runs}` to answer for {command.location}"
-    return f"{host} to start `{command.runs}`"
+    return f"{command.location.host_shown} to start `{command.runs}`"
 
 
 def _quoted(said: Iterable[str]) -> str:

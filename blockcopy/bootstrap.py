@@ -52,6 +52,9 @@ def begin(size: int) -> None:
             exec(code, module.__dict__)
 
     sys.meta_path.insert(0, Carried)
+    arguments = parcel["arguments"]
+    if parcel["under_home"]:  # a shell has said which folder `~` is; else we do
+        arguments[-1] = os.path.expanduser(sys.argv[-1]) + arguments[-1]
     program = import_module(parcel["program"])
     os.write(1, MARK)
-    program.main(parcel["arguments"])
+    program.main(arguments)

@@ -58,7 +58,9 @@ def log_in(command: Command) -> Command:
     said = " | ".join(_last_words(ssh, command))
     if ssh.returncode:
         todo = advice(command, ssh.returncode, said, begun=False)
-        raise PeerError(f"{command.location.host}: no login; ssh said: {said}" + (f" – {todo}" if todo else ""))
+        raise PeerError(
+            f"{command.location.host_shown}: no login; ssh said: {said}" + (f" – {todo}" if todo else "")
+        )
     return command.logged_in()
 
 

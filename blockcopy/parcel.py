@@ -28,9 +28,18 @@ exec`. A shell takes the quotes away, and what is left sets `f` and goes on; els
 so that no byte behind the line is taken. It runs its first line, if that is the one that `opening` makes."""
 
 
-def opening(arguments: Sequence[str]) -> bytes:
-    """What to send first to a python3 that runs CODE, so that it runs `blockcopy` with `arguments`."""
-    content = {"package": PACKAGE, "modules": modules(), "program": f"{PACKAGE}.cli", "arguments": [*arguments]}
+def opening(arguments: Sequence[str], *, under_home: bool = False) -> bytes:
+    """What to send first to a python3 that runs CODE, so that it runs `blockcopy` with `arguments`.
+
+    `under_home`: the last argument is a path below the folder that the last word behind CODE names.
+    """
+    content = {
+        "package": PACKAGE,
+        "modules": modules(),
+        "program": f"{PACKAGE}.cli",
+        "arguments": [*arguments],
+        "under_home": under_home,
+    }
     parcel = zlib.compress(json.dumps(content).encode())
     program = f"{modules()[f'{PACKAGE}.bootstrap']}\nbegin({len(parcel)})\n"
     return f"exec({program!a})\n".encode() + parcel

@@ -155,7 +155,7 @@ def _why(session: Session, failure: BlockcopyError | None) -> BlockcopyError:
     own = next((text for text in said if text.startswith(_ITS_ERROR)), None)
     if own is not None:
         message = own[len(_ITS_ERROR) :]
-        return BlockcopyError.told(f"{command.location.host or 'this host'}: {message}{more}", status)
+        return BlockcopyError.told(f"{command.location.host_shown or 'this host'}: {message}{more}", status)
     told = f"; it said: {' | '.join(said)}" if said else ""
     if failure is not None and not told:
         told = f": {failure}"

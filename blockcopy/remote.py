@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from blockcopy import bootstrap, parcel
 from blockcopy.errors import UsageError
+from blockcopy.location import Location
 from blockcopy.places import absolute, working_folder
 
 DEFAULT_RSH = "ssh"
@@ -52,41 +53,6 @@ NO_CONTROL = "none"
 
 _IDLE_SECONDS = 10
 """How long a shared login is kept, by ssh, when nobody uses it."""
-
-
-class Location(NamedTuple):
-    """`[user@]host:/path`, or a local path where `host` is None; a host itself where `path` is empty."""
-
-    host: str | None
-    path: str
-
-    def __str__(self) -> str:
-        return ":".join(filter(None, self))
-
-
-def parse_location(text: str, what: str = "SOURCE") -> Location:
-    """As rsync reads it: a colon before any slash parts host and path. UsageError for what is neither.
-
-    `what` it is, for the message. An IPv6 address stands in brackets. A local path with a colon in its first
-    part is written `./a:b`.
-    """
-    bracketed = re.match(r"((?:[^/:@]+@)?)\[([^/\]]*)\]:(.*)", text, re.DOTALL)
-    if bracketed:
-        user, address, path = bracketed.groups()
-        host = user + address
-    else:
-        host, colon, path = text.partition(":")
-        if not colon or "/" in host:
-            if not text:
-                raise UsageError(f"{what} is empty; it is [user@]host:/path or a local path")
-            return Location(None, text)
-    if not host or not path:
-        raise UsageError(
-            f"{what} {text!r} has no {'path' if host else 'host'}; it is [user@]host:/path or a local path"
-        )
-    if host.startswith("-"):
-        raise UsageError(f"{what} {text!r}: a host does not begin with `-`")
-    return Location(host, path)
 
 
 class Way(NamedTuple):
@@ -169,29 +135,44 @@ def stage_command(
     """
     if location.host is None:
         return _local_command(location, program, [stage, *options])
-    way = _way_to(location.host, _words("-e", rsh), control)
-    path = [_no_option(location.path)] if location.path else []
+    way = _way_to(location, _words("-e", rsh), control)
+    home, rest = location.under_home()
+    path = [rest if home else _no_option(rest)] if location.path else []
     if program is not None:
         words = _remote_words("--blockcopy-path", program)
-        argv = [*way.argv, *words, stage, *options, *map(shlex.quote, path)]
+        named = [_for_shell(home, each) for each in path]
+        argv = [*way.argv, *words, stage, *options, *named]
         return Command(location, argv, {}, working_folder(), runs=program, way=way)
     # What stands behind the code is for whoever lists the processes there; it tells Python nothing.
     shown = [word for word in ("blockcopy", stage, *path) if re.fullmatch(r"[\w@%+:,./-]+", word, re.ASCII)]
+    home_word = [home] if home else []  # a shell there says where that is, or else Python does
     return Command(
         location,
-        [*way.argv, *_remote_words("--python", python), "-c", parcel.CODE, *shown],
+        [*way.argv, *_remote_words("--python", python), "-c", parcel.CODE, *shown, *home_word],
         {},
         working_folder(),
         runs=python,
         way=way,
-        opening=parcel.opening([stage, *options, *path]),
+        opening=parcel.opening([stage, *options, *path], under_home=bool(home)),
         mark=bootstrap.MARK,
     )
 
 
-def _way_to(host: str, rsh: list[str], control: str | None) -> Way:
+def _for_shell(home: str, rest: str) -> str:
+    """Return the word that a shell reads as this path. It finds `home` if that and a slash are not quoted."""
+    if not home:
+        return shlex.quote(rest)
+    return f"{home}/{shlex.quote(rest[1:])}" if rest[1:] else home
+
+
+def _way_to(location: Location, rsh: list[str], control: str | None) -> Way:
+    host = location.host or ""
     if Path(rsh[0]).name != "ssh":
+        if location.port is not None:
+            raise UsageError(f"{location}: the port is for ssh; name it in -e {shlex.join(rsh)!r}")
         return Way([*rsh, host], [*rsh, host])
+    if location.port is not None:
+        rsh = [rsh[0], "-p", str(location.port), *rsh[1:]]
     end = ["--", host]  # whatever the host is called, it is no option
     options = [*_plain(rsh), *_KEEP_ALIVE]
     if control is None or any(word.startswith("-S") or "controlpath" in word.lower() for word in rsh):

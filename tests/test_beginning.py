@@ -16,9 +16,10 @@ from support import BLOCK_SIZE, BLOCKCOPY, PATIENCE, PYTHON, STANDINS, noise, ru
 from blockcopy import beginning, login
 from blockcopy.device import open_source
 from blockcopy.errors import PeerError, SourceError
+from blockcopy.location import parse_location
 from blockcopy.progress import Progress
 from blockcopy.push import push
-from blockcopy.remote import parse_location, stage_command
+from blockcopy.remote import stage_command
 from blockcopy.replica.connector import Connector
 from blockcopy_fuse import doctor
 

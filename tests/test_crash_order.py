@@ -31,7 +31,8 @@ from blockcopy.device import Device, open_source
 from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.geometry import BLOCK_SIZE, Extent, Geometry
 from blockcopy.identity import NO_TIMES, Times
-from blockcopy.remote import Location, stage_command
+from blockcopy.location import Location
+from blockcopy.remote import stage_command
 from blockcopy.replica import blockmap, journal, keeper
 from blockcopy.replica.engine import Plan, Replica, open_replica
 from blockcopy.replica.journal import Binding, Clock, Journal

@@ -17,7 +17,8 @@ from support import BLOCK_SIZE, BLOCKCOPY, PATIENCE, Mount, noise, output, run, 
 from blockcopy import wire
 from blockcopy.claim import make_room, open_destination
 from blockcopy.errors import DestinationLostError
-from blockcopy.remote import Location, stage_command
+from blockcopy.location import Location
+from blockcopy.remote import stage_command
 from blockcopy.replica import replica
 from blockcopy.replica.engine import open_replica
 

@@ -27,8 +27,9 @@ from blockcopy.foreign import Budget, Said
 from blockcopy.geometry import Extent
 from blockcopy.handshake import digest_for, read_source
 from blockcopy.identity import differences, sample_extents
+from blockcopy.location import Location
 from blockcopy.progress import Progress
-from blockcopy.remote import Location, stage_command
+from blockcopy.remote import stage_command
 from blockcopy.replica import metrics
 from blockcopy.replica.forms import Survey
 from blockcopy.replica.notify import Notifier

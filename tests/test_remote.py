@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support import BLOCKCOPY
+from support import BLOCKCOPY, PYTHON
 
 from blockcopy.errors import UsageError
+from blockcopy.location import Location, parse_location
 from blockcopy.parcel import CODE
-from blockcopy.remote import Command, Location, parse_location, stage_command
+from blockcopy.remote import Command, stage_command
 from blockcopy.wire import Data, Done, Rest, encode
 
 REMOTE = Location("host", "/dev/sda")
@@ -42,6 +44,15 @@ exec sh -c "$*"
         ("plain", Location(None, "plain")),
         ("-x", Location(None, "-x")),
         ("[a]", Location(None, "[a]")),
+        ("host:~/a b", Location("host", "~/a b")),
+        ("ssh://host/dev/sda", Location("host", "/dev/sda")),
+        ("ssh://user@host:2222/dev/sda", Location("user@host", "/dev/sda", 2222)),
+        ("ssh://[fe80::1%eth0]:22/x", Location("fe80::1%eth0", "/x", 22)),
+        ("ssh://user@[::1]/a%20b%25", Location("user@::1", "/a b%")),
+        ("ssh://host/~/x", Location("host", "~/x")),
+        ("ssh://host/~user/x", Location("host", "~user/x")),
+        ("./sftp://x", Location(None, "./sftp://x")),
+        ("./C:\\x", Location(None, "./C:\\x")),
     ],
 )
 def test_a_source_is_read_as_rsync_reads_it(text: str, source: Location) -> None:
@@ -54,6 +65,89 @@ def test_a_source_is_read_as_rsync_reads_it(text: str, source: Location) -> None
 def test_what_is_no_source_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="SOURCE"):
         parse_location(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("sftp://host/x", "write [user@]host:/path"),
+        ("rsync://host/module/x", "rsync is not spoken here"),
+        ("nbd://host/x", "nbd is not spoken here"),
+        ("file:///x", "without file://"),
+        ("host::module", "write host:/path"),
+        ("fe80::1:/x", "as in [fe80::1]:/path"),
+        ("C:\\disk.img", "./C:\\disk.img"),
+        ("ssh://", "is not ssh://[user@]host[:port]/path"),
+        ("ssh://host:/x", "is not ssh://"),
+        ("ssh://host:99999/x", "is not ssh://"),
+        ("ssh://user:password@host/x", "is not ssh://"),
+        ("ssh://::1/x", "is not ssh://"),
+        ("ssh://host", "has no path"),
+        ("ssh://-oProxyCommand=x/x", "a host does not begin with"),
+        ("user@:/x", "has no"),
+        ("host:/a\0b", "NUL"),
+    ],
+)
+def test_what_others_write_is_refused_in_a_line_that_says_what_to_write(text: str, told: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(told)) as refused:
+        parse_location(text)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("[::1]", "[::1]"), ("user@[::1]:", "user@[::1]"), ("host", "host"), ("ssh://u@h:22", "u@h")],
+)
+def test_a_host_alone(text: str, shown: str) -> None:
+    location = parse_location(text, "HOST", needs_path=False)
+    assert (location.host_shown, location.path, str(location)) == (shown, "", text)
+
+
+@pytest.mark.parametrize(
+    "text", ["[::1]:/x", "user@[fe80::1%eth0]:/x", "ssh://[::1]:22/x", "host:~/x", "host:x", "a:b"]
+)
+def test_a_source_is_shown_as_it_was_typed(text: str) -> None:
+    assert str(parse_location(text)) == text
+
+
+def test_a_port_is_for_ssh() -> None:
+    location = parse_location("ssh://host:2222/x")
+    assert stage_command(location, "ssh -4").way.by_hand == ["ssh", "-p", "2222", "-4", "host"]
+    with pytest.raises(UsageError, match="the port is for ssh"):
+        stage_command(location, "rsh")
+
+
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [
+        ("~/a", "~/a"),
+        ("~", "~"),
+        ("~/", "~"),
+        ("~user/a b", "~user/'a b'"),
+        ("~/$(id)", "~/'$(id)'"),
+        ("~$(id)/a", "'~$(id)/a'"),
+        ("~;id/a", "'~;id/a'"),
+        ("~-/a", "'~-/a'"),
+        ("./~/a", "'./~/a'"),
+    ],
+)
+def test_a_home_is_left_to_the_remote_shell_and_nothing_else_is(path: str, word: str) -> None:
+    assert stage_command(Location("host", path), "rsh", "blockcopy").argv[-1] == word
+
+
+@pytest.mark.parametrize("script", [SHELL, '#!/bin/sh\nshift\nexec "$@"\n'], ids=["shell", "no shell"])
+@pytest.mark.parametrize("path", ["~/it's $HOME", "~root/../{folder}/it's $HOME"])
+def test_a_home_is_found_at_the_far_end(tmp_path: Path, script: str, path: str) -> None:
+    written = tmp_path / "it's $HOME"
+    written.write_bytes(b"this one")
+    (tmp_path / "rsh").write_text(script.replace("shift", f"shift; export HOME={tmp_path}"))
+    (tmp_path / "rsh").chmod(0o755)
+    far = "../" * 8 + str(tmp_path)[1:]
+    location = parse_location("host:" + path.replace("../{folder}", far))
+    for program in (None, " ".join(BLOCKCOPY)) if script == SHELL else (None,):
+        command = stage_command(location, f"{tmp_path}/rsh", program, python=PYTHON)
+        stream = answer(command, tmp_path)
+        assert stream.endswith(encode(Data(0, b"this one")) + encode(Done()))
 
 
 @pytest.mark.parametrize(

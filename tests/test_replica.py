@@ -26,8 +26,9 @@ from blockcopy.errors import (
     SourceError,
 )
 from blockcopy.geometry import BLOCK_SIZE, Geometry
+from blockcopy.location import Location
 from blockcopy.meters import floored_percent
-from blockcopy.remote import Location, stage_command
+from blockcopy.remote import stage_command
 from blockcopy.replica import faults, keeper, link
 from blockcopy.replica.blockmap import BlockMap
 from blockcopy.replica.engine import open_replica

@@ -17,7 +17,8 @@ import trio.testing
 from blockcopy.digests import Buffer
 from blockcopy.errors import OriginalProgramError, SourceError
 from blockcopy.geometry import BLOCK_SIZE, Geometry
-from blockcopy.remote import Location, stage_command
+from blockcopy.location import Location
+from blockcopy.remote import stage_command
 from blockcopy.replica.forms import Question
 from blockcopy.replica.retriever import Retriever
 

@@ -13,7 +13,8 @@ import trio
 
 from blockcopy.errors import SourceError
 from blockcopy.geometry import BLOCK_SIZE
-from blockcopy.remote import Location, stage_command
+from blockcopy.location import Location
+from blockcopy.remote import stage_command
 from blockcopy.replica.retriever import Retriever
 from blockcopy.replica.sizing import SizeSearch
 

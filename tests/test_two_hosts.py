@@ -28,8 +28,9 @@ from support import (
 )
 
 import blockcopy
+from blockcopy.location import parse_location
 from blockcopy.login import control_path, log_in, logged_in
-from blockcopy.remote import parse_location, stage_command
+from blockcopy.remote import stage_command
 
 Mounter = Callable[..., Mount]
 LoopDevice = Callable[..., str]
@@ -116,6 +117,18 @@ def test_a_sync(sshd: Sshd, source: Path, destination: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     assert destination.read_bytes() == DATA
     until(lambda: not processes_of(source), "the end at the source")
+
+
+def test_a_url_names_the_port_and_a_home(sshd: Sshd, source: Path, destination: Path) -> None:
+    rsh = sshd.rsh.replace(f"-p {sshd.port} ", "")
+    for path in (source, f"/~/{os.path.relpath(source, Path.home())}"):
+        url = f"ssh://{sshd.user}@{sshd.host}:{sshd.port}{path}"
+        done = run("sync", "--no-state", "-e", rsh, "--python", PYTHON, url, destination)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+        assert destination.read_bytes() == DATA
+        destination.unlink()
+    done = run("doctor", "-e", rsh, "--python", PYTHON, f"ssh://{sshd.host}:{sshd.port}")
+    assert done.returncode == 0, done.stdout
 
 
 def test_a_sync_from_the_original(sshd: Sshd, source: Path, destination: Path, original: list[str]) -> None:

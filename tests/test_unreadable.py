@@ -20,7 +20,8 @@ from blockcopy.device import open_source
 from blockcopy.errors import UnreadableError
 from blockcopy.geometry import Extent, Geometry
 from blockcopy.identity import differences, of_source
-from blockcopy.remote import Location, stage_command
+from blockcopy.location import Location
+from blockcopy.remote import stage_command
 from blockcopy.replica import link
 from blockcopy.replica.blockmap import BlockMap
 from blockcopy.replica.engine import open_replica

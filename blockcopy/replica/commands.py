@@ -20,9 +20,10 @@ from blockcopy import console, extras, packing, zstd
 from blockcopy.claim import check_destination
 from blockcopy.device import open_source
 from blockcopy.errors import DeviceError, DifferentError, UnreadableError, UsageError
+from blockcopy.location import Location, parse_location
 from blockcopy.login import control_path, logged_in
 from blockcopy.places import absolute
-from blockcopy.remote import Command, Location, parse_location, stage_command
+from blockcopy.remote import Command, stage_command
 
 if TYPE_CHECKING:
     from subprocess import Popen

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from blockcopy import console, log
 from blockcopy.claim import check_destination
 from blockcopy.errors import IncompleteError, PeerError, UnfitError, UsageError
+from blockcopy.location import parse_location
 from blockcopy.login import log_in, logged_in
 from blockcopy.places import absolute
 from blockcopy.progress import Progress
-from blockcopy.remote import Location
 from blockcopy.replica.commands import command_for, needs_extra, plan_of, prompts, run, source_command
 from blockcopy.replica.status import one_line
 from blockcopy_fuse import control, options
@@ -164,8 +164,7 @@ def doctor(args: argparse.Namespace) -> None:
 
     findings = examine()
     if args.host is not None:
-        host, _, path = args.host.partition(":")
-        location = Location(host, path)
+        location = parse_location(args.host, "HOST", needs_path=False)
         command = command_for(args, location, "facts")
         findings = itertools.chain(findings, examine_host(command, prompts=prompts(location)))
     failures = 0

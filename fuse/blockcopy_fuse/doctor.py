@@ -59,7 +59,7 @@ def examine_host(command: Command, *, prompts: bool = False) -> Iterator[Finding
 
     `prompts`: a password may be asked for at a terminal.
     """
-    host = command.location.host
+    host = command.location.host_shown
     started = time.monotonic()
     try:
         found = _facts(command, prompts=prompts)
@@ -68,14 +68,14 @@ def examine_host(command: Command, *, prompts: bool = False) -> Iterator[Finding
         return
     yield Finding("ok", f"{host}: reached in {time.monotonic() - started:.1f} s as {found['user']}")
     yield Finding("ok", f"{host}: Python {found['python']}, which runs {found['program']}")
-    yield from _pair(str(host), found)
+    yield from _pair(host, found)
     if "size" in found:
         yield Finding("ok", f"{command.location} can be read: {found['size']} bytes")
 
 
 def _facts(command: Command, *, prompts: bool) -> dict[str, Any]:
     """Return what `facts` says. Raises PeerError if it does not come to that, with what to do."""
-    host = str(command.location.host)
+    host = command.location.host_shown
     session = Session(command, timeout=_HOST_SECONDS, prompts=prompts)
     answer = b""
     with session:
