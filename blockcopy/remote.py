@@ -167,14 +167,17 @@ def _for_shell(home: str, rest: str) -> str:
 
 def _way_to(location: Location, rsh: list[str], control: str | None) -> Way:
     host = location.host or ""
-    if Path(rsh[0]).name != "ssh":
+    at = next((at for at, word in enumerate(rsh) if Path(word).name == "ssh"), None)
+    if at is None:
         if location.port is not None:
             raise UsageError(f"{location}: the port is for ssh; name it in -e {shlex.join(rsh)!r}")
         return Way([*rsh, host], [*rsh, host])
     if location.port is not None:
-        rsh = [rsh[0], "-p", str(location.port), *rsh[1:]]
+        rsh = [*rsh[: at + 1], "-p", str(location.port), *rsh[at + 1 :]]
     end = ["--", host]  # whatever the host is called, it is no option
-    options = [*_plain(rsh), *_KEEP_ALIVE]
+    options = [*_plain(rsh[at + 1 :]), *_KEEP_ALIVE]
+    if at > 0:
+        control = None  # run by another program, as another user perhaps, who may not use our sockets
     if control is None or any(word.startswith("-S") or "controlpath" in word.lower() for word in rsh):
         return Way([*rsh, *options, *end], [*rsh, host])  # a login of the user's own is not ours to end
     options += ["-o", f"ControlPath={control}"]
@@ -189,11 +192,11 @@ def _way_to(location: Location, rsh: list[str], control: str | None) -> Way:
     )
 
 
-def _plain(rsh: Sequence[str]) -> list[str]:
-    """The options of ssh that undo what its configuration adds to a command."""
+def _plain(given: Sequence[str]) -> list[str]:
+    """The options of ssh that undo what its configuration adds to a command; `given`: those of the user."""
     settings = ["IgnoreUnknown=*"]  # some are newer than OpenSSH 8.4; from here on an unknown one is no error
     settings += [f"{name}={value}" for name, value in _PLAIN.items()]
-    if not any(_FORWARDING.match(word) for word in rsh[1:]):
+    if not any(_FORWARDING.match(word) for word in given):
         settings.append(_NO_FORWARDING)
     return [word for setting in settings for word in ("-o", setting)]
 

@@ -193,6 +193,10 @@ KEEP_ALIVE = ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
         ("ssh -L 1:h:2", ["ssh", "-L", "1:h:2", *PLAIN, *KEEP_ALIVE, "--", "host"]),
         ("ssh -oTunnel=yes", ["ssh", "-oTunnel=yes", *PLAIN, *KEEP_ALIVE, "--", "host"]),
         ("/usr/bin/ssh -4", ["/usr/bin/ssh", "-4", *PLAIN, *NO_FORWARDING, *KEEP_ALIVE, "--", "host"]),
+        (
+            "sshpass -e ssh -p 2",
+            ["sshpass", "-e", "ssh", "-p", "2", *PLAIN, *NO_FORWARDING, *KEEP_ALIVE, "--", "host"],
+        ),
         ("docker exec -i", ["docker", "exec", "-i", "host"]),
         ("rsh", ["rsh", "host"]),
     ],
@@ -244,6 +248,7 @@ def test_a_shared_login_has_a_place_a_beginning_and_an_end() -> None:
         ("ssh", "none"),
         ("ssh", None),
         ("ssh -S ~/mine", "/run/x"),
+        ("sudo -u me ssh", "/run/x"),
         ("ssh -o ControlPath=~/mine", "/run/x"),
     ],
 )
