@@ -23,7 +23,8 @@ class Counts(NamedTuple):
     """`done` bytes of `total`, which is None where nobody knows it yet.
 
     `parts`: what became of the bytes that are done, by name: `same`, `fetched`, `zero` and so on. `position`:
-    where on the device it is. `state`: a word for what goes on, where there is more than one thing.
+    where on the device it is. `state`: a word for what goes on, where there is more than one thing. `skipped`: of
+    the bytes done, those that nothing had to be done for (holes). They count for no rate.
     """
 
     done: int
@@ -31,6 +32,7 @@ class Counts(NamedTuple):
     parts: Mapping[str, int] = {}
     position: int | None = None
     state: str | None = None
+    skipped: int = 0
 
 
 class Progress:
@@ -153,12 +155,13 @@ class TimedProgress(Progress):
     def _figures(self) -> Figures:
         counts, now = self._counts, time.monotonic()
         if now - self._sampled_at >= 1:
-            self._meter.sample(counts.done)
+            self._meter.sample(counts.done - counts.skipped)
             self._sampled_at = now
-        rate = self._meter.rate(counts.done)
+        rate = self._meter.rate(counts.done - counts.skipped)
         elapsed = now - self._started
         if self._finished:
-            rate = int((counts.done - counts.parts.get("resumed", 0)) / max(elapsed, 0.001))  # of all of it
+            passed_over = counts.skipped + counts.parts.get("resumed", 0)
+            rate = int((counts.done - passed_over) / max(elapsed, 0.001))  # of all of it
         return Figures(counts, rate, eta(counts.done, counts.total, rate), elapsed, self._finished)
 
 

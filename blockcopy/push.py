@@ -12,6 +12,7 @@ import math
 import time
 
 from blockcopy.advice import TRANSPORT_FAILED, advice
+from blockcopy.backoff import Backoff
 from blockcopy.device import Device
 from blockcopy.errors import BlockcopyError, OutputError, PeerError, StreamError, how_ended
 from blockcopy.foreign import Budget
@@ -19,12 +20,8 @@ from blockcopy.progress import Counts, Progress
 from blockcopy.remote import Command
 from blockcopy.retrieve import retrieve
 from blockcopy.session import Clock, Session
-from blockcopy.wire import MAX_ASKED
 
 logger = logging.getLogger(__name__)
-
-_FIRST_DELAY, _LONGEST_DELAY = 1, 30
-"""Seconds between two attempts; each is twice the one before. As of a link that pulls."""
 
 _ITS_ERROR = "ERROR (receive): "
 """What it begins the line with that says how it ended."""
@@ -45,9 +42,9 @@ class _Paced(Progress):
 
     def update(self, counts: Counts) -> None:
         self._progress.update(counts)
-        step, self._before = counts.done - self._before, counts.done
-        if 0 < step <= MAX_ASKED:  # else it began again, or went over a hole, which costs nothing
-            self._passed += step
+        gone_through = counts.done - counts.skipped
+        self._passed += max(0, gone_through - self._before)  # else it began again
+        self._before = gone_through
         ahead = self._passed / self._limit - (time.monotonic() - self._started)
         if ahead > 0:
             time.sleep(ahead)
@@ -90,7 +87,7 @@ def push(
     Raises PeerError if the host cannot be reached or goes away, what `receive` fails with, with its exit code,
     and DeviceError of the source.
     """
-    delay, lost_at = _FIRST_DELAY, math.inf
+    backoff, lost_at = Backoff(), math.inf
     paced = _Paced(progress, limit) if limit else progress
     budget = Budget()  # for the log, of what all connections say
     while True:
@@ -107,16 +104,17 @@ def push(
             return
         except _LostError as error:
             failure: PeerError = error
-            delay, lost_at = _FIRST_DELAY, time.monotonic()
+            lost_at = time.monotonic()
+            backoff.reset()
         except PeerError as error:
             if math.isinf(lost_at):
                 raise  # it was never there
             failure = error
+        delay = backoff.next()
         if time.monotonic() + delay - lost_at > patience:
             raise failure
         logger.warning("the link is lost, and is made again: %s", failure)
         time.sleep(delay)
-        delay = min(delay * 2, _LONGEST_DELAY)
 
 
 def _show(command: Command, line: str) -> None:

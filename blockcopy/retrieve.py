@@ -51,6 +51,7 @@ class _Answer(NamedTuple):
     frames: list[Output]
     room: memoryview  # what they are views of
     end: int  # of what they are about; 0 where it is nothing
+    read: int  # bytes of that which are no hole
 
 
 def retrieve(
@@ -75,10 +76,10 @@ def retrieve(
     passing = source.exceeds_cache()
     progress = progress or Progress()
     size = source.size()
-    position = sent = 0
+    position = sent = read = 0
 
     def answer(batch: list[_Item]) -> _Answer:
-        room, used, end = buffers.take(), 0, 0
+        room, used, end, read = buffers.take(), 0, 0, 0
         frames: list[Output] = []
         with working():
             for item in batch:
@@ -86,17 +87,20 @@ def retrieve(
                 used += item.size
                 if isinstance(item, Run):
                     end = item.piece.position + item.size
+                    read += sum(extent.length for extent in item.piece.data)
                     if passing:
                         source.drop_behind(item.piece.position, item.size)
-        return _Answer(frames, room, end)
+        return _Answer(frames, room, end, read)
 
     def send(answer: _Answer) -> None:
-        nonlocal position, sent
+        nonlocal position, sent, read
         output.write(answer.frames)
         buffers.give(answer.room)
         position = answer.end or position
+        read += answer.read
         sent += sum(map(len, answer.frames))
-        progress.update(Counts(min(position, size), size, {"sent": sent}))
+        done = min(position, size)
+        progress.update(Counts(done, size, {"sent": sent}, skipped=max(0, done - read)))
 
     unreadable = Unreadable()
     questions = _Questions(source, output, packing or Packing(), unreadable)

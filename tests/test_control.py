@@ -190,7 +190,7 @@ def test_prefetch_brings_its_blocks_and_no_others(mount: Mounter, source: Path, 
     assert brought(destination) == before | {8, 16, 17, BLOCKS - 1}
     status = mounted.status()
     assert (status["state"], status["hydrated_bytes"]) == ("paused", (len(before) + 4) * BLOCK_SIZE)
-    obeyed("prefetch", mounted.point, "1M:128K", "1T:1T")
+    refused("prefetch", mounted.point, "1M:128K", "1T:1T", status=2, told="there is nothing at 1099511627776")
     assert brought(destination) == before | {8, 16, 17, BLOCKS - 1}
 
 

@@ -635,10 +635,16 @@ def with_link(
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
+def assert_delays(connector: FakeConnector, longest: list[float]) -> None:
+    """Its first attempts were so far apart, or less by up to a half."""
+    waits = connector.waits()[: len(longest)]
+    assert all(most / 2 <= wait <= most for wait, most in zip(waits, longest, strict=True)), waits
+
+
 def test_attempts_are_further_and_further_apart() -> None:
     async def scenario(link: Link, connector: FakeConnector) -> None:
         await trio.sleep(200)
-        assert connector.waits()[:8] == [1, 2, 4, 8, 16, 30, 30, 30]
+        assert_delays(connector, [1, 2, 4, 8, 16, 30, 30, 30])
         assert (link.is_up, link.reconnects) == (False, 0)
         assert str(link.last_error) == "nobody is there"
 
@@ -654,7 +660,7 @@ def test_after_an_answer_the_next_attempt_is_soon_again() -> None:
             await link.ask([QUESTION], SINK, trio.current_time())
             retriever.end()
         await trio.sleep(5)
-        assert connector.waits() == [1, 2, 4, 1, 1, 1, 2]
+        assert_delays(connector, [1, 2, 4, 1, 1, 1, 2])
         assert link.reconnects == 2
 
     with_link(scenario, [away, away, away, first, second, third])
@@ -668,7 +674,7 @@ def test_a_connection_that_never_answered_does_not_count() -> None:
 
     async def scenario(link: Link, connector: FakeConnector) -> None:
         await trio.sleep(40)
-        assert connector.waits() == [1, 2, 4, 8, 16]
+        assert_delays(connector, [1, 2, 4, 8, 16])
 
     with_link(scenario, connections)
 
@@ -753,7 +759,7 @@ def test_what_ends_connection_after_connection_is_found_out_block_by_block() -> 
         assert sorted(answer.data) == [Extent(0, 1), Extent(2, 1)]
         assert answer.unread == [Unread(Extent(1, 1), "it broke")]
         assert len(connector.attempts) <= 6
-        assert set(connector.waits()) <= {1}  # an end that tells something is as good as an answer
+        assert max(connector.waits()) <= 1  # an end that tells something is as good as an answer
 
     with_link(scenario, [MortalRetriever() for _ in range(20)])
 

@@ -17,6 +17,7 @@ import support
 import trio
 import trio.testing
 
+from blockcopy import backoff
 from blockcopy.device import Device
 from blockcopy.errors import (
     BlockcopyError,
@@ -54,7 +55,7 @@ def delay(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """How long until a link is made again: `delay(seconds)`, or else QUICKLY."""
 
     def set_delay(seconds: float) -> None:
-        monkeypatch.setattr(link, "_FIRST_DELAY", seconds)
+        monkeypatch.setattr(backoff, "FIRST_SECONDS", seconds)
         monkeypatch.setattr(link, "_WANTED_DELAY", seconds)
 
     set_delay(QUICKLY)
@@ -960,6 +961,29 @@ def test_a_final_sync_that_fails_completes_nothing(
 # What is told
 
 
+def test_the_cache_is_not_dropped_in_the_thread_of_the_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for a disk."""
+    threads = []
+    drop_cache = Device.drop_cache
+
+    def noted(device: Device) -> None:
+        threads.append(threading.current_thread())
+        drop_cache(device)
+
+    monkeypatch.setattr(Device, "drop_cache", noted)
+    source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+
+    async def main() -> None:
+        async with replica_of(plan_of(source, destination, verify=True)) as replica:
+            await replica.wait_complete()
+
+    trio.run(main)
+    assert threads
+    assert threading.main_thread() not in threads
+
+
 def test_the_snapshot_has_all_fields_with_their_types(tmp_path: Path) -> None:
     number = (int,)
     types: dict[str, tuple[type, ...]] = {
@@ -974,6 +998,7 @@ def test_the_snapshot_has_all_fields_with_their_types(tmp_path: Path) -> None:
         "same_bytes": number,
         "fetched_bytes": number,
         "zero_bytes": number,
+        "hole_bytes": number,
         "unreadable_bytes": number,
         "unreadable_ranges": {list},
         "verified_bytes": number,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import re
@@ -469,6 +470,20 @@ def test_holes_at_both_ends_cost_next_to_nothing(tmp_path: Path) -> None:
         file.seek((1 << 39) + 5)
         assert file.read(8) == b"far away"
     assert destination.stat().st_blocks * 512 < len(DATA) + 3 * BLOCK_SIZE
+
+
+def test_holes_count_for_no_rate_and_not_for_the_time_to_go(tmp_path: Path) -> None:
+    limit, size = 2 << 20, 1 << 30
+    source = support.written(tmp_path / "source", support.noise(3 * limit))
+    os.truncate(source, size)
+    command = [*support.BLOCKCOPY, "sync", "--limit", "2M", "--progress=json", source, tmp_path / "destination"]
+    done = subprocess.run(command, capture_output=True, check=True, timeout=30)
+    told = [json.loads(line) for line in done.stderr.splitlines()]
+    assert max(each["rate_bytes_per_s"] for each in told) < 1.5 * limit
+    going = [each for each in told if not each["finished"] and each["eta_seconds"] is not None]
+    assert going
+    for each in going:  # what is left has the limit's pace
+        assert each["eta_seconds"] >= (size - each["done_bytes"]) // (1.5 * limit)
 
 
 def test_a_destination_that_is_refused_leaves_no_process_behind(source: Path) -> None:

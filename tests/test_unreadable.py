@@ -16,13 +16,13 @@ import support
 import trio
 from support import BLOCK_SIZE, FAULTY, PYTHON, QUEUEING, STANDINS, Mount, noise, run, written
 
+from blockcopy import backoff
 from blockcopy.device import open_source
 from blockcopy.errors import UnreadableError
 from blockcopy.geometry import Extent, Geometry
 from blockcopy.identity import differences, of_source
 from blockcopy.location import Location
 from blockcopy.remote import stage_command
-from blockcopy.replica import link
 from blockcopy.replica.blockmap import BlockMap
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.replica import Plan
@@ -87,7 +87,7 @@ def test_a_program_that_ends_at_a_bad_block_is_started_again_for_all_else(
     program: str, bad_disk: Path, destination: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the original does, and older ones of ours did."""
-    monkeypatch.setattr(link, "_FIRST_DELAY", 0.01)
+    monkeypatch.setattr(backoff, "FIRST_SECONDS", 0.01)
     source, bad = (bad_disk, BAD) if program == QUEUEING else (written(tmp_path / "source", DATA), BAD[:1])
 
     async def main() -> None:
@@ -207,9 +207,9 @@ def test_the_pass_wants_what_is_missing_and_was_not_set_aside(seed: int) -> None
     geometry = Geometry(chance.randint(1, 300) * 4096 - 5, 4096)
     blockmap, every = BlockMap(geometry), range(geometry.blocks)
     present, aside = set[int](), set[int]()
-    for _ in range(30):
+    for _ in range(60):
         start = chance.choice(every)
-        blocks = range(start, min(start + chance.choice([1, 3, 40]), geometry.blocks))
+        blocks = range(start, min(start + chance.choice([1, 1, 1, 20]), geometry.blocks))
         if chance.random() < 0.5:
             blockmap.mark(blocks, "fetched")
             present |= set(blocks)
@@ -218,11 +218,11 @@ def test_the_pass_wants_what_is_missing_and_was_not_set_aside(seed: int) -> None
             aside |= set(blocks)
         assert list(blockmap.wanted(every)) == sorted(set(every) - present - aside)
         left = [geometry.extent(block) for block in sorted(aside - present)]
-        count, ranges, more = blockmap.unreadable(3)
-        assert count == sum(extent.length for extent in left)
-        assert (ranges, more) == (joined(left)[:3], len(joined(left)) > 3)
+        found = blockmap.unreadable("bad")
+        assert found.bytes == sum(extent.length for extent in left)
+        assert (found.ranges, found.more) == (joined(left)[:MAX_RANGES], len(joined(left)) > MAX_RANGES)
     blockmap.forget_all()
-    assert (list(blockmap.wanted(every)), blockmap.unreadable(3)) == (list(every), (0, [], False))
+    assert (list(blockmap.wanted(every)), blockmap.unreadable().bytes) == (list(every), 0)
 
 
 def test_a_bad_sector_of_the_sample_that_comes_or_goes_is_no_change(tmp_path: Path) -> None:

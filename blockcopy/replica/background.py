@@ -80,9 +80,11 @@ class Hydration:
                 if first is None:
                     break
                 start = self._end_of_batch(first)
-                self._pace.take(start - first)
+                # What is here already costs nothing: it counts for no limit.
+                count = sum(1 for _ in self._blockmap.wanted(range(first, start)))
+                self._pace.take(count)
                 self._in_hand.update(range(first, start))
-                nursery.start_soon(self._bring, range(first, start))
+                nursery.start_soon(self._bring, range(first, start), count)
 
     def _next(self, blocks: range) -> int | None:
         """The first that is missing and can be had, as far as is known, and that nobody here is bringing."""
@@ -93,7 +95,7 @@ class Hydration:
         stop = min(first + self._pace.batch_blocks, self._geometry.blocks)
         return next(filter(self._blockmap.is_aside, range(first, stop)), stop)
 
-    async def _bring(self, blocks: range) -> None:
+    async def _bring(self, blocks: range, count: int) -> None:
         try:
             await self._materialiser.ensure(blocks, self._lane)
         except UnreadableError:
@@ -102,7 +104,7 @@ class Hydration:
             self._error = self._error or error
         finally:
             self._in_hand.difference_update(blocks)
-            self._pace.give_back(len(blocks))
+            self._pace.give_back(count)
 
     async def _survey(self) -> None:
         """Mark what is a hole at both ends. Where that cannot be learnt, the sweep comes by all the same."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from blockcopy.geometry import Extent, Geometry
+from blockcopy.unreadable import MAX_RANGES, Unreadable
 
 CHUNK_BLOCKS = 16384
 """Blocks whose bits are kept and recorded as one: 2 KiB for 2 GiB of the device."""
@@ -179,25 +180,27 @@ class BlockMap:
                 return None
             block = behind
 
-    def unreadable(self, most: int) -> tuple[int, list[Extent], bool]:
-        """Return the bytes that were set aside and are missing, the first `most` ranges, and if there are more."""
+    def unreadable(self, reason: str = "") -> Unreadable:
+        """Return what was set aside and is missing."""
+        found = Unreadable()
         if not self._aside:
-            return 0, [], False
+            return found
+        found.reason = reason
         left = int.from_bytes(self._aside, "little") & ~int.from_bytes(self._bits, "little")
-        count = left.bit_count() * self._geometry.block_size
+        found.bytes = left.bit_count() * self._geometry.block_size
         if left >> self._geometry.blocks - 1:
-            count -= self._geometry.block_size - self._geometry.extent(self._geometry.blocks - 1).length
-        ranges: list[Extent] = []
+            found.bytes -= self._geometry.block_size - self._geometry.extent(self._geometry.blocks - 1).length
         at = 0
-        while left and len(ranges) < most:
+        while left and len(found.ranges) < MAX_RANGES:
             skipped = (left & -left).bit_length() - 1
             left >>= skipped
             run = (~left & left + 1).bit_length() - 1
             left >>= run
             first, last = self._geometry.extent(at + skipped), self._geometry.extent(at + skipped + run - 1)
-            ranges.append(Extent(first.offset, last.end - first.offset))
+            found.ranges.append(Extent(first.offset, last.end - first.offset))
             at += skipped + run
-        return count, ranges, bool(left)
+        found.more = bool(left)
+        return found
 
     def any_missing(self, blocks: Sequence[int]) -> bool:
         """Whether one of them is unknown; quick for a range."""

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import trio
 
+from blockcopy.backoff import Backoff
 from blockcopy.digests import Buffer, Digest
 from blockcopy.errors import BlockcopyError, GarbledSourceError, SourceChangedError, SourceError
 from blockcopy.geometry import Extent
@@ -27,9 +28,6 @@ from blockcopy.replica.retriever import Retriever
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_FIRST_DELAY, _LONGEST_DELAY = 1, 30
-"""Seconds between two attempts; each is twice the one before."""
 
 _WANTED_DELAY = 5
 """The longest delay while somebody waits who will not wait for ever."""
@@ -139,16 +137,15 @@ class Link:
             self._finished.set()
 
     async def _keep_up(self) -> None:
-        delay = _FIRST_DELAY
+        backoff = Backoff()
         while not self._connector.changed:
             if self._retriever is not None:
                 await self._retriever.ended.wait()
                 if self._retriever.answered_at is not None or self._retriever.unanswered is not None:
-                    delay = _FIRST_DELAY  # an end that tells of what it comes is as good as an answer
+                    backoff.reset()  # an end that tells of what it comes is as good as an answer
                 self._lose(self._retriever)
             if self.last_error is not None:  # else it has not been tried yet
-                await self._rest(delay)
-                delay = min(delay * 2, _LONGEST_DELAY)
+                await self._rest(backoff.next())
             await self._try()
 
     async def _rest(self, delay: float) -> None:

@@ -124,6 +124,8 @@ class Materialiser:
         self._faults = Faults()
         self._rewritten = Unreadable()
         """Blocks of the destination that cannot be read: they are fetched, and a write may mend them."""
+        self.hole_bytes = 0
+        """Present bytes that are holes at both ends: nothing had to be done for them."""
         self.last_error: BlockcopyError | None = None
         self.complete = trio.Event()
         if blockmap.complete:
@@ -247,7 +249,9 @@ class Materialiser:
     def mark_zero(self, blocks: range, generation: int) -> None:
         """The `blocks` are zeros at both ends, as was found while the block map had that `generation`."""
         if self._blockmap.generation == generation and not self._dropping:
+            before = self._blockmap.present_bytes
             self._blockmap.mark(blocks, "zero")
+            self.hole_bytes += self._blockmap.present_bytes - before
             if self._blockmap.complete:
                 self.complete.set()
 
@@ -282,5 +286,6 @@ class Materialiser:
         """Nothing is known any more: every block has to be checked again."""
         self._blockmap.forget_all()
         self._faults = Faults()
+        self.hole_bytes = 0
         if self.complete.is_set():
             self.complete = trio.Event()

@@ -36,7 +36,6 @@ from blockcopy.replica.verify import compare
 from blockcopy.replica.volume import Volume
 from blockcopy.replica.window import Window
 from blockcopy.stages import WORKERS
-from blockcopy.unreadable import MAX_RANGES, listed
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +43,10 @@ _DEMAND_BATCH_BLOCKS = 16
 """2 MiB: whoever waits for one of them waits for all."""
 _DEMAND_FLIGHTS = 64
 _DEMAND_THREADS = 4
-_DEMAND_WINDOW = {"first": 32, "least": 8, "most": 512}
+_DEMAND_WINDOW: dict[str, Any] = {"first": 32, "least": 8, "most": 512}
 
 _BULK_FLIGHTS = 64
-_BULK_WINDOW = {"first": 32, "least": 8, "most": 1024}
+_BULK_WINDOW: dict[str, Any] = {"first": 32, "least": 8, "most": 1024}
 """In blocks: up to 128 MiB on their way, which fills 1 GB/s over a round trip of 100 ms."""
 _BULK_WINDOW_ALONE = {**_BULK_WINDOW, "first": _BULK_WINDOW["most"]}
 """Without a link and without readers there is nobody in whose way much could be."""
@@ -205,14 +204,11 @@ class Replica:
         ).run()
         if not self._blockmap.complete:
             await self._links[-1].check()  # one that was cut, say, is another
-            raise UnreadableError(f"{self._plan.command.location} cannot read {self._unreadable()}")
-
-    def _unreadable(self) -> str:
-        count, ranges, more = self._blockmap.unreadable(MAX_RANGES)
-        return (
-            f"{count} bytes ({listed(ranges, more=more)}): {self._materialiser.last_fault}. All else was copied. "
-            "These are asked for again by each read, and by the next mount or sync"
-        )
+            found = self._blockmap.unreadable(str(self._materialiser.last_fault))
+            raise UnreadableError(
+                f"{self._plan.command.location} cannot read {found}. All else was copied. "
+                "These are asked for again by each read, and by the next mount or sync"
+            )
 
     async def _await_complete(self) -> None:
         while True:
@@ -253,7 +249,7 @@ class Replica:
             first, count = first or extent, count + 1
 
         self._verified, self._verifying = 0, True  # until it is complete, or failed
-        self._device.drop_cache()
+        await trio.to_thread.run_sync(self._device.drop_cache)
         verdict = await compare(self._device, self._geometry, self._links[-1], note, self._note_verified)
         if first is not None:
             await self._keeper.forget()
@@ -304,13 +300,14 @@ class Replica:
 
     async def _measure(self) -> None:
         while True:
-            self._meter.sample(self._progress)
+            done, skipped = self._progress
+            self._meter.sample(done - skipped)
             await trio.sleep(1)
 
     @property
-    def _progress(self) -> int:
-        """Bytes that are done of what goes on now."""
-        return self._verified if self._verifying else self.hydrated_bytes
+    def _progress(self) -> tuple[int, int]:
+        """Return bytes done of what goes on now, and of these, those that cost nothing: they count for no rate."""
+        return (self._verified, 0) if self._verifying else (self.hydrated_bytes, self._materialiser.hole_bytes)
 
     @property
     def _is_copy(self) -> bool:
@@ -334,10 +331,10 @@ class Replica:
     def snapshot(self) -> dict[str, Any]:
         """What `status --json` says. All sizes in bytes."""
         size, hydrated = self._geometry.size, self.hydrated_bytes
-        progress = self._progress
-        rate = self._meter.rate(progress) if self.state in ("hydrating", "verifying") else 0
+        progress, skipped = self._progress
+        rate = self._meter.rate(progress - skipped) if self.state in ("hydrating", "verifying") else 0
         error = self._device.lost or self._links[0].changed or self._failure or self._materialiser.last_error
-        unreadable, ranges, _ = self._blockmap.unreadable(MAX_RANGES)
+        unreadable = self._blockmap.unreadable()
         return {
             "state": self.state,
             "source": str(self._plan.command.location),
@@ -350,8 +347,9 @@ class Replica:
             "same_bytes": self._blockmap.same_bytes,
             "fetched_bytes": self._blockmap.fetched_bytes,
             "zero_bytes": self._blockmap.zero_bytes,
-            "unreadable_bytes": unreadable,
-            "unreadable_ranges": [list(extent) for extent in ranges],
+            "hole_bytes": self._materialiser.hole_bytes,
+            "unreadable_bytes": unreadable.bytes,
+            "unreadable_ranges": [list(extent) for extent in unreadable.ranges],
             "verified_bytes": self._verified,
             "verified_percent": floored_percent(self._verified, size) if self._plan.verify else None,
             "sent_bytes": sum(link.sent_bytes for link in self._links),

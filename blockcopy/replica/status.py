@@ -43,4 +43,5 @@ def counts_of(snapshot: dict[str, Any]) -> Counts:
         return Counts(snapshot["verified_bytes"], snapshot["size"], state="verifying")
     names = ["same", "fetched", "zero", *(["resumed"] if snapshot["resumed_bytes"] else [])]
     parts = {name: snapshot[f"{name}_bytes"] for name in names}
-    return Counts(snapshot["hydrated_bytes"], snapshot["size"], parts, state=snapshot["state"])
+    hydrated, state = snapshot["hydrated_bytes"], snapshot["state"]
+    return Counts(hydrated, snapshot["size"], parts, state=state, skipped=snapshot.get("hole_bytes", 0))

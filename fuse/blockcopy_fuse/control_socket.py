@@ -157,9 +157,17 @@ async def _obey(request: dict[str, Any], replica: Replica) -> None:
     elif command == "limit" and _is_rate(request.get("rate")):
         replica.pace.limit = request["rate"]
     elif command == "prefetch" and _are_extents(request.get("extents")):
-        await replica.prefetch([Extent(*extent) for extent in request["extents"]])
+        await replica.prefetch(_existing(request["extents"], replica.volume.size))
     else:
         raise UsageError(f"the mount does not understand {json.dumps(request)[:200]}")
+
+
+def _existing(ranges: list[list[int]], size: int) -> list[Extent]:
+    """Raises UsageError if one of the ranges begins behind the end of a source of `size` bytes."""
+    for offset, _ in ranges:
+        if offset >= size:
+            raise UsageError(f"there is nothing at {offset}: the source has {size} bytes")
+    return [Extent(*each) for each in ranges]
 
 
 def _is_count(value: object) -> bool:
