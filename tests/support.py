@@ -231,7 +231,7 @@ def clear_mounts(points: set[str]) -> set[str]:
 def alive(pid: int) -> bool:
     """It runs; one that has ended and that nobody has waited for does not."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
@@ -241,7 +241,7 @@ def children(pid: int) -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            parent = int((entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
             if parent == pid and alive(int(entry.name)):
                 found.append(int(entry.name))
     return found
@@ -250,7 +250,7 @@ def children(pid: int) -> list[int]:
 def is_sshd(pid: int) -> bool:
     """One that other tests have in this process."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text() == "sshd\n"
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace") == "sshd\n"
     return False
 
 
@@ -281,7 +281,7 @@ def reap(mark: str) -> list[str]:
     left = []
     for pid in _marked(mark):
         with contextlib.suppress(OSError):
-            left.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode())
+            left.append(os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")))
             os.kill(pid, signal.SIGKILL)
     return left
 

@@ -159,7 +159,7 @@ class Ground:
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 is_ours = f"{MARK}={self._mark}".encode() in (entry / "environ").read_bytes().split(b"\0")
-                if is_ours and (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                if is_ours and (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z":
                     found.append(int(entry.name))
         return found
 
@@ -168,7 +168,7 @@ class Ground:
 
 
 def mountpoints() -> list[str]:
-    return [line.split(" ")[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    return [line.split(" ")[1] for line in os.fsdecode(Path("/proc/mounts").read_bytes()).splitlines()]
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE, pause: float = 0.002) -> None:

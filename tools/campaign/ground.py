@@ -28,13 +28,13 @@ def processes(mark: str) -> dict[int, list[str]]:
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             is_ours = f"{MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0")
-            if is_ours and (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                found[int(entry.name)] = (entry / "cmdline").read_bytes().decode().split("\0")[:-1]
+            if is_ours and (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z":
+                found[int(entry.name)] = os.fsdecode((entry / "cmdline").read_bytes()).split("\0")[:-1]
     return found
 
 
 def is_mounted(point: Path) -> bool:
-    return f" {point} " in Path("/proc/mounts").read_text()
+    return f" {point} " in os.fsdecode(Path("/proc/mounts").read_bytes())
 
 
 def losetup(*words: object) -> str:
