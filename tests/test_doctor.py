@@ -15,6 +15,7 @@ from support import PYTHON, Sshd, noise, run, written
 
 import blockcopy
 from blockcopy import extras
+from blockcopy_fuse import doctor
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DATA = noise(300_001)
@@ -79,6 +80,17 @@ def test_what_is_missing_here_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "FAIL  fusermount3 is not installed: apt install fuse3" in said
     assert f"FAIL  the package pyfuse3 is not installed: {sys.executable} -m pip install 'pyfuse3>=3.4' " in said
+
+
+def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("STATE_DIRECTORY", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert ("FAIL", "this user has no home for states: set HOME or XDG_STATE_HOME") in [*doctor.examine()]
 
 
 # Advice to install

@@ -189,7 +189,11 @@ def _folders() -> Iterator[Finding]:
         yield Finding("ok", f"sockets are in {run_folder()}")
     except BlockcopyError as error:
         yield Finding("note", f"pause, resume, limit and shared logins will not work: {error}")
-    folder = default_folder()
+    try:
+        folder = default_folder()
+    except BlockcopyError as error:
+        yield Finding("FAIL", str(error))
+        return
     existing = next(each for each in (folder, *folder.parents) if each.exists())
     if os.access(existing, os.W_OK | os.X_OK):
         yield Finding("ok", f"states are kept in {folder}")
