@@ -82,12 +82,13 @@ def test_what_is_missing_here_is_named(tmp_path: Path) -> None:
     assert f"FAIL  the package pyfuse3 is not installed: {sys.executable} -m pip install 'pyfuse3>=3.4' " in said
 
 
-def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def nowhere() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     for name in ("STATE_DIRECTORY", "XDG_STATE_HOME"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     monkeypatch.setattr(Path, "home", nowhere)
     assert ("FAIL", "this user has no home for states: set HOME or XDG_STATE_HOME") in [*doctor.examine()]
