@@ -385,7 +385,7 @@ def _about(commands: Any) -> None:
         "completion",
         "what completes commands and options, for a shell",
         "SHELL",
-        "completion bash >~/.local/share/bash-completion/completions/blockcopy",
+        "completion bash | install -D -m 644 /dev/stdin ~/.local/share/bash-completion/completions/blockcopy",
     )
     completion.add_argument("shell", metavar="SHELL", choices=SHELLS, help="bash, zsh or fish")
 
