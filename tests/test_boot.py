@@ -328,7 +328,7 @@ def test_the_unit_of_a_mount_through_its_life(
             assert first_bytes(point / "destination") == DATA[:100]
             monkeypatch.delenv("NOTIFY_SOCKET")
             stopped = subprocess.run(stop, capture_output=True, timeout=20, check=False)
-            assert second.wait(timeout=20) == 0
+            assert second.wait(timeout=20) == int(unit_line(unit, "SuccessExitStatus"))
         systemd.until("STOPPING=1")
     assert stopped.returncode == int(unit_line(unit, "SuccessExitStatus"))
     assert os.listdir(point) == []

@@ -294,6 +294,7 @@ mount -t tmpfs -o mode=755 none /mnt
 mknod /mnt/fuse c 10 229
 chmod 666 /mnt/fuse
 mount --bind /mnt/fuse /dev/fuse
+mount -t fusectl none /sys/fs/fuse/connections
 cp /etc/fuse.conf /mnt/fuse.conf
 mount --bind /mnt/fuse.conf /etc/fuse.conf
 sed -i /^user_allow_other/d /mnt/fuse.conf
@@ -314,6 +315,8 @@ stat --format="%u %a %s" disk
 {blockcopy} pause disk
 {blockcopy} status disk | cut -d : -f 1
 cmp disk source
+number=$(sed -n "s/^[0-9]* [0-9]* 0:\\([0-9]*\\) .* - fuse.blockcopy host:.*/\\1/p" /proc/self/mountinfo)
+echo "$(cat /sys/fs/fuse/connections/$number/max_background) reads may wait"
 kill -9 $({blockcopy} status --json disk | sed -n "s/^ *\\"pid\\": \\([0-9]*\\),/\\1/p")
 until ! cat disk >copied 2>&-; do sleep 0.01; done
 on_complete='echo $BLOCKCOPY_SIZE $BLOCKCOPY_MOUNTPOINT >done'
@@ -348,7 +351,27 @@ def test_an_ordinary_user_can_do_all_of_it() -> None:
         "host:/dev/a on /mnt/home/disk type fuse.blockcopy ",
         f"{USER} 444 500000",
         "paused",
+        "256 reads may wait",
         "500000 /mnt/home/disk",
         "old",
     ], done.stderr
     assert (done.returncode, done.stderr) == (0, "")
+
+
+FUSE_CONF = {
+    "user_allow_other": False,  # it has no end
+    "user_allow_other\n": True,
+    "  user_allow_other \t# for the backup\n": True,
+    "#user_allow_other\n": False,
+    "mount_max = 5\nuser_allow_other\n": True,
+    "user_allow_other" + " " * 300 + "\n": False,
+    "user_allow_other = 1\n": False,
+}
+
+
+@pytest.mark.parametrize("text", FUSE_CONF)
+def test_fuse_conf_is_read_as_fusermount3_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(options, "_FUSE_CONF", str(written(tmp_path / "fuse.conf", text.encode())))
+    assert options.users_may_share() == FUSE_CONF[text]

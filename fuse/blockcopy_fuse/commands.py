@@ -60,15 +60,26 @@ def mount(args: argparse.Namespace) -> None:
         shown = dataclasses.replace(shown, plan=_asked_beforehand(plan))
     notifier = Notifier()
 
-    def serve(ready: Callable[[], None], progress: Progress) -> None:
+    def serve(ready: Callable[[], None], progress: Progress) -> dict[str, Any]:
         log.be_ready_for_syslog()
         with logged_in(command), progress:
-            run(lambda: mounting.serve(shown, ready, progress, notifier))
+            return run(lambda: mounting.serve(shown, ready, progress, notifier))
 
     if args.foreground:
-        serve(lambda: None, console.progress(args, unasked=True))
+        _tell_if_incomplete("ended", serve(lambda: None, console.progress(args, unasked=True)))
     elif daemon.run_in_background(lambda ready: serve(ready, Progress())):
         mounting.await_first_answer(shown)
+
+
+def _tell_if_incomplete(what: str, snapshot: dict[str, Any]) -> None:
+    """Raises IncompleteError if the copy is not complete."""
+    if snapshot["source_needed"]:
+        kept = (
+            f"what is here is recorded in {snapshot['state_file']}"
+            if snapshot["state_file"]
+            else "no state is kept"
+        )
+        raise IncompleteError(f"{what} before the copy was complete; {kept} ({one_line(snapshot)})")
 
 
 def _asked_beforehand(plan: Plan) -> Plan:
@@ -134,13 +145,8 @@ def wait(args: argparse.Namespace) -> None:
 
 def umount(args: argparse.Namespace) -> None:
     snapshot = control.umount(args.mountpoint)
-    if snapshot is not None and snapshot["source_needed"]:
-        kept = (
-            f"what is here is recorded in {snapshot['state_file']}"
-            if snapshot["state_file"]
-            else "no state is kept"
-        )
-        raise IncompleteError(f"unmounted before the copy was complete; {kept} ({one_line(snapshot)})")
+    if snapshot is not None:
+        _tell_if_incomplete("unmounted", snapshot)
 
 
 def pause(args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _READY = b"ready"
 
 
-def run_in_background(program: Callable[[Callable[[], None]], None]) -> bool:
+def run_in_background(program: Callable[[Callable[[], None]], object]) -> bool:
     """Run `program(ready)` in a child. True in the parent, once the child called `ready`; False in
     the child, at its end.
 
@@ -58,7 +58,7 @@ def _await_ready(child: int, told: int) -> None:
     raise BlockcopyError.told(failure["message"], failure["exit_code"])
 
 
-def _run_child(program: Callable[[Callable[[], None]], None], tell: int) -> None:
+def _run_child(program: Callable[[Callable[[], None]], object], tell: int) -> None:
     is_ready = False
 
     def ready() -> None:

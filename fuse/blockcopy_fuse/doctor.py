@@ -23,6 +23,8 @@ from blockcopy.session import Session
 from blockcopy.stages import InputStream
 from blockcopy.statefile import default_folder
 from blockcopy.strict_json import parse_object
+from blockcopy_fuse.options import users_may_share
+from blockcopy_fuse.tuning import CONNECTIONS
 
 _HOST_SECONDS = 30
 
@@ -156,19 +158,16 @@ def _fuse() -> Iterator[Finding]:
         yield Finding("FAIL", f"{program} is not set-user-id root, so only root can mount")
     else:
         yield Finding("ok", program)
-    if os.geteuid() and not _allows_other():
+    if os.geteuid() and not users_may_share():
         yield Finding("note", "-o allow_other is root's alone: user_allow_other is not in /etc/fuse.conf")
 
 
-def _allows_other() -> bool:
-    try:
-        text = Path("/etc/fuse.conf").read_text()
-    except OSError:
-        return False
-    return bool(re.search(r"^\s*user_allow_other\b", text, re.MULTILINE))
-
-
 def _limits() -> Iterator[Finding]:
+    if not os.path.ismount(CONNECTIONS):
+        yield Finding(
+            "note",
+            f"12 reads that wait for the source keep all others waiting: mount -t fusectl none {CONNECTIONS}",
+        )
     for name in ("default_request_timeout", "max_request_timeout"):
         try:
             seconds = int(Path("/proc/sys/fs/fuse", name).read_text())

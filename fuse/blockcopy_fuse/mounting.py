@@ -44,16 +44,16 @@ from blockcopy_fuse import STATUS_NAME, control, control_socket, mounts
 from blockcopy_fuse.asking import await_answer
 from blockcopy_fuse.control_socket import ControlSocket
 from blockcopy_fuse.operations import Operations
-from blockcopy_fuse.options import MountOptions
-from blockcopy_fuse.tuning import tune
+from blockcopy_fuse.options import MountOptions, quoted
+from blockcopy_fuse.tuning import MAX_BACKGROUND, tune
 
 logger = logging.getLogger(__name__)
 
 _TERMINATE_SECONDS = 5
 """How long handlers in flight may take to end, once their waits have failed, before they are cancelled."""
 
-_MAX_HANDLERS = 256
-"""Requests being handled at once. When all of them wait, not even a lookup is answered."""
+_MAX_HANDLERS = MAX_BACKGROUND + 64
+"""Requests being handled at once: all reads that may wait, and lookups and the like beside them."""
 
 _FILE_SECONDS = 2
 """How long a file of the user's may take to be written, or removed, before it is left."""
@@ -138,8 +138,12 @@ def _hides(mountpoint: Path, path: Path) -> bool:
     return path.exists() and path.samefile(mountpoint)
 
 
-async def serve(mount: MountPlan, ready: Callable[[], None], progress: Progress, notifier: Notifier) -> None:
+async def serve(
+    mount: MountPlan, ready: Callable[[], None], progress: Progress, notifier: Notifier
+) -> dict[str, Any]:
     """Mount and serve until a signal or an unmount. `ready` is called once, when it is mounted.
+
+    Returns the last snapshot.
 
     `progress` and `notifier` are told how it goes. Raises, in exception groups, what `open_replica` does,
     MountError, and Interrupted for a signal that came before it was mounted.
@@ -188,6 +192,7 @@ async def serve(mount: MountPlan, ready: Callable[[], None], progress: Progress,
             finally:
                 pyfuse3.close(unmount=True)
         nursery.cancel_scope.cancel()
+    return snapshot()
 
 
 def _device_of(mountpoint: str) -> str:
@@ -230,7 +235,7 @@ def _init(mount: MountPlan, mountpoint: str, replica: Replica, snapshot: Callabl
     options = {
         *pyfuse3.default_options,
         "ro",
-        "fsname=" + name.replace("\\", "\\\\").replace(",", "\\,"),
+        f"fsname={quoted(name)}",
         f"subtype={mount.options.subtype}",
         *mount.options.fuse,
     }

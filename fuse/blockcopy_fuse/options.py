@@ -18,6 +18,9 @@ from blockcopy.errors import UsageError
 
 _FUSE_CONF = "/etc/fuse.conf"
 
+_LONGEST_LINE = 256
+"""Bytes of libfuse's buffer for a line, with the end of the text."""
+
 FLAGS = {
     *("allow_other", "allow_root", "auto_unmount", "default_permissions", "debug", "ro", "exec", "noexec"),
     *("suid", "nosuid", "dev", "nodev", "sync", "async", "dirsync", "atime", "noatime"),
@@ -60,6 +63,25 @@ def split(text: str) -> Iterator[str]:
         yield re.sub(r'"([^"]*)"|\\([,\\])', lambda each: each[1] or each[2] or "", found[1])
 
 
+def quoted(name: str) -> str:
+    """Return a value of an option as libfuse takes it, in ASCII: \\NNN for each byte that is not plain."""
+    return "".join(
+        chr(byte) if (chr(byte).isalnum() and byte < 128) or byte in b"/:@._-+=~" else f"\\{byte:03o}"
+        for byte in os.fsencode(name)
+    )
+
+
+def users_may_share() -> bool:
+    """Whether fusermount3 will find `user_allow_other`, as it reads its file (libfuse, util/fusermount.c)."""
+    try:
+        lines = Path(_FUSE_CONF).read_text(errors="replace").splitlines(keepends=True)
+    except OSError:
+        return False  # fusermount3 takes one that it cannot read for one that is empty
+    # What stands behind a `#` is a comment. A line that is too long, or has no end, is passed over.
+    whole = (line for line in lines if line.endswith("\n") and len(line) < _LONGEST_LINE)
+    return any(line.partition("#")[0].strip() == "user_allow_other" for line in whole)
+
+
 def parse(texts: list[str]) -> MountOptions:
     """Of each `-o`. Nothing is asked of libfuse, whose own words come too late."""
     flags: set[str] = set()
@@ -76,7 +98,7 @@ def parse(texts: list[str]) -> MountOptions:
             raise UsageError(f"-o {option} is not possible: {_why_not(name)}")
     _check_sharing(flags)
     subtype = values.get("subtype", "blockcopy")
-    if not re.fullmatch(r"[\w.+-]+", subtype):
+    if not re.fullmatch(r"[\w.+-]+", subtype, re.ASCII):
         raise UsageError(f"-o subtype={subtype} is not possible: it is a word, as in fuse.blockcopy")
     return MountOptions(
         frozenset(flags - _DEFAULTS),
@@ -102,19 +124,11 @@ def _check_sharing(flags: set[str]) -> None:
     shared = flags & {"allow_other", "allow_root"}
     if len(shared) > 1:
         raise UsageError("-o allow_other and -o allow_root exclude each other: the first is for root as well")
-    if shared and os.geteuid() != 0 and not _users_may_share():
+    if shared and os.geteuid() != 0 and not users_may_share():
         raise UsageError(
             f"-o {shared.pop()} is not possible: only root may, unless there is a line `user_allow_other` "
             f"in {_FUSE_CONF}"
         )
-
-
-def _users_may_share() -> bool:
-    try:
-        lines = Path(_FUSE_CONF).read_text(errors="replace").splitlines()
-    except OSError:
-        return False  # fusermount3 takes one that it cannot read for one that is empty
-    return any(line.strip() == "user_allow_other" for line in lines)
 
 
 def _id(option: str, text: str) -> int:

@@ -27,6 +27,12 @@ def _is_flag(value: object) -> bool:
     return type(value) is bool
 
 
+def _are_ranges(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(each, list) and len(each) == 2 and all(map(_is_count, each)) for each in value
+    )
+
+
 Check = Callable[[object], bool]
 
 REQUIRED: dict[str, Check] = {"state": _is_text, "size": _is_count, "source_needed": _is_flag}
@@ -41,6 +47,8 @@ FIELDS: dict[str, tuple[Check, Any]] = {
     "same_bytes": (_is_count, 0),
     "fetched_bytes": (_is_count, 0),
     "zero_bytes": (_is_count, 0),
+    "unreadable_bytes": (_is_count, 0),
+    "unreadable_ranges": (_are_ranges, []),
     "verified_bytes": (_is_count, 0),
     "verified_percent": (_is_number, None),
     "sent_bytes": (_is_count, 0),
