@@ -289,7 +289,7 @@ def test_a_file_that_is_one_of_the_ends_is_refused(point: Path, source: Path, tm
 
 
 ORDINARY = """
-grep " fuse.blockcopy " /proc/mounts | cut -d " " -f 2 | xargs -r -n 1 umount -l  # the copies that are here
+umount -a -l -t fuse.blockcopy || true  # the copies that are here; some go by themselves
 mount -t tmpfs -o mode=755 none /mnt
 mknod /mnt/fuse c 10 229
 chmod 666 /mnt/fuse
