@@ -47,6 +47,7 @@ FIELDS: dict[str, tuple[Check, Any]] = {
     "same_bytes": (_is_count, 0),
     "fetched_bytes": (_is_count, 0),
     "zero_bytes": (_is_count, 0),
+    "hole_bytes": (_is_count, 0),
     "unreadable_bytes": (_is_count, 0),
     "unreadable_ranges": (_are_ranges, []),
     "verified_bytes": (_is_count, 0),
