@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from typing import Callable, TextIO
 
 from blockcopy import bar
+from blockcopy.errors import OutputError
 from blockcopy.foreign import printable
 from blockcopy.outlet import Outlet
 from blockcopy.progress import JsonProgress, LineProgress, Progress
-from blockcopy.stages import OutputStream
+from blockcopy.stages import GONE, OutputStream
 
 
 def fill_closed_streams() -> None:
@@ -32,6 +34,14 @@ def write(text: str) -> None:
 def write_line(text: str) -> None:
     """Write one line for people, whatever is in `text`, to standard output. Raises OutputError."""
     write(printable(text, len(text)))
+
+
+def sleep(seconds: float) -> None:
+    """Wait, for as long as somebody reads standard output. Raises OutputError once nobody does."""
+    gone = select.poll()
+    gone.register(1, 0)  # what is told unasked: POLLERR of a pipe without a reader, POLLHUP of a terminal
+    if gone.poll(1000 * seconds):
+        raise OutputError(GONE)
 
 
 def say(text: str | Callable[[], str]) -> None:

@@ -120,6 +120,9 @@ class FromDevice(NamedTuple):
 Output = Union[Buffer, FromDevice]
 
 
+GONE = "whoever reads the output has gone away"
+
+
 class OutputStream:
     """A descriptor that is written in full or not at all."""
 
@@ -224,7 +227,7 @@ class OutputStream:
     @staticmethod
     def _error(error: OSError) -> OutputError:
         if error.errno in (errno.EPIPE, errno.ECONNRESET):
-            return OutputError("whoever reads the output has gone away")
+            return OutputError(GONE)
         return OutputError(f"cannot write the output: {error.strerror}")
 
 

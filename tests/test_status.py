@@ -417,3 +417,16 @@ def test_watch_without_a_terminal_tells_lines_until_the_mount_goes(
         mounted.umount()
         _, said = process.communicate(timeout=20)
     assert (process.returncode, "no replica is mounted" in said) == (4, True)
+
+
+def test_watch_without_a_terminal_ends_with_whoever_reads_it(
+    tmp_path: Path, mount: Callable[..., support.Mount]
+) -> None:
+    """Although nothing changes any more that could be written."""
+    mounted = mount(written(tmp_path / "source", DATA), tmp_path / "copy", wait=True)
+    command = [*support.BLOCKCOPY, "status", "--watch", str(mounted.point)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(20) == 1

@@ -8,7 +8,6 @@ import itertools
 import json
 import logging
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -128,7 +127,7 @@ def _watch_lines(args: argparse.Namespace) -> NoReturn:
         if line != last:
             console.write_line(line)
             last = line
-        time.sleep(1)
+        console.sleep(1)
 
 
 def list(args: argparse.Namespace) -> None:
