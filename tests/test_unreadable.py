@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -20,7 +21,7 @@ from blockcopy import backoff
 from blockcopy.device import open_source
 from blockcopy.errors import UnreadableError
 from blockcopy.geometry import Extent, Geometry
-from blockcopy.identity import differences, of_source
+from blockcopy.identity import differences, of_source, sample_extents
 from blockcopy.location import Location
 from blockcopy.remote import stage_command
 from blockcopy.replica.blockmap import BlockMap
@@ -42,10 +43,17 @@ COPY = b"".join(
 @pytest.fixture
 def bad_disk(tmp_path: Path) -> Iterator[Path]:
     """A source with bad sectors."""
+    with disk_of(tmp_path, *(block * BLOCK_SIZE + 50_000 for block in BAD)) as disk:
+        yield disk
+
+
+@contextlib.contextmanager
+def disk_of(tmp_path: Path, *bad: int) -> Iterator[Path]:
+    """DATA, with bad sectors at these positions."""
     support.require_fuse()
     backing, point = written(tmp_path / "backing", DATA), tmp_path / "point"
     point.mkdir()
-    offsets = [word for block in BAD for word in ("--eio-at", str(block * BLOCK_SIZE + 50_000))]
+    offsets = [word for position in bad for word in ("--eio-at", str(position))]
     command = [PYTHON, str(STANDINS / "faulty_disk"), *offsets, str(backing), str(point)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -103,6 +111,26 @@ def test_a_program_that_ends_at_a_bad_block_is_started_again_for_all_else(
     for block in range(BLOCKS):
         here = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
         assert destination.read_bytes()[here] == (bytes(BLOCK_SIZE) if block in bad else DATA[here])
+
+
+def test_the_original_may_end_at_the_sample(
+    destination: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backoff, "FIRST_SECONDS", 0.01)
+    position = sample_extents(len(DATA))[11].offset
+    block = position // BLOCK_SIZE
+
+    async def main(source: Path) -> None:
+        plan = Plan(stage_command(Location(None, str(source)), program=QUEUEING), str(destination), demand=False)
+        with trio.fail_after(30):
+            async with open_replica(plan) as replica:
+                with pytest.raises(UnreadableError):
+                    await replica.wait_complete()
+                assert replica.snapshot()["unreadable_ranges"] == [[block * BLOCK_SIZE, BLOCK_SIZE]]
+
+    with disk_of(tmp_path, position) as disk:
+        trio.run(main, disk)
+    assert len(DATA) - destination.read_bytes().count(b"\0") > (BLOCKS - 2) * BLOCK_SIZE * 0.99
 
 
 @pytest.mark.parametrize("empty", [True, False])

@@ -55,6 +55,7 @@ class Connector:
         """What questions are digested with, on all connections, once the source was reached."""
         self.changed: SourceChangedError | None = None
         """It was found to be another: from then on nothing of it is believed."""
+        self._bad_pieces: set[int] = set()  # positions of the sample at which the original ended
         self.links_changed = trio.Event()
         """Set, and replaced, when a link has a connection, or will never have one again."""
         self.fatal_blocks = 0
@@ -128,16 +129,30 @@ class Connector:
         search = SizeSearch(await start(), start)
         async with _closed_on_failure(search):
             size = self.identity["size"] if self.identity else await search.find(self._guess)
-            await self._sample(search.retriever, size)
-            return self._accepted(search.retriever)
+            each = False
+            while True:
+                try:
+                    await self._sample(search.retriever, size, each=each)
+                    return self._accepted(search.retriever)
+                except SourceError:
+                    ended_at = search.retriever.unanswered
+                    if ended_at is None:
+                        raise
+                    if each:
+                        self._bad_pieces.add(ended_at[0].position)
+                    each, search.retriever = True, await start()
 
-    async def _sample(self, retriever: Retriever, size: int) -> None:
-        """Who the source is, of one that does not say: asked for the pieces that stand for it."""
+    async def _sample(self, retriever: Retriever, size: int, *, each: bool = False) -> None:
+        """Who the source is, of one that does not say: asked for the pieces that stand for it.
+
+        `each`: by itself, so that one at which the source ends is found out.
+        """
         pieces = sample_extents(size)
+        asked = [unconditional(*extent) for extent in pieces if extent.offset not in self._bad_pieces]
         found = _Pieces()
         try:
-            if pieces:
-                await retriever.ask([unconditional(*extent) for extent in pieces], found)
+            for questions in [[question] for question in asked] if each else filter(None, [asked]):
+                await retriever.ask(questions, found)
             sample = sample_of(found.at.get(extent.offset) for extent in pieces)
         except SourceError as error:
             if self.identity is None or retriever.failure is not None:

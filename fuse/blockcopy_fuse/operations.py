@@ -21,7 +21,7 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FlagT, FUSEError, InodeT
 
 from blockcopy.digests import Buffer
-from blockcopy.errors import BlockcopyError
+from blockcopy.errors import BlockcopyError, UnreadableError
 from blockcopy.geometry import BLOCK_SIZE
 from blockcopy.replica.replica import Replica
 from blockcopy.replica.status import to_json
@@ -51,6 +51,9 @@ def handler(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutin
             return await method(*args, **kwargs)
         except FUSEError:
             raise
+        except UnreadableError as error:  # logged when it was found
+            logger.debug("%s: %s", method.__name__, error)
+            raise FUSEError(errno.EIO) from error
         except BlockcopyError as error:
             logger.warning("%s: %s", method.__name__, error)
             raise FUSEError(errno.EIO) from error
