@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import shlex
 import signal
@@ -719,11 +720,17 @@ class TricklingRetriever(FakeRetriever):
 
 
 def test_connections_without_an_answer_do_not_prolong_a_patience() -> None:
+    """One of the two links is always up."""
+
     async def scenario(link: Link, connector: FakeConnector) -> None:
-        start = trio.current_time()
-        with pytest.raises(SourceError, match="away for 60 seconds: it broke"):
-            await link.ask([QUESTION], SINK, start)
-        assert 60 <= trio.current_time() - start <= 60 + 20
+        async with trio.open_nursery() as nursery:
+            link.substitute = Link(connector, nursery, patience=math.inf)  # type: ignore[arg-type]
+            nursery.start_soon(link.substitute.run)
+            start = trio.current_time()
+            with pytest.raises(SourceError, match="away for 60 seconds: it broke"):
+                await link.ask([QUESTION], SINK, start)
+            assert 60 <= trio.current_time() - start <= 60 + 2 * 20
+            await link.substitute.close()
 
     with_link(scenario, [TricklingRetriever() for _ in range(100)])
 

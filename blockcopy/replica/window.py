@@ -6,7 +6,7 @@ the quickest of late did, which is what the round trip takes, and shrinks when f
 they wait for one another. The idea is that of TCP Vegas (Brakmo, O'Malley and Peterson, 1994).
 
 A route may become slower: what the quickest took is forgotten after BASE_SECONDS, as BBR does (Cardwell et al.,
-2016). What is in flight is halved then, so that a queue of our own is not taken for the new round trip.
+2016).
 """
 
 from __future__ import annotations
@@ -36,11 +36,7 @@ class Window:
 
     def landed(self, blocks: int, seconds: float) -> None:
         """A flight of so many blocks has landed, so many seconds after it was asked for."""
-        before = self._quick[0][1] if self._quick else seconds
-        base = self._least_of_late(seconds)
-        if base > before:
-            self.blocks = max(self._least, self.blocks // 2)
-        waited = seconds - base
+        waited = seconds - self._least_of_late(seconds)
         if waited < _PROMPT:
             self.blocks = min(self.blocks + blocks, self._most)
         elif waited > _LATE:
