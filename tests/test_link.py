@@ -696,6 +696,26 @@ def test_who_asks_waits_as_long_as_its_patience_and_others_longer() -> None:
     with_link(scenario)
 
 
+def test_the_last_look_at_the_source_waits_for_a_connection_that_answers() -> None:
+    """A copy is not called complete because nobody was there to say that the source is another."""
+    silent, later = FakeRetriever(), FakeRetriever()
+
+    async def scenario(link: Link, connector: FakeConnector) -> None:
+        async def check(retriever: FakeRetriever) -> None:
+            if retriever is silent:
+                raise SourceError("it gave no answer")
+
+        connector.check = check  # type: ignore[attr-defined]
+        await link.check()
+        assert (silent.ended.is_set(), later.ended.is_set()) == (True, False)
+        later.end()
+        with pytest.raises(SourceChangedError, match="another one"):
+            await link.check()
+
+    away = SourceError("nobody is there")
+    with_link(scenario, [away, silent, away, later, away, SourceChangedError("another one")])
+
+
 def test_patience_is_counted_from_the_last_answer() -> None:
     first = FakeRetriever()
 

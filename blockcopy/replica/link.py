@@ -308,15 +308,20 @@ class Link:
         return not waiting.cancelled_caught
 
     async def check(self) -> None:
-        """Where it can still be asked: is the source what it was? SourceChangedError."""
-        if self._retriever is None:
-            return  # whoever connects again will see
-        try:
-            await self._connector.check(self._retriever)
-        except SourceChangedError:
-            raise
-        except SourceError as error:
-            logger.warning("cannot ask whether the source is still the same: %s", error)
+        """Ask whether the source is what it was, over as many connections as it takes.
+
+        Raises SourceChangedError if it is another, SourceError as in `ask`.
+        """
+
+        async def check(retriever: Retriever) -> None:
+            try:
+                await self._connector.check(retriever)
+            except SourceError:
+                if self._connector.changed is None:
+                    await retriever.close()  # one that gives no answer is replaced
+                raise
+
+        await self._over_connections(check, trio.current_time())
 
     async def close(self) -> None:
         """Let the source go, for good; who waits for it gets an error now. Returns when it is gone."""

@@ -218,7 +218,9 @@ class Replica:
                 return
 
     async def _finish(self) -> None:
-        await self._links[-1].check()
+        # A copy that was complete before needs nothing of the source, which may be gone for good.
+        if self._links[-1].is_up or self._blockmap.resumed_bytes < self._geometry.size:
+            await self._links[-1].check()
         if self._plan.verify:
             await self._verify()
             await self._links[-1].check()  # what was compared was one source
