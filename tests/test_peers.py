@@ -33,7 +33,7 @@ from blockcopy.remote import stage_command
 from blockcopy.replica import metrics
 from blockcopy.replica.forms import Survey
 from blockcopy.replica.notify import Notifier
-from blockcopy.replica.replica import Plan
+from blockcopy.replica.plan import Plan
 from blockcopy.replica.retriever import Retriever
 from blockcopy.replica.sync import sync
 

@@ -34,7 +34,8 @@ from blockcopy.replica import faults, keeper, link
 from blockcopy.replica.blockmap import BlockMap
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.forms import FENCES
-from blockcopy.replica.replica import Plan, Replica
+from blockcopy.replica.plan import Plan
+from blockcopy.replica.replica import Replica
 from blockcopy.replica.volume import Volume
 from blockcopy.replica.window import Window
 

@@ -26,7 +26,7 @@ from blockcopy.location import Location
 from blockcopy.remote import stage_command
 from blockcopy.replica.blockmap import BlockMap
 from blockcopy.replica.engine import open_replica
-from blockcopy.replica.replica import Plan
+from blockcopy.replica.plan import Plan
 from blockcopy.unreadable import MAX_RANGES, Unreadable, joined
 
 BLOCKS = 40

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from subprocess import Popen
 
     from blockcopy.geometry import Extent
-    from blockcopy.replica.replica import Plan
+    from blockcopy.replica.plan import Plan
     from blockcopy.replica.verify import Verdict
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def command_for(args: argparse.Namespace, location: Location, stage: str, option
 
 def plan_of(args: argparse.Namespace, command: Command, **more: Any) -> Plan:
     """What the options that `mount` and `sync` share ask for, and `more` of a Plan. UsageError."""
-    from blockcopy.replica.replica import Plan
+    from blockcopy.replica.plan import Plan
 
     destination = parse_location(args.destination, "DESTINATION")
     if destination.host is not None:

@@ -44,7 +44,8 @@ from blockcopy.replica.blockmap import BlockMap
 from blockcopy.replica.connector import Connector
 from blockcopy.replica.journal import Journal, Record
 from blockcopy.replica.link import Link
-from blockcopy.replica.replica import Plan, Replica
+from blockcopy.replica.plan import Plan
+from blockcopy.replica.replica import Replica
 
 logger = logging.getLogger(__name__)
 

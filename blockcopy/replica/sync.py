@@ -10,7 +10,7 @@ from blockcopy.progress import Progress
 from blockcopy.replica import hook, metrics
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.notify import Notifier
-from blockcopy.replica.replica import Plan
+from blockcopy.replica.plan import Plan
 from blockcopy.replica.report import report
 from blockcopy.replica.running import expendable
 

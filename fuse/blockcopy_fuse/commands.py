@@ -25,7 +25,7 @@ from blockcopy_fuse import control, options
 from blockcopy_fuse.asking import StandsStillError
 
 if TYPE_CHECKING:
-    from blockcopy.replica.replica import Plan
+    from blockcopy.replica.plan import Plan
 
 logger = logging.getLogger(__name__)
 

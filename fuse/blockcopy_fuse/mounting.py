@@ -35,7 +35,8 @@ from blockcopy.progress import Progress
 from blockcopy.replica import hook, losable, metrics
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.notify import Notifier
-from blockcopy.replica.replica import Plan, Replica
+from blockcopy.replica.plan import Plan
+from blockcopy.replica.replica import Replica
 from blockcopy.replica.report import report
 from blockcopy.replica.running import expendable, received
 from blockcopy.runfolder import run_folders
