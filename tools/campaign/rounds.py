@@ -191,7 +191,7 @@ class Round:
         while (status := self.blockcopy("umount", self.point, right=(0, 4, 75))) == 4:
             time.sleep(0.01)
         if not kill:
-            self.ended(process, "the mount")
+            self.ended(process, "the mount", {0, 75})  # 75: it was not complete yet
             if status == 0 and (differing := self.ends.differing()):
                 raise WrongError(f"{differing} bytes are in blocks that differ, though umount ended with 0")
         for each in self._prefetches:
