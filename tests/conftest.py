@@ -31,12 +31,7 @@ def nothing_left_behind(
     yield
     left = [f"process {each}" for each in support.reap(mark)]
     left += [f"mount {each}" for each in support.clear_mounts(support.fuse_mounts(below=ours) - mounts)]
-    # trio keeps idle threads for a while, for the next one who needs a thread.
-    left += [
-        f"thread {each.name}"
-        for each in set(threading.enumerate()) - threads
-        if not each.name.startswith("Trio thread")
-    ]
+    left += [f"thread {each.name}" for each in support.threads_left(threads)]
     left += [f"descriptor {each}" for each in support.descriptors() - descriptors]
     assert not left, f"left behind: {left}"
 

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -284,6 +285,17 @@ def reap(mark: str) -> list[str]:
             left.append(os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")))
             os.kill(pid, signal.SIGKILL)
     return left
+
+
+def threads_left(before: set[threading.Thread]) -> set[threading.Thread]:
+    """Threads of this test that do not end by themselves. trio keeps idle ones for a while, for the next task."""
+
+    def left() -> set[threading.Thread]:
+        return {each for each in set(threading.enumerate()) - before if not each.name.startswith("Trio thread")}
+
+    with contextlib.suppress(AssertionError):
+        until(lambda: not left())
+    return left()
 
 
 def descriptors() -> set[str]:

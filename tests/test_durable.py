@@ -6,6 +6,7 @@ import ast
 import contextlib
 import os
 import shutil
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -154,7 +155,15 @@ def test_a_file_that_is_written_keeps_its_record(disk: Disk, tmp_path: Path) -> 
                 seen.add(state.stat().st_mtime_ns)
             return len(seen)
 
-        until(lambda: records() > 4, "some commits")
+        def has_blocks() -> bool:
+            """A commit of blocks is over: SQLite has removed its journal."""
+            copy = shutil.copy(state, tmp_path / "copy of the state")
+            with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(copy)) as base:
+                [count] = base.execute("SELECT count(*) FROM chunks").fetchone()
+                return count > 0 and not Path(f"{state}-journal").exists()
+            return False
+
+        until(lambda: records() > 4 and has_blocks(), "some commits")
         process.kill()
     with contextlib.closing(Journal(state)) as journal:
         assert journal.record
