@@ -215,7 +215,8 @@ def test_a_record_that_cannot_be_removed_for_a_dead_disk_is_told(monkeypatch: py
         journal.answer.set()
 
 
-def test_a_process_that_comes_to_be_too_late_is_ended() -> None:
+def test_a_process_that_comes_to_be_too_late_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losable, "DEATH_SECONDS", 0.05)
     may_begin, begun = threading.Event(), []
 
     def begin() -> subprocess.Popen[bytes]:

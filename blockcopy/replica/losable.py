@@ -11,6 +11,8 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 import trio
@@ -43,22 +45,39 @@ async def in_time(work: Callable[[], T], seconds: float, *, limiter: trio.Capaci
 
 
 async def start(make: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
-    """Return the process that `make` starts. Cancelled, the process is killed whenever it comes to be."""
+    """Return the process that `make` starts.
+
+    Cancelled, the process is killed whenever it comes to be. The caller waits for that, DEATH_SECONDS at most.
+    """
     made: list[subprocess.Popen[bytes]] = []
     unwanted = False
+    deciding = threading.Lock()  # who ends a process that nobody wants
+    finished = trio.Event()
+    token = trio.lowlevel.current_trio_token()
 
     def run() -> subprocess.Popen[bytes]:
-        made.append(make())
-        if unwanted:
-            _end(made[0])
-        return made[0]
+        try:
+            process = make()
+            with deciding:
+                made.append(process)
+                mine = unwanted
+            if mine:
+                _end(process)
+            return process
+        finally:
+            with suppress(trio.RunFinishedError):
+                token.run_sync_soon(finished.set)
 
     try:
         return await call(run)
     except trio.Cancelled:
-        unwanted = True
-        if made:
-            leave(made[0])
+        with deciding:
+            unwanted = True
+        with suppress(TimeoutError):
+            if made:
+                await in_time(partial(_end, made[0]), DEATH_SECONDS)
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + DEATH_SECONDS):
+            await finished.wait()
         raise
 
 
