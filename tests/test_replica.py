@@ -31,6 +31,7 @@ from blockcopy.location import Location
 from blockcopy.meters import floored_percent
 from blockcopy.remote import stage_command
 from blockcopy.replica import faults, keeper, link
+from blockcopy.replica.background import Hydration
 from blockcopy.replica.blockmap import BlockMap
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.forms import FENCES
@@ -817,6 +818,37 @@ def test_a_sync_that_fails_in_mid_pass_makes_it_check_again(
 
     monkeypatch.setattr(Device, "sync", fail_once)
     monkeypatch.setattr(keeper, "_SECONDS", NEVER)  # no sync but the one here, and the last
+    trio.run(main)
+
+
+def test_a_pass_ends_where_the_disk_fails_at_each_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It began anew after each, for ever."""
+    sweep = Hydration.run
+
+    def fail(device: Device) -> None:
+        raise DeviceError("the write-back failed")
+
+    async def main() -> None:
+        ended, served = trio.Event(), False
+
+        async def run(hydration: Hydration) -> None:
+            try:
+                await sweep(hydration)
+            finally:
+                ended.set()
+
+        monkeypatch.setattr(Hydration, "run", run)
+        source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+        with contextlib.suppress(DeviceError):  # the last sync fails as well
+            async with replica_of(plan_of(source, destination, limit=SLOW)) as replica:
+                monkeypatch.setattr(Device, "sync", fail)
+                with pytest.raises(DeviceError, match="write-back"):
+                    await replica.wait_complete()
+                with trio.move_on_after(5):
+                    await ended.wait()
+                    served = await read_block(replica, 3)
+        assert served
+
     trio.run(main)
 
 

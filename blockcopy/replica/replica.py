@@ -110,6 +110,7 @@ class Replica:
         self._verifying = False
         self._verified = 0
         self._failure: BlockcopyError | None = None
+        self._pass = trio.CancelScope()
 
     @property
     def hydrates(self) -> bool:
@@ -150,12 +151,18 @@ class Replica:
             self._fail(BlockcopyError(f"internal error: {error!r}"))
 
     async def _hydrate(self) -> None:
+        with self._pass:
+            while not self._blockmap.complete:
+                await self._sweep_all()
+
+    async def _sweep_all(self) -> None:
+        """Run a full pass. Raises UnreadableError if the source cannot read some blocks."""
         await Hydration(
             self._materialiser, self._device, self._geometry, self._blockmap, self._demand, self._bulk, self.pace
         ).run()
         if not self._blockmap.complete:
             await self._links[-1].check()  # one that was cut, say, is another
-            found = self._blockmap.unreadable(str(self._materialiser.last_fault))
+        if found := self._blockmap.unreadable(str(self._materialiser.last_fault)):
             raise UnreadableError(
                 f"{self._plan.command.location} cannot read {found}. All else was copied. "
                 "These are asked for again by each read, and by the next mount or sync"
@@ -219,6 +226,8 @@ class Replica:
         self._verified = count
 
     def _fail(self, error: BlockcopyError) -> None:
+        """End the pass. It would bring all again and again, if the disk fails at each sync."""
+        self._pass.cancel()
         logger.error("the copy cannot be completed: %s", error)
         self._failure = self._failure or error
         self.settled.set()
