@@ -15,22 +15,9 @@ import threading
 from collections.abc import Iterator
 from copy import copy
 
-from blockcopy import syscalls
 from blockcopy.device import Device
 from blockcopy.digests import Buffer
 from blockcopy.errors import DestinationLostError
-
-_EXACT_TIMES = (
-    0xEF53,  # ext2, ext3, ext4
-    0x58465342,  # XFS
-    0x9123683E,  # btrfs
-    0x01021994,  # tmpfs
-    0xF2F52010,  # F2FS
-    0x2FC12FC1,  # ZFS
-    0xCA451A4E,  # bcachefs
-    0x794C7630,  # overlayfs
-)
-"""File systems whose modification time changes by a write, and never later. From linux/magic.h."""
 
 
 class Destination(Device):
@@ -43,7 +30,7 @@ class Destination(Device):
         self._looking = threading.Lock()  # of what follows
         self._writers = 0
         self._needed = self.size()
-        self._tells = not self.is_block_device and _has_exact_times(fd)
+        self._tells = self.has_exact_times()
         self._mtime_ns = self.status().st_mtime_ns
 
     def needs(self, size: int) -> None:
@@ -129,10 +116,3 @@ class Destination(Device):
                 )
         if self.lost is not None:
             raise copy(self.lost)
-
-
-def _has_exact_times(fd: int) -> bool:
-    try:
-        return syscalls.file_system_magic(fd) in _EXACT_TIMES
-    except OSError:
-        return False

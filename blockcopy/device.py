@@ -101,6 +101,10 @@ class Device:
         with self._errors("find the file system of"):
             return f"{os.fstatvfs(self._fd).f_fsid:x}"
 
+    def has_exact_times(self) -> bool:
+        """Return whether the times of this file show each write of it, whatever a program does to hide it."""
+        return not self.is_block_device and syscalls.has_exact_times(self._fd)
+
     def size(self) -> int:
         """Bytes there are now."""
         with self._errors("find the size of"):

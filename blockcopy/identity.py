@@ -7,8 +7,8 @@ device does not tell when it was written.
 
     size      bytes
     sample    SHA-256 of 32 pieces of 4 KiB, at fixed positions (fewer where the source is smaller)
-    inode, mtime_ns, ctime_ns   of a file. No program can put its ctime back, as some do with the mtime. Older
-              programs of ours do not tell it
+    inode, mtime_ns, ctime_ns   of a file. No program can put its ctime back, as some do with the mtime. It is not
+              told where a file system keeps none of its own, nor by older programs of ours
     id        of a block device: what the kernel knows it by, where it knows anything
 """
 
@@ -78,6 +78,8 @@ def of_source(device: Device) -> Identity:
             found["id"] = name
     else:
         found.update(inode=device.status().st_ino, **_source_times(device)._asdict())
+        if not device.has_exact_times():
+            del found["ctime_ns"]
     size = device.size()
     return {
         "size": size,

@@ -6,6 +6,7 @@ it waits, other threads run, which is not so for the module `mmap`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import mmap
@@ -21,6 +22,17 @@ _SYNC_FILE_RANGE_WRITE = 2
 _SYNC_FILE_RANGE_WHOLLY = 7  # wait, write, wait
 _MADV_POPULATE_READ = 22
 _MAP_FAILED = 2 * sys.maxsize + 1
+_EXACT_TIMES = (
+    0xEF53,  # ext2, ext3, ext4
+    0x58465342,  # XFS
+    0x9123683E,  # btrfs
+    0x01021994,  # tmpfs
+    0xF2F52010,  # F2FS
+    0x2FC12FC1,  # ZFS
+    0xCA451A4E,  # bcachefs
+    0x794C7630,  # overlayfs
+)
+"""From linux/magic.h."""
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
@@ -83,14 +95,17 @@ def unpopulate(address: int, length: int) -> None:
     _call("madvise", address, length, mmap.MADV_DONTNEED)
 
 
-def file_system_magic(fd: int) -> int:
-    """Return the number of the type of `fd`'s file system, as in linux/magic.h. Raises OSError."""
-    import ctypes
+def has_exact_times(fd: int) -> bool:
+    """Return whether the file system of `fd` is known to keep both times of a file exactly.
 
-    found = (ctypes.c_long * 32)()  # struct statfs is shorter, and begins with the type
-    if _function("fstatfs")(fd, ctypes.addressof(found)):
-        raise _error()
-    return int(found[0]) & 0xFFFFFFFF
+    A write moves them at once, and no program can put the ctime back. FAT, exFAT and sshfs give the mtime as ctime.
+    """
+    with contextlib.suppress(ImportError, OSError):
+        import ctypes
+
+        found = (ctypes.c_long * 32)()  # struct statfs is shorter, and begins with the type
+        return not _function("fstatfs")(fd, ctypes.addressof(found)) and found[0] & 0xFFFFFFFF in _EXACT_TIMES
+    return False
 
 
 def _call(name: str, *arguments: int) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import support
 
 from blockcopy.device import open_source
-from blockcopy.identity import Identity, differences, of_source, tells_of_writes
+from blockcopy.identity import Identity, differences, of_source, sample_extents, tells_of_writes
 
 SIZE = 1 << 20
 
@@ -110,3 +111,28 @@ def test_what_differs_is_told(known: Identity, found: Identity, words: list[str]
 
 def test_only_who_tells_the_ctime_tells_of_writes() -> None:
     assert [tells_of_writes(each) for each in (ONE, OLDER, ORIGINAL)] == [True, False, False]
+
+
+@pytest.mark.parametrize("end", ["source", "destination"])
+def test_a_write_is_found_where_a_file_system_has_no_ctime_of_its_own(end: str, tmp_path: Path) -> None:
+    """As FAT and sshfs: who puts the mtime back has put both times back."""
+    support.require_fuse()
+    data = support.noise(4 * SIZE)
+    unsampled = sample_extents(len(data))[3].end
+    ends = {name: support.written(tmp_path / name, data) for name in ("source", "destination")}
+    point = tmp_path / "point"
+    point.mkdir()
+    command = [support.PYTHON, str(support.STANDINS / "faulty_disk"), "--no-ctime", str(ends[end]), str(point)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        arguments = [{**ends, end: point / "disk"}[name] for name in ("source", "destination")]
+        assert support.run("sync", *arguments).returncode == 0
+        times = ends[end].stat()
+        with ends[end].open("r+b") as file:
+            file.seek(unsampled)
+            file.write(b"changed")
+        os.utime(ends[end], ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert support.run("sync", *arguments).returncode == 0
+        process.terminate()
+    assert ends["destination"].read_bytes() == ends["source"].read_bytes()

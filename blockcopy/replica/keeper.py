@@ -126,7 +126,7 @@ def resume(
         _refuse(journal, f"it is damaged: {error}")
         return BlockMap(geometry)
     source = record.binding.source
-    tell = not device.is_block_device and tells_of_writes(source) and tells_of_writes(found or source)
+    tell = device.has_exact_times() and tells_of_writes(source) and tells_of_writes(found or source)
     if blockmap.complete and found is not None and not tell:
         logger.warning("the copy was complete; every block is checked for what has changed since")
         return BlockMap(geometry)
