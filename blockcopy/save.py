@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from blockcopy import wire, xz, zstd
 from blockcopy.decoder import Decoder
 from blockcopy.destination import Destination
 from blockcopy.digests import Buffer
-from blockcopy.errors import DestinationRefusedError, StreamError
+from blockcopy.errors import DestinationRefusedError, DeviceError, StreamError
 from blockcopy.geometry import Extent
 from blockcopy.progress import Counts, Progress
 from blockcopy.stages import InputStream
@@ -68,9 +70,17 @@ class Writer:
         try:
             self._write_taken_zeros()
         finally:
-            self._destination.sync()
+            self._sync()
         if kind is None:
             self._destination.check_in_place()
+
+    def _sync(self) -> None:
+        try:
+            self._destination.sync()
+        except DeviceError:
+            with contextlib.suppress(DeviceError):  # the next run would find equal in the cache what no disk has
+                self._destination.drop_cache()
+            raise
 
     def take(self, message: wire.Message) -> None:
         """Write what it is about, if it is about anything."""

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import support
 import trio
-from support import BLOCK_SIZE, BLOCKCOPY, PATIENCE, Mount, noise, output, run, until, written
+from support import BLOCK_SIZE, BLOCKCOPY, PATIENCE, PYTHON, STANDINS, Mount, noise, output, run, until, written
 
 from blockcopy import wire
 from blockcopy.claim import make_room, open_destination
@@ -325,3 +326,49 @@ def test_a_mount_whose_destination_is_removed_is_never_complete(
     done = run("wait", mounted.point)
     assert (done.returncode, "was removed" in done.stderr.decode()) == (75, True)
     assert mounted.file.read_bytes() == DATA
+
+
+# A disk that does not take what its file system has taken
+
+
+@pytest.fixture
+def failing(tmp_path: Path) -> Iterator[Path]:
+    """A file of zeros, on an ext4 whose disk has a bad sector below the file."""
+    support.require_fuse()
+    support.require_root()
+    backing, faulty, point = written(tmp_path / "backing", b""), tmp_path / "faulty", tmp_path / "point"
+    os.truncate(backing, 48 << 20)
+    faulty.mkdir()
+    command = [PYTHON, str(STANDINS / "faulty_disk"), "--eio-at", str(12 << 20), str(backing)]
+    with subprocess.Popen([*command, str(faulty)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        device = output("losetup", "--find", "--show", faulty / "disk").strip()
+        try:
+            with support.mounted(device, point):
+                file = written(point / "file", b"")
+                os.truncate(file, 32 << 20)
+                yield file
+        finally:
+            output("losetup", "-d", device)
+            process.terminate()
+
+
+def by_stages(source: Path, destination: Path) -> int:
+    asked = run("checksum", destination).stdout
+    return run("save", destination, input=run("retrieve", source, input=asked).stdout).returncode
+
+
+WAYS: dict[str, Callable[[Path, Path], int]] = {
+    "sync": lambda source, file: run("sync", source, file).returncode,
+    "push": lambda source, file: (
+        run("sync", "-e", f"{PYTHON} {STANDINS / 'link'}", "--python", PYTHON, source, f"host:{file}").returncode
+    ),
+    "stages": by_stages,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_in_the_cache_only_is_no_copy_the_next_time_either(way: str, failing: Path, tmp_path: Path) -> None:
+    source = written(tmp_path / "source", noise(32 << 20))
+    assert [WAYS[way](source, failing) for _ in range(2)] == [1, 1]
