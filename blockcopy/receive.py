@@ -61,7 +61,7 @@ def receive(
             Writer(destination, sparse, Progress(), size=size) as writer,
             _asking(destination, size, name, questions, answers, greeting),
         ):
-            source.write_all(writer)
+            source.write_all(writer, size)
         source.check(identity)
 
 
@@ -80,12 +80,15 @@ class _Source:
         self._last = identity
         return identity, name
 
-    def write_all(self, writer: Writer) -> None:
-        """Write what comes, to the end."""
+    def write_all(self, writer: Writer, size: int) -> None:
+        """Write what comes of a source of `size` bytes, to the end. Raises BlockcopyError."""
         for message in self._messages():
             if isinstance(message, wire.Failure):
                 # It has no length: what is asked about is in blocks of this size, but for the last.
-                self._unreadable.add(Extent(message.position, BLOCK_SIZE), message.reason)
+                length = min(BLOCK_SIZE, size - message.position)
+                if length <= 0:
+                    raise StreamError(f"the source cannot read bytes at {message.position}, and has {size} bytes")
+                self._unreadable.add(Extent(message.position, length), message.reason)
             elif isinstance(message, wire.Hello):
                 found = message.facts.get("identity")
                 self._last = found if is_identity(found) else None

@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import random
-import shlex
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,9 @@ from blockcopy.replica.blockmap import BlockMap
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.plan import Plan
 from blockcopy.unreadable import MAX_RANGES, Unreadable, joined
+
+LINK = f"{PYTHON} {STANDINS / 'link'}"
+"""In place of ssh."""
 
 BLOCKS = 40
 DATA = noise(BLOCKS * BLOCK_SIZE)
@@ -150,9 +152,18 @@ def test_the_stages_copy_all_else(options: list[str], empty: bool, bad_disk: Pat
 
 
 def test_a_push_copies_all_else(bad_disk: Path, destination: Path) -> None:
-    rsh = shlex.join([PYTHON, str(STANDINS / "link")])
-    told(run("sync", "-e", rsh, bad_disk, f"host:{destination}"), 3)
+    told(run("sync", "-e", LINK, bad_disk, f"host:{destination}"), 3)
     assert destination.read_bytes() == COPY
+
+
+@pytest.mark.parametrize("host", ["", "host:"])
+def test_the_last_block_is_told_as_long_as_it_is(host: str, tmp_path: Path) -> None:
+    size = len(DATA) - 1000
+    with disk_of(tmp_path, size - 1) as disk:
+        os.truncate(tmp_path / "backing", size)
+        done = run("sync", "-e", LINK, "--python", PYTHON, disk, f"{host}{tmp_path / 'destination'}")
+    tail = BLOCK_SIZE - 1000
+    assert (done.returncode, f"{tail} bytes ({size - tail}:{tail})" in done.stderr.decode()) == (3, True)
 
 
 def test_verify_compares_all_else(bad_disk: Path, tmp_path: Path) -> None:
