@@ -80,7 +80,7 @@ def _file_system_type(device: int) -> str:
     """Return the type of a mounted file system with the number `device`, or "" if mountinfo shows none."""
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
-        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+        lines = mountinfo()
     except OSError:
         return ""
     for line in map(os.fsdecode, lines):
@@ -88,6 +88,14 @@ def _file_system_type(device: int) -> str:
         if mount.split(" ", 3)[2] == number:
             return source.split(" ", 1)[0]
     return ""
+
+
+def mountinfo() -> list[bytes]:
+    """Return the lines in which the kernel tells what is mounted. Raises OSError.
+
+    A newline alone ends a line: a source or a folder may have a carriage return in its name.
+    """
+    return [line for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n") if line]
 
 
 def working_folder() -> str:

@@ -6,6 +6,7 @@ Every command comes to its end, with a status and words; no other user's word is
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -18,11 +19,15 @@ from typing import Any
 
 import pytest
 import support
+from rich.console import Console
 from support import BLOCK_SIZE, PYTHON, Mount, noise, run, until, written
 
+from blockcopy import places
 from blockcopy.errors import MountError
+from blockcopy.replica.status import one_line
 from blockcopy_fuse import asking, control, listing, mounts, snapshots
 from blockcopy_fuse.asking import Place
+from blockcopy_fuse.screen import screen
 
 Mounter = Callable[..., Mount]
 
@@ -185,6 +190,48 @@ def test_what_is_not_told_has_a_default_and_can_be_shown(tmp_path: Path, folder:
         snapshot = asked.answer(10)
     assert snapshot is not None
     assert listing.table([{**snapshot, "mountpoint": "m"}])
+
+
+@pytest.mark.parametrize("numbers", [0, 1 << 62])
+def test_any_field_of_a_status_can_be_missing_beside_others_that_are_told(numbers: int) -> None:
+    told = {name: 1 << 62 for name, (check, _) in snapshots.FIELDS.items() if check(1)}
+    demand = dict.fromkeys(snapshots.NESTED["demand"], numbers)
+    full = {**GOOD, **told, "size": numbers, "demand": demand}
+    missing = [{name: value for name, value in full.items() if name != each} for each in told]
+    missing += [{**full, "demand": {name: demand[name] for name in demand if name != each}} for each in demand]
+    for each in map(snapshots.checked, missing):
+        assert one_line(each)
+        assert listing.table([{**each, "mountpoint": "m"}])
+        Console(file=io.StringIO()).print(screen(each, []))
+
+
+def test_a_mount_that_never_comes_to_rest_is_unmounted_all_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = place(tmp_path)
+    monkeypatch.setattr(control, "_LAST_SYNC_SECONDS", 0.01)
+    monkeypatch.setattr(control, "_unmount", lambda *_: None)
+    monkeypatch.setattr(control, "locate", lambda _: told)
+    restless = {**GOOD, "hydrated_bytes": 5, "pid": 0}
+    written(Path(told.mountpoint, "status.json"), json.dumps(restless).encode())
+    snapshot = control.umount(told.mountpoint)
+    assert snapshot is not None
+    assert snapshot["state"] == "hydrating"
+
+
+def test_a_name_of_any_characters_hides_no_other_mount(tmp_path: Path) -> None:
+    """A name with a carriage return is one line of mountinfo, as the kernel writes it."""
+    support.require_root()
+    point = tmp_path / "a\rb \\- \x85"
+    point.mkdir()
+    support.output("mount", "-t", "tmpfs", "c\rd\x0b", point)
+    try:
+        entry = mounts.at(str(point))
+        assert entry is not None
+        assert (entry.kind, entry.source) == ("tmpfs", "c\rd\x0b")
+        assert not places.holds_devices(str(point))
+    finally:
+        support.output("umount", point)
 
 
 def test_each_field_of_a_status_is_checked(mount: Mounter, tmp_path: Path) -> None:

@@ -175,9 +175,12 @@ def umount(mountpoint: str) -> dict[str, Any] | None:
 
 
 def _settled_status(place: Place) -> dict[str, Any]:
-    """The status, when the last sync is over, which would be waited for anyhow."""
+    """Return the status after the last sync, or after _LAST_SYNC_SECONDS: its end is waited for anyhow."""
+    end = time.monotonic() + _LAST_SYNC_SECONDS
     snapshot = _status_of(place)
     while snapshot["state"] in ("hydrating", "verifying") and counts_of(snapshot).done == snapshot["size"]:
+        if time.monotonic() >= end:
+            break
         time.sleep(_POLL_SECONDS)
         snapshot = _status_of(place)
     return snapshot

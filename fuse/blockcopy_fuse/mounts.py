@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
+
+from blockcopy.places import mountinfo
 
 
 class Entry(NamedTuple):
@@ -30,7 +31,7 @@ def at(mountpoint: str) -> Entry | None:
 
 def everywhere() -> Iterator[tuple[str, Entry]]:
     """All that is mounted, with its mountpoint, in the order in which it was."""
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+    for line in mountinfo():
         fields = line.split(b" ")
         kind, source, options = fields[fields.index(b"-") + 1 :]
         yield (

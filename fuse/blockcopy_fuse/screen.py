@@ -152,9 +152,9 @@ def _link(link: dict[str, Any]) -> Text:
 
 def _demand(demand: dict[str, Any]) -> Text:
     text = f"{demand['reads']}, {human_size(demand['bytes'])}; {demand['waiting']} waiting"
-    if demand["latency_p50_seconds"] is not None:
-        p50, p99, most = (demand[f"latency_{name}_seconds"] for name in ("p50", "p99", "max"))
-        text += f"; waits {_milliseconds(p50)}, {_milliseconds(p99)}, {_milliseconds(most)} ms (half, 99 %, all)"
+    latencies = [demand[f"latency_{name}_seconds"] for name in ("p50", "p99", "max")]
+    if None not in latencies:
+        text += f"; waits {', '.join(map(_milliseconds, latencies))} ms (half, 99 %, all)"
     return Text(text)
 
 
