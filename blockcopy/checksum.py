@@ -254,6 +254,10 @@ class _Hasher:
         if not whole:
             room = self.buffers.take()
             there, errors = piece.read_around(device, room, BLOCK_SIZE)
+            if there < piece.length:
+                raise DeviceError(
+                    f"cannot read at {piece.position + there} of {device.path}: it is shorter than it was"
+                )
             runs = list(self._runs(piece._replace(length=there), room, errors))
             self.buffers.give(room)
         if self._passing:

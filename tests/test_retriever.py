@@ -123,13 +123,15 @@ class Collected:
 
 
 async def ask(retriever: Retriever, asked: Sequence[Asked]) -> list[bytes | None]:
-    """For each: the source's bytes, or None where it has the same."""
+    """Return the source's bytes of each, or None if it has the same. Raises SourceError for what it cannot read."""
     digest, collected = retriever.digest, Collected()
     questions = [
         Question(each.position, each.size, max(each.size, 4096), digest(each.own) if digest else b"x")
         for each in asked
     ]
     differing = await retriever.ask(questions, collected)
+    if differing.unread:
+        raise SourceError(differing.unread[0].reason)
     assert sorted(extent.offset for extent in (*differing.data, *differing.zeros)) == sorted(collected.at)
     return [collected.at.get(each.position) for each in asked]
 

@@ -245,10 +245,12 @@ class Link:
         """As `Retriever.holes`, over as many connections as it takes. SourceError as in `ask`."""
         return await self._over_connections(lambda retriever: retriever.holes(extent, least), since)
 
-    async def _over_connections(self, ask: Callable[[Retriever], Awaitable[T]], since: float) -> T:
+    async def _over_connections(
+        self, ask: Callable[[Retriever], Awaitable[T]], since: float, others: Sequence[Link] = ()
+    ) -> T:
         garbled, late = 0, False
         while True:
-            retriever = await self._connected(since)
+            retriever = await self._connected(since, others)
             try:
                 answers = await ask(retriever)
                 if self._connector.changed is None:
@@ -267,20 +269,20 @@ class Link:
                         raise self._given_up(retriever.failure)
                     late = True  # whoever has no patience at all is served by the other link all the same, once
 
-    async def _connected(self, since: float) -> Retriever:
+    async def _connected(self, since: float, others: Sequence[Link] = ()) -> Retriever:
         while True:
             if self._connector.changed is not None:
                 raise copy(self._connector.changed)
             if self._closing:
                 raise SourceError(f"{self._connector.command.location} has been let go")
-            if (retriever := self._up()) is not None:
+            if (retriever := self._up(others)) is not None:
                 return retriever
             if not await self._wait_until(self._deadline(since)):
                 raise self._given_up(self.last_error)
 
-    def _up(self) -> Retriever | None:
-        """Return a connection that can be asked now: of this link, or else of its substitute."""
-        for link in filter(None, (self, self.substitute)):
+    def _up(self, others: Sequence[Link] = ()) -> Retriever | None:
+        """Return a connection that can be asked now: of this link, or else of its substitute, or of `others`."""
+        for link in filter(None, (self, self.substitute, *others)):
             if link._retriever is not None and link._retriever.failure is None:
                 return link._retriever
         return None
@@ -307,8 +309,8 @@ class Link:
                 self._wanted = trio.Event()
         return not waiting.cancelled_caught
 
-    async def check(self) -> None:
-        """Ask whether the source is what it was, over as many connections as it takes.
+    async def check(self, *others: Link) -> None:
+        """Ask whether the source is what it was, over as many connections as it takes, also those of `others`.
 
         Raises SourceChangedError if it is another, SourceError as in `ask`.
         """
@@ -321,7 +323,7 @@ class Link:
                     await retriever.close()  # one that gives no answer is replaced
                 raise
 
-        await self._over_connections(check, trio.current_time())
+        await self._over_connections(check, trio.current_time(), others)
 
     async def close(self) -> None:
         """Let the source go, for good; who waits for it gets an error now. Returns when it is gone."""

@@ -161,7 +161,7 @@ class Replica:
             self._materialiser, self._device, self._geometry, self._blockmap, self._demand, self._bulk, self.pace
         ).run()
         if not self._blockmap.complete:
-            await self._links[-1].check()  # one that was cut, say, is another
+            await self._check_source()  # one that was cut, say, is another
         if found := self._blockmap.unreadable(str(self._materialiser.last_fault)):
             raise UnreadableError(
                 f"{self._plan.command.location} cannot read {found}. All else was copied. "
@@ -177,17 +177,21 @@ class Replica:
 
     async def _finish(self) -> None:
         # A copy that was complete before needs nothing of the source, which may be gone for good.
-        if self._links[-1].is_up or self._blockmap.resumed_bytes < self._geometry.size:
-            await self._links[-1].check()
+        if self._blockmap.resumed_bytes < self._geometry.size or any(link.is_up for link in self._links):
+            await self._check_source()
         if self._plan.verify:
             await self._verify()
-            await self._links[-1].check()  # what was compared was one source
+            await self._check_source()  # what was compared was one source
         await self._check_in_place()
         await self._keeper.close()
         await self.let_go()
         self._complete = True
         self.settled.set()
         logger.info("%s is a complete copy of %s", self._plan.destination, self._plan.command.location)
+
+    async def _check_source(self) -> None:
+        """Raise SourceChangedError if the source is another than it was. Waits for whichever link is there first."""
+        await self._links[-1].check(*self._links[:-1])
 
     async def _watch(self) -> None:
         while True:
