@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 from support import BLOCKCOPY, noise, run, with_changes
 
-from blockcopy.geometry import BLOCK_SIZE
+from blockcopy import checksum, digests
+from blockcopy.device import open_source
+from blockcopy.errors import DeviceError
+from blockcopy.geometry import BLOCK_SIZE, Extent
+from blockcopy.pieces import Piece
 
 HELLO = b"Hello World!"
 
@@ -125,6 +129,18 @@ def test_a_part_is_hashed(file: Callable[[bytes], Path], start: int, end: int | 
     data = noise(5 * BLOCK_SIZE + 100)
     options = ["--start", start] + ([] if end is None else ["--end", end])
     assert succeeded(run("checksum", file(data), *options)) == hashes(data, start, end)
+
+
+def test_a_file_that_becomes_shorter_is_an_error(file: Callable[[bytes], Path]) -> None:
+    """Its stream would end in order, and the source would be asked for less than there was."""
+    path = file(noise(4 * BLOCK_SIZE))
+    with open_source(str(path)) as device:
+        hasher = checksum._Hasher(digests.named(digests.ORIGINAL))
+        hasher.read_from(device)
+        os.truncate(path, BLOCK_SIZE)
+        whole = Extent(0, 4 * BLOCK_SIZE)
+        with pytest.raises(DeviceError, match="shorter than it was"):
+            hasher.hash(checksum._Item(Piece(*whole, [whole])))
 
 
 def test_a_pipe_has_an_end(file: Callable[[bytes], Path]) -> None:
