@@ -269,6 +269,20 @@ def test_a_socket_of_another_user_is_told_nothing(folder: Path, tmp_path: Path) 
         assert other.stdout.readline() == b"b''\n"
 
 
+@pytest.mark.parametrize("name", ["pause", "resume", "limit"])
+def test_a_mount_that_tells_its_status_and_does_nothing_keeps_no_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    told = place(tmp_path)
+    monkeypatch.setattr(control, "locate", lambda _: told)
+    monkeypatch.setattr(control, "_status_of", lambda _: GOOD)
+    monkeypatch.setattr(control, "ANSWER_SECONDS", 0.01)
+    monkeypatch.setattr(control, "_LAST_SYNC_SECONDS", 0.01)
+    monkeypatch.setattr(control.Asking, "answer", lambda _, seconds: threading.Event().wait(seconds) or None)
+    with pytest.raises(MountError, match="did not do that within"):
+        control.command(told.mountpoint, {"command": name})
+
+
 def test_a_process_that_a_mount_names_is_never_signalled(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

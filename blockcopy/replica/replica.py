@@ -190,7 +190,7 @@ class Replica:
         logger.info("%s is a complete copy of %s", self._plan.destination, self._plan.command.location)
 
     async def _check_source(self) -> None:
-        """Raise SourceChangedError if the source is another than it was. Waits for whichever link is there first."""
+        """Raise SourceChangedError if the source is another than it was. Takes the link that is there first."""
         await self._links[-1].check(*self._links[:-1])
 
     async def _watch(self) -> None:

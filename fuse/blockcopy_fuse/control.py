@@ -136,12 +136,20 @@ def read_map(mountpoint: str, cells: int) -> list[dict[str, int]]:
     return snapshots.cells((reply or {}).get("cells"), cells)
 
 
+def _seconds_for(command: str) -> float | None:
+    """Return how long a command may take. None: as long as the source takes."""
+    return {"pause": _LAST_SYNC_SECONDS, "prefetch": None}.get(command, ANSWER_SECONDS)
+
+
 def command(mountpoint: str, request: dict[str, Any]) -> None:
     """Have the mount do it, and return when it is done. MountError, or what it failed with."""
     place = _place(mountpoint)
     _status_of(place)
     with contextlib.closing(Asking(place, request)) as asking:
-        reply = asking.answer(None) or {}
+        seconds = _seconds_for(str(request.get("command")))
+        reply = asking.answer(seconds)
+    if reply is None:
+        raise MountError(f"the mount on {mountpoint} did not do that within {seconds} s: see `blockcopy status`")
     error, exit_code = reply.get("error"), reply.get("exit_code")
     if isinstance(error, str):
         raise BlockcopyError.told(error, exit_code if type(exit_code) is int and 0 < exit_code < 256 else 1)
