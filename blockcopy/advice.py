@@ -105,6 +105,16 @@ def advice(command: Command, status: int | None, said: str, *, begun: bool) -> s
     )
 
 
+def cannot_run(command: Command, error: OSError) -> str:
+    """Return the message for a program of this host that `error` kept from being started."""
+    program = command.argv[0]
+    told = f"cannot run `{program}`: {error.strerror}"
+    if isinstance(error, FileNotFoundError):
+        told += " – it is not installed here"
+        told += " (Debian: apt install openssh-client)" if program == "ssh" else ""
+    return told
+
+
 def _by_status(status: int | None, said: str, *, ours: bool) -> str | None:
     """As shells have it: 127 for what is not there, 126 for what may not be run."""
     if status == 127 and ours:

@@ -41,7 +41,8 @@ class Parser(PlainParser):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             command = commands_of(self)[found.command]
-            command.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown, command)}")
+            meant = _misplaced(unknown, self, found.command) or _meant(unknown, command)
+            command.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         return found
 
     def error(self, message: str) -> NoReturn:
@@ -68,6 +69,13 @@ def long_options(command: str) -> dict[str, bool]:
         for name in action.option_strings
         if name.startswith("--")
     }
+
+
+def _misplaced(unknown: Iterable[str], top: argparse.ArgumentParser, command: str) -> str:
+    """Return what to type for an option that stands behind the command and belongs before it."""
+    known = {name for action in top._actions for name in action.option_strings}
+    first = next((word for word in unknown if word in known), None)
+    return f"; write {first} before the command: blockcopy {first} {command}" if first else ""
 
 
 def _meant(unknown: Iterable[str], command: argparse.ArgumentParser) -> str:
@@ -176,7 +184,7 @@ def _copying(commands: Any) -> None:
         "SOURCE DESTINATION",
         "verify root@host:/dev/vg/disk /dev/vg/copy",
     )
-    _add_both_ends(verify)
+    _add_both_ends(verify, "device or file that is to be a copy; only read")
     verify.add_argument("--json", action="store_true", help="as JSON, instead of lines of OFFSET:LENGTH")
     _add_source_options(verify, reconnect_timeout=math.inf)
     _add_progress(verify)
@@ -212,9 +220,9 @@ def _asking(commands: Any) -> None:
     )
 
 
-def _add_both_ends(parser: Options) -> None:
+def _add_both_ends(parser: Options, destination: str = "device or file that is overwritten with the copy") -> None:
     parser.add_argument("source", metavar="SOURCE", help="[user@]host:/path or a local path; only read")
-    parser.add_argument("destination", metavar="DESTINATION", help="device or file that becomes the copy")
+    parser.add_argument("destination", metavar="DESTINATION", help=destination)
 
 
 def _add_copy_options(parser: Parser) -> None:
@@ -280,8 +288,8 @@ def _stages(commands: Any) -> None:
         "checksum /dev/copy | ssh host blockcopy retrieve /dev/disk | blockcopy save /dev/copy",
     )
     checksum.add_argument("destination_file", metavar="FILE", help="file, device or pipe; - is standard input")
-    checksum.add_argument("--start", type=int, metavar="OFFSET", default=0, help="first byte (default 0)")
-    checksum.add_argument("--end", type=int, metavar="OFFSET", help="byte to stop before (default: the end)")
+    checksum.add_argument("--start", type=values.size, metavar="OFFSET", default=0, help="first byte (default 0)")
+    checksum.add_argument("--end", type=values.size, metavar="OFFSET", help="byte to stop before (default: end)")
     checksum.add_argument(
         "--digest",
         metavar="NAME",

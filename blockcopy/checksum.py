@@ -67,8 +67,6 @@ def checksum(
     tell its position (all but a pipe) is followed by `rest`, which asks the source for all that it has
     beyond. Errors: DeviceError, OutputError; BlockcopyError for a range or a digest that is none.
     """
-    if start < 0:
-        raise BlockcopyError(f"--start {start} does not lie in {path}")
     if end is not None and end <= start:
         raise BlockcopyError(f"--end {end} does not lie behind --start {start}")
     voice = _Extended(output, digests.named(digest)) if digest else _Original(output)

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from blockcopy import beginning
-from blockcopy.advice import advice
+from blockcopy.advice import advice, cannot_run
 from blockcopy.errors import DeviceError, PeerError
 from blockcopy.foreign import Budget, Said
 from blockcopy.remote import NO_CONTROL, Command
@@ -54,7 +54,7 @@ def log_in(command: Command) -> Command:
     try:
         ssh = subprocess.Popen(command.way.log_in, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     except OSError as error:
-        raise PeerError(f"cannot run `{command.argv[0]}`: {error.strerror}") from error
+        raise PeerError(cannot_run(command, error)) from error
     said = " | ".join(_last_words(ssh, command))
     if ssh.returncode:
         todo = advice(command, ssh.returncode, said, begun=False)

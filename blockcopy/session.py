@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import IO, Callable
 
 from blockcopy import beginning
+from blockcopy.advice import cannot_run
 from blockcopy.errors import BlockcopyError, OutputError, PeerError
 from blockcopy.foreign import Budget, Said
 from blockcopy.remote import MOST_NOISE, Command
@@ -102,7 +103,7 @@ class Session:
         try:
             process = self.command.start()
         except OSError as error:
-            raise PeerError(f"cannot run `{self.command.argv[0]}`: {error.strerror}") from error
+            raise PeerError(cannot_run(self.command, error)) from error
         if process.stdin is None or process.stdout is None or process.stderr is None:
             raise ValueError("it was started without pipes")
         self._process = process

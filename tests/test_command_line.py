@@ -110,6 +110,8 @@ def test_version_is_the_packages() -> None:
         (["status"], "MOUNTPOINT"),
         (["sync", "a", "b", "c"], "c"),
         (["checksum", "--start", "one", "a"], "one"),
+        (["checksum", "--start=-1", "a"], "-1"),
+        (["sync", "a", "b", "-v"], "write -v before the command: blockcopy -v sync"),
         (["sync", "", "b"], "SOURCE"),
         (["sync", "host:", "b"], "host:"),
         (["sync", ":/path", "b"], ":/path"),

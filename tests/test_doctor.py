@@ -52,7 +52,7 @@ def test_a_host_that_is_well(sshd: Sshd, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "host", "told"),
     [
-        (["-e", "/no/such/ssh"], "host", "cannot run `/no/such/ssh`"),
+        (["-e", "/no/such/ssh"], "host", "file or directory – it is not installed here"),
         (["-e", "false"], "host", "host did not run `python3`"),
         (["--python", "no-python", "-e", f"{CHECKOUT}/tools/standins/link"], "host", "there is no `no-python`"),
         (["--python", PYTHON, "-e", f"{CHECKOUT}/tools/standins/link"], "host:/no/such", "cannot open /no/such"),

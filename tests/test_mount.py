@@ -674,7 +674,7 @@ def test_a_busy_mount_is_told_and_stays(mount: Mounter, source: Path, destinatio
         refused = run("umount", mounted.point)
         assert refused.returncode == 4
         assert "busy" in refused.stderr.decode()
-        assert "has a file open" in refused.stderr.decode()
+        assert "has a file open there: lsof, losetup" in refused.stderr.decode()
         assert os.pread(fd, 100, BLOCK_SIZE) == DATA[BLOCK_SIZE:][:100]
     mounted.umount()
 

@@ -53,7 +53,7 @@ def test_a_sloppy_mount_passes_over_what_it_does_not_know() -> None:
         (["/s", "/m", "-o", "dest=/d,limit=fast"], 2, "'fast' is not a number"),
         (["/s", "/m", "-o", "dest=/d,IdentityFile=/k"], 2, "-e 'ssh -o …'"),
         (["/s", "/m", "-o", "dest=/d,remount"], 2, "unmount it, and mount it again"),
-        (["/s", "/no such folder", "-o", "dest=/d"], 4, "cannot mount on /no such folder"),
+        (["/s", "/no such folder", "-o", "dest=/d"], 4, "first: mkdir -p '/no such folder'"),
     ],
 )
 def test_what_cannot_be_meant_is_told(words: list[str], status: int, told: str) -> None:

@@ -195,6 +195,11 @@ def test_a_host_that_cannot_be_reached(rsh: str, reason: str, destination: Path)
     assert destination.read_bytes() == OLD
 
 
+def test_a_host_without_ssh_is_told_what_to_install(destination: Path, tmp_path: Path) -> None:
+    done = support.run("sync", "host:/source", destination, env={**os.environ, "PATH": str(tmp_path)})
+    assert_failed(done, 3, "cannot run `ssh`", "not installed here (Debian: apt install openssh-client)")
+
+
 def test_a_program_that_is_not_there(source: Path, destination: Path) -> None:
     done = support.run("sync", "--blockcopy-path", "/no/such/program", source, destination)
     assert_failed(done, 3, "cannot run `/no/such/program`", "No such file or directory")

@@ -11,6 +11,7 @@ import subprocess
 
 import trio
 
+from blockcopy.advice import cannot_run
 from blockcopy.errors import SourceError
 from blockcopy.remote import Command
 from blockcopy.replica import losable
@@ -90,4 +91,4 @@ async def start(command: Command) -> Process:
     try:
         return Process(await losable.start(command.start))
     except OSError as error:
-        raise SourceError(f"cannot run `{command.argv[0]}`: {error.strerror}") from error
+        raise SourceError(cannot_run(command, error)) from error

@@ -254,5 +254,5 @@ def _unmount(mountpoint: str, *options: str) -> None:
         said = " | ".join(ended.stderr.strip().splitlines()) or f"fusermount3 ended with {ended.returncode}"
         raise MountError(
             f"cannot unmount {mountpoint}: {said}"
-            + (" (a program has a file open there)" if "busy" in said else "")
+            + (" (a program or a loop device has a file open there: lsof, losetup -l)" if "busy" in said else "")
         )

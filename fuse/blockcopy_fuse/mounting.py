@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import select
+import shlex
 import signal
 import stat
 import sys
@@ -86,6 +87,9 @@ def check(mount: MountPlan) -> None:
         raise MountError(f"{mountpoint} has a replica mounted already (see: blockcopy status {mountpoint})")
     try:
         mode = mountpoint.stat().st_mode
+    except FileNotFoundError as error:
+        todo = f"mkdir -p {shlex.quote(str(mountpoint))}"
+        raise MountError(f"cannot mount on {mountpoint}: {error.strerror}. Make it first: {todo}") from error
     except OSError as error:
         raise MountError(f"cannot mount on {mountpoint}: {error.strerror}") from error
     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
