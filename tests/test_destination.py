@@ -293,6 +293,19 @@ def test_a_complete_mount_reads_no_bytes_that_are_not_the_sources(
 
 
 @each(CHANGED)
+def test_a_complete_mount_whose_copy_is_changed_is_complete_no_more(
+    mount: Callable[..., Mount], source: Path, destination: Path, act: Act, told: str
+) -> None:
+    """Though nobody reads it."""
+    mounted = mount(source, destination, wait=True)
+    let_time_pass(destination)
+    act(destination)
+    until(lambda: mounted.status()["state"] == "failed", "its failure")
+    assert told in mounted.status()["error"]
+    assert [run(command, mounted.point).returncode for command in ("wait", "umount")] == [75, 75]
+
+
+@each(CHANGED)
 def test_a_mount_under_way_reads_no_bytes_that_are_not_the_sources(
     mount: Callable[..., Mount], source: Path, destination: Path, act: Act, told: str
 ) -> None:

@@ -138,6 +138,8 @@ class Replica:
             await self._await_complete()
             await self._guard(self._finish)
             nursery.cancel_scope.cancel()
+        if self._complete:
+            await self._guard(self._watch_copy)
 
     async def _guard(self, part: Callable[[], Any]) -> None:
         """What ends a part of the replica ends the copy, and not the reads of what is here."""
@@ -197,6 +199,12 @@ class Replica:
         while True:
             await trio.sleep(_WATCH_SECONDS)
             await self._check_in_place()
+
+    async def _watch_copy(self) -> None:
+        """Raise DestinationLostError once others change the copy. It may be moved by now."""
+        while True:
+            await trio.sleep(_WATCH_SECONDS)
+            await trio.to_thread.run_sync(self._device.check, abandon_on_cancel=True)
 
     async def _check_in_place(self) -> None:
         """Raise DestinationLostError if the destination is not where and what it was."""
