@@ -215,7 +215,7 @@ class Mount:
 def fuse_mounts(below: Path = Path("/")) -> set[str]:
     """Where a replica is mounted, of either type that the tests use, or a faulty disk."""
     kinds = {"fuse.blockcopy", "fuse.disk", "fuse.faulty_disk"}
-    lines = (line.split() for line in os.fsdecode(Path("/proc/mounts").read_bytes()).splitlines())
+    lines = (os.fsdecode(line).split(" ") for line in Path("/proc/mounts").read_bytes().split(b"\n") if line)
     points = {point.replace("\\040", " ") for _, point, kind, *_ in lines if kind in kinds}
     return {point for point in points if Path(point).is_relative_to(below)}
 

@@ -131,7 +131,7 @@ def _realpath(path: str) -> bytes:
 
 def await_answer(path: str, mountpoint: str) -> None:
     """Return when a file of a mount is there. MountError if it cannot be had; StandsStillError."""
-    found = int(_in_child(partial(_errno_of, path), mountpoint))
+    found = int(_in_child(partial(_errno_of, path), mountpoint) or errno.EIO)  # nothing, of a child that was killed
     if found:
         raise MountError(f"the mount on {mountpoint} does not answer: {os.strerror(found)}")
 

@@ -168,7 +168,7 @@ class Ground:
 
 
 def mountpoints() -> list[str]:
-    return [line.split(" ")[1] for line in os.fsdecode(Path("/proc/mounts").read_bytes()).splitlines()]
+    return [os.fsdecode(line.split(b" ")[1]) for line in Path("/proc/mounts").read_bytes().split(b"\n") if line]
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE, pause: float = 0.002) -> None:
