@@ -536,7 +536,7 @@ def test_close_while_asks_wait_for_a_stalled_process(source: Path) -> None:
 def test_close_while_the_pipe_to_a_process_that_does_not_read_is_full(source: Path, tmp_path: Path) -> None:
     async def ask_much(retriever: Retriever) -> None:
         with pytest.raises(SourceError):
-            await ask(retriever, [question(DATA, 0)] * 100)
+            await ask(retriever, [question(DATA, 0, block_size=512)] * 100)
 
     async def main() -> None:
         async with (
