@@ -32,7 +32,7 @@ class Terms(NamedTuple):
     joined: bool = False
     """Blocks that follow one another in one frame, zeros as `zero`."""
     agreed: bool = False
-    """What cannot be answered is said."""
+    """The asker is told what cannot be answered."""
 
 
 class Run(NamedTuple):

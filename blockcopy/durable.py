@@ -19,7 +19,7 @@ def create(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Have a folder, of its owner alone if it is made, and the folders that it is in."""
+    """Make a folder, of its owner alone, and the folders that it is in, unless they are there."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -29,7 +29,7 @@ def make_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Have nothing at `path`. A file that is missing may be on the disk still: its folder is synced as well."""
+    """Remove what is at `path`, if anything. Its folder is synced in any case: the disk may still have the name."""
     if os.path.lexists(path):  # else a file system that is read only refuses
         path.unlink(missing_ok=True)
     folder = path.parent
@@ -45,7 +45,7 @@ def rename(path: Path, new: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Have a file with this text: all of it or, if the power is lost before, what was there."""
+    """Write a file with this text: all of it or, if the power is lost before, what was there."""
     new = path.with_name(f"{path.name}.new")
     with contextlib.suppress(FileNotFoundError):
         new.unlink()

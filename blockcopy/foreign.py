@@ -117,7 +117,7 @@ class Said:
         self._rest = b""
 
     def _take(self, line: bytes) -> None:
-        # As a terminal shows it: what a program drew over itself, as a bar does, is gone.
+        # A terminal shows the last part only: a bar draws over what it drew before.
         text = line[-_MOST_LINE:].decode(errors="replace").strip().rpartition("\r")[2].strip()
         if not text:
             return

@@ -16,7 +16,7 @@ class Location:
     """A path on a `host`, or a local one if that is None. `path` is empty for a host itself."""
 
     host: str | None
-    """As ssh takes it, with a user perhaps: an IPv6 address without brackets."""
+    """Return the host as ssh takes it, with its user: an IPv6 address has no brackets."""
     path: str
     port: int | None = None
     typed: str = field(default="", compare=False)
@@ -77,7 +77,7 @@ def _split(text: str, what: str) -> tuple[str | None, str]:
 
 
 def _parse_url(text: str, what: str) -> Location:
-    """As git reads it: the path is absolute, unless it begins with `/~`; a `%20` is a space."""
+    """Parse `ssh://` as git does: the path is absolute, unless it begins with `/~`; a `%20` is a space."""
     from urllib.parse import unquote_to_bytes  # slow to load, and seldom needed
 
     found = re.fullmatch(

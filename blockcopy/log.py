@@ -39,7 +39,7 @@ _FAREWELL_SECONDS = 2
 
 
 class _Formatter(logging.Formatter):
-    """One line for each message, whatever is in it; those of a traceback begin with a mark."""
+    """Formats each message as one line, whatever is in it. Lines of a traceback begin with a mark."""
 
     def format(self, record: logging.LogRecord) -> str:
         record.message = printable(record.getMessage(), _MOST_MESSAGE)
@@ -146,7 +146,7 @@ def fault(error: BaseException) -> None:
 
 
 def drain() -> None:
-    """Have all written that was logged or said, as far as it can be in a moment."""
+    """Wait until all that was logged or said is written, for a moment at most."""
     console.drain(_FAREWELL_SECONDS)
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _Outside):
@@ -173,7 +173,7 @@ class _LogFile:
                 self._told = True
 
     def take_fatal_signals(self) -> None:
-        """Have Python write there what kills it, as SIGBUS does if a destination is cut."""
+        """Let Python write to the file what kills it, as SIGBUS does if a destination is cut."""
         faulthandler.enable(os.dup(self._fd), all_threads=False)
 
     def _follow(self) -> None:
@@ -221,7 +221,7 @@ def with_priority(text: str, level: int) -> str:
 
 
 def last_words(text: str, fault: BaseException | None = None) -> str:
-    """What the program fails with: logged wherever that is not standard error, and the text for there.
+    """Log what the program fails with, but not to standard error; return the text for standard error.
 
     `fault`: an exception that is logged with its traceback.
     """

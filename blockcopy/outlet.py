@@ -31,7 +31,7 @@ class Outlet(Generic[Item]):
         self._busy = False
 
     def put(self, item: Item) -> None:
-        """Have `item` written. Thread-safe, and returns at once."""
+        """Queue `item` for the writing thread. Thread-safe, and returns at once."""
         if self._pid != os.getpid():
             self._begin()  # the thread, and what waited for it, are those of the process that forked
         with self._changed:

@@ -26,7 +26,7 @@ _LOG = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | 
 
 
 def replace(path: str, data: bytes, mode: int) -> os.stat_result:
-    """Have a new regular file with `data` at `path`, all at once. Raises OSError.
+    """Put a new regular file with `data` at `path`, all at once. Raises OSError.
 
     `path` must not be a folder, a device or a FIFO. Returns the status of the new file.
     """

@@ -194,7 +194,7 @@ class Session:
 
 
 class _Input(InputStream):
-    """What the stage says; each byte is a sign of life."""
+    """The stream from the stage. Each byte is a sign of life."""
 
     def __init__(self, fd: int, session: Session) -> None:
         super().__init__(fd)
@@ -209,7 +209,7 @@ class _Input(InputStream):
 
 
 class _Output(OutputStream):
-    """What the stage is told; whether it takes that is looked at while it does not."""
+    """The stream to the stage. A stage that takes nothing is watched."""
 
     def __init__(self, fd: int, session: Session) -> None:
         super().__init__(fd)

@@ -54,7 +54,7 @@ class InputStream:
         self._poll.register(fd, select.POLLIN)
         self._poll.register(self._wake_read, select.POLLIN)
         self.noise = b""
-        """What `skip_past` has passed over so far. May be looked at by any thread."""
+        """The bytes that `skip_past` has passed over so far. Thread-safe."""
 
     def __enter__(self) -> InputStream:
         return self
@@ -189,7 +189,7 @@ class OutputStream:
             self._write([memoryview(stretch.header), memoryview(data)])
 
     def _fill(self, stretch: FromDevice) -> bool:
-        """Have the bytes in a pipe of our own, without a copy: before a header promises them to the reader.
+        """Move the bytes into a pipe of our own, without a copy, before a header promises them to the reader.
 
         Returns False if they cannot be had so. What is wrong with the device, reading tells.
         """

@@ -49,13 +49,13 @@ def _home() -> Path:
 
 
 def end_records(destination: Device) -> None:
-    """Have no record of `destination` that is believed later: before it is written. Raises StateError."""
+    """End every record of `destination`, before it is written. Raises StateError if one cannot be removed."""
     retire(default_path(destination))
     retire(_note_path(destination))
 
 
 def retire(path: Path) -> None:
-    """Have no record at `path`, nor after a loss of power. Raises StateError if one cannot be removed."""
+    """Remove the record at `path`; no loss of power brings it back. Raises StateError if that fails."""
     try:
         durable.remove(path)
     except OSError as error:
@@ -65,7 +65,7 @@ def retire(path: Path) -> None:
 
 
 def believe_only(token: str, destination: Device) -> None:
-    """Of all records of `destination`, believe the one with this token later, though it is kept elsewhere.
+    """Make the record with this token the only one of `destination` that is believed, though it is kept elsewhere.
 
     Raises StateError if the record at the default place cannot be removed, StateNotKeptError if the token cannot
     be kept.

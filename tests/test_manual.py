@@ -12,7 +12,8 @@ import pytest
 from support import run
 
 from blockcopy import errors
-from blockcopy.arguments import SHELLS, commands_of, parser
+from blockcopy.arguments import SHELLS, parser
+from blockcopy.suggesting import commands_of
 
 COMMANDS = commands_of(parser())
 

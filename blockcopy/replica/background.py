@@ -80,7 +80,7 @@ class Hydration:
                 if first is None:
                     break
                 start = self._end_of_batch(first)
-                # What is here already costs nothing: it counts for no limit.
+                # Blocks that are here already cost nothing: they count for no limit.
                 count = sum(1 for _ in self._blockmap.wanted(range(first, start)))
                 self._pace.take(count)
                 self._in_hand.update(range(first, start))

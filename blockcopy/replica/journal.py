@@ -196,7 +196,7 @@ class Journal:
 
     @property
     def token(self) -> str:
-        """What tells this record from all others, the earlier ones of the same file too."""
+        """Return the token that tells this record from all others, also from earlier ones of the same file."""
         return self._token
 
     def begin(self, binding: Binding, clock: Clock) -> None:
@@ -312,7 +312,7 @@ def _check_owner(path: Path, status: os.stat_result) -> None:
 
 
 def _beside(path: Path) -> list[Path]:
-    """What SQLite, or somebody else, has left for SQLite beside a database."""
+    """Return the files beside a database that SQLite would read, whoever left them."""
     found = (path.with_name(f"{path.name}-{kind}") for kind in ("journal", "wal", "shm"))
     return [each for each in found if os.path.lexists(each)]
 

@@ -241,7 +241,7 @@ class Keeper:
             await self._discard(journal)
 
     async def _discard(self, journal: Journal) -> None:
-        """Have no record. Raises StateError if the record cannot be removed."""
+        """Remove the record. Raises StateError if the record cannot be removed."""
         try:
             await self._in_thread(journal.discard)
         except TimeoutError as error:
@@ -282,7 +282,7 @@ class Keeper:
         return NO_TIMES if self._device.is_block_device else settled_times(self._device, self._device.sync)
 
     async def _record(self, write: Callable[[Clock], None]) -> bool:
-        """As `_write`, with a sign of life that holds for some time after it is recorded."""
+        """Do as `_write`, with a sign of life that holds for some time after it is recorded."""
         began = time.time_ns()
         until = began + _AHEAD_NS + 2 * self._took_ns
         if not await self._write(partial(write, Clock(*self._durable, until_ns=until))):

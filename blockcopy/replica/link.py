@@ -198,7 +198,7 @@ class Link:
         return await self._ask_each([each for question in questions for each in question.split()], guarded, since)
 
     async def _ask(self, questions: Sequence[Question], sink: Sink, since: float, most: int) -> Answer:
-        """As `ask`. Raises _FatalError if `most` connections ended while this was to be answered next."""
+        """Do as `ask`. Raises _FatalError if `most` connections ended while this was to be answered next."""
         ended = 0
 
         async def ask(retriever: Retriever) -> Answer:

@@ -13,7 +13,7 @@ from blockcopy.remote import Command
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be made: `demand` where it will be read meanwhile, `hydrate` for the full pass.
+    """A copy to be made: with `demand` it is read meanwhile, with `hydrate` the full pass runs.
 
     Times are in seconds. `timeout`: a connection that makes no progress for so long, while it is asked, is
     started again. `reconnect_timeout`: who reads, or who is there for the pass alone, waits so long

@@ -92,7 +92,7 @@ class Retriever:
         self._closing = False
         self._stalled = False
         self.unanswered: Sequence[Question] | None = None
-        """What it was to answer next when it ended by itself, as a program does that meets a read error."""
+        """The questions that were next when the process ended by itself, as a program does at a read error."""
         self._fault: Exception | None = None
         """Raised by a part of this connection, and foreseen by none."""
         self.failure: SourceError | None = None

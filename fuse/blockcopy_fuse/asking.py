@@ -256,7 +256,7 @@ def _ask(place: Place, request: dict[str, Any], pid: int | None) -> bytes:
 
 
 def _sockets(place: Place) -> list[str]:
-    """Those of the mount's name, the latest first: one that is just ending may have the same number."""
+    """Return the sockets of the mount's name, latest first: one that is ending may have the same number."""
     found = []
     for folder in run_folders(place.owner):
         if is_private(folder, place.owner):

@@ -127,7 +127,7 @@ def _status_at_last(mountpoint: str) -> dict[str, Any]:
 
 
 def read_map(mountpoint: str, cells: int) -> list[dict[str, int]]:
-    """As `Replica.map`, of at most `cells`. Empty where the mount does not tell."""
+    """Return what `Replica.map` does, of at most `cells`. Empty if the mount does not tell."""
     try:
         with contextlib.closing(Asking(_place(mountpoint), {"command": "map", "cells": cells})) as asking:
             reply = asking.answer(_MAP_SECONDS)

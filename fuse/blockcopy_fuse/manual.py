@@ -9,7 +9,8 @@ import shtab
 from argparse_manpage.manpage import Manpage
 
 from blockcopy import __version__, errors
-from blockcopy.arguments import Parser, commands_of, parser
+from blockcopy.arguments import parser
+from blockcopy.suggesting import Parser, commands_of
 
 _FILES = """\
 .TP

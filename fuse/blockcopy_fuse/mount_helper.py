@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 
 from blockcopy import cli
-from blockcopy.arguments import PlainParser, long_options
+from blockcopy.arguments import long_options
+from blockcopy.suggesting import PlainParser
 from blockcopy_fuse import options
 
 _OF_OTHERS = {

@@ -77,7 +77,7 @@ def users_may_share() -> bool:
         lines = Path(_FUSE_CONF).read_text(errors="replace").splitlines(keepends=True)
     except OSError:
         return False  # fusermount3 takes one that it cannot read for one that is empty
-    # What stands behind a `#` is a comment. A line that is too long, or has no end, is passed over.
+    # A `#` begins a comment. A line that is too long, or has no end, is passed over.
     whole = (line for line in lines if line.endswith("\n") and len(line) < _LONGEST_LINE)
     return any(line.partition("#")[0].strip() == "user_allow_other" for line in whole)
 
