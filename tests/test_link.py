@@ -308,9 +308,11 @@ def test_a_read_that_joined_the_pass_outlives_a_cut_of_it(
 def test_a_read_does_not_inherit_what_the_pass_fails_with(
     mount: Mounter, source: Path, destination: Path, tmp_path: Path
 ) -> None:
-    """The source cannot give a block of the pass, once. Everything takes 0.4 s, so that reads find it under way."""
+    """The source cannot give block 40, once. Everything takes 0.4 s, so that reads find the pass under way."""
     slow, once = Way(tmp_path, "--delay", 200), tmp_path / "once"
-    mounted = mount(f"host:{source}", destination, "-e", slow.rsh, program=faulty("--once", once, "--fail-at", 3))
+    mounted = mount(
+        f"host:{source}", destination, "-e", slow.rsh, program=faulty("--once", once, "--fail-for", at(40))
+    )
     until(lambda: mounted.status()["sent_bytes"] > 1000, "the first batches of the pass")
     assert read(mounted, 2) == right(2)
     until(lambda: mounted.status()["state"] == "failed", "the end of the pass")
