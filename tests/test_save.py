@@ -351,7 +351,7 @@ def test_checksum_and_retrieve_take_little_memory(large: Path, workers: int, mos
     assert sent.peak <= most
 
 
-@pytest.mark.parametrize(("workers", "most"), [(1, PEAK), (8, PEAK + 44 * MIB)])
+@pytest.mark.parametrize(("workers", "most"), [(1, PEAK), (8, PEAK + 52 * MIB)])
 @pytest.mark.parametrize("level", ["none", "zstd:1"])
 def test_the_extended_form_takes_little_memory(large: Path, workers: int, most: int, level: str) -> None:
     """Where all differs, so that as much as can be is on its way to a reader.
