@@ -141,11 +141,24 @@ def some_questions(chance: random.Random, count: int, block_size: int) -> list[A
     return [question(DATA, block, equal=chance.random() < 0.5, block_size=block_size) for block in blocks]
 
 
-def unreaped_children() -> list[int]:
-    """Of this process, zombies too; but not an sshd that other tests have."""
+_earlier: set[int] = set()
+
+
+def _children() -> set[int]:
     listed = Path("/proc/self/task").glob("*/children")
-    children = [int(pid) for each in listed for pid in each.read_text().split()]
-    return [pid for pid in children if not support.is_sshd(pid)]
+    return {int(pid) for each in listed for pid in each.read_text().split()}
+
+
+@pytest.fixture(autouse=True)
+def _children_of_before() -> None:
+    """Note what another test of this process has not reaped: it is none of the retriever's."""
+    _earlier.clear()
+    _earlier.update(_children())
+
+
+def unreaped_children() -> list[int]:
+    """Return the children of this test, zombies too; but not an sshd that other tests have."""
+    return [pid for pid in _children() - _earlier if not support.is_sshd(pid)]
 
 
 # Answers
