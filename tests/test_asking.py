@@ -59,6 +59,16 @@ def stopped(tmp_path: Path, mount: Mounter) -> Iterator[Mount]:
         looking.communicate()
 
 
+def test_whoever_asks_each_second_gathers_no_processes() -> None:
+    def children() -> set[str]:  # zombies too
+        return {pid for each in Path("/proc/self/task").glob("*/children") for pid in each.read_text().split()}
+
+    before = children()
+    for _ in range(50):
+        asking.Child(lambda: bytes(signal.pause() or 0)).close()
+    assert children() <= before
+
+
 def state_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 

@@ -45,6 +45,13 @@ class StandsStillError(MountError):
         )
 
 
+_ENDING_SECONDS = 0.2
+"""How long a process that is killed may take to end. It is left then: one that waits for a dead disk may never."""
+
+_left: set[int] = set()
+"""Processes that were left, or whose end was not collected yet."""
+
+
 class Child:
     """A process that runs `work` and tells what it returns. To be closed."""
 
@@ -81,9 +88,17 @@ class Child:
     def close(self) -> None:
         """End it, and leave it if it cannot be ended now."""
         os.close(self._pipe)
-        os.kill(self._pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self._pid, os.WNOHANG)
+        with contextlib.suppress(ProcessLookupError):  # where SIGCHLD is ignored, ended ones are gone at once
+            os.kill(self._pid, signal.SIGKILL)
+            process = os.pidfd_open(self._pid)
+            select.select([process], [], [], _ENDING_SECONDS)
+            os.close(process)
+        _left.add(self._pid)
+        for pid in list(_left):  # those before it, too: who asks each second must not gather them
+            with contextlib.suppress(ChildProcessError):
+                if not os.waitpid(pid, os.WNOHANG)[0]:
+                    continue
+            _left.discard(pid)
 
 
 def _leave_all_but(kept: int) -> None:
