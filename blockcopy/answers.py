@@ -49,7 +49,7 @@ class Run(NamedTuple):
         return self.piece.length
 
     def answer(self, source: Device, room: memoryview) -> list[Output]:
-        """What is to be sent; it has views of `room`, of `size` bytes, in it."""
+        """Return the frames to send. They may hold views of `room`, which has `size` bytes."""
         view = self.piece.view(source)
         if view is not None:
             try:
@@ -169,7 +169,7 @@ class _Answers:
             size = min(step, end - at)
             data = memoryview(ZEROS)[:size] if kind is _ZEROS else self._room[at : at + size]
             packed = self._terms.packing.frame(position + at, data)
-            # What would be sent from there as it is, the kernel sends without us.
+            # The kernel sends by itself a block that goes out as it is.
             in_place = self._in_place and kind is _DATA and packed[-1] is data
             frames += [self._say_from_device(at, size)] if in_place else packed
         return frames

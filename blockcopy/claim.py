@@ -51,7 +51,7 @@ def open_destination(path: str, *, force: bool = False, create: bool = False) ->
 
 
 def existing_destination(path: str, *, force: bool) -> Destination | None:
-    """As `open_destination`, before anything is asked of anybody; None where it has to be created first.
+    """Do as `open_destination`, before anything is asked of anybody. Returns None if the file must be created.
 
     DeviceError where it could not be.
     """

@@ -43,7 +43,7 @@ _OPEN_FILES = {"mount": 64, "sync": 64, "verify": 64, "doctor": 32}
 """Files that a command may have open at once."""
 
 _FEW_FILES = 16
-"""Those of all others."""
+"""The commands of all other layers."""
 
 
 def main(argv: list[str] | None = None) -> NoReturn:

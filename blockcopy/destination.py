@@ -34,7 +34,7 @@ class Destination(Device):
         self._mtime_ns = self.status().st_mtime_ns
 
     def needs(self, size: int) -> None:
-        """Have fewer bytes than `size` count as a cut, and no more than that."""
+        """Count fewer bytes than `size` as a cut, and nothing else."""
         with self._looking:
             self._needed = size
 

@@ -39,7 +39,7 @@ class Digest:
         self._function = function
         self.size = len(function(b""))
         self.impossible = bytes(self.size)
-        """What no data has: asking with it is asking for the bytes, whatever they are."""
+        """A digest that no data has: who asks with it asks for the bytes, whatever they are."""
         self.of_zeros = functools.lru_cache(maxsize=64)(self._of_zeros)
         """The digest of so many zeros."""
 

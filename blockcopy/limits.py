@@ -7,7 +7,7 @@ import resource
 from blockcopy.errors import SurroundingsError
 
 _WISHED = 1024
-"""What systems have by default. It is enough for everything here."""
+"""The default of most systems. It is enough for everything here."""
 
 
 def check_open_files(needed: int) -> None:

@@ -29,7 +29,7 @@ so that no byte behind the line is taken. It runs its first line, if that is the
 
 
 def opening(arguments: Sequence[str], *, under_home: bool = False) -> bytes:
-    """What to send first to a python3 that runs CODE, so that it runs `blockcopy` with `arguments`.
+    """Return the first bytes for a python3 that runs CODE, so that it runs `blockcopy` with `arguments`.
 
     `under_home`: the last argument is a path below the folder that the last word behind CODE names.
     """

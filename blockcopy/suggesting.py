@@ -27,10 +27,10 @@ class PlainParser(argparse.ArgumentParser):
 
 
 class Parser(PlainParser):
-    """One that says what may have been meant."""
+    """A parser that suggests what may have been meant."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As always; an option that a command does not have is told with that command's usage."""
+        """Parse. An option that a command does not have is told with the usage of that command."""
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             command = commands_of(self)[found.command]

@@ -90,7 +90,7 @@ class BlockMap:
             self.same_bytes += length
 
     def _set_zeros(self, blocks: range) -> int:
-        """As `_set`, of the present ones; what was not set before is counted, range by range."""
+        """Do as `_set` for present blocks, and count those that were not set before, range by range."""
         added = 0
         for cell in range(blocks.start // self._coarse, blocks[-1] // self._coarse + 1):
             start = cell * self._coarse

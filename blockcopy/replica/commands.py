@@ -244,7 +244,7 @@ def _compare(args: argparse.Namespace, command: Command, path: str, size: int | 
 
 
 def _write_json(verdict: Verdict, ranges: array.array[int]) -> None:
-    """One object, with a range a line."""
+    """Write one object, with one range on each line."""
     unread = [extent._asdict() for each in (verdict.there, verdict.here) for extent in each.ranges]
     figures = {
         "size": verdict.size,

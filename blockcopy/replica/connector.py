@@ -143,7 +143,7 @@ class Connector:
                     each, search.retriever = True, await start()
 
     async def _sample(self, retriever: Retriever, size: int, *, each: bool = False) -> None:
-        """Who the source is, of one that does not say: asked for the pieces that stand for it.
+        """Find out who a source is that does not say so: ask for the pieces that stand for it.
 
         `each`: by itself, so that one at which the source ends is found out.
         """

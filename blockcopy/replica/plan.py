@@ -41,7 +41,7 @@ class Plan:
     limit: int | None = None
     verify: bool = False
     compress: Mapping[str, Any] | None = None
-    """What the source is asked to compress with, as in `wire`."""
+    """The compression that the source is asked for, as in `wire`."""
     sparse: bool = True
     """Zeros are written as holes where that can be."""
     metrics: str | None = None

@@ -284,7 +284,7 @@ def _sockets(place: Place) -> list[str]:
 
 
 def socket_name(device: str, pid: int | str) -> str:
-    """Of the mount whose device number is MAJOR:MINOR. One that is just ending may still have the same number."""
+    """Return the name of the socket of a mount. `device`: its number, MAJOR:MINOR; an ending one may share it."""
     return f"{device}-{pid}.sock"
 
 

@@ -222,7 +222,7 @@ def _await_end(process: int, place: Place, pid: int) -> None:
 
 
 def is_replica(mountpoint: str) -> bool:
-    """One is mounted there, and lives."""
+    """Return whether a replica is mounted there, and lives."""
     place = locate(mountpoint)
     if place is None:
         return False
