@@ -1,6 +1,6 @@
 """`python -m blockcopy`."""
 
-from blockcopy.cli import main
+from blockcopy.cli.main import main
 
 if __name__ == "__main__":
     main()

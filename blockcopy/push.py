@@ -11,15 +11,15 @@ import logging
 import math
 import time
 
-from blockcopy.advice import TRANSPORT_FAILED, advice
-from blockcopy.backoff import Backoff
-from blockcopy.device import Device
+from blockcopy.block.device import Device
 from blockcopy.errors import BlockcopyError, OutputError, PeerError, StreamError, how_ended
 from blockcopy.foreign import Budget
-from blockcopy.progress import Counts, Progress
-from blockcopy.remote import Command
-from blockcopy.retrieve import retrieve
-from blockcopy.session import Clock, Session
+from blockcopy.progress.progress import Counts, Progress
+from blockcopy.stage.retrieve import retrieve
+from blockcopy.transport.advice import TRANSPORT_FAILED, advice
+from blockcopy.transport.backoff import Backoff
+from blockcopy.transport.remote import Command
+from blockcopy.transport.session import Clock, Session
 
 logger = logging.getLogger(__name__)
 

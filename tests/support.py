@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 
-from blockcopy import syscalls
-from blockcopy.geometry import BLOCK_SIZE
-from blockcopy.identity import sample_extents
+from blockcopy.block import syscalls
+from blockcopy.block.geometry import BLOCK_SIZE
+from blockcopy.block.identity import sample_extents
 
 for name in ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(name, None)  # few users have them, and they hide faults: output that fails when it is flushed

@@ -22,9 +22,9 @@ import support
 from rich.console import Console
 from support import BLOCK_SIZE, PYTHON, Mount, noise, run, until, written
 
-from blockcopy import places
 from blockcopy.errors import MountError
-from blockcopy.replica.status import one_line
+from blockcopy.paths import places
+from blockcopy.replica.monitor.status import one_line
 from blockcopy_fuse import asking, control, listing, mounts, snapshots
 from blockcopy_fuse.asking import Place
 from blockcopy_fuse.screen import screen

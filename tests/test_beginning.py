@@ -13,14 +13,14 @@ import pytest
 import trio
 from support import BLOCK_SIZE, BLOCKCOPY, PATIENCE, PYTHON, STANDINS, noise, run, until, written
 
-from blockcopy import beginning, login
-from blockcopy.device import open_source
+from blockcopy.block.device import open_source
 from blockcopy.errors import PeerError, SourceError
-from blockcopy.location import parse_location
-from blockcopy.progress import Progress
+from blockcopy.progress.progress import Progress
 from blockcopy.push import push
-from blockcopy.remote import stage_command
-from blockcopy.replica.connector import Connector
+from blockcopy.replica.source.connector import Connector
+from blockcopy.transport import beginning, login
+from blockcopy.transport.location import parse_location
+from blockcopy.transport.remote import stage_command
 from blockcopy_fuse import doctor
 
 DATA = noise(40 * BLOCK_SIZE)

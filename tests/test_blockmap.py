@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from blockcopy.geometry import Geometry
-from blockcopy.replica.blockmap import CHUNK_BLOCKS, BlockMap, Kind
+from blockcopy.block.geometry import Geometry
+from blockcopy.replica.state.blockmap import CHUNK_BLOCKS, BlockMap, Kind
 
 BLOCK = 10
 """Bytes in a block of these tests: the arithmetic is the same."""

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from support import BLOCKCOPY, noise, run, with_changes
 
-from blockcopy import checksum, digests
-from blockcopy.device import open_source
+from blockcopy.block.device import open_source
+from blockcopy.block.geometry import BLOCK_SIZE, Extent
+from blockcopy.block.pieces import Piece
 from blockcopy.errors import DeviceError
-from blockcopy.geometry import BLOCK_SIZE, Extent
-from blockcopy.pieces import Piece
+from blockcopy.protocol import digests
+from blockcopy.stage import checksum
 
 HELLO = b"Hello World!"
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from support import BLOCKCOPY, PYTHON, noise, output, require_root, run, written
 
-from blockcopy.claim import existing_destination, open_destination
-from blockcopy.device import open_source
+from blockcopy.block.claim import existing_destination, open_destination
+from blockcopy.block.device import open_source
 from blockcopy.errors import DestinationRefusedError, DeviceError
-from blockcopy.places import absolute
+from blockcopy.paths.places import absolute
 
 MIB = 1024 * 1024
 
@@ -80,7 +80,7 @@ def test_a_second_mount_of_dev_is_a_place_of_devices(tmp_path: Path, name: str) 
 def test_a_tmpfs_as_dev_is_a_place_of_devices_too() -> None:
     """As in a container."""
     require_root()
-    asked = "from blockcopy.places import obstacle; print(obstacle('/dev/x'), obstacle('/dev/new/x'))"
+    asked = "from blockcopy.paths.places import obstacle; print(obstacle('/dev/x'), obstacle('/dev/new/x'))"
     script = f'mount -t tmpfs none /dev && mkdir /dev/new && exec {PYTHON} -c "{asked}"'
     assert output("unshare", "--mount", "sh", "-c", script).count("there is no such device") == 2
 

@@ -27,16 +27,17 @@ import pytest
 import support
 import trio
 
-from blockcopy.device import Device, open_source
+from blockcopy.block.device import Device, open_source
+from blockcopy.block.geometry import BLOCK_SIZE, Extent, Geometry
+from blockcopy.block.identity import NO_TIMES, Times
+from blockcopy.block.statefile import believe_only
 from blockcopy.errors import BlockcopyError, DeviceError
-from blockcopy.geometry import BLOCK_SIZE, Extent, Geometry
-from blockcopy.identity import NO_TIMES, Times
-from blockcopy.location import Location
-from blockcopy.remote import stage_command
-from blockcopy.replica import blockmap, journal, keeper
 from blockcopy.replica.engine import Plan, Replica, open_replica
-from blockcopy.replica.journal import Binding, Clock, Journal
-from blockcopy.statefile import believe_only
+from blockcopy.replica.hydration import keeper
+from blockcopy.replica.state import blockmap, journal
+from blockcopy.replica.state.journal import Binding, Clock, Journal
+from blockcopy.transport.location import Location
+from blockcopy.transport.remote import stage_command
 
 PIECE = 4096
 PIECES = BLOCK_SIZE // PIECE

@@ -15,13 +15,13 @@ import support
 import trio
 from support import BLOCK_SIZE, BLOCKCOPY, PATIENCE, PYTHON, STANDINS, Mount, noise, output, run, until, written
 
-from blockcopy import wire
-from blockcopy.claim import make_room, open_destination
+from blockcopy.block.claim import make_room, open_destination
 from blockcopy.errors import DestinationLostError
-from blockcopy.location import Location
-from blockcopy.remote import stage_command
+from blockcopy.protocol import wire
 from blockcopy.replica import replica
 from blockcopy.replica.engine import open_replica
+from blockcopy.transport.location import Location
+from blockcopy.transport.remote import stage_command
 
 _COARSE_CLOCK = 5  # CLOCK_REALTIME_COARSE of linux/time.h, which times of files are taken from
 
@@ -268,8 +268,8 @@ def test_a_stage_that_writes_ends_with_an_error(
 
 
 def _facts(source: Path) -> dict[str, object]:
-    from blockcopy import identity
-    from blockcopy.device import open_source
+    from blockcopy.block import identity
+    from blockcopy.block.device import open_source
 
     with open_source(str(source)) as device:
         return {"digest": "sha256", "identity": identity.of_source(device)}

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from support import PATIENCE, held_by_another_process, mounted, needs_views, noise, output, until
 
-from blockcopy import syscalls
-from blockcopy.claim import open_destination
-from blockcopy.device import Device, open_source
+from blockcopy.block import syscalls
+from blockcopy.block.claim import open_destination
+from blockcopy.block.device import Device, open_source
+from blockcopy.block.geometry import Extent
 from blockcopy.errors import DestinationRefusedError, DeviceError
-from blockcopy.geometry import Extent
 
 MIB = 1024 * 1024
 

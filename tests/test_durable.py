@@ -15,11 +15,11 @@ import pytest
 import support
 from support import BLOCK_SIZE, BLOCKCOPY, noise, run, until, written
 
-from blockcopy import durable
-from blockcopy.claim import open_destination
-from blockcopy.device import open_source
-from blockcopy.replica.journal import Binding, Clock, Journal
-from blockcopy.statefile import default_path
+from blockcopy.block.claim import open_destination
+from blockcopy.block.device import open_source
+from blockcopy.block.statefile import default_path
+from blockcopy.paths import durable
+from blockcopy.replica.state.journal import Binding, Clock, Journal
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 

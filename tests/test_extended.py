@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from support import BLOCKCOPY, PATIENCE, noise, run, with_changes, written
 
-from blockcopy import digests, wire, zstd
-from blockcopy.decoder import Decoder
-from blockcopy.digests import NO_DIGEST
-from blockcopy.geometry import BLOCK_SIZE
-from blockcopy.wire import (
+from blockcopy.block.geometry import BLOCK_SIZE
+from blockcopy.protocol import digests, wire, zstd
+from blockcopy.protocol.decoder import Decoder
+from blockcopy.protocol.digests import NO_DIGEST
+from blockcopy.protocol.wire import (
     Asks,
     Data,
     Digests,

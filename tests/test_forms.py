@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_wire_properties import ASKS, FAILURES, FRAMES, GREETINGS, stable
 
-from blockcopy import xz, zstd
-from blockcopy.digests import NO_DIGEST, Buffer, digest
+from blockcopy.block.buffers import Buffer
+from blockcopy.block.geometry import Extent
 from blockcopy.errors import BlockcopyError, DeviceError, SourceError, StreamError
-from blockcopy.geometry import Extent
-from blockcopy.replica.forms import FENCES, AgreedForm, Batch, Form, OriginalForm, Probe, Question, Survey
-from blockcopy.wire import Data, Done, Failure, Fence, Hole, Message, XzData, Zero, ZstdData
+from blockcopy.protocol import xz, zstd
+from blockcopy.protocol.digests import NO_DIGEST, digest
+from blockcopy.protocol.wire import Data, Done, Failure, Fence, Hole, Message, XzData, Zero, ZstdData
+from blockcopy.replica.source.forms import FENCES, AgreedForm, Batch, Form, OriginalForm, Probe, Question, Survey
 
 FORMS = pytest.mark.parametrize("form_class", [AgreedForm, OriginalForm])
 BLOCK = 4

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from blockcopy.geometry import BLOCK_SIZE, Extent, Geometry, runs
+from blockcopy.block.geometry import BLOCK_SIZE, Extent, Geometry, runs
 
 
 def test_the_block_size_is_the_original_programs() -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import support
 
-from blockcopy.device import open_source
-from blockcopy.identity import Identity, differences, of_source, sample_extents, tells_of_writes
+from blockcopy.block.device import open_source
+from blockcopy.block.identity import Identity, differences, of_source, sample_extents, tells_of_writes
 
 SIZE = 1 << 20
 

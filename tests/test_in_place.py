@@ -13,16 +13,17 @@ from types import SimpleNamespace
 import pytest
 from support import BLOCK_SIZE, BLOCKCOPY, PATIENCE, needs_views, noise, run, written
 
-from blockcopy import digests, syscalls, wire
-from blockcopy.answers import Run, Terms
-from blockcopy.decoder import Decoder
-from blockcopy.device import Device, open_source
-from blockcopy.geometry import Geometry
-from blockcopy.packing import Packing
-from blockcopy.pieces import PIECE_SIZE, Pieces
-from blockcopy.replica.questions import questions
-from blockcopy.stages import FromDevice, Output
-from blockcopy.unreadable import Unreadable
+from blockcopy.block import syscalls
+from blockcopy.block.device import Device, open_source
+from blockcopy.block.geometry import Geometry
+from blockcopy.block.pieces import PIECE_SIZE, Pieces
+from blockcopy.block.unreadable import Unreadable
+from blockcopy.protocol import digests, wire
+from blockcopy.protocol.decoder import Decoder
+from blockcopy.replica.hydration.questions import questions
+from blockcopy.stage.answers import Run, Terms
+from blockcopy.stage.packing import Packing
+from blockcopy.stage.stages import FromDevice, Output
 
 DIGEST = digests.named("sha256")
 

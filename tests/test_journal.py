@@ -23,13 +23,13 @@ import support
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockcopy.device import open_source
+from blockcopy.block.device import open_source
+from blockcopy.block.geometry import BLOCK_SIZE, Geometry
+from blockcopy.block.identity import sample_extents
+from blockcopy.block.statefile import default_path, retire
 from blockcopy.errors import StateError, StateNotKeptError
-from blockcopy.geometry import BLOCK_SIZE, Geometry
-from blockcopy.identity import sample_extents
-from blockcopy.replica.blockmap import CHUNK_BLOCKS, BlockMap
-from blockcopy.replica.journal import Binding, Clock, Journal, Record
-from blockcopy.statefile import default_path, retire
+from blockcopy.replica.state.blockmap import CHUNK_BLOCKS, BlockMap
+from blockcopy.replica.state.journal import Binding, Clock, Journal, Record
 
 FULL = b"\xff" * (CHUNK_BLOCKS // 8)
 PARTIAL = random.Random(1).randbytes(len(FULL))
@@ -191,7 +191,7 @@ def test_any_steps_leave_what_a_dictionary_would(steps: list[tuple[str, Any]]) -
 # Who may have it
 
 
-HOLD = "import sys; from pathlib import Path; from blockcopy.replica.journal import Journal\n"
+HOLD = "import sys; from pathlib import Path; from blockcopy.replica.state.journal import Journal\n"
 HOLD += "journal = Journal(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
 
 
@@ -482,7 +482,7 @@ def test_no_truncated_file_is_believed(damaged: Damaged) -> None:
 )
 def test_facts_that_are_none_are_not_believed(change: dict[str, Any], path: Path) -> None:
     """With a seal that is right: by another program, or a fault of ours."""
-    from blockcopy.replica.journal import _seal
+    from blockcopy.replica.state.journal import _seal
 
     begun(path, {})
     with contextlib.closing(sqlite3.connect(path)) as database:

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import argparse
 import ast
-import graphlib
+import itertools
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
 from support import PYTHON
 
-from blockcopy import cli, parcel
-from blockcopy.arguments import parser
+from blockcopy.cli import main
+from blockcopy.cli.arguments import parser
+from blockcopy.transport import parcel
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 ROOTS = (CHECKOUT, CHECKOUT / "fuse")
-OPTIONAL = {"blockcopy.digests": "blake3", "blockcopy.bar": "rich"}
-"""What a module of the stages uses where it is installed, and does without elsewhere. (`blockcopy.zstd` names
-its own as a string, because it is called differently from one Python to the next.)"""
+
+ROOMS = (
+    ("paths", "block", "protocol", "progress", "stage", "cli", "transport", "replica", "blockcopy_fuse"),
+    ("replica.tasks", "replica.source", "replica.state", "replica.hydration", "replica.monitor"),
+)
+"""The rooms, and those inside the replica. Each imports only from those before it."""
+
+TRAVELS = ("errors", "foreign", "extras", "paths", "block", "protocol", "progress", "stage", "cli", "__main__")
+"""The rooms and modules of `blockcopy` that travel to a source host."""
+
+OPTIONAL = {"blockcopy.protocol.digests": "blake3", "blockcopy.progress.bar": "rich"}
+"""The package that a module which travels uses where it is installed. (`protocol.zstd` names its own as a string,
+because it is called differently from one Python to the next.)"""
+
 LEAVES = ("print", "exit", "quit", "sys.exit", "os._exit", "SystemExit")
 
 
@@ -90,6 +101,7 @@ def _sources() -> Iterator[tuple[str, Path]]:
 
 
 SOURCES = dict(_sources())
+PACKAGES = {module for module, path in SOURCES.items() if path.name == "__init__.py"}
 
 
 def read(module: str) -> Visitor:
@@ -99,8 +111,13 @@ def read(module: str) -> Visitor:
 
 
 READ = {module: read(module) for module in SOURCES}
-CORE = sorted(module for module, path in SOURCES.items() if path.parent == CHECKOUT / "blockcopy")
-REPLICA = sorted(module for module in SOURCES if f"{module}.".startswith("blockcopy.replica."))
+
+
+def is_in(module: str, rooms: Iterable[str]) -> bool:
+    return any(f"{module}.".startswith(f"blockcopy.{each}.") for each in rooms)
+
+
+TRAVELLING = sorted(module for module in SOURCES if module == "blockcopy" or is_in(module, TRAVELS))
 
 
 def top(module: str) -> str:
@@ -108,25 +125,30 @@ def top(module: str) -> str:
 
 
 def test_the_sources_are_found() -> None:
-    assert {"blockcopy", "blockcopy.cli", "blockcopy.wire"} <= set(CORE)
-    assert {"blockcopy.replica", "blockcopy.replica.engine"} <= set(REPLICA)
-    assert {"blockcopy_fuse", "blockcopy_fuse.mounting"} <= set(SOURCES)
+    assert {"blockcopy", "blockcopy.cli.main", "blockcopy.protocol.wire"} <= set(TRAVELLING)
+    assert {"blockcopy.replica", "blockcopy.replica.engine", "blockcopy_fuse.mounting"} <= set(SOURCES)
 
 
-@pytest.mark.parametrize("module", CORE)
-def test_the_stages_import_the_standard_library_and_each_other_only(module: str) -> None:
+def test_each_package_says_what_is_in_it_and_imports_nothing() -> None:
+    for package in PACKAGES:
+        assert ast.get_docstring(ast.parse(SOURCES[package].read_text())), package
+        assert {each.module for each in READ[package].imports} <= {"__future__"}, package
+
+
+def test_what_travels_imports_the_standard_library_and_what_travels_only() -> None:
     foreign = {
-        each.module
+        f"{module} imports {each.module}"
+        for module in TRAVELLING
         for each in READ[module].imports
         if top(each.module) not in sys.stdlib_module_names
-        and each.module not in CORE
+        and each.module not in TRAVELLING
         and not ((each.lazy or each.typing_only) and top(each.module) == OPTIONAL.get(module))
     }
     assert not foreign
 
 
-def test_the_stages_load_without_any_installed_package() -> None:
-    lines = "\n".join(f"import {module}" for module in CORE)
+def test_what_travels_loads_without_any_installed_package() -> None:
+    lines = "\n".join(f"import {module}" for module in TRAVELLING)
     done = subprocess.run(
         [PYTHON, "-S", "-E", "-c", f"import sys; sys.path.insert(0, {str(CHECKOUT)!r})\n{lines}"],
         capture_output=True,
@@ -135,11 +157,8 @@ def test_the_stages_load_without_any_installed_package() -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-@pytest.mark.parametrize("module", REPLICA)
-def test_the_replica_knows_no_fuse_and_no_command_line(module: str) -> None:
-    imported = {each.module for each in READ[module].imports}
-    assert not {each for each in imported if top(each) in ("pyfuse3", "blockcopy_fuse")}
-    assert "blockcopy.cli" not in imported
+def test_the_payload_is_made_of_what_travels() -> None:
+    assert sorted(parcel.modules()) == TRAVELLING
 
 
 def importers(of: str) -> set[str]:
@@ -151,70 +170,71 @@ def test_two_files_import_pyfuse3() -> None:
     assert importers("pyfuse3") == {"blockcopy_fuse.operations", "blockcopy_fuse.mounting"}
 
 
-def test_only_the_programs_import_the_command_line() -> None:
-    assert importers("blockcopy.cli") == {"blockcopy.__main__", "blockcopy_fuse.mount_helper"}
+def test_only_the_programs_import_the_main_function() -> None:
+    assert importers("blockcopy.cli.main") == {"blockcopy.__main__", "blockcopy_fuse.mount_helper"}
 
 
 def test_one_place_prints_and_one_exits() -> None:
     calls = {module: seen.calls.intersection(LEAVES) for module, seen in READ.items()}
     assert {module: found for module, found in calls.items() if found} == {
-        "blockcopy.console": {"print"},
-        "blockcopy.cli": {"os._exit"},
+        "blockcopy.cli.console": {"print"},
+        "blockcopy.cli.main": {"os._exit"},
         "blockcopy_fuse.asking": {"os._exit"},  # of a child that asks
-        "blockcopy.bootstrap": {"sys.exit"},  # on a host where there is no command line yet
+        "blockcopy.transport.bootstrap": {"sys.exit"},  # on a host where there is no command line yet
     }
 
 
 def test_each_command_is_in_the_module_of_its_layer() -> None:
     """They are named in strings, so that one host needs not have them all."""
-    for module, commands in cli._LAYERS.items():
+    for module, commands in main._LAYERS.items():
         assert set(commands) <= READ[module].functions
     [named] = [action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)]
-    assert set(named.choices) == {command for commands in cli._LAYERS.values() for command in commands}
+    assert set(named.choices) == {command for commands in main._LAYERS.values() for command in commands}
 
 
-def test_imports_have_no_cycle() -> None:
-    graph = {
-        module: {each.module for each in seen.imports if each.module in SOURCES and not each.typing_only}
-        for module, seen in READ.items()
-    }
-    order = list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the cycle
-    assert set(order) == set(SOURCES)
+def _module_map() -> Iterator[str]:
+    """The modules in the order of CONTRIBUTING.md's map."""
+    text = (CHECKOUT / "CONTRIBUTING.md").read_text().partition("## Module map\n")[2].partition("\n## ")[0]
+    packages: list[str] = []
+    for line in text.splitlines():
+        if found := re.match(r" {4}((?:  )*)(?:fuse/)?(\w+)(/?)(?: |$)", line):
+            depth = len(found[1]) // 2
+            packages = [*packages[:depth], found[2]]
+            if not found[3] and packages[0] in ("blockcopy", "blockcopy_fuse"):
+                yield ".".join(packages)
 
 
-def _module_map() -> list[str]:
-    """The modules in the order of CONTRIBUTING.md's lists, with their packages."""
-    package, found = "", []
-    text = (CHECKOUT / "CONTRIBUTING.md").read_text()
-    for line in text.partition("## Module map\n")[2].partition("\n## ")[0].splitlines():
-        if folder := re.match(r" {4,6}(?:fuse/)?(\w+)/ ", line):
-            package = "blockcopy.replica" if folder[1] == "replica" else folder[1]
-        elif names := re.match(r" {6,8}(\w+(?: · \w+)*)(?: |$)", line):
-            found += [f"{package}.{name}" for name in names[1].split(" · ")]
-    return found
-
-
-def test_imports_inside_a_package_are_of_what_stands_higher_in_the_module_map() -> None:
-    order = _module_map()
-    packages = {module for module, path in SOURCES.items() if path.name == "__init__.py"}
-    assert sorted(order) == sorted(SOURCES.keys() - packages), "the map in CONTRIBUTING.md has each module once"
+def test_imports_are_of_what_stands_higher_in_the_module_map() -> None:
+    order = [*_module_map()]
+    assert sorted(order) == sorted(SOURCES.keys() - PACKAGES), "the map in CONTRIBUTING.md has each module once"
     wrong = [
         f"{module} imports {each.module}"
         for place, module in enumerate(order)
         for each in READ[module].imports
-        if each.module in order[place:] and each.module.rpartition(".")[0] == module.rpartition(".")[0]
-        if not each.typing_only
+        if each.module in order[place:] and not each.typing_only
     ]
     assert wrong == []
+
+
+def test_the_module_map_has_the_rooms_in_their_order() -> None:
+    for rooms in ROOMS:
+        dotted = [each if each == "blockcopy_fuse" else f"blockcopy.{each}" for each in rooms]
+        places = [
+            [place for place, module in enumerate(_module_map()) if f"{module}.".startswith(f"{each}.")]
+            for each in dotted
+        ]
+        assert sorted(places) == places
+        for before, behind in itertools.pairwise(places):
+            assert before[-1] < behind[0]
 
 
 def test_what_travels_to_a_host_is_as_small_as_it_is_said_to_be() -> None:
     said = re.search(r"\| (\d+) KiB, run from memory \|", (CHECKOUT / "CONTRIBUTING.md").read_text())
     assert said is not None
-    assert int(said[1]) / 2 < len(parcel.opening(["retrieve"])) / 1024 < int(said[1])
+    largest = max(len(parcel.opening([stage])) for stage in ("retrieve", "receive", "facts")) / 1024
+    assert int(said[1]) / 2 < largest < int(said[1])
 
 
-@pytest.mark.parametrize("module", sorted(SOURCES))
-def test_product_code_does_not_assert(module: str) -> None:
+def test_product_code_does_not_assert() -> None:
     """`python -O` leaves assertions out, so nothing may rest on one."""
-    assert not READ[module].asserts
+    assert not [module for module in SOURCES if READ[module].asserts]

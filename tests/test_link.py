@@ -37,10 +37,10 @@ from support import (
     written,
 )
 
+from blockcopy.block.geometry import Extent
 from blockcopy.errors import SourceChangedError, SourceError
-from blockcopy.geometry import Extent
-from blockcopy.replica.forms import Answer, Question, Unread
-from blockcopy.replica.link import Link
+from blockcopy.replica.source.forms import Answer, Question, Unread
+from blockcopy.replica.source.link import Link
 
 Mounter = Callable[..., Mount]
 

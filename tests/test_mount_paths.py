@@ -21,11 +21,12 @@ import support
 import trio
 from support import BLOCK_SIZE, Mount, noise, output, run, until, written
 
+from blockcopy.block.geometry import Geometry
 from blockcopy.errors import StateError
-from blockcopy.geometry import Geometry
-from blockcopy.replica import keeper, losable
-from blockcopy.replica.blockmap import BlockMap
-from blockcopy.replica.process import Process
+from blockcopy.replica.hydration import keeper
+from blockcopy.replica.source.process import Process
+from blockcopy.replica.state.blockmap import BlockMap
+from blockcopy.replica.tasks import losable
 
 DATA = noise(8 * BLOCK_SIZE)
 

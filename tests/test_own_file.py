@@ -11,7 +11,8 @@ import support
 import trio
 from support import noise, run, written
 
-from blockcopy import console, log, own_file
+from blockcopy.cli import console, log
+from blockcopy.paths import own_file
 from blockcopy_fuse import mounting
 
 DATA = noise(300_000)

@@ -22,12 +22,12 @@ from typing import NamedTuple
 import pytest
 from support import BLOCKCOPY, PATIENCE, noise, with_changes
 
-from blockcopy import zstd
-from blockcopy.decoder import Decoder
-from blockcopy.digests import speeds
-from blockcopy.geometry import BLOCK_SIZE
-from blockcopy.wire import BLOCK_STREAM, XzData, encode
-from blockcopy.xz import expand
+from blockcopy.block.geometry import BLOCK_SIZE
+from blockcopy.protocol import zstd
+from blockcopy.protocol.decoder import Decoder
+from blockcopy.protocol.digests import speeds
+from blockcopy.protocol.wire import BLOCK_STREAM, XzData, encode
+from blockcopy.protocol.xz import expand
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 CHECKOUT = Path(__file__).resolve().parent.parent

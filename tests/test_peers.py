@@ -20,22 +20,23 @@ from hypothesis import strategies as st
 from support import BLOCK_SIZE, BLOCKCOPY, PYTHON, STANDINS, Mount, noise, run, until, written
 from test_wire_properties import stable
 
-from blockcopy import packing, wire
-from blockcopy.decoder import Decoder
+from blockcopy.block.geometry import Extent
+from blockcopy.block.identity import differences, sample_extents
 from blockcopy.errors import SourceError, StreamError
 from blockcopy.foreign import Budget, Said
-from blockcopy.geometry import Extent
-from blockcopy.handshake import digest_for, read_source
-from blockcopy.identity import differences, sample_extents
-from blockcopy.location import Location
-from blockcopy.progress import Progress
-from blockcopy.remote import stage_command
-from blockcopy.replica import metrics
-from blockcopy.replica.forms import Survey
-from blockcopy.replica.notify import Notifier
+from blockcopy.progress.progress import Progress
+from blockcopy.protocol import wire
+from blockcopy.protocol.decoder import Decoder
+from blockcopy.protocol.handshake import digest_for, read_source
+from blockcopy.replica.monitor import metrics
+from blockcopy.replica.monitor.notify import Notifier
 from blockcopy.replica.plan import Plan
-from blockcopy.replica.retriever import Retriever
+from blockcopy.replica.source.forms import Survey
+from blockcopy.replica.source.retriever import Retriever
 from blockcopy.replica.sync import sync
+from blockcopy.stage import packing
+from blockcopy.transport.location import Location
+from blockcopy.transport.remote import stage_command
 
 SIZE = 8 * BLOCK_SIZE
 DATA = noise(SIZE)

@@ -13,9 +13,10 @@ import pytest
 import support
 from support import BLOCK_SIZE, BLOCKCOPY, PYTHON, STANDINS, Sshd, noise, run, until, with_changes, written
 
-from blockcopy import identity, wire, zstd
-from blockcopy.decoder import Decoder
-from blockcopy.device import open_source
+from blockcopy.block import identity
+from blockcopy.block.device import open_source
+from blockcopy.protocol import wire, zstd
+from blockcopy.protocol.decoder import Decoder
 
 SIZE = 40 * BLOCK_SIZE + 1000
 DATA = noise(SIZE)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import pytest
 
 from blockcopy.replica.readahead import ReadAhead
-from blockcopy.replica.window import Window
+from blockcopy.replica.source.window import Window
 
 BLOCKS = 10_000
 

@@ -10,10 +10,10 @@ import pytest
 from support import BLOCKCOPY, PYTHON
 
 from blockcopy.errors import UsageError
-from blockcopy.location import Location, parse_location
-from blockcopy.parcel import CODE
-from blockcopy.remote import Command, stage_command
-from blockcopy.wire import Data, Done, Rest, encode
+from blockcopy.protocol.wire import Data, Done, Rest, encode
+from blockcopy.transport.location import Location, parse_location
+from blockcopy.transport.parcel import CODE
+from blockcopy.transport.remote import Command, stage_command
 
 REMOTE = Location("host", "/dev/sda")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import pty
@@ -13,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import BLOCKCOPY, PYTHON, Mount, Sshd, noise, run, until, written
+from support import BLOCKCOPY, PYTHON, Mount, Sshd, noise, output, run, until, written
 
-from blockcopy import parcel
+from blockcopy.transport import parcel
 
 DATA = noise(700_001)
 
@@ -118,10 +119,22 @@ def python_of(version: str) -> str:
     pytest.skip(f"there is no Python {version} here")
 
 
-def test_the_parcel_is_made_of_the_packages_own_files() -> None:
-    folder = Path(parcel.__file__).parent
-    names = {f"blockcopy.{path.stem}" for path in folder.glob("*.py")} - {"blockcopy.__init__"} | {"blockcopy"}
-    assert set(parcel.modules()) == names
+@pytest.mark.parametrize("stage", ["retrieve", "receive", "checksum", "facts"])
+def test_what_a_stage_loads_is_sent_and_nothing_else(stage: str) -> None:
+    """A stage that begins has loaded all that it needs, from the texts that run here."""
+    script = (
+        "import sys, importlib, blockcopy.cli.main, blockcopy.cli.commands\n"
+        f"importlib.import_module('blockcopy.stage.{stage}')\n"
+        "print(*(each for each in sys.modules if each.partition('.')[0] == 'blockcopy'))"
+    )
+    loaded = output(PYTHON, "-P", "-c", script).split()
+    sent = parcel.needed_by(stage)
+    assert set(loaded) == set(sent)
+    for name, text in sent.items():
+        found = importlib.util.find_spec(name)
+        assert found is not None
+        assert found.origin is not None
+        assert Path(found.origin).read_text() == text
 
 
 # What fails, each with its reason and its advice

@@ -17,8 +17,8 @@ import support
 import trio
 import trio.testing
 
-from blockcopy import backoff
-from blockcopy.device import Device
+from blockcopy.block.device import Device
+from blockcopy.block.geometry import BLOCK_SIZE, Geometry
 from blockcopy.errors import (
     BlockcopyError,
     DestinationRefusedError,
@@ -26,19 +26,20 @@ from blockcopy.errors import (
     GarbledSourceError,
     SourceError,
 )
-from blockcopy.geometry import BLOCK_SIZE, Geometry
-from blockcopy.location import Location
-from blockcopy.meters import floored_percent
-from blockcopy.remote import stage_command
-from blockcopy.replica import faults, keeper, link
-from blockcopy.replica.background import Hydration
-from blockcopy.replica.blockmap import BlockMap
+from blockcopy.progress.meters import floored_percent
 from blockcopy.replica.engine import open_replica
-from blockcopy.replica.forms import FENCES
+from blockcopy.replica.hydration import faults, keeper
+from blockcopy.replica.hydration.background import Hydration
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.replica import Replica
+from blockcopy.replica.source import link
+from blockcopy.replica.source.forms import FENCES
+from blockcopy.replica.source.window import Window
+from blockcopy.replica.state.blockmap import BlockMap
 from blockcopy.replica.volume import Volume
-from blockcopy.replica.window import Window
+from blockcopy.transport import backoff
+from blockcopy.transport.location import Location
+from blockcopy.transport.remote import stage_command
 
 QUICKLY, NEVER = 0.05, 1000
 """Seconds until a link that was lost is made again."""

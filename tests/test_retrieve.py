@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from support import BLOCKCOPY, PATIENCE, noise, run, with_changes
 
-from blockcopy.decoder import Decoder
-from blockcopy.digests import NO_DIGEST, digest
-from blockcopy.geometry import BLOCK_SIZE
-from blockcopy.wire import (
+from blockcopy.block.geometry import BLOCK_SIZE
+from blockcopy.protocol.decoder import Decoder
+from blockcopy.protocol.digests import NO_DIGEST, digest
+from blockcopy.protocol.wire import (
     AGREED_BLOCK_STREAM,
     BLOCK_STREAM,
     Data,

@@ -14,13 +14,13 @@ import support
 import trio
 import trio.testing
 
-from blockcopy.digests import Buffer
+from blockcopy.block.buffers import Buffer
+from blockcopy.block.geometry import BLOCK_SIZE, Geometry
 from blockcopy.errors import OriginalProgramError, SourceError
-from blockcopy.geometry import BLOCK_SIZE, Geometry
-from blockcopy.location import Location
-from blockcopy.remote import stage_command
-from blockcopy.replica.forms import Question
-from blockcopy.replica.retriever import Retriever
+from blockcopy.replica.source.forms import Question
+from blockcopy.replica.source.retriever import Retriever
+from blockcopy.transport.location import Location
+from blockcopy.transport.remote import stage_command
 
 BLOCKS = 40
 DATA = support.noise(BLOCKS * BLOCK_SIZE - 1000)

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from blockcopy.errors import BlockcopyError, Interrupted
-from blockcopy.replica import running
+from blockcopy.replica.tasks import running
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -24,10 +24,10 @@ from support import (
     until,
 )
 
-from blockcopy import zstd
-from blockcopy.digests import NO_DIGEST
-from blockcopy.geometry import BLOCK_SIZE
-from blockcopy.wire import (
+from blockcopy.block.geometry import BLOCK_SIZE
+from blockcopy.protocol import zstd
+from blockcopy.protocol.digests import NO_DIGEST
+from blockcopy.protocol.wire import (
     MAX_BLOCK_SIZE,
     Asks,
     Data,
@@ -299,7 +299,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 WORKERS = """
 import os, sys
 os.sched_getaffinity = lambda _: range(int(sys.argv.pop(1)))
-from blockcopy.cli import main
+from blockcopy.cli.main import main
 main()
 """
 """As on a machine with so many processors."""

@@ -11,12 +11,12 @@ import pytest
 import support
 import trio
 
+from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.errors import SourceError
-from blockcopy.geometry import BLOCK_SIZE
-from blockcopy.location import Location
-from blockcopy.remote import stage_command
-from blockcopy.replica.retriever import Retriever
-from blockcopy.replica.sizing import SizeSearch
+from blockcopy.replica.source.retriever import Retriever
+from blockcopy.replica.source.sizing import SizeSearch
+from blockcopy.transport.location import Location
+from blockcopy.transport.remote import stage_command
 
 SIZES = [0, 1, 2, 511, 512, 513, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 3 * BLOCK_SIZE + 77_777, 9_999_999]
 

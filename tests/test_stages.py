@@ -18,11 +18,11 @@ from typing import IO
 import pytest
 from support import BLOCKCOPY, PATIENCE, noise, until
 
-from blockcopy import stages
+from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.errors import OutputError, StreamError
-from blockcopy.geometry import BLOCK_SIZE
-from blockcopy.stages import DEPTH, InputStream, OutputStream, refuse_terminal, run_ordered
-from blockcopy.wire import Data, Done, Hash, Rest, encode
+from blockcopy.protocol.wire import Data, Done, Hash, Rest, encode
+from blockcopy.stage import stages
+from blockcopy.stage.stages import DEPTH, InputStream, OutputStream, refuse_terminal, run_ordered
 
 MIB = 1024 * 1024
 

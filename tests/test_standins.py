@@ -17,9 +17,9 @@ import pytest
 import support
 from support import BLOCK_SIZE, PATIENCE, PYTHON, STANDINS, noise, until, written
 
-from blockcopy import wire
-from blockcopy.decoder import Decoder
-from blockcopy.digests import NO_DIGEST
+from blockcopy.protocol import wire
+from blockcopy.protocol.decoder import Decoder
+from blockcopy.protocol.digests import NO_DIGEST
 
 LOST = 255
 

@@ -24,11 +24,11 @@ import pytest
 import support
 from support import BLOCK_SIZE, BLOCKCOPY, FAULTY, QUEUEING, Mount, noise, run, until, written
 
-from blockcopy import wire
-from blockcopy.decoder import Decoder
-from blockcopy.geometry import Extent, Geometry
-from blockcopy.identity import sample_extents
-from blockcopy.replica.journal import Clock, Journal
+from blockcopy.block.geometry import Extent, Geometry
+from blockcopy.block.identity import sample_extents
+from blockcopy.protocol import wire
+from blockcopy.protocol.decoder import Decoder
+from blockcopy.replica.state.journal import Clock, Journal
 
 Mounter = Callable[..., Mount]
 LoopDevice = Callable[..., str]

@@ -19,10 +19,10 @@ import support
 from rich.console import Console
 from support import BLOCK_SIZE, BLOCKCOPY, Mount, fuse_mounts, noise, run, until, with_changes, written
 
-from blockcopy.geometry import Geometry
-from blockcopy.replica import metrics
-from blockcopy.replica.blockmap import BlockMap
-from blockcopy.replica.status import one_line
+from blockcopy.block.geometry import Geometry
+from blockcopy.replica.monitor import metrics
+from blockcopy.replica.monitor.status import one_line
+from blockcopy.replica.state.blockmap import BlockMap
 from blockcopy_fuse.screen import KINDS, Map, kind_of, screen
 
 Mounter = Callable[..., Mount]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import support
 
-from blockcopy.geometry import BLOCK_SIZE
+from blockcopy.block.geometry import BLOCK_SIZE
 
 BLOCKS = 48
 DATA = support.noise(BLOCKS * BLOCK_SIZE)

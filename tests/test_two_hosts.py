@@ -28,9 +28,9 @@ from support import (
 )
 
 import blockcopy
-from blockcopy.location import parse_location
-from blockcopy.login import control_path, log_in, logged_in
-from blockcopy.remote import stage_command
+from blockcopy.transport.location import parse_location
+from blockcopy.transport.login import control_path, log_in, logged_in
+from blockcopy.transport.remote import stage_command
 
 Mounter = Callable[..., Mount]
 LoopDevice = Callable[..., str]

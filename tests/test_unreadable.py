@@ -16,17 +16,17 @@ import support
 import trio
 from support import BLOCK_SIZE, FAULTY, PYTHON, QUEUEING, STANDINS, Mount, noise, run, written
 
-from blockcopy import backoff
-from blockcopy.device import open_source
+from blockcopy.block.device import open_source
+from blockcopy.block.geometry import Extent, Geometry
+from blockcopy.block.identity import differences, of_source, sample_extents
+from blockcopy.block.unreadable import MAX_RANGES, Unreadable, joined
 from blockcopy.errors import UnreadableError
-from blockcopy.geometry import Extent, Geometry
-from blockcopy.identity import differences, of_source, sample_extents
-from blockcopy.location import Location
-from blockcopy.remote import stage_command
-from blockcopy.replica.blockmap import BlockMap
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.plan import Plan
-from blockcopy.unreadable import MAX_RANGES, Unreadable, joined
+from blockcopy.replica.state.blockmap import BlockMap
+from blockcopy.transport import backoff
+from blockcopy.transport.location import Location
+from blockcopy.transport.remote import stage_command
 
 LINK = f"{PYTHON} {STANDINS / 'link'}"
 """In place of ssh."""

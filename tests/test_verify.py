@@ -11,7 +11,7 @@ import pytest
 import support
 from support import BLOCKCOPY, FAULTY, QUEUEING, noise, run, with_changes, written
 
-from blockcopy.geometry import BLOCK_SIZE
+from blockcopy.block.geometry import BLOCK_SIZE
 
 BLOCKS = 130  # more than one window of batches
 DATA = noise(BLOCKS * BLOCK_SIZE + 77)

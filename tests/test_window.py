@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from blockcopy.backoff import Backoff
-from blockcopy.replica.window import BASE_SECONDS, Window
+from blockcopy.replica.source.window import BASE_SECONDS, Window
+from blockcopy.transport.backoff import Backoff
 
 
 class Route:

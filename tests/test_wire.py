@@ -4,16 +4,16 @@ import hashlib
 
 import pytest
 
-from blockcopy import wire
-from blockcopy.decoder import Decoder
+from blockcopy.block.geometry import MAX_POSITION
 from blockcopy.errors import StreamError, TruncatedStreamError
-from blockcopy.wire import (
+from blockcopy.protocol import wire
+from blockcopy.protocol.decoder import Decoder
+from blockcopy.protocol.wire import (
     AGREED_BLOCK_STREAM,
     BLOCK_STREAM,
     HASH_STREAM,
     MAX_ASKED,
     MAX_BLOCK_SIZE,
-    MAX_POSITION,
     MAX_TEXT_SIZE,
     Asks,
     Data,

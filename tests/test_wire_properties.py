@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockcopy import wire, xz, zstd
-from blockcopy.decoder import _COMMAND_SIZE, Decoder
-from blockcopy.digests import DIGEST_SIZE
+from blockcopy.block.geometry import MAX_POSITION
 from blockcopy.errors import StreamError, TruncatedStreamError
-from blockcopy.wire import (
+from blockcopy.protocol import wire, xz, zstd
+from blockcopy.protocol.decoder import _COMMAND_SIZE, Decoder
+from blockcopy.protocol.digests import DIGEST_SIZE
+from blockcopy.protocol.wire import (
     MAX_BLOCK_SIZE,
-    MAX_POSITION,
     Asks,
     Data,
     Digests,

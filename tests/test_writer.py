@@ -10,15 +10,15 @@ import pytest
 import trio
 from support import BLOCK_SIZE, noise
 
-from blockcopy import digests
-from blockcopy.claim import open_destination
-from blockcopy.device import Device
+from blockcopy.block.claim import open_destination
+from blockcopy.block.device import Device
+from blockcopy.block.geometry import Extent, Geometry, runs
+from blockcopy.block.unreadable import Unreadable
 from blockcopy.errors import DeviceError
-from blockcopy.geometry import Extent, Geometry, runs
-from blockcopy.replica.blockmap import BlockMap
-from blockcopy.replica.questions import questions
-from blockcopy.replica.writer import Writer
-from blockcopy.unreadable import Unreadable
+from blockcopy.protocol import digests
+from blockcopy.replica.hydration.questions import questions
+from blockcopy.replica.hydration.writer import Writer
+from blockcopy.replica.state.blockmap import BlockMap
 
 SIZE = 20 * BLOCK_SIZE + 1000
 DIGEST = digests.named("sha256")

@@ -16,19 +16,22 @@ import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from blockcopy import console, extras, packing, zstd
-from blockcopy.claim import check_destination
-from blockcopy.device import open_source
+from blockcopy import extras
+from blockcopy.block.claim import check_destination
+from blockcopy.block.device import open_source
+from blockcopy.cli import console
 from blockcopy.errors import DeviceError, DifferentError, UnreadableError, UsageError
-from blockcopy.location import Location, parse_location
-from blockcopy.login import control_path, logged_in
-from blockcopy.places import absolute
-from blockcopy.remote import Command, stage_command
+from blockcopy.paths.places import absolute
+from blockcopy.protocol import zstd
+from blockcopy.stage import packing
+from blockcopy.transport.location import Location, parse_location
+from blockcopy.transport.login import control_path, logged_in
+from blockcopy.transport.remote import Command, stage_command
 
 if TYPE_CHECKING:
     from subprocess import Popen
 
-    from blockcopy.geometry import Extent
+    from blockcopy.block.geometry import Extent
     from blockcopy.replica.plan import Plan
     from blockcopy.replica.verify import Verdict
 
@@ -53,7 +56,7 @@ def needs_extra() -> Iterator[None]:
 
 def run(program: Callable[[], Awaitable[T]]) -> T:
     """A trio program, as `running.run` does."""
-    from blockcopy.replica import running
+    from blockcopy.replica.tasks import running
 
     gc.freeze()  # what was imported stays: looking through it for garbage again and again costs a few percent
     return running.run(program)
@@ -136,9 +139,9 @@ def sync(args: argparse.Namespace) -> None:
     check_destination(absolute(destination.path), force=args.force)  # before ssh asks for a password
     with logged_in(command), _started(command) as started:
         with needs_extra():
-            from blockcopy.replica import running
-            from blockcopy.replica.notify import Notifier
+            from blockcopy.replica.monitor.notify import Notifier
             from blockcopy.replica.sync import sync as make_copy
+            from blockcopy.replica.tasks import running
         plan = plan_of(args, command, demand=False, started=started)
         with console.progress(args, unasked=True) as progress:
             notifier = Notifier()
@@ -190,7 +193,7 @@ def _started(command: Command) -> Iterator[list[Popen[bytes]]]:
         yield started
     finally:
         for process in started:
-            from blockcopy.replica import losable
+            from blockcopy.replica.tasks import losable
 
             losable.leave(process).join(losable.DEATH_SECONDS)
 
@@ -213,7 +216,7 @@ def verify(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace, command: Command, path: str, size: int | None = None) -> Verdict:
     """Tell where they differ, to standard output."""
     with needs_extra():
-        from blockcopy.replica import running
+        from blockcopy.replica.tasks import running
         from blockcopy.replica.verify import verify as compare
 
     def report(extent: Extent) -> None:

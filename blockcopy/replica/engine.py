@@ -34,18 +34,18 @@ from contextlib import ExitStack, asynccontextmanager
 
 import trio
 
-from blockcopy.claim import existing_destination, make_room, open_destination
-from blockcopy.destination import Destination
-from blockcopy.device import Device, open_source
+from blockcopy.block.claim import existing_destination, make_room, open_destination
+from blockcopy.block.destination import Destination
+from blockcopy.block.device import Device, open_source
+from blockcopy.block.geometry import BLOCK_SIZE, Geometry
 from blockcopy.errors import DestinationRefusedError, DeviceError, SourceError, StateError
-from blockcopy.geometry import BLOCK_SIZE, Geometry
-from blockcopy.replica import keeper
-from blockcopy.replica.blockmap import BlockMap
-from blockcopy.replica.connector import Connector
-from blockcopy.replica.journal import Journal, Record
-from blockcopy.replica.link import Link
+from blockcopy.replica.hydration import keeper
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.replica import Replica
+from blockcopy.replica.source.connector import Connector
+from blockcopy.replica.source.link import Link
+from blockcopy.replica.state.blockmap import BlockMap
+from blockcopy.replica.state.journal import Journal, Record
 
 logger = logging.getLogger(__name__)
 

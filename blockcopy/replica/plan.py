@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from subprocess import Popen
 from typing import Any
 
-from blockcopy.remote import Command
+from blockcopy.transport.remote import Command
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from blockcopy.replica.window import Window
+from blockcopy.replica.source.window import Window
 
 _STREAMS = 16
 _LONE_READS = 32

@@ -16,23 +16,23 @@ from typing import Any
 
 import trio
 
-from blockcopy.destination import Destination
+from blockcopy.block.destination import Destination
+from blockcopy.block.geometry import Extent, Geometry
+from blockcopy.block.identity import Identity
 from blockcopy.errors import BlockcopyError, DeviceError, DifferentError, SourceError, UnreadableError
-from blockcopy.geometry import Extent, Geometry
-from blockcopy.identity import Identity
-from blockcopy.meters import RateMeter, eta, floored_percent
-from blockcopy.replica.background import Hydration
-from blockcopy.replica.blockmap import BlockMap
-from blockcopy.replica.journal import Journal
-from blockcopy.replica.keeper import Keeper
-from blockcopy.replica.link import Link
-from blockcopy.replica.materialiser import BULK_PATIENCE, DEMAND_PATIENCE, Lane, Materialiser
-from blockcopy.replica.pace import BATCH_BLOCKS, Pace
+from blockcopy.progress.meters import RateMeter, eta, floored_percent
+from blockcopy.replica.hydration.background import Hydration
+from blockcopy.replica.hydration.keeper import Keeper
+from blockcopy.replica.hydration.materialiser import BULK_PATIENCE, DEMAND_PATIENCE, Lane, Materialiser
+from blockcopy.replica.hydration.pace import BATCH_BLOCKS, Pace
 from blockcopy.replica.plan import Plan
+from blockcopy.replica.source.link import Link
+from blockcopy.replica.source.window import Window
+from blockcopy.replica.state.blockmap import BlockMap
+from blockcopy.replica.state.journal import Journal
 from blockcopy.replica.verify import compare
 from blockcopy.replica.volume import Volume
-from blockcopy.replica.window import Window
-from blockcopy.stages import WORKERS
+from blockcopy.stage.stages import WORKERS
 
 logger = logging.getLogger(__name__)
 

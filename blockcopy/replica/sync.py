@@ -6,13 +6,13 @@ from functools import partial
 
 import trio
 
-from blockcopy.progress import Progress
-from blockcopy.replica import hook, metrics
+from blockcopy.progress.progress import Progress
 from blockcopy.replica.engine import open_replica
-from blockcopy.replica.notify import Notifier
+from blockcopy.replica.monitor import hook, metrics
+from blockcopy.replica.monitor.notify import Notifier
+from blockcopy.replica.monitor.report import report
 from blockcopy.replica.plan import Plan
-from blockcopy.replica.report import report
-from blockcopy.replica.running import expendable
+from blockcopy.replica.tasks.running import expendable
 
 
 async def sync(plan: Plan, progress: Progress, notifier: Notifier) -> None:

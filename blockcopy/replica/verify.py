@@ -12,18 +12,18 @@ from functools import partial
 
 import trio
 
-from blockcopy.device import Device, open_source
-from blockcopy.digests import Buffer
+from blockcopy.block.buffers import Buffer
+from blockcopy.block.device import Device, open_source
+from blockcopy.block.geometry import Extent, Geometry
+from blockcopy.block.identity import differences, of_source
+from blockcopy.block.unreadable import Unreadable
 from blockcopy.errors import BlockcopyError, DeviceError
-from blockcopy.geometry import Extent, Geometry
-from blockcopy.identity import differences, of_source
-from blockcopy.progress import Counts, Progress
-from blockcopy.remote import Command
-from blockcopy.replica.connector import Connector
-from blockcopy.replica.link import Link
-from blockcopy.replica.pace import BATCH_BLOCKS
-from blockcopy.replica.questions import questions
-from blockcopy.unreadable import Unreadable
+from blockcopy.progress.progress import Counts, Progress
+from blockcopy.replica.hydration.pace import BATCH_BLOCKS
+from blockcopy.replica.hydration.questions import questions
+from blockcopy.replica.source.connector import Connector
+from blockcopy.replica.source.link import Link
+from blockcopy.transport.remote import Command
 
 _ROUND = 16
 """Batches asked for at a time: 128 MiB."""

@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 import trio
 
-from blockcopy.device import Device
-from blockcopy.digests import Buffer
+from blockcopy.block.buffers import Buffer
+from blockcopy.block.device import Device
+from blockcopy.block.geometry import Geometry
 from blockcopy.errors import BlockcopyError, SourceError
-from blockcopy.geometry import Geometry
-from blockcopy.replica.blockmap import BlockMap
 from blockcopy.replica.demand import Demand
-from blockcopy.replica.materialiser import Lane, Materialiser
+from blockcopy.replica.hydration.materialiser import Lane, Materialiser
 from blockcopy.replica.readahead import ReadAhead
+from blockcopy.replica.state.blockmap import BlockMap
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from blockcopy.errors import MountError
-from blockcopy.runfolder import is_private, run_folders
-from blockcopy.strict_json import parse_object
+from blockcopy.paths.runfolder import is_private, run_folders
+from blockcopy.protocol.strict_json import parse_object
 from blockcopy_fuse import STATUS_NAME, mounts, snapshots
 
 ANSWER_SECONDS = 5

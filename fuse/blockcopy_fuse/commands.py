@@ -12,15 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from blockcopy import console, log
-from blockcopy.claim import check_destination
+from blockcopy.block.claim import check_destination
+from blockcopy.cli import console, log
 from blockcopy.errors import IncompleteError, PeerError, UnfitError, UsageError
-from blockcopy.location import parse_location
-from blockcopy.login import log_in, logged_in
-from blockcopy.places import absolute
-from blockcopy.progress import Progress
+from blockcopy.paths.places import absolute
+from blockcopy.progress.progress import Progress
 from blockcopy.replica.commands import command_for, needs_extra, plan_of, prompts, run, source_command
-from blockcopy.replica.status import one_line
+from blockcopy.replica.monitor.status import one_line
+from blockcopy.transport.location import parse_location
+from blockcopy.transport.login import log_in, logged_in
 from blockcopy_fuse import control, options
 from blockcopy_fuse.asking import StandsStillError
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 def mount(args: argparse.Namespace) -> None:
     with needs_extra():
-        from blockcopy.replica.notify import Notifier
+        from blockcopy.replica.monitor.notify import Notifier
         from blockcopy_fuse import daemon, mounting
     command = source_command(args).located()
     plan = plan_of(

@@ -12,8 +12,8 @@ import time
 from typing import Any
 
 from blockcopy.errors import BlockcopyError, IncompleteError, MountError
-from blockcopy.progress import Progress
-from blockcopy.replica.status import counts_of
+from blockcopy.progress.progress import Progress
+from blockcopy.replica.monitor.status import counts_of
 from blockcopy_fuse import snapshots
 from blockcopy_fuse.asking import (
     ANSWER_SECONDS,

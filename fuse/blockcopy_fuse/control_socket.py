@@ -26,13 +26,12 @@ from typing import Any
 
 import trio
 
+from blockcopy.block.geometry import MAX_POSITION, Extent
 from blockcopy.errors import BlockcopyError, DeviceError, UsageError
-from blockcopy.geometry import Extent
-from blockcopy.replica import losable
+from blockcopy.paths.runfolder import run_folder
+from blockcopy.protocol.strict_json import parse_object
 from blockcopy.replica.replica import Replica
-from blockcopy.runfolder import run_folder
-from blockcopy.strict_json import parse_object
-from blockcopy.wire import MAX_POSITION
+from blockcopy.replica.tasks import losable
 from blockcopy_fuse import asking
 
 logger = logging.getLogger(__name__)

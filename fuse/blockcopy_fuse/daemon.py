@@ -14,7 +14,7 @@ import os
 import signal
 from collections.abc import Callable
 
-from blockcopy import log
+from blockcopy.cli import log
 from blockcopy.errors import BlockcopyError, FaultError, Interrupted, MountError, told_of
 
 logger = logging.getLogger(__name__)

@@ -14,15 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from blockcopy import digests, extras, zstd
-from blockcopy.advice import advice
+from blockcopy import extras
+from blockcopy.block.statefile import default_folder
 from blockcopy.errors import BlockcopyError, PeerError
-from blockcopy.remote import Command
-from blockcopy.runfolder import run_folder
-from blockcopy.session import Session
-from blockcopy.stages import InputStream
-from blockcopy.statefile import default_folder
-from blockcopy.strict_json import parse_object
+from blockcopy.paths.runfolder import run_folder
+from blockcopy.protocol import digests, zstd
+from blockcopy.protocol.strict_json import parse_object
+from blockcopy.stage.stages import InputStream
+from blockcopy.transport.advice import advice
+from blockcopy.transport.remote import Command
+from blockcopy.transport.session import Session
 from blockcopy_fuse.options import users_may_share
 from blockcopy_fuse.tuning import CONNECTIONS
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from blockcopy.errors import MountError
 from blockcopy.foreign import printable
-from blockcopy.meters import human_size, human_time
+from blockcopy.progress.meters import human_size, human_time
 from blockcopy_fuse import control, mounts
 from blockcopy_fuse.asking import Place
 

@@ -9,8 +9,8 @@ import shtab
 from argparse_manpage.manpage import Manpage
 
 from blockcopy import __version__, errors
-from blockcopy.arguments import parser
-from blockcopy.suggesting import Parser, commands_of
+from blockcopy.cli.arguments import parser
+from blockcopy.cli.suggesting import Parser, commands_of
 
 _FILES = """\
 .TP

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 
-from blockcopy import cli
-from blockcopy.arguments import long_options
-from blockcopy.suggesting import PlainParser
+from blockcopy.cli import main as cli
+from blockcopy.cli.arguments import long_options
+from blockcopy.cli.suggesting import PlainParser
 from blockcopy_fuse import options
 
 _OF_OTHERS = {

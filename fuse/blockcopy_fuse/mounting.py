@@ -30,18 +30,19 @@ import pyfuse3
 import trio
 
 import blockcopy
-from blockcopy import own_file
+from blockcopy.block.statefile import default_folder
 from blockcopy.errors import Interrupted, MountError, UsageError
-from blockcopy.progress import Progress
-from blockcopy.replica import hook, losable, metrics
+from blockcopy.paths import own_file
+from blockcopy.paths.runfolder import run_folders
+from blockcopy.progress.progress import Progress
 from blockcopy.replica.engine import open_replica
-from blockcopy.replica.notify import Notifier
+from blockcopy.replica.monitor import hook, metrics
+from blockcopy.replica.monitor.notify import Notifier
+from blockcopy.replica.monitor.report import report
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.replica import Replica
-from blockcopy.replica.report import report
-from blockcopy.replica.running import expendable, received
-from blockcopy.runfolder import run_folders
-from blockcopy.statefile import default_folder
+from blockcopy.replica.tasks import losable
+from blockcopy.replica.tasks.running import expendable, received
 from blockcopy_fuse import STATUS_NAME, control, control_socket, mounts
 from blockcopy_fuse.asking import await_answer
 from blockcopy_fuse.control_socket import ControlSocket

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from blockcopy.places import mountinfo
+from blockcopy.paths.places import mountinfo
 
 
 class Entry(NamedTuple):

@@ -20,11 +20,11 @@ from typing import Any, ParamSpec, TypeVar
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FlagT, FUSEError, InodeT
 
-from blockcopy.digests import Buffer
+from blockcopy.block.buffers import Buffer
+from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.errors import BlockcopyError, UnreadableError
-from blockcopy.geometry import BLOCK_SIZE
+from blockcopy.replica.monitor.status import to_json
 from blockcopy.replica.replica import Replica
-from blockcopy.replica.status import to_json
 from blockcopy_fuse import STATUS_NAME
 from blockcopy_fuse.options import MountOptions
 

@@ -14,10 +14,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from blockcopy.bar import DONE, GOING
 from blockcopy.foreign import printable
-from blockcopy.meters import floored_percent, human_size, human_time
-from blockcopy.replica.status import counts_of
+from blockcopy.progress.bar import DONE, GOING
+from blockcopy.progress.meters import floored_percent, human_size, human_time
+from blockcopy.replica.monitor.status import counts_of
 
 _ATTENTION = "bold black on yellow"
 """Yellow by itself cannot be read on a light ground."""

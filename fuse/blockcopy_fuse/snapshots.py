@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from blockcopy.strict_json import parse_object
+from blockcopy.protocol.strict_json import parse_object
 
 MOST_BYTES = 1 << 20
 """Of the text of a status."""

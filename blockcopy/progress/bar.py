@@ -1,0 +1,131 @@
+"""The progress bar, for terminals. `rich` draws it, and is loaded by the thread that does: nobody waits for it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TextIO
+
+from blockcopy.foreign import printable
+from blockcopy.progress.meters import floored_percent, human_size, human_time
+from blockcopy.progress.progress import Figures, TimedProgress
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+
+_WORDS = {"same": "equal", "zero": "zeros", "resumed": "recorded"}
+"""For names of parts that are not words for people."""
+
+_MOST_BAR = 60
+
+GOING, DONE = "bright_blue", "green"
+"""Styles of the bar: not the library's red, which looks as if something had gone wrong."""
+
+
+def available() -> bool:
+    """Whether one can be drawn here."""
+    from importlib.util import find_spec
+
+    return find_spec("rich") is not None
+
+
+class Bar(TimedProgress):
+    """A line or two at the end of what `stream`, a terminal, shows.
+
+    What others say through sys.stderr passes by above it; who writes there by other ways does so in `aside`.
+    """
+
+    seconds = 0.2
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self._live: Live | None = None
+        self._drawing = threading.Lock()
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[None]:
+        from rich.console import Console
+        from rich.live import Live
+
+        console = Console(file=self._stream, highlight=False)
+        with Live(console=console, auto_refresh=False, redirect_stdout=False) as live:
+            self._live = live
+            try:
+                yield
+            finally:
+                self._live = None
+
+    def _tell(self, figures: Figures) -> None:
+        if figures.counts.total is None and not figures.counts.done:
+            return  # it never began
+        with self._drawing:
+            if self._live is not None:
+                self._live.update(drawn(figures, self._live.console.width), refresh=True)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        with self._drawing:
+            live = self._live
+            if live is None:
+                yield
+                return
+            live.transient = True  # it is wiped out when it stops
+            live.stop()
+            try:
+                yield
+            finally:
+                live.transient = False
+                live.start()
+
+
+def drawn(figures: Figures, width: int) -> RenderableType:
+    """For `width` columns: percent, bar, bytes, rate, time to go; below, what became of them."""
+    from rich.console import Group
+    from rich.text import Text
+
+    lines: list[RenderableType] = [_first_line(figures, width)]
+    parts = [f"{_WORDS.get(name, name)} {human_size(count)}" for name, count in figures.counts.parts.items()]
+    words = ", ".join(parts)
+    if figures.counts.state:
+        words = printable(f"{figures.counts.state}: {words}" if words else figures.counts.state)
+    if words:
+        lines.append(Text(f"  {words}", style="dim", no_wrap=True, overflow="ellipsis"))
+    return Group(*lines)
+
+
+def _first_line(figures: Figures, width: int) -> RenderableType:
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    counts = figures.counts
+    known = counts.total is not None
+    if counts.total is None:
+        percent, size = "", human_size(counts.done)
+    else:
+        percent = f"{floored_percent(counts.done, counts.total):6.2f} %"
+        size = f"{human_size(counts.done)} of {human_size(counts.total)}"
+    if figures.finished:
+        time = f"in {human_time(int(figures.elapsed))}"
+    elif known:
+        time = "-:--" if figures.eta is None else human_time(figures.eta)
+    else:
+        time = human_time(int(figures.elapsed))
+    words = [percent, size, f"{human_size(figures.rate)}/s", time]
+    room = width - sum(map(len, words)) - len(words) - 1
+    row = Table.grid(padding=(0, 1, 0, 0))
+    for _ in range(len(words) + 1):
+        row.add_column(no_wrap=True)
+    bar = ProgressBar(
+        total=max(1, counts.total or 0) if known else None,
+        completed=counts.done if counts.total else 1,
+        width=min(_MOST_BAR, max(4, room)),
+        pulse=not known and not figures.finished,
+        complete_style=GOING,
+        finished_style=DONE,
+    )
+    row.add_row(Text(words[0], style="bold"), bar if known else "", *(Text(each) for each in words[1:]))
+    return row

@@ -1,0 +1,209 @@
+"""Opens connections to one source. All of them have the same form, and see the same source.
+
+Ours says who it is when greeted. The original ends at the first command that it does not know; it is
+started again then, asked in its own form, and what there is to know of it is found by asking.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+from subprocess import Popen
+from typing import Any
+
+import trio
+
+from blockcopy.block.buffers import Buffer
+from blockcopy.block.identity import Identity, differences, sample_extents, sample_of
+from blockcopy.errors import OriginalProgramError, SourceChangedError, SourceError
+from blockcopy.foreign import Budget
+from blockcopy.protocol.digests import Digest
+from blockcopy.replica.source.forms import unconditional
+from blockcopy.replica.source.process import Process
+from blockcopy.replica.source.retriever import Retriever
+from blockcopy.replica.source.sizing import SizeSearch
+from blockcopy.transport import beginning
+from blockcopy.transport.remote import Command
+
+logger = logging.getLogger(__name__)
+
+
+class Connector:
+    """See the module. `identity` is the source's, once it was reached or is known from elsewhere."""
+
+    def __init__(
+        self,
+        command: Command,
+        *,
+        guess: int,
+        timeout: float = math.inf,
+        prompts: bool = False,
+        compress: Mapping[str, Any] | None = None,
+        started: list[Popen[bytes]] | None = None,
+    ) -> None:
+        """`guess` is the size in bytes that a search tries first; `compress` what is wished for, as in `wire`.
+        `started`: a process that was started already, taken out of the list when it is put to use.
+
+        `timeout`: seconds without a sign of life after which a connection that was asked something is
+        given up. The first one may take longer to begin where a password may be asked for, `prompts`.
+        """
+        self.command = command
+        self.identity: Identity | None = None
+        self.digest: Digest | None = None
+        """What questions are digested with, on all connections, once the source was reached."""
+        self.changed: SourceChangedError | None = None
+        """It was found to be another: from then on nothing of it is believed."""
+        self._bad_pieces: set[int] = set()  # positions of the sample at which the original ended
+        self.links_changed = trio.Event()
+        """Set, and replaced, when a link has a connection, or will never have one again."""
+        self.fatal_blocks = 0
+        """Blocks that no connection outlived."""
+        self._guess = guess
+        self._timeout = timeout
+        self._prompts = prompts
+        self._compress = compress
+        self._started = started if started is not None else []
+        self._budget = Budget()  # for the log, of what all connections say
+        self._original = False
+        self._finding_out = trio.Lock()
+
+    async def open(self, nursery: trio.Nursery) -> Retriever:
+        """A connection, whose tasks run in `nursery`. SourceError where it cannot be had.
+
+        SourceChangedError where the source is not the one that it was.
+        """
+        while not self._original:
+            retriever = await self._start(nursery, original=False)
+            async with _closed_on_failure(retriever):
+                try:
+                    self._compare(await self._first_greeting(retriever))
+                    if self.digest in (None, retriever.digest):
+                        return self._accepted(retriever)
+                except OriginalProgramError:
+                    self._original = True
+            await retriever.close()  # also one that, asked at the same time as another, chose another digest
+        async with self._finding_out:  # its size, once
+            return await self._open_original(nursery)
+
+    async def _start(self, nursery: trio.Nursery, *, original: bool) -> Retriever:
+        retriever = Retriever(
+            self.command,
+            original=original,
+            timeout=self._timeout,
+            digest=self.digest,
+            compress=self._compress,
+            started=Process(self._started.pop()) if self._started else None,
+            budget=self._budget,
+        )
+        await nursery.start(retriever.run)
+        return retriever
+
+    async def check(self, retriever: Retriever) -> None:
+        """Over an open connection: is the source still what it was? SourceChangedError, SourceError."""
+        if self._original and self.identity is not None:
+            await self._sample(retriever, self.identity["size"])
+        else:
+            self._compare(await self._greeting_again(retriever))
+
+    async def _greeting_again(self, retriever: Retriever) -> Identity:
+        with trio.move_on_after(self._timeout):
+            return await retriever.greet_again()
+        raise SourceError(f"{self.command.location} gave no answer for {self._timeout:g} seconds")
+
+    async def _first_greeting(self, retriever: Retriever) -> Identity:
+        """Wait for the source to begin. SourceError if it takes too long; where it takes long, that is told."""
+        seconds = beginning.limit(self._timeout, prompts=self._prompts and self.identity is None)
+        with trio.move_on_after(min(seconds, beginning.TELL_SECONDS)):
+            return await retriever.greet()
+        if seconds > beginning.TELL_SECONDS:
+            if self.identity is None:  # else somebody tells that it is away
+                logger.warning("%s", beginning.still_waiting(self.command, retriever.said()))
+            with trio.move_on_after(seconds - beginning.TELL_SECONDS):
+                return await retriever.greet()
+        raise SourceError(beginning.too_late(self.command, seconds, retriever.said()))
+
+    async def _open_original(self, nursery: trio.Nursery) -> Retriever:
+        start = partial(self._start, nursery, original=True)
+        search = SizeSearch(await start(), start)
+        async with _closed_on_failure(search):
+            size = self.identity["size"] if self.identity else await search.find(self._guess)
+            each = False
+            while True:
+                try:
+                    await self._sample(search.retriever, size, each=each)
+                    return self._accepted(search.retriever)
+                except SourceError:
+                    ended_at = search.retriever.unanswered
+                    if ended_at is None:
+                        raise
+                    if each:
+                        self._bad_pieces.add(ended_at[0].position)
+                    each, search.retriever = True, await start()
+
+    async def _sample(self, retriever: Retriever, size: int, *, each: bool = False) -> None:
+        """Find out who a source is that does not say so: ask for the pieces that stand for it.
+
+        `each`: by itself, so that one at which the source ends is found out.
+        """
+        pieces = sample_extents(size)
+        asked = [unconditional(*extent) for extent in pieces if extent.offset not in self._bad_pieces]
+        found = _Pieces()
+        try:
+            for questions in [[question] for question in asked] if each else filter(None, [asked]):
+                await retriever.ask(questions, found)
+            sample = sample_of(found.at.get(extent.offset) for extent in pieces)
+        except SourceError as error:
+            if self.identity is None or retriever.failure is not None:
+                raise
+            raise self._is_another(str(error)) from error  # it lives, and is too short
+        self._compare({"size": size, "sample": sample})
+
+    def _compare(self, identity: Identity) -> None:
+        if self.identity is None:
+            self.identity = identity
+        elif differing := differences(self.identity, identity):
+            raise self._is_another("; ".join(differing))
+
+    def _is_another(self, why: str) -> SourceChangedError:
+        self.changed = SourceChangedError(
+            f"source changed: {self.command.location} is not what it was ({why}). "
+            "Start again; of a source that is in use, take a snapshot"
+        )
+        return self.changed
+
+    def _accepted(self, retriever: Retriever) -> Retriever:
+        self.digest = self.digest or retriever.digest
+        retriever.accept()
+        return retriever
+
+    def wake(self) -> None:
+        """All that wait for a link look again."""
+        self.links_changed.set()
+        self.links_changed = trio.Event()
+
+
+class _Pieces:
+    """Keeps what it is given: position → bytes."""
+
+    def __init__(self) -> None:
+        self.at: dict[int, bytes] = {}
+
+    def data(self, position: int, payload: Buffer) -> None:
+        self.at[position] = bytes(payload)
+
+    def zeros(self, position: int, length: int) -> None:
+        self.at[position] = bytes(length)
+
+
+@asynccontextmanager
+async def _closed_on_failure(holder: Retriever | SizeSearch) -> AsyncIterator[None]:
+    """A connection that is given up, or whose opening is cancelled, is not left behind."""
+    try:
+        yield
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await (holder.retriever if isinstance(holder, SizeSearch) else holder).close()
+        raise
