@@ -81,7 +81,7 @@ class SourceError(PeerError):
     """The source is that other end."""
 
 
-class GarbledSourceError(SourceError):
+class ProtocolViolationError(SourceError):
     """The source sent what was not asked for: it lives, but it cannot be believed."""
 
 
@@ -103,7 +103,7 @@ class MountError(BlockcopyError):
     exit_code = 4
 
 
-class UnfitError(BlockcopyError):
+class MissingRequirementError(BlockcopyError):
     """`doctor` found that something is missing which a mount or a sync cannot do without."""
 
 

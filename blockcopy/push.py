@@ -13,13 +13,13 @@ import time
 
 from blockcopy.block.device import Device
 from blockcopy.errors import BlockcopyError, OutputError, PeerError, StreamError, how_ended
-from blockcopy.foreign import Budget
-from blockcopy.progress.progress import Counts, Progress
+from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.stage.retrieve import retrieve
-from blockcopy.transport.advice import TRANSPORT_FAILED, advice
 from blockcopy.transport.backoff import Backoff
-from blockcopy.transport.remote import Command
+from blockcopy.transport.command import Command
+from blockcopy.transport.hints import TRANSPORT_FAILED, advice
 from blockcopy.transport.session import Clock, Session
+from blockcopy.untrusted_text import LineBudget
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def push(
     """
     backoff, lost_at = Backoff(), math.inf
     paced = _Paced(progress, limit) if limit else progress
-    budget = Budget()  # for the log, of what all connections say
+    budget = LineBudget()  # for the log, of what all connections say
     while True:
         session = Session(
             command,

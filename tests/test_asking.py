@@ -25,8 +25,8 @@ from support import BLOCK_SIZE, PYTHON, Mount, noise, run, until, written
 from blockcopy.errors import MountError
 from blockcopy.paths import places
 from blockcopy.replica.monitor.status import one_line
-from blockcopy_fuse import asking, control, listing, mounts, snapshots
-from blockcopy_fuse.asking import Place
+from blockcopy_fuse import control_client, listing, mountinfo, probe, status_schema
+from blockcopy_fuse.probe import Place
 from blockcopy_fuse.screen import screen
 
 Mounter = Callable[..., Mount]
@@ -43,9 +43,9 @@ def stopped(tmp_path: Path, mount: Mounter) -> Iterator[Mount]:
     mounted = mount(
         written(tmp_path / "source", DATA), tmp_path / "copy", "--no-background", "--pid-file", pid_file
     )
-    entry, pid = mounts.at(str(mounted.point)), int(pid_file.read_text())
+    entry, pid = mountinfo.at(str(mounted.point)), int(pid_file.read_text())
     assert entry is not None
-    Path("/run/blockcopy" if os.geteuid() == 0 else "", asking.socket_name(entry.device, pid)).unlink()
+    Path("/run/blockcopy" if os.geteuid() == 0 else "", probe.socket_name(entry.device, pid)).unlink()
     os.kill(pid, signal.SIGSTOP)
     command = [PYTHON, "-I", "-S", "-c", "import sys; print(flush=True); open(sys.argv[1])"]
     looking = subprocess.Popen([*command, str(mounted.point / "status.json")], stdout=subprocess.PIPE)
@@ -65,7 +65,7 @@ def test_whoever_asks_each_second_gathers_no_processes() -> None:
 
     before = children()
     for _ in range(50):
-        asking.Child(lambda: bytes(signal.pause() or 0)).close()
+        probe.Child(lambda: bytes(signal.pause() or 0)).close()
     assert children() <= before
 
 
@@ -110,14 +110,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the control sockets of a user lie."""
     made = tmp_path / "run"
     made.mkdir(mode=0o700)
-    monkeypatch.setattr(asking, "run_folders", lambda _: [made])
+    monkeypatch.setattr(probe, "run_folders", lambda _: [made])
     return made
 
 
 def place(tmp_path: Path) -> Place:
     """A folder in place of a mount: all that is looked at is what is in it."""
     (tmp_path / "mnt").mkdir(exist_ok=True)
-    entry = mounts.Entry("0:4095", control.KIND, "source", FUSE)
+    entry = mountinfo.Entry("0:4095", control_client.KIND, "source", FUSE)
     return Place(str(tmp_path / "mnt"), entry, os.geteuid())
 
 
@@ -175,7 +175,7 @@ def test_what_is_no_status_is_one_bad_row(
 ) -> None:
     told = place(tmp_path)
     text = json.dumps(BAD[name] if way == "file" else {"ok": True, "status": BAD[name]}).encode()
-    monkeypatch.setattr(mounts, "everywhere", lambda: [(told.mountpoint, told.entry)])
+    monkeypatch.setattr(mountinfo, "everywhere", lambda: [(told.mountpoint, told.entry)])
     with saying(folder / "0:4095-1.sock", text) if way == "socket" else contextlib.nullcontext():
         written(Path(told.mountpoint, "status.json"), text)
         [row] = listing.replicas()
@@ -189,14 +189,17 @@ def test_a_flood_is_cut_off(folder: Path, tmp_path: Path, way: str) -> None:
     flood = b" " * (1 << 20)
     with saying(folder / "0:4095-1.sock", flood, without_end=True) if way == "socket" else contextlib.nullcontext():
         os.symlink("/dev/zero", f"{told.mountpoint}/status.json")
-        with contextlib.closing(control.AskingStatus(told)) as asked, pytest.raises(MountError, match="more than"):
+        with (
+            contextlib.closing(control_client.AskingStatus(told)) as asked,
+            pytest.raises(MountError, match="more than"),
+        ):
             asked.answer(10)
 
 
 def test_what_is_not_told_has_a_default_and_can_be_shown(tmp_path: Path, folder: Path) -> None:
     told = place(tmp_path)
     written(Path(told.mountpoint, "status.json"), json.dumps(GOOD).encode())
-    with contextlib.closing(control.AskingStatus(told)) as asked:
+    with contextlib.closing(control_client.AskingStatus(told)) as asked:
         snapshot = asked.answer(10)
     assert snapshot is not None
     assert listing.table([{**snapshot, "mountpoint": "m"}])
@@ -204,12 +207,12 @@ def test_what_is_not_told_has_a_default_and_can_be_shown(tmp_path: Path, folder:
 
 @pytest.mark.parametrize("numbers", [0, 1 << 62])
 def test_any_field_of_a_status_can_be_missing_beside_others_that_are_told(numbers: int) -> None:
-    told = {name: 1 << 62 for name, (check, _) in snapshots.FIELDS.items() if check(1)}
-    demand = dict.fromkeys(snapshots.NESTED["demand"], numbers)
+    told = {name: 1 << 62 for name, (check, _) in status_schema.FIELDS.items() if check(1)}
+    demand = dict.fromkeys(status_schema.NESTED["demand"], numbers)
     full = {**GOOD, **told, "size": numbers, "demand": demand}
     missing = [{name: value for name, value in full.items() if name != each} for each in told]
     missing += [{**full, "demand": {name: demand[name] for name in demand if name != each}} for each in demand]
-    for each in map(snapshots.checked, missing):
+    for each in map(status_schema.checked, missing):
         assert one_line(each)
         assert listing.table([{**each, "mountpoint": "m"}])
         Console(file=io.StringIO()).print(screen(each, []))
@@ -219,12 +222,12 @@ def test_a_mount_that_never_comes_to_rest_is_unmounted_all_the_same(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = place(tmp_path)
-    monkeypatch.setattr(control, "_LAST_SYNC_SECONDS", 0.01)
-    monkeypatch.setattr(control, "_unmount", lambda *_: None)
-    monkeypatch.setattr(control, "locate", lambda _: told)
+    monkeypatch.setattr(control_client, "_LAST_SYNC_SECONDS", 0.01)
+    monkeypatch.setattr(control_client, "_unmount", lambda *_: None)
+    monkeypatch.setattr(control_client, "locate", lambda _: told)
     restless = {**GOOD, "hydrated_bytes": 5, "pid": 0}
     written(Path(told.mountpoint, "status.json"), json.dumps(restless).encode())
-    snapshot = control.umount(told.mountpoint)
+    snapshot = control_client.umount(told.mountpoint)
     assert snapshot is not None
     assert snapshot["state"] == "hydrating"
 
@@ -236,7 +239,7 @@ def test_a_name_of_any_characters_hides_no_other_mount(tmp_path: Path) -> None:
     point.mkdir()
     support.output("mount", "-t", "tmpfs", "c\rd\x0b", point)
     try:
-        entry = mounts.at(str(point))
+        entry = mountinfo.at(str(point))
         assert entry is not None
         assert (entry.kind, entry.source) == ("tmpfs", "c\rd\x0b")
         assert not places.holds_devices(str(point))
@@ -245,13 +248,15 @@ def test_a_name_of_any_characters_hides_no_other_mount(tmp_path: Path) -> None:
 
 
 def test_each_field_of_a_status_is_checked(mount: Mounter, tmp_path: Path) -> None:
-    """A field that is new is one that `snapshots` has to know."""
+    """A field that is new is one that `status_schema` has to know."""
     status = mount(written(tmp_path / "source", DATA), tmp_path / "copy").status()
-    assert status.keys() == snapshots.REQUIRED.keys() | snapshots.FIELDS.keys() | snapshots.NESTED.keys()
-    assert {name: status[name].keys() for name in snapshots.NESTED} == {
-        name: fields.keys() for name, fields in snapshots.NESTED.items()
+    assert (
+        status.keys() == status_schema.REQUIRED.keys() | status_schema.FIELDS.keys() | status_schema.NESTED.keys()
+    )
+    assert {name: status[name].keys() for name in status_schema.NESTED} == {
+        name: fields.keys() for name, fields in status_schema.NESTED.items()
     }
-    assert snapshots.checked(status) == status
+    assert status_schema.checked(status) == status
 
 
 OF_ANOTHER = """
@@ -274,7 +279,7 @@ def test_a_socket_of_another_user_is_told_nothing(folder: Path, tmp_path: Path) 
     with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with contextlib.closing(control.AskingStatus(told)) as asked, pytest.raises(MountError):
+        with contextlib.closing(control_client.AskingStatus(told)) as asked, pytest.raises(MountError):
             asked.answer(10)
         assert other.stdout.readline() == b"b''\n"
 
@@ -284,30 +289,30 @@ def test_a_mount_that_tells_its_status_and_does_nothing_keeps_no_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     told = place(tmp_path)
-    monkeypatch.setattr(control, "locate", lambda _: told)
-    monkeypatch.setattr(control, "_status_of", lambda _: GOOD)
-    monkeypatch.setattr(control, "ANSWER_SECONDS", 0.01)
-    monkeypatch.setattr(control, "_LAST_SYNC_SECONDS", 0.01)
-    monkeypatch.setattr(control.Asking, "answer", lambda _, seconds: threading.Event().wait(seconds) or None)
+    monkeypatch.setattr(control_client, "locate", lambda _: told)
+    monkeypatch.setattr(control_client, "_status_of", lambda _: GOOD)
+    monkeypatch.setattr(control_client, "ANSWER_SECONDS", 0.01)
+    monkeypatch.setattr(control_client, "_LAST_SYNC_SECONDS", 0.01)
+    monkeypatch.setattr(control_client.Asking, "answer", lambda _, seconds: threading.Event().wait(seconds) or None)
     with pytest.raises(MountError, match="did not do that within"):
-        control.command(told.mountpoint, {"command": name})
+        control_client.command(told.mountpoint, {"command": name})
 
 
 def test_a_process_that_a_mount_names_is_never_signalled(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = place(tmp_path)
-    monkeypatch.setattr(control, "_FAREWELL_SECONDS", 0.01)
-    monkeypatch.setattr(control, "_LAST_SYNC_SECONDS", 0.01)
-    monkeypatch.setattr(control, "_unmount", lambda *_: None)
-    monkeypatch.setattr(control, "locate", lambda _: told)
+    monkeypatch.setattr(control_client, "_FAREWELL_SECONDS", 0.01)
+    monkeypatch.setattr(control_client, "_LAST_SYNC_SECONDS", 0.01)
+    monkeypatch.setattr(control_client, "_unmount", lambda *_: None)
+    monkeypatch.setattr(control_client, "locate", lambda _: told)
     with subprocess.Popen(["sleep", "100"]) as innocent:
         status = {**GOOD, "pid": innocent.pid, "state": "paused"}
         written(Path(told.mountpoint, "status.json"), json.dumps(status).encode())
         with pytest.raises(MountError, match="has not ended"):
-            control.umount(told.mountpoint)
+            control_client.umount(told.mountpoint)
         told = told._replace(owner=65534)  # then it is not that user's at all, and nobody waits for it
-        monkeypatch.setattr(control, "_FAREWELL_SECONDS", 100)
-        control.umount(told.mountpoint)
+        monkeypatch.setattr(control_client, "_FAREWELL_SECONDS", 100)
+        control_client.umount(told.mountpoint)
         assert innocent.poll() is None
         innocent.kill()

@@ -15,12 +15,12 @@ from support import BLOCK_SIZE, BLOCKCOPY, PATIENCE, PYTHON, STANDINS, noise, ru
 
 from blockcopy.block.device import open_source
 from blockcopy.errors import PeerError, SourceError
-from blockcopy.progress.progress import Progress
+from blockcopy.progress.reporter import Progress
 from blockcopy.push import push
 from blockcopy.replica.source.connector import Connector
-from blockcopy.transport import beginning, login
+from blockcopy.transport import control_master, start_timeout
+from blockcopy.transport.command import stage_command
 from blockcopy.transport.location import parse_location
-from blockcopy.transport.remote import stage_command
 from blockcopy_fuse import doctor
 
 DATA = noise(40 * BLOCK_SIZE)
@@ -94,8 +94,8 @@ def test_a_user_is_told_what_is_waited_for(
     rsh: Callable[[str], str], source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Long before it is given up: there may be a password to type."""
-    monkeypatch.setattr(beginning, "TELL_SECONDS", 0.2)
-    monkeypatch.setattr(beginning, "LOGIN_SECONDS", 1)
+    monkeypatch.setattr(start_timeout, "TELL_SECONDS", 0.2)
+    monkeypatch.setattr(start_timeout, "LOGIN_SECONDS", 1)
     caplog.set_level(logging.WARNING)
     command = stage_command(parse_location("host:/x"), rsh(LOGINS["waits"]))
 
@@ -125,12 +125,12 @@ def silent_port() -> Iterator[int]:
 def test_a_shared_login_is_given_up_too(
     silent_port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(beginning, "TELL_SECONDS", 0.2)
-    monkeypatch.setattr(beginning, "LOGIN_SECONDS", 0.5)
+    monkeypatch.setattr(start_timeout, "TELL_SECONDS", 0.2)
+    monkeypatch.setattr(start_timeout, "LOGIN_SECONDS", 0.5)
     rsh = f"ssh -F none -p {silent_port} -o BatchMode=yes"
-    command = stage_command(parse_location("127.0.0.1:/x"), rsh, control=login.control_path(shared=True))
+    command = stage_command(parse_location("127.0.0.1:/x"), rsh, control=control_master.control_path(shared=True))
     with pytest.raises(PeerError, match=r"gave up waiting for 127\.0\.0\.1 .* after 0\.5 seconds"):
-        login.log_in(command)
+        control_master.log_in(command)
     assert "still waiting for 127.0.0.1" in caplog.text
 
 
@@ -145,7 +145,7 @@ def test_a_host_that_accepts_and_says_nothing(silent_port: int, source: Path, tm
     [(30, False, 30), (30, True, 120), (300, True, 300), (math.inf, True, math.inf)],
 )
 def test_a_login_that_may_ask_has_longer(timeout: float, prompts: bool, seconds: float) -> None:
-    assert beginning.limit(timeout, prompts=prompts) == seconds
+    assert start_timeout.limit(timeout, prompts=prompts) == seconds
 
 
 # A push, later on

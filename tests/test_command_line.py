@@ -164,9 +164,9 @@ def test_exit_statuses_are_those_that_scripts_rely_on() -> None:
     promised = {
         "UsageError": 2,
         "PeerError": 3,
-        "UnfitError": 1,
+        "MissingRequirementError": 1,
         "SourceError": 3,
-        "GarbledSourceError": 3,
+        "ProtocolViolationError": 3,
         "SourceChangedError": 3,
         "UnreadableError": 3,
         "OriginalProgramError": 3,

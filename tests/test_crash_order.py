@@ -30,14 +30,14 @@ import trio
 from blockcopy.block.device import Device, open_source
 from blockcopy.block.geometry import BLOCK_SIZE, Extent, Geometry
 from blockcopy.block.identity import NO_TIMES, Times
-from blockcopy.block.statefile import believe_only
+from blockcopy.block.records import believe_only
 from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.replica.engine import Plan, Replica, open_replica
-from blockcopy.replica.hydration import keeper
-from blockcopy.replica.state import blockmap, journal
-from blockcopy.replica.state.journal import Binding, Clock, Journal
+from blockcopy.replica.hydration import committer
+from blockcopy.replica.state import blockmap, statefile
+from blockcopy.replica.state.statefile import Binding, Clock, StateFile
+from blockcopy.transport.command import stage_command
 from blockcopy.transport.location import Location
-from blockcopy.transport.remote import stage_command
 
 PIECE = 4096
 PIECES = BLOCK_SIZE // PIECE
@@ -113,7 +113,7 @@ class Recorder:
         for name in ("write", "sync", "drop_cache"):
             monkeypatch.setattr(Device, name, self._watching(getattr(Device, name), getattr(self, f"_{name}")))
         for name in ("begin", "add", "forget", "tell"):
-            monkeypatch.setattr(Journal, name, self._recording(getattr(Journal, name), name))
+            monkeypatch.setattr(StateFile, name, self._recording(getattr(StateFile, name), name))
 
     def _watching(self, real: Callable[..., Any], ours: Callable[..., None]) -> Callable[..., None]:
         def method(device: Device, *args: Any) -> None:
@@ -181,7 +181,7 @@ class Recorder:
             "tell": lambda *_: dict,
         }
 
-        def method(kept: Journal, *args: Any) -> None:
+        def method(kept: StateFile, *args: Any) -> None:
             if name == "begin":
                 self.binding = args[0]
             change = changes[name](*args)
@@ -349,7 +349,7 @@ class Inode:
             (clock, times)
             for clock in self._clocks
             for times in set(self._may_be)
-            if keeper.was_written(clock, times)
+            if committer.was_written(clock, times)
         ]
 
 
@@ -377,7 +377,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a small device has several."""
     monkeypatch.setattr(blockmap, "CHUNK_BLOCKS", CHUNK_BLOCKS)
     monkeypatch.setattr(blockmap, "_CHUNK_BYTES", CHUNK_BLOCKS // 8)
-    monkeypatch.setattr(journal, "_FULL", b"\xff" * (CHUNK_BLOCKS // 8))
+    monkeypatch.setattr(statefile, "_FULL", b"\xff" * (CHUNK_BLOCKS // 8))
 
 
 @pytest.fixture
@@ -400,7 +400,7 @@ async def replica_of(source: Path, destination: Path, *, hydrate: bool = True) -
 
 
 async def use(replica: Replica, chance: random.Random, reads: int) -> None:
-    """Demand reads, with commits all the while, some of which are cancelled; then leave, wherever it stands."""
+    """ReadStats reads, with commits all the while, some of which are cancelled; then leave, wherever it stands."""
 
     async def commit() -> None:
         while True:
@@ -541,7 +541,7 @@ def put_back(recorder: Recorder, recorded: Recorded, content: list[bytes], desti
         file.write(b"".join(recorder.known[each] for each in content))
     state = destination.with_name("state")
     state.unlink()
-    kept, status = Journal(state), destination.stat()
+    kept, status = StateFile(state), destination.stat()
     clock = Clock(status.st_mtime_ns, status.st_ctime_ns, None)
     assert recorder.binding is not None
     kept.begin(recorder.binding, clock)

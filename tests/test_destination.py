@@ -20,8 +20,8 @@ from blockcopy.errors import DestinationLostError
 from blockcopy.protocol import wire
 from blockcopy.replica import replica
 from blockcopy.replica.engine import open_replica
+from blockcopy.transport.command import stage_command
 from blockcopy.transport.location import Location
-from blockcopy.transport.remote import stage_command
 
 _COARSE_CLOCK = 5  # CLOCK_REALTIME_COARSE of linux/time.h, which times of files are taken from
 

@@ -14,7 +14,7 @@ import pytest
 from support import PYTHON, Sshd, noise, run, written
 
 import blockcopy
-from blockcopy import extras
+from blockcopy import optional_packages
 from blockcopy_fuse import doctor
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -119,16 +119,21 @@ def test_no_text_advises_to_install_blockcopy_from_an_index() -> None:
 
 def test_the_packages_that_are_advised_are_those_of_the_project() -> None:
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert [*extras.FUSE] == project["fuse"]
-    assert [each.partition(";")[0] for each in project["fast"]] == [extras.BLAKE3, extras.ZSTD]
+    assert [*optional_packages.FUSE] == project["fuse"]
+    assert [each.partition(";")[0] for each in project["fast"]] == [
+        optional_packages.BLAKE3,
+        optional_packages.ZSTD,
+    ]
 
 
 def test_what_is_advised_installs_for_the_very_python_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/opt/an environment/bin/python")
-    assert extras.install("blake3>=0.4") == "'/opt/an environment/bin/python' -m pip install 'blake3>=0.4'"
-    monkeypatch.setattr(extras, "is_managed", lambda: True)
-    assert "takes no packages" in extras.install("blake3>=0.4")
-    assert "pip install" not in extras.install("blake3>=0.4")
+    assert (
+        optional_packages.install("blake3>=0.4") == "'/opt/an environment/bin/python' -m pip install 'blake3>=0.4'"
+    )
+    monkeypatch.setattr(optional_packages, "is_managed", lambda: True)
+    assert "takes no packages" in optional_packages.install("blake3>=0.4")
+    assert "pip install" not in optional_packages.install("blake3>=0.4")
 
 
 def test_the_stages_as_one_file(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from support import BLOCK_SIZE, BLOCKCOPY, noise, run, until, written
 
 from blockcopy.block.claim import open_destination
 from blockcopy.block.device import open_source
-from blockcopy.block.statefile import default_path
+from blockcopy.block.records import default_path
 from blockcopy.paths import durable
-from blockcopy.replica.state.journal import Binding, Clock, Journal
+from blockcopy.replica.state.statefile import Binding, Clock, StateFile
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -115,7 +115,7 @@ def test_a_record_that_save_has_ended_does_not_come_back(
     os.sync()
     save(written(tmp_path / "other", OTHER), destination)
     if options:  # else the times of the file would tell
-        with open_source(str(destination)) as device, contextlib.closing(Journal(tmp_path / "state")) as journal:
+        with open_source(str(destination)) as device, contextlib.closing(StateFile(tmp_path / "state")) as journal:
             status = device.status()
             journal.tell(Clock(status.st_mtime_ns, status.st_ctime_ns, None))
     with disk.after_power_loss() as folder:
@@ -165,7 +165,7 @@ def test_a_file_that_is_written_keeps_its_record(disk: Disk, tmp_path: Path) -> 
 
         until(lambda: records() > 4 and has_blocks(), "some commits")
         process.kill()
-    with contextlib.closing(Journal(state)) as journal:
+    with contextlib.closing(StateFile(state)) as journal:
         assert journal.record
         assert journal.record.chunks
     with disk.after_power_loss() as folder:
@@ -177,16 +177,16 @@ def test_a_file_that_is_written_keeps_its_record(disk: Disk, tmp_path: Path) -> 
 def test_what_a_record_was_before_does_not_come_back(disk: Disk, tmp_path: Path) -> None:
     """A commit is on the disk when it returns, and nothing beside the file rolls it back."""
     identity = {"size": 0, "sample": []}
-    with contextlib.closing(Journal(disk.point / "state")) as journal:
+    with contextlib.closing(StateFile(disk.point / "state")) as journal:
         journal.begin(Binding(identity, {"file": 1}, 0, BLOCK_SIZE), Clock(1, 1, None))
         journal.add({0: b"\xff" * 100}, Clock(1, 1, None))
     os.sync()
-    with contextlib.closing(Journal(disk.point / "state")) as journal:
+    with contextlib.closing(StateFile(disk.point / "state")) as journal:
         journal.forget()
-        with disk.after_power_loss() as folder, contextlib.closing(Journal(folder / "state")) as found:
+        with disk.after_power_loss() as folder, contextlib.closing(StateFile(folder / "state")) as found:
             assert found.record
             assert found.record.chunks == {}
-    with disk.after_power_loss() as folder, contextlib.closing(Journal(folder / "state")) as found:
+    with disk.after_power_loss() as folder, contextlib.closing(StateFile(folder / "state")) as found:
         assert found.record
         assert found.record.chunks == {}
 

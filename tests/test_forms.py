@@ -17,9 +17,18 @@ from blockcopy.errors import BlockcopyError, DeviceError, SourceError, StreamErr
 from blockcopy.protocol import xz, zstd
 from blockcopy.protocol.digests import NO_DIGEST, digest
 from blockcopy.protocol.wire import Data, Done, Failure, Fence, Hole, Message, XzData, Zero, ZstdData
-from blockcopy.replica.source.forms import FENCES, AgreedForm, Batch, Form, OriginalForm, Probe, Question, Survey
+from blockcopy.replica.source.dialects import (
+    FENCES,
+    Batch,
+    Dialect,
+    NegotiatedDialect,
+    OriginalDialect,
+    Probe,
+    Signatures,
+    Survey,
+)
 
-FORMS = pytest.mark.parametrize("form_class", [AgreedForm, OriginalForm])
+FORMS = pytest.mark.parametrize("form_class", [NegotiatedDialect, OriginalDialect])
 BLOCK = 4
 
 
@@ -39,7 +48,7 @@ class Kept:
 class Asked:
     """A batch, its sink, and whether it is settled."""
 
-    def __init__(self, form: Form, make: Callable[[Any, Callable[[], None]], Batch]) -> None:
+    def __init__(self, form: Dialect, make: Callable[[Any, Callable[[], None]], Batch]) -> None:
         self.sink = Kept()
         self.settled = 0
         self.batch = make(self.sink, self.settle)
@@ -49,30 +58,30 @@ class Asked:
         self.settled += 1
 
 
-def question(position: int, length: int) -> Question:
-    return Question(position, length, BLOCK, NO_DIGEST * -(-length // BLOCK))
+def question(position: int, length: int) -> Signatures:
+    return Signatures(position, length, BLOCK, NO_DIGEST * -(-length // BLOCK))
 
 
-def asked(form: Form, *questions: Question) -> Asked:
+def asked(form: Dialect, *questions: Signatures) -> Asked:
     return Asked(form, partial(Batch, questions))
 
 
-def survey(form: Form, extent: Extent, least: int = 1) -> Asked:
+def survey(form: Dialect, extent: Extent, least: int = 1) -> Asked:
     return Asked(form, lambda _, settle: Survey(extent, least, settle))
 
 
 @st.composite
-def runs(draw: st.DrawFn) -> list[Question]:
+def runs(draw: st.DrawFn) -> list[Signatures]:
     """Runs of blocks, ascending, with room between them."""
     starts = sorted(draw(st.sets(st.integers(0, 8), min_size=1, max_size=3)))
     return [question(100 * start, draw(st.integers(1, 20))) for start in starts]
 
 
-def honest(form: Form, each: Asked) -> list[Message]:
+def honest(form: Dialect, each: Asked) -> list[Message]:
     """All that is asked, and the fence."""
     blocks = [extent for run in each.batch.questions for extent, _ in run.blocks()]
     answers: list[Message] = [Data(extent.offset, bytes(extent.length)) for extent in blocks]
-    if isinstance(form, AgreedForm):
+    if isinstance(form, NegotiatedDialect):
         return [*answers, Fence(each.batch.fence)]
     proof = Data(blocks[-1].end - 1, b"\0")
     return [*answers, proof, *[Data(each.batch.fence, b"")] * 2]  # the second stands for the others
@@ -80,7 +89,7 @@ def honest(form: Form, each: Asked) -> list[Message]:
 
 def test_a_fence_comes_back_as_often_as_it_was_sent() -> None:
     """Otherwise a peer could go on for ever, and bring nothing closer to its end."""
-    form = OriginalForm("source")
+    form = OriginalDialect("source")
     each = asked(form, question(0, BLOCK))
     for message in [*honest(form, each)[:-2], *[Data(each.batch.fence, b"")] * FENCES]:
         form.take(message)
@@ -126,13 +135,13 @@ def garbled(draw: st.DrawFn, words: list[Message]) -> list[Message]:
 
 
 class Talk(NamedTuple):
-    form: Form
+    form: Dialect
     batches: list[Asked]
     said: set[tuple[int, bytes]]
     """Positions and bytes the peer sent, asked for or not."""
 
 
-def listen(form: Form, data: st.DataObject) -> Talk:
+def listen(form: Dialect, data: st.DataObject) -> Talk:
     """Ask some batches, and take what a garbled peer says to them, until it is an error."""
     batches = [asked(form, *each) for each in data.draw(st.lists(runs(), max_size=3))]
     said: set[tuple[int, bytes]] = set()
@@ -155,7 +164,7 @@ def listen(form: Form, data: st.DataObject) -> Talk:
 @FORMS
 @given(data=st.data())
 @stable
-def test_what_reaches_a_sink_was_said_and_was_asked_for(form_class: type[Form], data: st.DataObject) -> None:
+def test_what_reaches_a_sink_was_said_and_was_asked_for(form_class: type[Dialect], data: st.DataObject) -> None:
     talk = listen(form_class("source"), data)
     for each in talk.batches:
         assert set(each.sink.given) <= talk.said
@@ -172,7 +181,7 @@ def test_what_reaches_a_sink_was_said_and_was_asked_for(form_class: type[Form], 
 @FORMS
 @given(data=st.data())
 @stable
-def test_batches_are_settled_once_and_in_the_order_asked(form_class: type[Form], data: st.DataObject) -> None:
+def test_batches_are_settled_once_and_in_the_order_asked(form_class: type[Dialect], data: st.DataObject) -> None:
     form, batches, _ = listen(form_class("source"), data)
     settled = [each.settled for each in batches]
     assert settled == sorted(settled, reverse=True)
@@ -183,7 +192,7 @@ def test_batches_are_settled_once_and_in_the_order_asked(form_class: type[Form],
 @given(data=st.data())
 @stable
 def test_without_the_proof_nothing_is_believed(data: st.DataObject) -> None:
-    _, batches, said = listen(OriginalForm("source"), data)
+    _, batches, said = listen(OriginalDialect("source"), data)
     for each in batches:
         last = each.batch.questions[-1].end - 1
         if each.settled and each.batch.error is None:
@@ -191,7 +200,7 @@ def test_without_the_proof_nothing_is_believed(data: st.DataObject) -> None:
 
 
 def test_silence_is_equal_in_the_agreed_form() -> None:
-    form = AgreedForm("source")
+    form = NegotiatedDialect("source")
     first, second = asked(form, question(0, 10)), asked(form, question(20, 4), question(40, 3))
     form.take(Fence(0))
     assert (first.settled, second.settled) == (1, 0)
@@ -202,7 +211,7 @@ def test_silence_is_equal_in_the_agreed_form() -> None:
 
 
 def test_several_blocks_may_come_as_one() -> None:
-    form = AgreedForm("source")
+    form = NegotiatedDialect("source")
     each = asked(form, question(0, 18))
     form.take(Data(4, b"abcdefgh"))
     form.take(Zero(12, 6))
@@ -212,7 +221,7 @@ def test_several_blocks_may_come_as_one() -> None:
 
 
 def test_neighbouring_zeros_are_given_as_one() -> None:
-    form = AgreedForm("source")
+    form = NegotiatedDialect("source")
     each = asked(form, question(0, 20), question(20, 8), question(40, 8))
     for message in (Zero(0, 4), Zero(4, 4), Data(8, b"abcd"), Zero(12, 4), Zero(16, 4), Zero(20, 4), Zero(40, 4)):
         form.take(message)
@@ -240,7 +249,7 @@ def test_neighbouring_zeros_are_given_as_one() -> None:
     ],
 )
 def test_what_was_not_asked_for_ends_the_agreed_form(word: Message) -> None:
-    form = AgreedForm("source")
+    form = NegotiatedDialect("source")
     each = asked(form, question(0, 11))
     with pytest.raises(StreamError):
         form.take(word)
@@ -248,7 +257,7 @@ def test_what_was_not_asked_for_ends_the_agreed_form(word: Message) -> None:
 
 
 def test_nothing_comes_before_what_came_before() -> None:
-    form = AgreedForm("source")
+    form = NegotiatedDialect("source")
     asked(form, question(0, 12))
     form.take(Data(8, b"abcd"))
     with pytest.raises(StreamError):
@@ -256,7 +265,7 @@ def test_nothing_comes_before_what_came_before() -> None:
 
 
 def test_a_failure_is_of_its_block_alone() -> None:
-    form = AgreedForm("source")
+    form = NegotiatedDialect("source")
     first, second = asked(form, question(0, 11)), asked(form, question(12, 4))
     for word in (Failure(0, "the disk is on fire"), Data(4, b"abcd"), Failure(8, "x" * 1000), Fence(0), Fence(1)):
         form.take(word)
@@ -269,7 +278,7 @@ def test_a_failure_is_of_its_block_alone() -> None:
 
 @pytest.mark.parametrize("position", [2, 12, 0])
 def test_a_failure_of_what_was_not_asked_or_is_answered_is_none(position: int) -> None:
-    form = AgreedForm("source")
+    form = NegotiatedDialect("source")
     asked(form, question(0, 8))
     form.take(Failure(4, "bad"))
     with pytest.raises(StreamError, match="a failure"):
@@ -281,7 +290,7 @@ def test_a_sink_that_fails_fails_its_batch_alone() -> None:
         def data(self, position: int, payload: Buffer) -> None:
             raise DeviceError("no space left")
 
-    form = AgreedForm("source")
+    form = NegotiatedDialect("source")
     full = Batch([question(0, 8)], Full(), lambda: None)
     form.ask(full)
     after = asked(form, question(8, 4))
@@ -292,7 +301,7 @@ def test_a_sink_that_fails_fails_its_batch_alone() -> None:
 
 
 def test_holes_are_told_within_what_was_asked() -> None:
-    form = AgreedForm("source")
+    form = NegotiatedDialect("source")
     each = survey(form, Extent(100, 100), least=10)
     for word in (Hole(100, 5), Hole(110, 20), Hole(190, 10), Fence(0)):
         form.take(word)
@@ -303,7 +312,7 @@ def test_holes_are_told_within_what_was_asked() -> None:
 
 @pytest.mark.parametrize("hole", [Hole(99, 5), Hole(190, 11), Hole(120, 0), Hole(105, 5)])
 def test_a_hole_that_lies_elsewhere_ends_the_connection(hole: Hole) -> None:
-    form = AgreedForm("source")
+    form = NegotiatedDialect("source")
     survey(form, Extent(100, 100))
     form.take(Hole(101, 9))
     with pytest.raises(StreamError):
@@ -317,8 +326,8 @@ def test_the_proof_is_no_answer_in_the_original_form(length: int, equal: bool) -
     content = b"abcdefgh"[:length]
     blocks = [content[at : at + BLOCK] for at in range(0, length, BLOCK)]
     own = blocks if equal else [bytes(len(each)) for each in blocks]
-    form = OriginalForm("source")
-    each = asked(form, Question(0, length, BLOCK, b"".join(map(digest, own))))
+    form = OriginalDialect("source")
+    each = asked(form, Signatures(0, length, BLOCK, b"".join(map(digest, own))))
     if not equal:
         for index, block in enumerate(blocks):
             form.take(Data(index * BLOCK, block))
@@ -330,7 +339,7 @@ def test_the_proof_is_no_answer_in_the_original_form(length: int, equal: bool) -
 
 @pytest.mark.parametrize("answers", [[], [Data(0, b"ab")], [Data(0, b"abcd")]])
 def test_a_source_that_is_too_short_fails_its_batch(answers: list[Message]) -> None:
-    form = OriginalForm("source")
+    form = OriginalDialect("source")
     each = asked(form, question(0, 8))
     for word in (*answers, Data(1, b"")):
         form.take(word)
@@ -340,7 +349,7 @@ def test_a_source_that_is_too_short_fails_its_batch(answers: list[Message]) -> N
 
 
 def test_a_probe_needs_no_proof() -> None:
-    form = OriginalForm("source")
+    form = OriginalDialect("source")
     each = Asked(form, lambda _, settle: Probe([0, 5, 9], settle))
     form.take(Data(5, b"x"))
     form.take(Data(1, b""))

@@ -20,10 +20,10 @@ from blockcopy.block.pieces import PIECE_SIZE, Pieces
 from blockcopy.block.unreadable import Unreadable
 from blockcopy.protocol import digests, wire
 from blockcopy.protocol.decoder import Decoder
-from blockcopy.replica.hydration.questions import questions
-from blockcopy.stage.answers import Run, Terms
-from blockcopy.stage.packing import Packing
-from blockcopy.stage.stages import FromDevice, Output
+from blockcopy.replica.hydration.signatures import questions
+from blockcopy.stage.compression import Packing
+from blockcopy.stage.delta import Run, Terms
+from blockcopy.stage.streams import FromDevice, Output
 
 DIGEST = digests.named("sha256")
 

@@ -26,10 +26,10 @@ from hypothesis import strategies as st
 from blockcopy.block.device import open_source
 from blockcopy.block.geometry import BLOCK_SIZE, Geometry
 from blockcopy.block.identity import sample_extents
-from blockcopy.block.statefile import default_path, retire
+from blockcopy.block.records import default_path, retire
 from blockcopy.errors import StateError, StateNotKeptError
 from blockcopy.replica.state.blockmap import CHUNK_BLOCKS, BlockMap
-from blockcopy.replica.state.journal import Binding, Clock, Journal, Record
+from blockcopy.replica.state.statefile import Binding, Clock, Record, StateFile
 
 FULL = b"\xff" * (CHUNK_BLOCKS // 8)
 PARTIAL = random.Random(1).randbytes(len(FULL))
@@ -63,7 +63,7 @@ def clock(time_ns: int, until_ns: int | None = 1 << 62) -> Clock:
 
 def begun(path: Path, chunks: dict[int, bytes] | None = None, *, of: Binding | None = None) -> Record:
     """A record, as a run leaves it; what is read of it."""
-    with contextlib.closing(Journal(path)) as journal:
+    with contextlib.closing(StateFile(path)) as journal:
         journal.begin(of or binding(), clock(10))
         journal.add(CHUNKS if chunks is None else chunks, clock(20))
         journal.tell(clock(30, None))
@@ -73,7 +73,7 @@ def begun(path: Path, chunks: dict[int, bytes] | None = None, *, of: Binding | N
 
 
 def load(path: Path) -> Record | None:
-    with contextlib.closing(Journal(path)) as journal:
+    with contextlib.closing(StateFile(path)) as journal:
         return journal.record
 
 
@@ -103,14 +103,14 @@ def test_what_is_recorded_is_read_again(path: Path) -> None:
     assert (record.binding, record.chunks) == (binding(), CHUNKS)
     assert record.clock == clock(30, None)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    with contextlib.closing(Journal(path)) as journal:
+    with contextlib.closing(StateFile(path)) as journal:
         journal.tell(clock(40))
         journal.add({1: FULL}, clock(50))
     found = load(path)
     assert found
     assert found.chunks == {**CHUNKS, 1: FULL}
     assert found.clock == clock(50)
-    with contextlib.closing(Journal(path)) as journal:
+    with contextlib.closing(StateFile(path)) as journal:
         journal.begin(binding(inode=9), clock(60))
     found = load(path)
     assert found
@@ -132,7 +132,7 @@ def test_sixteen_tebibytes_are_small_and_a_commit_writes_what_changed(path: Path
     assert blockmap.resumed_bytes == size - (2 << 30)
     assert path.stat().st_size < 1 << 20
     before = path.read_bytes()
-    with contextlib.closing(Journal(path)) as journal:
+    with contextlib.closing(StateFile(path)) as journal:
         journal.add({5000: PARTIAL}, clock(40))
     after = path.read_bytes()
     pages = range(0, max(len(before), len(after)), 4096)
@@ -157,7 +157,7 @@ STEPS = st.one_of(
 def test_any_steps_leave_what_a_dictionary_would(steps: list[tuple[str, Any]]) -> None:
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder, contextlib.ExitStack() as stack:
         path = Path(folder) / "state"
-        journal = stack.enter_context(contextlib.closing(Journal(path)))
+        journal = stack.enter_context(contextlib.closing(StateFile(path)))
         model: dict[str, Any] = {}
         for step, value in [*steps, ("reopen", None)]:
             if step == "begin":
@@ -168,7 +168,7 @@ def test_any_steps_leave_what_a_dictionary_would(steps: list[tuple[str, Any]]) -
                 journal.forget()
             elif step == "reopen":
                 journal.close()
-                journal = stack.enter_context(contextlib.closing(Journal(path)))
+                journal = stack.enter_context(contextlib.closing(StateFile(path)))
                 found = journal.record
                 if "binding" not in model:
                     assert found is None
@@ -191,8 +191,8 @@ def test_any_steps_leave_what_a_dictionary_would(steps: list[tuple[str, Any]]) -
 # Who may have it
 
 
-HOLD = "import sys; from pathlib import Path; from blockcopy.replica.state.journal import Journal\n"
-HOLD += "journal = Journal(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+HOLD = "import sys; from pathlib import Path; from blockcopy.replica.state.statefile import StateFile\n"
+HOLD += "journal = StateFile(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
 
 
 def test_one_process_at_a_time(path: Path) -> None:
@@ -203,7 +203,7 @@ def test_one_process_at_a_time(path: Path) -> None:
         assert process.stdout
         assert process.stdout.readline() == b"held\n"
         with pytest.raises(StateError, match="in use by another process") as error:
-            Journal(path)
+            StateFile(path)
         assert not isinstance(error.value, StateNotKeptError)  # the copy would go on
         assert path.read_bytes() == before
         process.communicate()
@@ -233,7 +233,7 @@ def test_what_is_no_regular_file_is_refused(kind: str, path: Path) -> None:
     else:
         path.symlink_to("/dev/null" if kind == "device" else "nowhere")
     with pytest.raises(StateError, match="no regular file"):
-        Journal(path)
+        StateFile(path)
     assert [each.name for each in path.parent.iterdir()] == ["state"]
 
 
@@ -245,8 +245,8 @@ def test_where_nothing_can_be_written_no_state_is_kept(path: Path) -> None:
         support.output("mount", "-o", "remount,ro", folder)
         for each in ("new", "deeper/new", "text"):
             with pytest.raises(StateNotKeptError):
-                Journal(folder / each)
-        with contextlib.closing(Journal(folder / "old")) as journal:
+                StateFile(folder / each)
+        with contextlib.closing(StateFile(folder / "old")) as journal:
             assert journal.record == record
             with pytest.raises(StateNotKeptError):
                 journal.tell(clock(40))
@@ -267,7 +267,7 @@ def filled(folder: Path) -> None:
 def test_a_full_disk_leaves_what_was_recorded(path: Path) -> None:
     with tmpfs(path, "size=256k") as folder:
         record = begun(folder / "old")
-        with contextlib.closing(Journal(folder / "old")) as journal:
+        with contextlib.closing(StateFile(folder / "old")) as journal:
             filled(folder)
             for write in (
                 lambda: journal.add({7: PARTIAL}, clock(40)),
@@ -279,7 +279,7 @@ def test_a_full_disk_leaves_what_was_recorded(path: Path) -> None:
                     write()
         assert load(folder / "old") == record
         with pytest.raises(StateNotKeptError):
-            Journal(folder / "new")
+            StateFile(folder / "new")
         assert sorted(each.name for each in folder.iterdir()) == ["ballast", "old"]
 
 
@@ -309,7 +309,7 @@ def test_facts_of_another_kind_are_set_aside(path: Path, odd: dict[str, Any]) ->
     """They are sealed, as by a newer version or by a hand that knows how."""
     of_clock = {name: value for name, value in odd.items() if name.endswith("_ns")}
     of_binding = {name: value for name, value in odd.items() if name not in of_clock}
-    with contextlib.closing(Journal(path)) as journal:
+    with contextlib.closing(StateFile(path)) as journal:
         journal.begin(replace(binding(), **of_binding), replace(clock(10), **of_clock))
     assert is_set_aside(path, path.read_bytes())
 
@@ -482,7 +482,7 @@ def test_no_truncated_file_is_believed(damaged: Damaged) -> None:
 )
 def test_facts_that_are_none_are_not_believed(change: dict[str, Any], path: Path) -> None:
     """With a seal that is right: by another program, or a fault of ours."""
-    from blockcopy.replica.state.journal import _seal
+    from blockcopy.replica.state.statefile import _seal
 
     begun(path, {})
     with contextlib.closing(sqlite3.connect(path)) as database:

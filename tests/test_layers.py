@@ -15,8 +15,8 @@ from typing import NamedTuple
 from support import PYTHON
 
 from blockcopy.cli import main
-from blockcopy.cli.arguments import parser
-from blockcopy.transport import parcel
+from blockcopy.cli.parser import parser
+from blockcopy.transport import payload
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 ROOTS = (CHECKOUT, CHECKOUT / "fuse")
@@ -27,7 +27,18 @@ ROOMS = (
 )
 """The rooms, and those inside the replica. Each imports only from those before it."""
 
-TRAVELS = ("errors", "foreign", "extras", "paths", "block", "protocol", "progress", "stage", "cli", "__main__")
+TRAVELS = (
+    "errors",
+    "optional_packages",
+    "untrusted_text",
+    "paths",
+    "block",
+    "protocol",
+    "progress",
+    "stage",
+    "cli",
+    "__main__",
+)
 """The rooms and modules of `blockcopy` that travel to a source host."""
 
 OPTIONAL = {"blockcopy.protocol.digests": "blake3", "blockcopy.progress.bar": "rich"}
@@ -158,7 +169,7 @@ def test_what_travels_loads_without_any_installed_package() -> None:
 
 
 def test_the_payload_is_made_of_what_travels() -> None:
-    assert sorted(parcel.modules()) == TRAVELLING
+    assert sorted(payload.modules()) == TRAVELLING
 
 
 def importers(of: str) -> set[str]:
@@ -179,7 +190,7 @@ def test_one_place_prints_and_one_exits() -> None:
     assert {module: found for module, found in calls.items() if found} == {
         "blockcopy.cli.console": {"print"},
         "blockcopy.cli.main": {"os._exit"},
-        "blockcopy_fuse.asking": {"os._exit"},  # of a child that asks
+        "blockcopy_fuse.probe": {"os._exit"},  # of a child that asks
         "blockcopy.transport.bootstrap": {"sys.exit"},  # on a host where there is no command line yet
     }
 
@@ -231,7 +242,7 @@ def test_the_module_map_has_the_rooms_in_their_order() -> None:
 def test_what_travels_to_a_host_is_as_small_as_it_is_said_to_be() -> None:
     said = re.search(r"\| (\d+) KiB, run from memory \|", (CHECKOUT / "CONTRIBUTING.md").read_text())
     assert said is not None
-    largest = max(len(parcel.opening([stage])) for stage in ("retrieve", "receive", "facts")) / 1024
+    largest = max(len(payload.opening([stage])) for stage in ("retrieve", "receive", "facts")) / 1024
     assert int(said[1]) / 2 < largest < int(said[1])
 
 

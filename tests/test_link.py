@@ -39,7 +39,7 @@ from support import (
 
 from blockcopy.block.geometry import Extent
 from blockcopy.errors import SourceChangedError, SourceError
-from blockcopy.replica.source.forms import Answer, Question, Unread
+from blockcopy.replica.source.dialects import Answer, Signatures, Unread
 from blockcopy.replica.source.link import Link
 
 Mounter = Callable[..., Mount]
@@ -59,7 +59,7 @@ def at(block: int) -> int:
     return block * BLOCK_SIZE
 
 
-class Way:
+class Route:
     """A link to a host, which is cut as long as `cut` is there, and frozen as long as `frozen` is."""
 
     def __init__(self, folder: Path, *options: object) -> None:
@@ -69,8 +69,8 @@ class Way:
 
 
 @pytest.fixture
-def way(tmp_path: Path) -> Way:
-    return Way(tmp_path)
+def way(tmp_path: Path) -> Route:
+    return Route(tmp_path)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def destination(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def far(mount: Mounter, source: Path, destination: Path, way: Way) -> Callable[..., Mount]:
+def far(mount: Mounter, source: Path, destination: Path, way: Route) -> Callable[..., Mount]:
     """Mount the source from beyond the link: `far(*options, program=…)`."""
     return lambda *options, program=OURS: mount(
         f"host:{source}", destination, "-e", way.rsh, *options, program=program
@@ -182,7 +182,7 @@ def complete(mounted: Mount, destination: Path) -> None:
 def test_a_cut_in_mid_pass_is_seen_by_no_reader(
     mount: Mounter, source: Path, destination: Path, tmp_path: Path
 ) -> None:
-    way = Way(tmp_path, "--rate", "2M")  # slow for readers too, or they would bring it all at once
+    way = Route(tmp_path, "--rate", "2M")  # slow for readers too, or they would bring it all at once
     mounted = mount(f"host:{source}", destination, "-e", way.rsh, program=OURS)
     with contextlib.ExitStack() as readers:
         in_mid_pass(mounted)
@@ -204,7 +204,7 @@ def test_a_cut_in_mid_pass_is_seen_by_no_reader(
 
 
 def test_a_link_that_is_frozen_for_too_long_is_made_again(
-    far: Callable[..., Mount], source: Path, destination: Path, way: Way
+    far: Callable[..., Mount], source: Path, destination: Path, way: Route
 ) -> None:
     mounted = far("--limit", "4M", "--timeout", 1)
     in_mid_pass(mounted)
@@ -246,7 +246,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def test_a_link_that_is_frozen_for_a_moment_is_not_made_again(
-    far: Callable[..., Mount], destination: Path, way: Way
+    far: Callable[..., Mount], destination: Path, way: Route
 ) -> None:
     mounted = far("--limit", "4M")
     in_mid_pass(mounted)
@@ -259,7 +259,7 @@ def test_a_link_that_is_frozen_for_a_moment_is_not_made_again(
     complete(mounted, destination)
 
 
-def test_a_silent_link_that_is_asked_nothing_stays(far: Callable[..., Mount], way: Way) -> None:
+def test_a_silent_link_that_is_asked_nothing_stays(far: Callable[..., Mount], way: Route) -> None:
     """For longer than --timeout."""
     mounted = far("--no-background", "--timeout", 2)
     assert read(mounted, 5) == right(5)
@@ -271,7 +271,7 @@ def test_a_silent_link_that_is_asked_nothing_stays(far: Callable[..., Mount], wa
     assert mounted.status()["link"] == {"state": "connected", "reconnects": 0, "last_error": None}
 
 
-def test_a_read_waits_for_so_long_and_the_next_one_tries_again(far: Callable[..., Mount], way: Way) -> None:
+def test_a_read_waits_for_so_long_and_the_next_one_tries_again(far: Callable[..., Mount], way: Route) -> None:
     mounted = far("--no-background", "--reconnect-timeout", 1)
     assert read(mounted, 5) == right(5)
     way.cut.touch()
@@ -287,7 +287,7 @@ def test_a_read_waits_for_so_long_and_the_next_one_tries_again(far: Callable[...
 
 
 def test_a_read_that_joined_the_pass_outlives_a_cut_of_it(
-    far: Callable[..., Mount], source: Path, destination: Path, way: Way
+    far: Callable[..., Mount], source: Path, destination: Path, way: Route
 ) -> None:
     """All that is under way when the link breaks has been asked in vain, by the pass and by the reader."""
     mounted = far("--limit", "1M")
@@ -309,7 +309,7 @@ def test_a_read_does_not_inherit_what_the_pass_fails_with(
     mount: Mounter, source: Path, destination: Path, tmp_path: Path
 ) -> None:
     """The source cannot give block 40, once. Everything takes 0.4 s, so that reads find the pass under way."""
-    slow, once = Way(tmp_path, "--delay", 200), tmp_path / "once"
+    slow, once = Route(tmp_path, "--delay", 200), tmp_path / "once"
     mounted = mount(
         f"host:{source}", destination, "-e", slow.rsh, program=faulty("--once", once, "--fail-for", at(40))
     )
@@ -323,7 +323,7 @@ def test_a_read_does_not_inherit_what_the_pass_fails_with(
     stored(destination)
 
 
-def test_a_signal_while_the_link_is_down_ends_a_sync(source: Path, destination: Path, way: Way) -> None:
+def test_a_signal_while_the_link_is_down_ends_a_sync(source: Path, destination: Path, way: Route) -> None:
     command = ["sync", "-e", way.rsh, "--blockcopy-path", OURS, "--limit", "1M", f"host:{source}", destination]
     with subprocess.Popen([*BLOCKCOPY, *map(str, command)], stderr=subprocess.PIPE) as process:
         until(lambda: stored(destination), "the first block")
@@ -340,7 +340,7 @@ def test_a_signal_while_the_link_is_down_ends_a_sync(source: Path, destination: 
 
 
 def test_a_mount_begins_without_its_source_where_a_state_is_kept(
-    far: Callable[..., Mount], destination: Path, way: Way
+    far: Callable[..., Mount], destination: Path, way: Route
 ) -> None:
     first = far("--no-background")
     assert read(first, 5) == right(5)
@@ -354,7 +354,7 @@ def test_a_mount_begins_without_its_source_where_a_state_is_kept(
 
 
 def test_without_a_state_a_source_that_is_away_is_told(
-    far: Callable[..., Mount], destination: Path, way: Way
+    far: Callable[..., Mount], destination: Path, way: Route
 ) -> None:
     way.cut.touch()
     with pytest.raises(AssertionError, match="No route to host"):
@@ -370,14 +370,14 @@ def replace(source: Path) -> None:
     written(source.with_name("other"), OTHER).rename(source)
 
 
-def break_for_a_moment(mounted: Mount, way: Way) -> None:
+def break_for_a_moment(mounted: Mount, way: Route) -> None:
     way.cut.touch()
     until(lambda: mounted.status()["link"]["state"] == "reconnecting", "the end of the link")
     way.cut.unlink()
 
 
 def test_a_mount_that_began_without_its_source_takes_no_other_one(
-    far: Callable[..., Mount], source: Path, destination: Path, way: Way
+    far: Callable[..., Mount], source: Path, destination: Path, way: Route
 ) -> None:
     first = far("--no-background")
     assert read(first, 5) == right(5)
@@ -395,7 +395,7 @@ def test_a_mount_that_began_without_its_source_takes_no_other_one(
 
 @pytest.mark.parametrize("program", [OURS, QUEUEING], ids=["ours", "original"])
 def test_a_source_that_changed_is_not_mixed_in(
-    far: Callable[..., Mount], source: Path, destination: Path, way: Way, program: str
+    far: Callable[..., Mount], source: Path, destination: Path, way: Route, program: str
 ) -> None:
     mounted = far("--limit", "1M", program=program)
     in_mid_pass(mounted)
@@ -421,7 +421,7 @@ def test_a_source_that_changed_is_not_mixed_in(
 
 
 def test_a_mount_without_a_pass_tells_of_a_changed_source(
-    far: Callable[..., Mount], source: Path, destination: Path, way: Way
+    far: Callable[..., Mount], source: Path, destination: Path, way: Route
 ) -> None:
     mounted = far("--no-background")
     assert read(mounted, 5) == right(5)
@@ -436,7 +436,7 @@ def test_a_mount_without_a_pass_tells_of_a_changed_source(
 
 
 def test_a_paused_mount_tells_of_a_changed_source(
-    far: Callable[..., Mount], source: Path, destination: Path, way: Way
+    far: Callable[..., Mount], source: Path, destination: Path, way: Route
 ) -> None:
     mounted = far("--limit", "1M")
     in_mid_pass(mounted)
@@ -454,7 +454,7 @@ def test_a_source_that_changes_while_it_is_verified(
 ) -> None:
     """The mount lives on: what is here is right, and stays readable."""
     written(destination, DATA)
-    slow = Way(tmp_path, "--delay", 200)
+    slow = Route(tmp_path, "--delay", 200)
     mounted = mount(f"host:{source}", destination, "-e", slow.rsh, "--verify", program=OURS)
     until(lambda: mounted.status()["state"] == "verifying", "the comparison")
     replace(source)
@@ -469,7 +469,7 @@ def test_a_source_that_changes_while_it_is_verified(
 
 def test_an_umount_while_it_is_verified_is_in_order(source: Path, tmp_path: Path) -> None:
     support.require_fuse()
-    copy, point, slow = written(tmp_path / "copy", DATA), tmp_path / "point", Way(tmp_path, "--delay", 200)
+    copy, point, slow = written(tmp_path / "copy", DATA), tmp_path / "point", Route(tmp_path, "--delay", 200)
     point.mkdir()
     command = ["mount", "-f", "--verify", "-e", slow.rsh, "--blockcopy-path", OURS, f"host:{source}", copy, point]
     with subprocess.Popen([*BLOCKCOPY, *map(str, command)], stderr=subprocess.PIPE) as process:
@@ -490,7 +490,7 @@ def read_if_there(path: Path) -> bytes:
         return b""
 
 
-def test_the_log_says_in_what_a_source_changed(source: Path, destination: Path, way: Way) -> None:
+def test_the_log_says_in_what_a_source_changed(source: Path, destination: Path, way: Route) -> None:
     command = ["sync", "-e", way.rsh, "--blockcopy-path", OURS, "--limit", "1M", f"host:{source}", destination]
     with subprocess.Popen([*BLOCKCOPY, *map(str, command)], stderr=subprocess.PIPE, text=True) as process:
         until(lambda: stored(destination), "the first block")
@@ -562,7 +562,7 @@ def test_a_source_that_always_garbles_ends_the_pass_of_a_mount(mount: Mounter, s
 
 NOTHING_DIFFERS = Answer([], [], [])
 SINK: Any = object()  # to which nothing is given
-QUESTION = Question(0, 1, 1, b"")
+QUESTION = Signatures(0, 1, 1, b"")
 
 
 class FakeRetriever:
@@ -571,7 +571,7 @@ class FakeRetriever:
     def __init__(self) -> None:
         self.ended = trio.Event()
         self.failure: SourceError | None = None
-        self.unanswered: Sequence[Question] | None = None
+        self.unanswered: Sequence[Signatures] | None = None
         self.answered_at: float | None = None
         self.sent_bytes = self.received_bytes = 0
 
@@ -784,7 +784,7 @@ class MortalRetriever(FakeRetriever):
 
 def test_what_ends_connection_after_connection_is_found_out_block_by_block() -> None:
     async def scenario(link: Link, connector: FakeConnector) -> None:
-        answer = await link.ask([Question(0, 3, 1, b"abc")], SINK, 0)
+        answer = await link.ask([Signatures(0, 3, 1, b"abc")], SINK, 0)
         assert sorted(answer.data) == [Extent(0, 1), Extent(2, 1)]
         assert answer.unread == [Unread(Extent(1, 1), "it broke")]
         assert len(connector.attempts) <= 6
@@ -796,7 +796,7 @@ def test_what_ends_connection_after_connection_is_found_out_block_by_block() -> 
 def test_a_source_that_ends_at_everything_is_given_up() -> None:
     async def scenario(link: Link, connector: FakeConnector) -> None:
         with pytest.raises(SourceError, match="ended at more than 64 blocks"):
-            await link.ask([Question(0, 140, 1, bytes(140))], SINK, trio.current_time())
+            await link.ask([Signatures(0, 140, 1, bytes(140))], SINK, trio.current_time())
 
     with_link(scenario, [MortalRetriever() for _ in range(1000)], patience=10_000)
 

@@ -12,8 +12,8 @@ import pytest
 from support import run
 
 from blockcopy import errors
-from blockcopy.cli.arguments import SHELLS, parser
-from blockcopy.cli.suggesting import commands_of
+from blockcopy.cli.parser import SHELLS, parser
+from blockcopy.cli.suggestions import commands_of
 
 COMMANDS = commands_of(parser())
 

@@ -1,4 +1,4 @@
-"""`blockcopy mount`, status, wait and umount, where nothing goes wrong. Faults are in test_mount_faults."""
+"""`blockcopy mount`, status, wait and umount, where nothing goes wrong. SourceFaults are in test_mount_faults."""
 
 from __future__ import annotations
 

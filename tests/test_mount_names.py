@@ -10,8 +10,8 @@ import pytest
 import support
 from support import BLOCK_SIZE, noise, run, written
 
-from blockcopy.foreign import printable
-from blockcopy_fuse import mounts
+from blockcopy.untrusted_text import printable
+from blockcopy_fuse import mountinfo
 
 DATA = noise(2 * BLOCK_SIZE)
 
@@ -30,7 +30,7 @@ def test_a_name_of_any_bytes(tmp_path: Path, name: str) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
     try:
         assert Path(point, name).read_bytes() == DATA
-        entry = mounts.at(str(point))
+        entry = mountinfo.at(str(point))
         assert entry is not None
         assert entry.source == str(source)  # as `mount` and `findmnt` show it
         assert run("wait", point).returncode == 0
@@ -52,7 +52,7 @@ def test_a_file_and_a_source_are_called_as_is_wished(tmp_path: Path) -> None:
     assert run("mount", *options, source, tmp_path / "copy", point).returncode == 0
     try:
         assert Path(point, name).read_bytes() == DATA
-        entry = mounts.at(str(point))
+        entry = mountinfo.at(str(point))
         assert entry is not None
         assert entry.source == os.fsdecode(b"d\xfc,x")
     finally:

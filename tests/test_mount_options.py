@@ -18,7 +18,7 @@ import support
 from support import BLOCK_SIZE, BLOCKCOPY, Mount, noise, output, run, until, with_changes, written
 
 from blockcopy.errors import UsageError
-from blockcopy_fuse import mounts, options
+from blockcopy_fuse import mountinfo, options
 
 Mounter = Callable[..., Mount]
 LoopDevice = Callable[..., str]
@@ -97,7 +97,7 @@ def test_what_is_shown_is_what_was_asked_for(mount: Mounter, source: Path, desti
     support.require_root()
     asked = "uid=nobody,gid=12,umask=027,fsname=host:/dev/a\\,b,subtype=disk"
     mounted = mount(source, destination, "-o", asked)
-    entry = mounts.at(str(mounted.point))
+    entry = mountinfo.at(str(mounted.point))
     assert entry is not None
     assert (entry.kind, entry.source) == ("fuse.disk", "host:/dev/a,b")
     for path, kind, mode in (
@@ -201,7 +201,7 @@ def test_a_file_is_the_replica(
     point = mounted.point
     assert (point.stat().st_size, stat.S_IMODE(point.stat().st_mode)) == (len(DATA), 0o400)
     assert point.read_bytes() == DATA
-    entry = mounts.at(str(point))
+    entry = mountinfo.at(str(point))
     assert entry is not None
     assert Path("/sys/class/bdi", entry.device, "read_ahead_kb").read_text() == "4096\n"
     output("cmp", "-n", len(DATA), loop_device(point, "--read-only"), source)

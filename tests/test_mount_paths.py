@@ -23,10 +23,10 @@ from support import BLOCK_SIZE, Mount, noise, output, run, until, written
 
 from blockcopy.block.geometry import Geometry
 from blockcopy.errors import StateError
-from blockcopy.replica.hydration import keeper
+from blockcopy.replica.hydration import committer
 from blockcopy.replica.source.process import Process
 from blockcopy.replica.state.blockmap import BlockMap
-from blockcopy.replica.tasks import losable
+from blockcopy.replica.tasks import abandonable
 
 DATA = noise(8 * BLOCK_SIZE)
 
@@ -134,7 +134,7 @@ def test_a_killed_process_whose_disk_gives_no_answer_is_left_behind(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(losable, "DEATH_SECONDS", 0.05)
+    monkeypatch.setattr(abandonable, "DEATH_SECONDS", 0.05)
     (tmp_path / "image").touch()
     os.truncate(tmp_path / "image", 64 << 20)
     disk, pipe = tmp_path / "disk", subprocess.PIPE
@@ -174,16 +174,18 @@ class StuckJournal:
         return call
 
 
-def stuck_keeper(monkeypatch: pytest.MonkeyPatch, **parts: Any) -> tuple[keeper.Keeper, StuckJournal, BlockMap]:
-    monkeypatch.setattr(keeper, "_ANSWER_SECONDS", 0.05)
+def stuck_keeper(
+    monkeypatch: pytest.MonkeyPatch, **parts: Any
+) -> tuple[committer.Committer, StuckJournal, BlockMap]:
+    monkeypatch.setattr(committer, "_ANSWER_SECONDS", 0.05)
     journal, blockmap = StuckJournal(), BlockMap(Geometry(len(DATA)))
 
     async def sync() -> bool:
         return True
 
     device: Any = SimpleNamespace(is_block_device=True)
-    materialiser: Any = SimpleNamespace(sync=sync, **parts)
-    return keeper.Keeper(journal, device, blockmap, materialiser), journal, blockmap  # type: ignore[arg-type]
+    hydrator: Any = SimpleNamespace(sync=sync, **parts)
+    return committer.Committer(journal, device, blockmap, hydrator), journal, blockmap  # type: ignore[arg-type]
 
 
 def test_a_state_file_that_gives_no_answer_is_left(
@@ -217,7 +219,7 @@ def test_a_record_that_cannot_be_removed_for_a_dead_disk_is_told(monkeypatch: py
 
 
 def test_a_process_that_comes_to_be_too_late_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losable, "DEATH_SECONDS", 0.05)
+    monkeypatch.setattr(abandonable, "DEATH_SECONDS", 0.05)
     may_begin, begun = threading.Event(), []
 
     def begin() -> subprocess.Popen[bytes]:
@@ -227,7 +229,7 @@ def test_a_process_that_comes_to_be_too_late_is_ended(monkeypatch: pytest.Monkey
 
     async def main() -> None:
         with trio.move_on_after(0.05) as scope:
-            await losable.start(begin)
+            await abandonable.start(begin)
         assert scope.cancelled_caught
 
     trio.run(main)

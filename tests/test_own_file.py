@@ -12,7 +12,7 @@ import trio
 from support import noise, run, written
 
 from blockcopy.cli import console, log
-from blockcopy.paths import own_file
+from blockcopy.paths import safe_write
 from blockcopy_fuse import mounting
 
 DATA = noise(300_000)
@@ -53,7 +53,7 @@ def test_the_name_of_a_file_on_its_way_cannot_be_guessed(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "urandom", lambda _: b"known")
     (folder / f".{b'known'.hex()}.new").symlink_to(secret)
     with pytest.raises(FileExistsError):
-        own_file.replace(str(folder / "file"), b"new", 0o644)
+        safe_write.replace(str(folder / "file"), b"new", 0o644)
     assert secret.read_bytes() == b"root's"
 
 
@@ -64,7 +64,7 @@ def test_what_is_no_file_is_neither_written_nor_waited_for(tmp_path: Path, sourc
         os.mkfifo(path)
     before = os.lstat(path)
     with pytest.raises(OSError, match="it is no regular file"):
-        own_file.replace(path, b"new", 0o644)
+        safe_write.replace(path, b"new", 0o644)
     done = run("sync", "--log-file", path, source, tmp_path / "copy")
     assert (done.returncode, b"it is no regular file" in done.stderr) == (1, True)
     assert os.path.samestat(os.lstat(path), before)
@@ -126,11 +126,11 @@ def test_a_link_to_a_folder_is_followed_where_it_is_ours(tmp_path: Path, absolut
     real.mkdir(parents=True)
     (tmp_path / "hop").symlink_to(tmp_path / "real" if absolute else "real")
     (tmp_path / "link").symlink_to("./hop//inner/")
-    own_file.replace(str(tmp_path / "link" / "file"), b"new", 0o600)
+    safe_write.replace(str(tmp_path / "link" / "file"), b"new", 0o600)
     assert (real / "file").read_bytes() == b"new"
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(OSError, match=r"Too many|Not a directory"):
-        own_file.replace(str(tmp_path / "loop" / "file"), b"new", 0o600)
+        safe_write.replace(str(tmp_path / "loop" / "file"), b"new", 0o600)
 
 
 def test_a_link_to_a_folder_that_is_another_users_is_not_followed(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_link_to_a_folder_that_is_another_users_is_not_followed(tmp_path: Path
     link = tmp_path / "link"
     link.symlink_to("real")
     os.chown(link, 65534, 65534, follow_symlinks=False)
-    for write in (lambda path: own_file.replace(path, b"new", 0o600), own_file.open_log):
+    for write in (lambda path: safe_write.replace(path, b"new", 0o600), safe_write.open_log):
         with pytest.raises(OSError, match="another user"):
             write(str(link / "file"))
     assert not list(real.iterdir())

@@ -23,20 +23,20 @@ from test_wire_properties import stable
 from blockcopy.block.geometry import Extent
 from blockcopy.block.identity import differences, sample_extents
 from blockcopy.errors import SourceError, StreamError
-from blockcopy.foreign import Budget, Said
-from blockcopy.progress.progress import Progress
+from blockcopy.progress.reporter import Progress
 from blockcopy.protocol import wire
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.handshake import digest_for, read_source
-from blockcopy.replica.monitor import metrics
-from blockcopy.replica.monitor.notify import Notifier
+from blockcopy.replica.monitor import prometheus
+from blockcopy.replica.monitor.sd_notify import Notifier
 from blockcopy.replica.plan import Plan
-from blockcopy.replica.source.forms import Survey
-from blockcopy.replica.source.retriever import Retriever
+from blockcopy.replica.source.client import Client
+from blockcopy.replica.source.dialects import Survey
 from blockcopy.replica.sync import sync
-from blockcopy.stage import packing
+from blockcopy.stage import compression
+from blockcopy.transport.command import stage_command
 from blockcopy.transport.location import Location
-from blockcopy.transport.remote import stage_command
+from blockcopy.untrusted_text import LineBudget, Said
 
 SIZE = 8 * BLOCK_SIZE
 DATA = noise(SIZE)
@@ -92,7 +92,7 @@ def test_any_greeting_is_believed_or_a_stream_error(text: str) -> None:
         message = decoder.next()
         assert isinstance(message, wire.Hello)
         wire.encode(message)
-        packing.wish_of(message.facts.get("compress"))
+        compression.wish_of(message.facts.get("compress"))
         digest_for(message.facts)
     except StreamError:
         return
@@ -111,7 +111,7 @@ def greeted(folder: Path, stream: bytes) -> str:
 
     async def main() -> str:
         async with trio.open_nursery() as nursery:
-            retriever = Retriever(stage_command(Location(None, "source"), program=program))
+            retriever = Client(stage_command(Location(None, "source"), program=program))
             await nursery.start(retriever.run)
             with pytest.raises(SourceError) as told:
                 await retriever.greet()
@@ -134,7 +134,7 @@ def test_a_fault_of_ours_is_the_error_of_its_connection(
     def fail(*_: object) -> NoReturn:
         raise RecursionError("on request")
 
-    for owner, name in ((Decoder, "next"), (Retriever, "_log"), (Retriever, "_owes")):
+    for owner, name in ((Decoder, "next"), (Client, "_log"), (Client, "_owes")):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, fail)
             assert "on request" in greeted(tmp_path, b"fe")
@@ -154,7 +154,7 @@ def test_helpers_end_no_copy(
     def broken(*_: object) -> NoReturn:
         raise RuntimeError("the metrics")
 
-    monkeypatch.setattr(metrics, "_write", broken)
+    monkeypatch.setattr(prometheus, "_write", broken)
     monkeypatch.setattr(Notifier, "keep_telling", broken)
     source, destination = written(tmp_path / "source", DATA), tmp_path / "destination"
     plan = Plan(
@@ -348,7 +348,7 @@ def test_a_flood_of_words_is_neither_kept_nor_logged(tmp_path: Path, flood: str,
 
 def test_what_a_program_drew_over_itself_is_not_told() -> None:
     noted: list[str] = []
-    said = Said(noted.append, Budget(lines=3))
+    said = Said(noted.append, LineBudget(lines=3))
     said.feed(b"0%\r50%\r100%\r\nand \x1b[1m\n")
     said.feed(b"a line in two ")
     said.feed(b"parts\n" + b"more\n" * 1000)

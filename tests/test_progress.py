@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from support import BLOCK_SIZE, BLOCKCOPY, PYTHON, STANDINS, Mount, noise, run, with_changes, written
 
-from blockcopy.progress.meters import RateMeter, eta, floored_percent, human_size, human_time
-from blockcopy.progress.progress import Counts, LineProgress
+from blockcopy.progress.rate import RateMeter, eta, floored_percent, human_size, human_time
+from blockcopy.progress.reporter import Counts, LineProgress
 
 SIZE = 24 * BLOCK_SIZE
 DATA = noise(SIZE)
@@ -66,7 +66,7 @@ def test_a_rate_of_what_begins_again_is_not_negative() -> None:
 
 def test_a_leap_tells_nothing_of_what_is_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     meter, clock = RateMeter(), iter(range(100))
-    monkeypatch.setattr("blockcopy.progress.meters.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("blockcopy.progress.rate.time.monotonic", lambda: float(next(clock)))
     for count in (0, 10**9, 10**9 + 100, 10**9 + 200):
         meter.sample(count)
     assert meter.rate(10**9 + 300) == 100

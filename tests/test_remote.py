@@ -11,9 +11,9 @@ from support import BLOCKCOPY, PYTHON
 
 from blockcopy.errors import UsageError
 from blockcopy.protocol.wire import Data, Done, Rest, encode
+from blockcopy.transport.command import Command, stage_command
 from blockcopy.transport.location import Location, parse_location
-from blockcopy.transport.parcel import CODE
-from blockcopy.transport.remote import Command, stage_command
+from blockcopy.transport.payload import CODE
 
 REMOTE = Location("host", "/dev/sda")
 

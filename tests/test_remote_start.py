@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from support import BLOCKCOPY, PYTHON, Mount, Sshd, noise, output, run, until, written
 
-from blockcopy.transport import parcel
+from blockcopy.transport import payload
 
 DATA = noise(700_001)
 
@@ -128,7 +128,7 @@ def test_what_a_stage_loads_is_sent_and_nothing_else(stage: str) -> None:
         "print(*(each for each in sys.modules if each.partition('.')[0] == 'blockcopy'))"
     )
     loaded = output(PYTHON, "-P", "-c", script).split()
-    sent = parcel.needed_by(stage)
+    sent = payload.needed_by(stage)
     assert set(loaded) == set(sent)
     for name, text in sent.items():
         found = importlib.util.find_spec(name)

@@ -23,23 +23,23 @@ from blockcopy.errors import (
     BlockcopyError,
     DestinationRefusedError,
     DeviceError,
-    GarbledSourceError,
+    ProtocolViolationError,
     SourceError,
 )
-from blockcopy.progress.meters import floored_percent
+from blockcopy.progress.rate import floored_percent
 from blockcopy.replica.engine import open_replica
-from blockcopy.replica.hydration import faults, keeper
+from blockcopy.replica.hydration import committer, source_faults
 from blockcopy.replica.hydration.background import Hydration
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.replica import Replica
 from blockcopy.replica.source import link
-from blockcopy.replica.source.forms import FENCES
+from blockcopy.replica.source.dialects import FENCES
 from blockcopy.replica.source.window import Window
 from blockcopy.replica.state.blockmap import BlockMap
 from blockcopy.replica.volume import Volume
 from blockcopy.transport import backoff
+from blockcopy.transport.command import stage_command
 from blockcopy.transport.location import Location
-from blockcopy.transport.remote import stage_command
 
 QUICKLY, NEVER = 0.05, 1000
 """Seconds until a link that was lost is made again."""
@@ -116,7 +116,7 @@ async def both_processes(replica: Replica) -> list[int]:
     """That of the demand, and that of the pass; with SLOW, one block is present then and none on its way."""
     while not present(replica) or not all(each.is_up for each in replica._links):
         await trio.testing.wait_all_tasks_blocked(0.01)
-    return [each._retriever._process.pid for each in replica._links]
+    return [each._client._process.pid for each in replica._links]
 
 
 def present(replica: Replica) -> set[int]:
@@ -661,7 +661,7 @@ def test_leaving_in_mid_pass_gives_waiting_readers_an_error(tmp_path: Path) -> N
     assert len(errors) == 1
 
 
-# Faults of the source
+# SourceFaults of the source
 
 
 FAULTS = ["die", "garble", "misplace", "oversize", "short"]
@@ -739,7 +739,7 @@ def test_garbled_answers_on_three_connections_are_the_sources_fault(tmp_path: Pa
         for hydrate in (False, True):
             plan = plan_of(source, destination, f"{support.FAULTY} --garble-at 1", hydrate=hydrate)
             async with replica_of(plan) as replica:
-                with pytest.raises(GarbledSourceError, match="Last login"):
+                with pytest.raises(ProtocolViolationError, match="Last login"):
                     await (replica.wait_complete() if hydrate else replica.volume.read(0, 1))
                 snapshot = replica.snapshot()
                 assert snapshot["state"] == "failed" if hydrate else snapshot["link"]["reconnects"] == 2
@@ -760,7 +760,7 @@ def test_a_block_that_the_source_cannot_read_is_no_matter_of_the_link(
             assert "cannot be read, on request" in replica.snapshot()["error"]
             assert replica.snapshot()["unreadable_ranges"] == [[3 * BLOCK_SIZE, BLOCK_SIZE]]
             assert await read_block(replica, 3) is False  # not asked again at once
-            monkeypatch.setattr(faults, "RETRY_SECONDS", 0)
+            monkeypatch.setattr(source_faults, "RETRY_SECONDS", 0)
             assert await read_block(replica, 3) is True
             assert replica.snapshot()["link"]["reconnects"] == 0
             assert replica.snapshot()["unreadable_bytes"] == 0
@@ -788,7 +788,7 @@ def test_a_source_that_is_truncated_gives_errors_and_never_wrong_bytes(
     trio.run(main)
 
 
-# Faults of the destination
+# SourceFaults of the destination
 
 
 def test_a_sync_that_fails_in_mid_pass_makes_it_check_again(
@@ -818,7 +818,7 @@ def test_a_sync_that_fails_in_mid_pass_makes_it_check_again(
         assert destination.read_bytes() == DATA
 
     monkeypatch.setattr(Device, "sync", fail_once)
-    monkeypatch.setattr(keeper, "_SECONDS", NEVER)  # no sync but the one here, and the last
+    monkeypatch.setattr(committer, "_SECONDS", NEVER)  # no sync but the one here, and the last
     trio.run(main)
 
 
@@ -886,7 +886,7 @@ def test_no_read_gets_what_the_disk_has_while_the_cache_is_dropped(
         with pytest.raises(DeviceError, match="write-back"):
             await replica.commit()
 
-    monkeypatch.setattr(keeper, "_SECONDS", NEVER)
+    monkeypatch.setattr(committer, "_SECONDS", NEVER)
     trio.run(main)
 
 

@@ -17,10 +17,10 @@ import trio.testing
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.geometry import BLOCK_SIZE, Geometry
 from blockcopy.errors import OriginalProgramError, SourceError
-from blockcopy.replica.source.forms import Question
-from blockcopy.replica.source.retriever import Retriever
+from blockcopy.replica.source.client import Client
+from blockcopy.replica.source.dialects import Signatures
+from blockcopy.transport.command import stage_command
 from blockcopy.transport.location import Location
-from blockcopy.transport.remote import stage_command
 
 BLOCKS = 40
 DATA = support.noise(BLOCKS * BLOCK_SIZE - 1000)
@@ -72,10 +72,10 @@ def script(folder: Path, *lines: str) -> str:
 @contextlib.asynccontextmanager
 async def retriever_of(
     source: Path, program: str | None = None, *, timeout: float = math.inf
-) -> AsyncIterator[Retriever]:
+) -> AsyncIterator[Client]:
     original = program is not None
     command = stage_command(Location(None, str(source)), program=program)
-    retriever = Retriever(command, original=original, timeout=timeout)
+    retriever = Client(command, original=original, timeout=timeout)
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             await nursery.start(retriever.run)
@@ -122,11 +122,11 @@ class Collected:
         self.at[position] = bytes(length)
 
 
-async def ask(retriever: Retriever, asked: Sequence[Asked]) -> list[bytes | None]:
+async def ask(retriever: Client, asked: Sequence[Asked]) -> list[bytes | None]:
     """Return the source's bytes of each, or None if it has the same. Raises SourceError for what it cannot read."""
     digest, collected = retriever.digest, Collected()
     questions = [
-        Question(each.position, each.size, max(each.size, 4096), digest(each.own) if digest else b"x")
+        Signatures(each.position, each.size, max(each.size, 4096), digest(each.own) if digest else b"x")
         for each in asked
     ]
     differing = await retriever.ask(questions, collected)
@@ -193,7 +193,7 @@ def test_batches_of_any_length_are_answered_in_their_order(source: Path, program
 def test_many_tasks_that_ask_at_once_get_their_own_answers(source: Path, program: str | None) -> None:
     answered = 0
 
-    async def ask_many(retriever: Retriever, chance: random.Random) -> None:
+    async def ask_many(retriever: Client, chance: random.Random) -> None:
         nonlocal answered
         for _ in range(5):
             questions = some_questions(chance, chance.randint(1, 8), 16384)
@@ -323,7 +323,7 @@ def test_a_fault_is_an_error_for_all_that_wait(fault: str, source: Path) -> None
     """Nobody gets bytes that are not the source's, and nobody waits for ever."""
     ends: list[str] = []
 
-    async def ask_for(retriever: Retriever, block: int) -> None:
+    async def ask_for(retriever: Client, block: int) -> None:
         asked = question(DATA, block)
         try:
             assert await ask(retriever, [asked]) == [answer(DATA, asked)]
@@ -383,7 +383,7 @@ def test_one_that_trickles_is_ended(source: Path) -> None:
     command = stage_command(Location(None, str(source)), program=f"{support.FAULTY} --trickle-at 2")
 
     async def main() -> None:
-        retriever = Retriever(command, timeout=0.5)
+        retriever = Client(command, timeout=0.5)
         with trio.fail_after(10):
             async with trio.open_nursery() as nursery:
                 await nursery.start(retriever.run)
@@ -426,7 +426,7 @@ def test_a_missing_source_is_told_in_the_words_of_the_process(tmp_path: Path, pr
     command = stage_command(Location(None, str(tmp_path / "absent")), program=program)
 
     async def main() -> None:
-        retriever = Retriever(command, original=program is not None)
+        retriever = Client(command, original=program is not None)
         async with trio.open_nursery() as nursery:
             await nursery.start(retriever.run)
             with pytest.raises(SourceError, match="No such file"):
@@ -450,7 +450,7 @@ def test_a_process_that_closes_its_output_but_stays_is_ended(source: Path, tmp_p
 @pytest.mark.parametrize("name", ["/no/such/program", "/dev/null"])
 def test_a_program_that_cannot_be_run(name: str, source: Path) -> None:
     async def main() -> None:
-        retriever = Retriever(stage_command(Location(None, str(source)), program=name))
+        retriever = Client(stage_command(Location(None, str(source)), program=name))
         async with trio.open_nursery() as nursery:
             with pytest.raises(SourceError, match=f"cannot run `{name}`"):
                 await nursery.start(retriever.run)
@@ -524,7 +524,7 @@ def test_close_ends_an_idle_process_with_done(source: Path, tmp_path: Path, prog
 def test_close_while_asks_wait_for_a_stalled_process(source: Path) -> None:
     errors: list[SourceError] = []
 
-    async def ask_for(retriever: Retriever, block: int) -> None:
+    async def ask_for(retriever: Client, block: int) -> None:
         with pytest.raises(SourceError) as caught:
             await ask(retriever, [question(DATA, block)])
         errors.append(caught.value)
@@ -547,7 +547,7 @@ def test_close_while_asks_wait_for_a_stalled_process(source: Path) -> None:
 
 
 def test_close_while_the_pipe_to_a_process_that_does_not_read_is_full(source: Path, tmp_path: Path) -> None:
-    async def ask_much(retriever: Retriever) -> None:
+    async def ask_much(retriever: Client) -> None:
         with pytest.raises(SourceError):
             await ask(retriever, [question(DATA, 0, block_size=512)] * 100)
 
@@ -604,9 +604,7 @@ def test_who_asks_while_it_is_being_closed_gets_an_error(source: Path, tmp_path:
 
 def test_cancelling_its_task_ends_the_process_and_every_wait(source: Path) -> None:
     async def main() -> None:
-        retriever = Retriever(
-            stage_command(Location(None, str(source)), program=f"{support.QUEUEING} --stall-at 1")
-        )
+        retriever = Client(stage_command(Location(None, str(source)), program=f"{support.QUEUEING} --stall-at 1"))
         with trio.fail_after(10):
             async with trio.open_nursery() as outer:
                 inner = await outer.start(run_in_nursery, retriever)
@@ -616,13 +614,13 @@ def test_cancelling_its_task_ends_the_process_and_every_wait(source: Path) -> No
         assert unreaped_children() == []
 
     async def run_in_nursery(
-        retriever: Retriever, task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED
+        retriever: Client, task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED
     ) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(retriever.run)
             task_status.started(nursery.cancel_scope)
 
-    async def ask_in_vain(retriever: Retriever) -> None:
+    async def ask_in_vain(retriever: Client) -> None:
         with pytest.raises(SourceError):
             await ask(retriever, [question(DATA, 0)])
 
@@ -636,7 +634,7 @@ def test_the_original_does_not_know_the_greeting(source: Path, tmp_path: Path) -
     command = stage_command(Location(None, str(source)), program=support.QUEUEING)
 
     async def main() -> None:
-        retriever = Retriever(command)
+        retriever = Client(command)
         async with trio.open_nursery() as nursery:
             await nursery.start(retriever.run)
             with pytest.raises(OriginalProgramError):
@@ -652,7 +650,7 @@ def test_what_cannot_be_read_is_said_and_the_rest_goes_on(tmp_path: Path, loop_d
     os.truncate(backing, 4 * BLOCK_SIZE)
 
     async def main() -> None:
-        retriever = Retriever(stage_command(Location(None, device)))
+        retriever = Client(stage_command(Location(None, device)))
         async with trio.open_nursery() as nursery:
             await nursery.start(retriever.run)
             assert (await retriever.greet())["size"] == 16 * BLOCK_SIZE

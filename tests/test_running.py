@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from blockcopy.errors import BlockcopyError, Interrupted
-from blockcopy.replica.tasks import running
+from blockcopy.replica.tasks import runner
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -23,7 +23,7 @@ def test_a_signal_that_nobody_receives_is_raised_behind_the_run(signum: signal.S
 
     before = signal.getsignal(signum)
     with pytest.raises(Interrupted) as caught:
-        running.run(main)
+        runner.run(main)
     assert (caught.value.signum, ended) == (signum, [True])
     assert signal.getsignal(signum) == before
 
@@ -31,11 +31,11 @@ def test_a_signal_that_nobody_receives_is_raised_behind_the_run(signum: signal.S
 def test_a_signal_that_came_before_it_is_received() -> None:
     async def main() -> int:
         os.kill(os.getpid(), signal.SIGTERM)
-        async with running.received() as signals:
+        async with runner.received() as signals:
             with trio.fail_after(5):
                 return await anext(aiter(signals))
 
-    assert running.run(main) == signal.SIGTERM
+    assert runner.run(main) == signal.SIGTERM
 
 
 def test_a_signal_cancels_what_is_interruptible() -> None:
@@ -44,7 +44,7 @@ def test_a_signal_cancels_what_is_interruptible() -> None:
         await trio.sleep_forever()
 
     with pytest.raises(Interrupted):
-        running.run(lambda: running.interruptible(main))
+        runner.run(lambda: runner.interruptible(main))
 
 
 def test_the_error_in_the_groups_is_told() -> None:
@@ -53,4 +53,4 @@ def test_the_error_in_the_groups_is_told() -> None:
             raise BlockcopyError("the disk is on fire")
 
     with pytest.raises(BlockcopyError, match="on fire"):
-        running.run(main)
+        runner.run(main)

@@ -13,10 +13,10 @@ import trio
 
 from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.errors import SourceError
-from blockcopy.replica.source.retriever import Retriever
-from blockcopy.replica.source.sizing import SizeSearch
+from blockcopy.replica.source.client import Client
+from blockcopy.replica.source.size_search import SizeSearch
+from blockcopy.transport.command import stage_command
 from blockcopy.transport.location import Location
-from blockcopy.transport.remote import stage_command
 
 SIZES = [0, 1, 2, 511, 512, 513, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 3 * BLOCK_SIZE + 77_777, 9_999_999]
 
@@ -57,11 +57,11 @@ def find(path: object, guesses: list[int], program: str | None) -> list[int]:
     found = []
 
     async def main() -> None:
-        connected: list[Retriever] = []
+        connected: list[Client] = []
         async with trio.open_nursery() as nursery:
 
-            async def connect() -> Retriever:
-                retriever = Retriever(command, original=True)
+            async def connect() -> Client:
+                retriever = Client(command, original=True)
                 await nursery.start(retriever.run)
                 connected.append(retriever)
                 return retriever

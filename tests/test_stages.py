@@ -21,8 +21,9 @@ from support import BLOCKCOPY, PATIENCE, noise, until
 from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.errors import OutputError, StreamError
 from blockcopy.protocol.wire import Data, Done, Hash, Rest, encode
-from blockcopy.stage import stages
-from blockcopy.stage.stages import DEPTH, InputStream, OutputStream, refuse_terminal, run_ordered
+from blockcopy.stage import pipeline
+from blockcopy.stage.pipeline import DEPTH, run_ordered
+from blockcopy.stage.streams import InputStream, OutputStream, refuse_terminal
 
 MIB = 1024 * 1024
 
@@ -47,7 +48,7 @@ def read(stream: InputStream) -> bytes:
 
 def test_results_come_in_the_order_of_the_items(monkeypatch: pytest.MonkeyPatch) -> None:
     """Although the work on each even item ends after that on the next."""
-    monkeypatch.setattr(stages, "WORKERS", 2)
+    monkeypatch.setattr(pipeline, "WORKERS", 2)
     ended = [threading.Event() for _ in range(100)]
 
     def work(item: int) -> int:
@@ -68,7 +69,7 @@ def test_no_items_are_no_results() -> None:
 
 
 def test_the_first_error_in_order_wins_and_what_came_before_is_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "WORKERS", 2)
+    monkeypatch.setattr(pipeline, "WORKERS", 2)
     later = threading.Event()
 
     def work(item: int) -> int:

@@ -28,7 +28,7 @@ from blockcopy.block.geometry import Extent, Geometry
 from blockcopy.block.identity import sample_extents
 from blockcopy.protocol import wire
 from blockcopy.protocol.decoder import Decoder
-from blockcopy.replica.state.journal import Clock, Journal
+from blockcopy.replica.state.statefile import Clock, StateFile
 
 Mounter = Callable[..., Mount]
 LoopDevice = Callable[..., str]
@@ -98,7 +98,7 @@ def state_file() -> Path:
 
 def recorded(path: Path) -> set[int]:
     """The blocks on record."""
-    journal = Journal(path)
+    journal = StateFile(path)
     journal.close()
     assert journal.record
     bits = int.from_bytes(journal.record.chunks.get(0, b""), "little")
@@ -122,7 +122,7 @@ def tamper(path: Path, *blocks: int, state: Path | None = None) -> None:
             opened.write(bytes([byte[0] ^ 0x55]))
     if state is not None:  # a file's ctime cannot be put back, but the record can be told of it
         status = path.stat()
-        with contextlib.closing(Journal(state)) as journal:
+        with contextlib.closing(StateFile(state)) as journal:
             journal.tell(Clock(status.st_mtime_ns, status.st_ctime_ns, None))
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from support import BLOCK_SIZE, BLOCKCOPY, Mount, fuse_mounts, noise, run, until, with_changes, written
 
 from blockcopy.block.geometry import Geometry
-from blockcopy.replica.monitor import metrics
+from blockcopy.replica.monitor import prometheus
 from blockcopy.replica.monitor.status import one_line
 from blockcopy.replica.state.blockmap import BlockMap
 from blockcopy_fuse.screen import KINDS, Map, kind_of, screen
@@ -137,7 +137,7 @@ def test_the_map_of_a_mount(mount: Mounter, tmp_path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         os.pread(file.fileno(), 100, 3 * BLOCK_SIZE)
         os.pread(file.fileno(), 100, 20 * BLOCK_SIZE)
-    from blockcopy_fuse.control import read_map
+    from blockcopy_fuse.control_client import read_map
 
     cells = read_map(str(mounted.point), BLOCKS)
     assert [number for number, each in enumerate(cells) if each["present"]] == [3, 20]
@@ -342,7 +342,7 @@ def test_list_tells_of_all_and_waits_for_none(mount: Mounter, tmp_path: Path) ->
 
 def test_metrics_are_in_the_format_of_prometheus() -> None:
     odd = {**SNAPSHOT, "source": 'a "b"\\c\nd', "eta_seconds": None}
-    lines = metrics.text(odd).splitlines()
+    lines = prometheus.text(odd).splitlines()
     assert len(lines) == len(set(lines))
     typed = {line.split()[2] for line in lines if line.startswith("# TYPE ")}
     for line in lines:

@@ -28,9 +28,9 @@ from support import (
 )
 
 import blockcopy
+from blockcopy.transport.command import stage_command
+from blockcopy.transport.control_master import control_path, log_in, logged_in
 from blockcopy.transport.location import parse_location
-from blockcopy.transport.login import control_path, log_in, logged_in
-from blockcopy.transport.remote import stage_command
 
 Mounter = Callable[..., Mount]
 LoopDevice = Callable[..., str]

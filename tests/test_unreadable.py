@@ -25,8 +25,8 @@ from blockcopy.replica.engine import open_replica
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.state.blockmap import BlockMap
 from blockcopy.transport import backoff
+from blockcopy.transport.command import stage_command
 from blockcopy.transport.location import Location
-from blockcopy.transport.remote import stage_command
 
 LINK = f"{PYTHON} {STANDINS / 'link'}"
 """In place of ssh."""

@@ -210,7 +210,7 @@ def test_no_payload_is_waited_for_that_is_larger_than_a_block() -> None:
 
 
 def test_what_follows_done_is_not_held() -> None:
-    """A retrieve process may go on after it: `Retriever._read` feeds until the output ends."""
+    """A retrieve process may go on after it: `Client._read` feeds until the output ends."""
     decoder = Decoder(wire.BLOCK_STREAM)
     decode(decoder, [encode(Done()), *[bytes(1000)] * 10])
     assert len(decoder._buffer) <= 1000

@@ -16,7 +16,7 @@ from blockcopy.block.geometry import Extent, Geometry, runs
 from blockcopy.block.unreadable import Unreadable
 from blockcopy.errors import DeviceError
 from blockcopy.protocol import digests
-from blockcopy.replica.hydration.questions import questions
+from blockcopy.replica.hydration.signatures import questions
 from blockcopy.replica.hydration.writer import Writer
 from blockcopy.replica.state.blockmap import BlockMap
 

@@ -13,18 +13,18 @@ from collections.abc import Iterator
 
 from blockcopy.cli import console
 from blockcopy.errors import DeviceError
-from blockcopy.stage import stages
+from blockcopy.stage import streams
 
 
 def checksum(args: argparse.Namespace) -> None:
     from blockcopy.stage.checksum import checksum as write_hashes
 
-    stages.refuse_terminal(1)
+    streams.refuse_terminal(1)
     with _checksum_input(args.destination_file) as fd, console.progress(args) as progress:
         write_hashes(
             fd,
             args.destination_file,
-            stages.OutputStream(1),
+            streams.OutputStream(1),
             start=args.start,
             end=args.end,
             digest=_digest(args.digest),
@@ -61,18 +61,18 @@ def _checksum_input(path: str) -> Iterator[int]:
 def retrieve(args: argparse.Namespace) -> None:
     from blockcopy.block.device import open_source
     from blockcopy.protocol import zstd
-    from blockcopy.stage import packing
+    from blockcopy.stage import compression
     from blockcopy.stage.retrieve import retrieve as answer
 
     _refuse_dash(args.source_file)
-    stages.refuse_terminal(1)
-    output = stages.OutputStream(1)
+    streams.refuse_terminal(1)
+    output = streams.OutputStream(1)
     if args.compress and not args.compress.auto:
         zstd.check_available()
-    chosen = packing.Xz() if args.lzma else packing.wished(args.compress, output)
+    chosen = compression.Xz() if args.lzma else compression.wished(args.compress, output)
     with (
         open_source(args.source_file) as source,
-        stages.InputStream(0) as hashes,
+        streams.InputStream(0) as hashes,
         console.progress(args) as progress,
     ):
         answer(source, hashes, output, packing=chosen, progress=progress)
@@ -80,13 +80,13 @@ def retrieve(args: argparse.Namespace) -> None:
 
 def save(args: argparse.Namespace) -> None:
     from blockcopy.block.claim import open_destination
-    from blockcopy.block.statefile import end_records
+    from blockcopy.block.records import end_records
     from blockcopy.stage.save import save as write_blocks
 
     _refuse_dash(args.destination_file)
     with (
         open_destination(args.destination_file, force=args.force) as destination,
-        stages.InputStream(0) as blocks,
+        streams.InputStream(0) as blocks,
         console.progress(args) as progress,
     ):
         end_records(destination)  # what a mount or sync has on record is overwritten
@@ -94,15 +94,15 @@ def save(args: argparse.Namespace) -> None:
 
 
 def receive(args: argparse.Namespace) -> None:
-    from blockcopy.stage.packing import fact_of
+    from blockcopy.stage.compression import fact_of
     from blockcopy.stage.receive import receive as write_answers
 
     _refuse_dash(args.destination_file)
-    stages.refuse_terminal(1)
-    with stages.InputStream(0) as answers:
+    streams.refuse_terminal(1)
+    with streams.InputStream(0) as answers:
         write_answers(
             args.destination_file,
-            stages.OutputStream(1),
+            streams.OutputStream(1),
             answers,
             force=args.force,
             sparse=not args.no_sparse,

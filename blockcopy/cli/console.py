@@ -8,12 +8,12 @@ import select
 import sys
 from typing import Callable, TextIO
 
-from blockcopy.cli.outlet import Outlet
+from blockcopy.cli.background_writer import BackgroundWriter
 from blockcopy.errors import OutputError
-from blockcopy.foreign import printable
 from blockcopy.progress import bar
-from blockcopy.progress.progress import JsonProgress, LineProgress, Progress
-from blockcopy.stage.stages import GONE, OutputStream
+from blockcopy.progress.reporter import JsonProgress, LineProgress, Progress
+from blockcopy.stage.streams import GONE, OutputStream
+from blockcopy.untrusted_text import printable
 
 
 def fill_closed_streams() -> None:
@@ -62,7 +62,7 @@ def _say(text: str | Callable[[], str]) -> None:
         print(text if isinstance(text, str) else text(), file=sys.stderr, flush=True)
 
 
-_standard_error: Outlet[str | Callable[[], str]] = Outlet(
+_standard_error: BackgroundWriter[str | Callable[[], str]] = BackgroundWriter(
     _say, lambda count: f"{count} lines were dropped: nobody read them in time"
 )
 

@@ -14,11 +14,11 @@ from functools import partial
 from typing import Callable
 
 from blockcopy.cli import console
-from blockcopy.cli.outlet import Outlet
+from blockcopy.cli.background_writer import BackgroundWriter
 from blockcopy.errors import OutputError
-from blockcopy.foreign import Budget, printable
-from blockcopy.paths.own_file import open_log
 from blockcopy.paths.places import absolute
+from blockcopy.paths.safe_write import open_log
+from blockcopy.untrusted_text import LineBudget, printable
 
 _PLAIN = "%(message)s"
 _VERBOSE = "%(asctime)s [%(process)d %(threadName)s] %(name)s %(levelname)5s: %(message)s"
@@ -60,7 +60,7 @@ class _Bounded(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._budgets: dict[str, Budget] = {}
+        self._budgets: dict[str, LineBudget] = {}
         self._last: tuple[logging.LogRecord, bool] | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -69,7 +69,7 @@ class _Bounded(logging.Filter):
         return self._last[1]
 
     def _passes(self, record: logging.LogRecord) -> bool:
-        budget = self._budgets.setdefault(record.name, Budget(_LINES))
+        budget = self._budgets.setdefault(record.name, LineBudget(_LINES))
         if dropped := budget.take_dropped():
             record.msg, record.args = f"{record.getMessage()} ({dropped} messages before it were dropped)", ()
         return budget.take()
@@ -101,7 +101,7 @@ class _Outside(logging.Handler):
 
     def __init__(self, write: Callable[[int, str], None]) -> None:
         super().__init__()
-        self._outlet: Outlet[logging.LogRecord] = Outlet(
+        self._outlet: BackgroundWriter[logging.LogRecord] = BackgroundWriter(
             lambda record: write(record.levelno, self.format(record)),
             lambda count: _record(logging.ERROR, f"{count} lines were dropped: they could not be written in time"),
         )
@@ -118,7 +118,7 @@ def set_up(*, verbose: bool, quiet: bool = False, file: str | None = None) -> No
     """Log to standard error, and to the end of `file`. OutputError where that cannot be written.
 
     In the file, and in the journal, is more than on a terminal: also what went well. `quiet`: nothing but errors
-    on standard error. Faults of the program are logged as well, of whatever thread.
+    on standard error. SourceFaults of the program are logged as well, of whatever thread.
     """
     journal = is_journal()
     level = logging.DEBUG if verbose else logging.INFO if journal else logging.WARNING

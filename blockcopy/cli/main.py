@@ -14,10 +14,9 @@ import os
 import sys
 from typing import Callable, NoReturn
 
-from blockcopy.cli import console, limits, log
-from blockcopy.cli.arguments import parser
+from blockcopy.cli import console, log, open_files, signals
+from blockcopy.cli.parser import parser
 from blockcopy.errors import BlockcopyError, FaultError, Interrupted, UsageError, told_of
-from blockcopy.stage import stages
 
 _STAGES = "blockcopy.cli.commands"
 
@@ -52,21 +51,21 @@ def main(argv: list[str] | None = None) -> NoReturn:
     gc.set_threshold(50_000)  # what starting up makes is no garbage, and need not be looked through again and again
     console.fill_closed_streams()
     args = parser().parse_args(argv)
-    stages.raise_on_signals()
+    signals.raise_on_signals()
     try:
         log.set_up(
             verbose=bool(args.verbose or os.environ.get("BLOCKCOPY_DEBUG")),
             quiet=getattr(args, "quiet", False),
             file=getattr(args, "log_file", None),
         )
-        limits.check_open_files(_OPEN_FILES.get(args.command, _FEW_FILES))
+        open_files.check_open_files(_OPEN_FILES.get(args.command, _FEW_FILES))
         _command(args.command)(args)
     except Exception as error:  # whatever it is, a user is told one line
         logging.getLogger(__name__).debug("failed", exc_info=True)
         _exit_with(args.command, told_of(error))
     except Interrupted as interrupted:
         log.drain()
-        stages.die_of(interrupted.signum)
+        signals.die_of(interrupted.signum)
     _end(0)
 
 

@@ -7,9 +7,9 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
-from blockcopy.foreign import printable
-from blockcopy.progress.meters import floored_percent, human_size, human_time
-from blockcopy.progress.progress import Figures, TimedProgress
+from blockcopy.progress.rate import floored_percent, human_size, human_time
+from blockcopy.progress.reporter import Figures, TimedProgress
+from blockcopy.untrusted_text import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

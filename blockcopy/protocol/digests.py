@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import Callable
 
-from blockcopy import extras
+from blockcopy import optional_packages
 from blockcopy.block.buffers import Buffer
 from blockcopy.errors import BlockcopyError
 
@@ -74,7 +74,8 @@ def named(name: str) -> Digest:
         return Digest(name, _MAKERS[name]())
     except ImportError as error:
         raise BlockcopyError(
-            f"the digest {name} needs the package `{name}` on this host: {extras.install(extras.BLAKE3)}"
+            f"the digest {name} needs the package `{name}` on this host: "
+            f"{optional_packages.install(optional_packages.BLAKE3)}"
         ) from error
 
 

@@ -1,6 +1,6 @@
 """The greetings of the agreed form (see `wire`): how they are made, and the only place that believes them.
 
-mount, sync, verify, receive  ── greeting_of_asker ──►  retrieve: `digest_for`, `packing.wish_of`
+mount, sync, verify, receive  ── greeting_of_asker ──►  retrieve: `digest_for`, `compression.wish_of`
                               ◄─ greeting_of_source ──
 `read_source`
 """

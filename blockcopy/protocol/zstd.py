@@ -11,7 +11,7 @@ import importlib
 import sys
 from typing import Any
 
-from blockcopy import extras
+from blockcopy import optional_packages
 from blockcopy.block.buffers import Buffer
 from blockcopy.errors import BlockcopyError, StreamError
 from blockcopy.protocol.wire import MAX_BLOCK_SIZE, ZstdData
@@ -44,7 +44,8 @@ def check_available() -> None:
     """BlockcopyError where this host has no zstd."""
     if not available():
         raise BlockcopyError(
-            f"zstd needs Python 3.14, or the package `backports.zstd`, on this host: {extras.install(extras.ZSTD)}"
+            "zstd needs Python 3.14, or the package `backports.zstd`, on this host: "
+            f"{optional_packages.install(optional_packages.ZSTD)}"
         )
 
 

@@ -16,17 +16,17 @@ import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from blockcopy import extras
+from blockcopy import optional_packages
 from blockcopy.block.claim import check_destination
 from blockcopy.block.device import open_source
 from blockcopy.cli import console
 from blockcopy.errors import DeviceError, DifferentError, UnreadableError, UsageError
 from blockcopy.paths.places import absolute
 from blockcopy.protocol import zstd
-from blockcopy.stage import packing
+from blockcopy.stage import compression
+from blockcopy.transport.command import Command, stage_command
+from blockcopy.transport.control_master import control_path, logged_in
 from blockcopy.transport.location import Location, parse_location
-from blockcopy.transport.login import control_path, logged_in
-from blockcopy.transport.remote import Command, stage_command
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -50,16 +50,17 @@ def needs_extra() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"this needs the module `{error.name}`; install it with: {extras.install(*extras.FUSE)}"
+            f"this needs the module `{error.name}`; install it with: "
+            f"{optional_packages.install(*optional_packages.FUSE)}"
         ) from error
 
 
 def run(program: Callable[[], Awaitable[T]]) -> T:
-    """A trio program, as `running.run` does."""
-    from blockcopy.replica.tasks import running
+    """A trio program, as `runner.run` does."""
+    from blockcopy.replica.tasks import runner
 
     gc.freeze()  # what was imported stays: looking through it for garbage again and again costs a few percent
-    return running.run(program)
+    return runner.run(program)
 
 
 def source_command(args: argparse.Namespace) -> Command:
@@ -112,11 +113,11 @@ def _wish(args: argparse.Namespace) -> dict[str, Any] | None:
     wish = args.compress if "compress" in args else _default_wish(parse_location(args.source))
     if wish is not None and not wish.auto:
         zstd.check_available()
-    return packing.fact_of(wish) if zstd.available() else None
+    return compression.fact_of(wish) if zstd.available() else None
 
 
-def _default_wish(location: Location) -> packing.Wish | None:
-    return packing.Wish(auto=True) if location.host else None
+def _default_wish(location: Location) -> compression.CompressionSpec | None:
+    return compression.CompressionSpec(auto=True) if location.host else None
 
 
 def prompts(location: Location) -> bool:
@@ -139,13 +140,13 @@ def sync(args: argparse.Namespace) -> None:
     check_destination(absolute(destination.path), force=args.force)  # before ssh asks for a password
     with logged_in(command), _started(command) as started:
         with needs_extra():
-            from blockcopy.replica.monitor.notify import Notifier
+            from blockcopy.replica.monitor.sd_notify import Notifier
             from blockcopy.replica.sync import sync as make_copy
-            from blockcopy.replica.tasks import running
+            from blockcopy.replica.tasks import runner
         plan = plan_of(args, command, demand=False, started=started)
         with console.progress(args, unasked=True) as progress:
             notifier = Notifier()
-            run(lambda: running.interruptible(lambda: make_copy(plan, progress, notifier)))
+            run(lambda: runner.interruptible(lambda: make_copy(plan, progress, notifier)))
 
 
 def _push(args: argparse.Namespace, destination: Location) -> None:
@@ -158,7 +159,7 @@ def _push(args: argparse.Namespace, destination: Location) -> None:
         raise UsageError("a push has no --on-complete and no --metrics: it ends when it is complete")
     options = [name for name, given in (("--force", args.force), ("--no-sparse", args.no_sparse)) if given]
     wish = args.compress if "compress" in args else _default_wish(destination)
-    command = command_for(args, destination, "receive", [*options, "--compress", packing.text_of(wish)])
+    command = command_for(args, destination, "receive", [*options, "--compress", compression.text_of(wish)])
     with logged_in(command), open_source(source) as device:
         with console.progress(args, unasked=True) as progress:
             push(
@@ -193,9 +194,9 @@ def _started(command: Command) -> Iterator[list[Popen[bytes]]]:
         yield started
     finally:
         for process in started:
-            from blockcopy.replica.tasks import losable
+            from blockcopy.replica.tasks import abandonable
 
-            losable.leave(process).join(losable.DEATH_SECONDS)
+            abandonable.leave(process).join(abandonable.DEATH_SECONDS)
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -216,7 +217,7 @@ def verify(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace, command: Command, path: str, size: int | None = None) -> Verdict:
     """Tell where they differ, to standard output."""
     with needs_extra():
-        from blockcopy.replica.tasks import running
+        from blockcopy.replica.tasks import runner
         from blockcopy.replica.verify import verify as compare
 
     def report(extent: Extent) -> None:
@@ -240,7 +241,7 @@ def _compare(args: argparse.Namespace, command: Command, path: str, size: int | 
             size=size,
             progress=progress,
         )
-        verdict = run(lambda: running.interruptible(run_verify))
+        verdict = run(lambda: runner.interruptible(run_verify))
     if as_json:
         _write_json(verdict, ranges)
     return verdict

@@ -39,13 +39,13 @@ from blockcopy.block.destination import Destination
 from blockcopy.block.device import Device, open_source
 from blockcopy.block.geometry import BLOCK_SIZE, Geometry
 from blockcopy.errors import DestinationRefusedError, DeviceError, SourceError, StateError
-from blockcopy.replica.hydration import keeper
+from blockcopy.replica.hydration import committer
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.replica import Replica
 from blockcopy.replica.source.connector import Connector
 from blockcopy.replica.source.link import Link
 from blockcopy.replica.state.blockmap import BlockMap
-from blockcopy.replica.state.journal import Journal, Record
+from blockcopy.replica.state.statefile import Record, StateFile
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +97,8 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
                     journal, record = _recall(plan, device, stack)
                 make_room(device, geometry.size)
                 blockmap = BlockMap(geometry)
-                if journal and record and keeper.is_of(journal, record, source):
-                    blockmap = keeper.resume(journal, record, device, geometry, source if is_there else None)
+                if journal and record and committer.is_of(journal, record, source):
+                    blockmap = committer.resume(journal, record, device, geometry, source if is_there else None)
                 replica = Replica(plan, device, geometry, blockmap, journal, links, nursery)
                 await nursery.start(replica.run, source)
                 try:
@@ -120,17 +120,17 @@ def _geometry(plan: Plan, size: int) -> Geometry:
     return Geometry(size)
 
 
-def _recall(plan: Plan, device: Device, stack: ExitStack) -> tuple[Journal | None, Record | None]:
+def _recall(plan: Plan, device: Device, stack: ExitStack) -> tuple[StateFile | None, Record | None]:
     """The destination's journal, and what is in it of this destination."""
     if plan.state is not None:
         for path in (plan.destination, plan.command.location.path if plan.command.location.host is None else ""):
             if path and os.path.exists(plan.state) and os.path.exists(path) and os.path.samefile(plan.state, path):
                 raise StateError(f"cannot keep the state in {plan.state}: that is {path} itself")
-    journal = keeper.open_journal(plan.state, device, keep=plan.keep_state)
+    journal = committer.open_statefile(plan.state, device, keep=plan.keep_state)
     if journal is None:
         return None, None
     stack.callback(journal.close)
-    return journal, None if plan.recheck else keeper.recall(journal, device, BLOCK_SIZE)
+    return journal, None if plan.recheck else committer.recall(journal, device, BLOCK_SIZE)
 
 
 async def _connect(

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from subprocess import Popen
 from typing import Any
 
-from blockcopy.transport.remote import Command
+from blockcopy.transport.command import Command
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A copy to be made: with `demand` it is read meanwhile, with `hydrate` the full pass runs.
+    """A copy to be made: with `read_stats` it is read meanwhile, with `hydrate` the full pass runs.
 
     Times are in seconds. `timeout`: a connection that makes no progress for so long, while it is asked, is
     started again. `reconnect_timeout`: who reads, or who is there for the pass alone, waits so long

@@ -2,7 +2,7 @@
 
 Replica ─┬─ Volume    reads          (demand lane)
          ├─ hydrate   the full pass  (bulk lane)
-         ├─ Keeper    syncs and records
+         ├─ Committer    syncs and records
          └─ _finish   asks whether the source is still the same, verifies, lets it go
 """
 
@@ -20,19 +20,19 @@ from blockcopy.block.destination import Destination
 from blockcopy.block.geometry import Extent, Geometry
 from blockcopy.block.identity import Identity
 from blockcopy.errors import BlockcopyError, DeviceError, DifferentError, SourceError, UnreadableError
-from blockcopy.progress.meters import RateMeter, eta, floored_percent
+from blockcopy.progress.rate import RateMeter, eta, floored_percent
 from blockcopy.replica.hydration.background import Hydration
-from blockcopy.replica.hydration.keeper import Keeper
-from blockcopy.replica.hydration.materialiser import BULK_PATIENCE, DEMAND_PATIENCE, Lane, Materialiser
-from blockcopy.replica.hydration.pace import BATCH_BLOCKS, Pace
+from blockcopy.replica.hydration.committer import Committer
+from blockcopy.replica.hydration.hydrator import BULK_PATIENCE, DEMAND_PATIENCE, Hydrator, Lane
+from blockcopy.replica.hydration.throttle import BATCH_BLOCKS, Throttle
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.source.link import Link
 from blockcopy.replica.source.window import Window
 from blockcopy.replica.state.blockmap import BlockMap
-from blockcopy.replica.state.journal import Journal
+from blockcopy.replica.state.statefile import StateFile
 from blockcopy.replica.verify import compare
 from blockcopy.replica.volume import Volume
-from blockcopy.stage.stages import WORKERS
+from blockcopy.stage.pipeline import WORKERS
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Replica:
         device: Destination,
         geometry: Geometry,
         blockmap: BlockMap,
-        journal: Journal | None,
+        journal: StateFile | None,
         links: list[Link],
         nursery: trio.Nursery,
     ) -> None:
@@ -79,7 +79,7 @@ class Replica:
             links[0],
             Window(**_DEMAND_WINDOW),
             batch_blocks=_DEMAND_BATCH_BLOCKS,
-            flights=_DEMAND_FLIGHTS,
+            fetches=_DEMAND_FLIGHTS,
             threads=_DEMAND_THREADS,
             patience=DEMAND_PATIENCE,
         )
@@ -87,19 +87,17 @@ class Replica:
             links[-1],
             Window(**(_BULK_WINDOW if plan.demand or plan.command.location.host else _BULK_WINDOW_ALONE)),
             batch_blocks=BATCH_BLOCKS,
-            flights=_BULK_FLIGHTS,
+            fetches=_BULK_FLIGHTS,
             threads=WORKERS,
             patience=BULK_PATIENCE,
         )
         self._bulk.passing = device.exceeds_cache()
-        self._materialiser = Materialiser(
-            device, geometry, blockmap, [demand, self._bulk], nursery, sparse=plan.sparse
-        )
-        self._keeper = Keeper(journal, device, blockmap, self._materialiser)
+        self._hydrator = Hydrator(device, geometry, blockmap, [demand, self._bulk], nursery, sparse=plan.sparse)
+        self._committer = Committer(journal, device, blockmap, self._hydrator)
         self._state_file = str(journal.path) if journal else None
-        self.pace = Pace(self._bulk.window, lambda: demand.active_at, plan.limit)
+        self.pace = Throttle(self._bulk.window, lambda: demand.active_at, plan.limit)
         self.volume = Volume(
-            device, geometry, blockmap, self._materialiser, demand, nursery, patience=plan.longest_wait
+            device, geometry, blockmap, self._hydrator, demand, nursery, patience=plan.longest_wait
         )
         self._meter = RateMeter()
         self.settled = trio.Event()
@@ -126,12 +124,12 @@ class Replica:
 
         Reports `started` when what is known is on record, and blocks may be stored.
         """
-        await self._keeper.begin(source, self._geometry.block_size)
+        await self._committer.begin(source, self._geometry.block_size)
         task_status.started()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._measure)
-            nursery.start_soon(self._guard, self._keeper.run)
-            nursery.start_soon(self._guard, self._keeper.beat)
+            nursery.start_soon(self._guard, self._committer.run)
+            nursery.start_soon(self._guard, self._committer.beat)
             nursery.start_soon(self._guard, self._watch)
             if self._plan.hydrate:
                 nursery.start_soon(self._guard, self._hydrate)
@@ -160,11 +158,11 @@ class Replica:
     async def _sweep_all(self) -> None:
         """Run a full pass. Raises UnreadableError if the source cannot read some blocks."""
         await Hydration(
-            self._materialiser, self._device, self._geometry, self._blockmap, self._demand, self._bulk, self.pace
+            self._hydrator, self._device, self._geometry, self._blockmap, self._demand, self._bulk, self.pace
         ).run()
         if not self._blockmap.complete:
             await self._check_source()  # one that was cut, say, is another
-        if found := self._blockmap.unreadable(str(self._materialiser.last_fault)):
+        if found := self._blockmap.unreadable(str(self._hydrator.last_fault)):
             raise UnreadableError(
                 f"{self._plan.command.location} cannot read {found}. All else was copied. "
                 "These are asked for again by each read, and by the next mount or sync"
@@ -172,8 +170,8 @@ class Replica:
 
     async def _await_complete(self) -> None:
         while True:
-            await self._materialiser.complete.wait()
-            await self._guard(self._keeper.commit)
+            await self._hydrator.complete.wait()
+            await self._guard(self._committer.commit)
             if self._blockmap.complete:  # else the sync failed, and all is to be checked again
                 return
 
@@ -185,7 +183,7 @@ class Replica:
             await self._verify()
             await self._check_source()  # what was compared was one source
         await self._check_in_place()
-        await self._keeper.close()
+        await self._committer.close()
         await self.let_go()
         self._complete = True
         self.settled.set()
@@ -224,7 +222,7 @@ class Replica:
         await trio.to_thread.run_sync(self._device.drop_cache)
         verdict = await compare(self._device, self._geometry, self._links[-1], note, self._note_verified)
         if first is not None:
-            await self._keeper.forget()
+            await self._committer.forget()
             raise DifferentError(
                 f"{self._plan.destination} is not a copy of {self._plan.command.location} after all: "
                 f"{verdict.differing} bytes in {count} ranges differ, the first at {first.offset}"
@@ -252,14 +250,14 @@ class Replica:
 
     async def commit(self) -> None:
         """All that is marked is durable, and recorded. Raises DeviceError."""
-        await self._keeper.commit()
+        await self._committer.commit()
 
     async def prefetch(self, extents: Sequence[Extent]) -> None:
         """Bring these byte ranges, as far as the source has them. Raises BlockcopyError."""
         for extent in extents:
             blocks = self._geometry.span(*extent)
             for start in range(blocks.start, blocks.stop, _PREFETCHED):
-                await self._materialiser.ensure(blocks[start - blocks.start :][:_PREFETCHED], self._bulk)
+                await self._hydrator.ensure(blocks[start - blocks.start :][:_PREFETCHED], self._bulk)
 
     async def let_go(self) -> None:
         """End the links, for good; who waits for the source gets an error now."""
@@ -270,7 +268,7 @@ class Replica:
 
     async def close(self) -> None:
         """What is here is durable, and recorded. Raises DeviceError."""
-        await self._keeper.close()
+        await self._committer.close()
 
     async def _measure(self) -> None:
         while True:
@@ -281,7 +279,7 @@ class Replica:
     @property
     def _progress(self) -> tuple[int, int]:
         """Return bytes done of what goes on now, and of these, those that cost nothing: they count for no rate."""
-        return (self._verified, 0) if self._verifying else (self.hydrated_bytes, self._materialiser.hole_bytes)
+        return (self._verified, 0) if self._verifying else (self.hydrated_bytes, self._hydrator.hole_bytes)
 
     @property
     def _is_copy(self) -> bool:
@@ -307,7 +305,7 @@ class Replica:
         size, hydrated = self._geometry.size, self.hydrated_bytes
         progress, skipped = self._progress
         rate = self._meter.rate(progress - skipped) if self.state in ("hydrating", "verifying") else 0
-        error = self._device.lost or self._links[0].changed or self._failure or self._materialiser.last_error
+        error = self._device.lost or self._links[0].changed or self._failure or self._hydrator.last_error
         unreadable = self._blockmap.unreadable()
         return {
             "state": self.state,
@@ -321,7 +319,7 @@ class Replica:
             "same_bytes": self._blockmap.same_bytes,
             "fetched_bytes": self._blockmap.fetched_bytes,
             "zero_bytes": self._blockmap.zero_bytes,
-            "hole_bytes": self._materialiser.hole_bytes,
+            "hole_bytes": self._hydrator.hole_bytes,
             "unreadable_bytes": unreadable.bytes,
             "unreadable_ranges": [list(extent) for extent in unreadable.ranges],
             "verified_bytes": self._verified,

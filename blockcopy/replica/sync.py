@@ -6,13 +6,13 @@ from functools import partial
 
 import trio
 
-from blockcopy.progress.progress import Progress
+from blockcopy.progress.reporter import Progress
 from blockcopy.replica.engine import open_replica
-from blockcopy.replica.monitor import hook, metrics
-from blockcopy.replica.monitor.notify import Notifier
-from blockcopy.replica.monitor.report import report
+from blockcopy.replica.monitor import on_complete, prometheus
+from blockcopy.replica.monitor.progress import report
+from blockcopy.replica.monitor.sd_notify import Notifier
 from blockcopy.replica.plan import Plan
-from blockcopy.replica.tasks.running import expendable
+from blockcopy.replica.tasks.runner import expendable
 
 
 async def sync(plan: Plan, progress: Progress, notifier: Notifier) -> None:
@@ -24,7 +24,7 @@ async def sync(plan: Plan, progress: Progress, notifier: Notifier) -> None:
         async with trio.open_nursery() as nursery:
             for name, part in (
                 ("sd_notify", partial(notifier.keep_telling, replica)),
-                ("--metrics", partial(metrics.keep_writing, plan.metrics, replica.snapshot)),
+                ("--metrics", partial(prometheus.keep_writing, plan.metrics, replica.snapshot)),
                 ("the progress", partial(report, replica, progress)),
             ):
                 nursery.start_soon(expendable, name, part)
@@ -32,4 +32,4 @@ async def sync(plan: Plan, progress: Progress, notifier: Notifier) -> None:
             nursery.cancel_scope.cancel()
         snapshot = replica.snapshot()
     if plan.on_complete:  # the destination is nobody's any more
-        await expendable("--on-complete", partial(hook.run, plan.on_complete, snapshot, plan.command.folder))
+        await expendable("--on-complete", partial(on_complete.run, plan.on_complete, snapshot, plan.command.folder))

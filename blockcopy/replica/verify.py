@@ -18,12 +18,12 @@ from blockcopy.block.geometry import Extent, Geometry
 from blockcopy.block.identity import differences, of_source
 from blockcopy.block.unreadable import Unreadable
 from blockcopy.errors import BlockcopyError, DeviceError
-from blockcopy.progress.progress import Counts, Progress
-from blockcopy.replica.hydration.pace import BATCH_BLOCKS
-from blockcopy.replica.hydration.questions import questions
+from blockcopy.progress.reporter import Counts, Progress
+from blockcopy.replica.hydration.signatures import questions
+from blockcopy.replica.hydration.throttle import BATCH_BLOCKS
 from blockcopy.replica.source.connector import Connector
 from blockcopy.replica.source.link import Link
-from blockcopy.transport.remote import Command
+from blockcopy.transport.command import Command
 
 _ROUND = 16
 """Batches asked for at a time: 128 MiB."""

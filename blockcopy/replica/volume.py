@@ -11,8 +11,8 @@ from blockcopy.block.buffers import Buffer
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import Geometry
 from blockcopy.errors import BlockcopyError, SourceError
-from blockcopy.replica.demand import Demand
-from blockcopy.replica.hydration.materialiser import Lane, Materialiser
+from blockcopy.replica.hydration.hydrator import Hydrator, Lane
+from blockcopy.replica.read_stats import ReadStats
 from blockcopy.replica.readahead import ReadAhead
 from blockcopy.replica.state.blockmap import BlockMap
 
@@ -29,7 +29,7 @@ class Volume:
         device: Device,
         geometry: Geometry,
         blockmap: BlockMap,
-        materialiser: Materialiser,
+        hydrator: Hydrator,
         lane: Lane,
         nursery: trio.Nursery,
         patience: Callable[[int], float],
@@ -39,13 +39,13 @@ class Volume:
         self._device = device
         self._geometry = geometry
         self._blockmap = blockmap
-        self._materialiser = materialiser
+        self._hydrator = hydrator
         self._lane = lane
         self._nursery = nursery
         self._patience = patience
         self._threads = trio.CapacityLimiter(_READ_THREADS)
         self._ahead = ReadAhead(geometry.blocks, lane.window)
-        self.demand = Demand()
+        self.demand = ReadStats()
 
     async def read(self, offset: int, length: int) -> Buffer:
         """The bytes from `offset` on: `length` of them, or up to the end. Raises BlockcopyError.
@@ -78,12 +78,12 @@ class Volume:
     async def _ensure(self, blocks: range) -> None:
         seconds = self._patience(len(blocks))
         with trio.move_on_after(seconds):
-            await self._materialiser.ensure(blocks, self._lane)
+            await self._hydrator.ensure(blocks, self._lane)
             return
         raise SourceError(f"the source gave blocks {blocks.start} to {blocks.stop - 1} not in {seconds:g} s")
 
     async def _bring(self, blocks: range) -> None:
         try:
-            await self._materialiser.ensure(blocks, self._lane)
+            await self._hydrator.ensure(blocks, self._lane)
         except BlockcopyError as error:
             logger.debug("read-ahead of blocks %d to %d: %s", blocks.start, blocks.stop - 1, error)

@@ -19,10 +19,11 @@ from blockcopy.block.geometry import BLOCK_SIZE, Extent
 from blockcopy.block.pieces import PIECE_SIZE, Piece, Pieces
 from blockcopy.block.unreadable import Unreadable
 from blockcopy.errors import BlockcopyError, DeviceError
-from blockcopy.progress.progress import Counts, Progress
+from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.protocol import digests, wire
 from blockcopy.protocol.digests import Digest
-from blockcopy.stage.stages import InputStream, OutputStream, run_ordered
+from blockcopy.stage.pipeline import run_ordered
+from blockcopy.stage.streams import InputStream, OutputStream
 
 logger = logging.getLogger(__name__)
 

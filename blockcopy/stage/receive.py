@@ -18,16 +18,16 @@ from blockcopy.block.claim import existing_destination, make_room, open_destinat
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import BLOCK_SIZE, Extent
 from blockcopy.block.identity import Identity, differences, is_identity
-from blockcopy.block.statefile import end_records
+from blockcopy.block.records import end_records
 from blockcopy.block.unreadable import Unreadable
 from blockcopy.errors import BlockcopyError, SourceChangedError, StreamError, UnreadableError
-from blockcopy.progress.progress import Progress
+from blockcopy.progress.reporter import Progress
 from blockcopy.protocol import digests, wire, zstd
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.handshake import greeting_of_asker, read_source
 from blockcopy.stage.checksum import ask_about
 from blockcopy.stage.save import Writer
-from blockcopy.stage.stages import InputStream, OutputStream
+from blockcopy.stage.streams import InputStream, OutputStream
 
 
 def receive(

@@ -23,15 +23,16 @@ from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.block.pieces import PIECE_SIZE, Pieces
 from blockcopy.block.unreadable import Unreadable
 from blockcopy.errors import DeviceError, StreamError
-from blockcopy.progress.progress import Counts, Progress
+from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.protocol import digests, wire
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.digests import ORIGINAL
 from blockcopy.protocol.handshake import digest_for, greeting_of_source
-from blockcopy.stage import packing
-from blockcopy.stage.answers import Run, Terms
-from blockcopy.stage.packing import Packing
-from blockcopy.stage.stages import InputStream, Output, OutputStream, run_ordered
+from blockcopy.stage import compression
+from blockcopy.stage.compression import Packing
+from blockcopy.stage.delta import Run, Terms
+from blockcopy.stage.pipeline import run_ordered
+from blockcopy.stage.streams import InputStream, Output, OutputStream
 
 
 class _Say(NamedTuple):
@@ -66,7 +67,7 @@ def retrieve(
     progress: Progress | None = None,
     working: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> None:
-    """Answer the hash stream from `source`, packed as `packing` or the asker has it.
+    """Answer the hash stream from `source`, packed as `compression` or the asker has it.
 
     `progress` is told the position answered, and how many bytes were sent. `working` makes what surrounds each
     piece of work, in any thread: meanwhile the asker waits, and not we for the asker.
@@ -199,8 +200,8 @@ class _Questions:
     def _agree(self, facts: dict[str, Any]) -> bytes:
         """Answer in the way that a greeting asks for from now on; return the greeting that says so."""
         name = digest_for(facts)
-        wish = packing.wish_of(facts.get("compress"))
-        pack = packing.wished(wish, self._output) if wish else self._packing
+        wish = compression.wish_of(facts.get("compress"))
+        pack = compression.wished(wish, self._output) if wish else self._packing
         self._original = self._original._replace(packing=pack, agreed=True)
         self._terms = self._original._replace(digest=digests.named(name), joined=True)
         return greeting_of_source(identity.of_source(self._source), name, pack.name)

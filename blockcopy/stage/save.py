@@ -8,10 +8,10 @@ from blockcopy.block.buffers import Buffer
 from blockcopy.block.destination import Destination
 from blockcopy.block.geometry import MAX_POSITION, Extent
 from blockcopy.errors import DestinationRefusedError, DeviceError, StreamError
-from blockcopy.progress.progress import Counts, Progress
+from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.protocol import wire, xz, zstd
 from blockcopy.protocol.decoder import Decoder
-from blockcopy.stage.stages import InputStream
+from blockcopy.stage.streams import InputStream
 
 _WRITEBACK_SIZE = 16 * 1024 * 1024
 """Bytes after whose writing the disk is set to work."""

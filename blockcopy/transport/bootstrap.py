@@ -1,6 +1,6 @@
 """What a remote python3 runs first: it takes the copy stages from its standard input, and runs one of them.
 
-`parcel` sends this text, and what it waits for. Nothing is written to a file there. Older Pythons have to
+`payload` sends this text, and what it waits for. Nothing is written to a file there. Older Pythons have to
 get as far as the word that they are too old, so this module has no syntax that Python 3.0 does not know.
 """
 

@@ -19,11 +19,11 @@ from collections.abc import Iterator
 from typing import IO, Callable
 
 from blockcopy.errors import BlockcopyError, OutputError, PeerError
-from blockcopy.foreign import Budget, Said
-from blockcopy.stage.stages import InputStream, OutputStream
-from blockcopy.transport import beginning
-from blockcopy.transport.advice import cannot_run
-from blockcopy.transport.remote import MOST_NOISE, Command
+from blockcopy.stage.streams import InputStream, OutputStream
+from blockcopy.transport import start_timeout
+from blockcopy.transport.command import MOST_NOISE, Command
+from blockcopy.transport.hints import cannot_run
+from blockcopy.untrusted_text import LineBudget, Said
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Session:
         prompts: bool = False,
         syncs: bool = False,
         tell: Callable[[str], None] | None = None,
-        budget: Budget | None = None,
+        budget: LineBudget | None = None,
     ) -> None:
         """`timeout`: seconds of silence after which it is ended. `prompts`: a password may be asked for. `syncs`:
         at its end the stage syncs a disk, which takes as long as it takes.
@@ -92,10 +92,10 @@ class Session:
         self.given_up: str | None = None
         """Why the watch ended it, in words."""
         self._timeout = timeout
-        self._longest = beginning.limit(timeout, prompts=prompts)
+        self._longest = start_timeout.limit(timeout, prompts=prompts)
         self._syncs = syncs
         self._tell = tell
-        self._said = Said(self._note, budget or Budget())
+        self._said = Said(self._note, budget or LineBudget())
         self._left = threading.Event()
 
     def __enter__(self) -> Session:
@@ -160,7 +160,7 @@ class Session:
 
     def said(self) -> list[str]:
         """Return the last lines that were said, and before the stage began those that a login printed."""
-        return [*([] if self.begun else beginning.printed(self.input.noise)), *self._said.last]
+        return [*([] if self.begun else start_timeout.printed(self.input.noise)), *self._said.last]
 
     def _listen(self, stderr: IO[bytes]) -> None:
         with stderr:
@@ -176,12 +176,12 @@ class Session:
         while not self._left.wait(_LOOK_SECONDS):
             waited = time.monotonic() - started
             if not self.begun and waited >= self._longest:
-                return self._give_up(beginning.too_late(self.command, self._longest, self.said()))
+                return self._give_up(start_timeout.too_late(self.command, self._longest, self.said()))
             if self.begun and self.clock.silence() >= self._timeout:
                 return self._give_up(f"{self.command.location} gave nothing for {self._timeout:g} seconds")
-            if not self.begun and not told and waited >= beginning.TELL_SECONDS:
+            if not self.begun and not told and waited >= start_timeout.TELL_SECONDS:
                 told = True
-                logger.warning("%s", beginning.still_waiting(self.command, self.said()))
+                logger.warning("%s", start_timeout.still_waiting(self.command, self.said()))
             if ended:  # what it has started may hold its standard output open
                 self._left.wait(_FAREWELL_SECONDS)
                 return self.input.wake()

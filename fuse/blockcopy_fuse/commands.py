@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from blockcopy.block.claim import check_destination
 from blockcopy.cli import console, log
-from blockcopy.errors import IncompleteError, PeerError, UnfitError, UsageError
+from blockcopy.errors import IncompleteError, MissingRequirementError, PeerError, UsageError
 from blockcopy.paths.places import absolute
-from blockcopy.progress.progress import Progress
+from blockcopy.progress.reporter import Progress
 from blockcopy.replica.commands import command_for, needs_extra, plan_of, prompts, run, source_command
 from blockcopy.replica.monitor.status import one_line
+from blockcopy.transport.control_master import log_in, logged_in
 from blockcopy.transport.location import parse_location
-from blockcopy.transport.login import log_in, logged_in
-from blockcopy_fuse import control, options
-from blockcopy_fuse.asking import StandsStillError
+from blockcopy_fuse import control_client, options
+from blockcopy_fuse.probe import MountUnresponsiveError
 
 if TYPE_CHECKING:
     from blockcopy.replica.plan import Plan
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 def mount(args: argparse.Namespace) -> None:
     with needs_extra():
-        from blockcopy.replica.monitor.notify import Notifier
+        from blockcopy.replica.monitor.sd_notify import Notifier
         from blockcopy_fuse import daemon, mounting
     command = source_command(args).located()
     plan = plan_of(
@@ -44,7 +44,7 @@ def mount(args: argparse.Namespace) -> None:
     )
     fuse_options = options.parse(args.options)
     mountpoint = absolute(args.mountpoint)
-    control.make_way(mountpoint, replace=args.replace, kind=f"fuse.{fuse_options.subtype}")
+    control_client.make_way(mountpoint, replace=args.replace, kind=f"fuse.{fuse_options.subtype}")
     shown = mounting.MountPlan(
         plan=plan,
         mountpoint=mountpoint,
@@ -109,7 +109,7 @@ def status(args: argparse.Namespace) -> None:
             from blockcopy_fuse import watch
         (watch.watch if args.watch else watch.show)(args.mountpoint)
         return
-    snapshot = control.read_status(args.mountpoint)
+    snapshot = control_client.read_status(args.mountpoint)
     if args.json:
         console.write(json.dumps(snapshot, indent=2))
     else:
@@ -121,8 +121,8 @@ def _watch_lines(args: argparse.Namespace) -> NoReturn:
     last = None
     while True:
         try:
-            line = one_line(control.read_status(args.mountpoint))
-        except StandsStillError as error:
+            line = one_line(control_client.read_status(args.mountpoint))
+        except MountUnresponsiveError as error:
             line = str(error)
         if line != last:
             console.write_line(line)
@@ -139,11 +139,11 @@ def list(args: argparse.Namespace) -> None:
 
 def wait(args: argparse.Namespace) -> None:
     with console.progress(args, unasked=True) as progress:
-        control.wait(args.mountpoint, progress)
+        control_client.wait(args.mountpoint, progress)
 
 
 def umount(args: argparse.Namespace) -> None:
-    snapshot = control.umount(args.mountpoint)
+    snapshot = control_client.umount(args.mountpoint)
     if snapshot is not None:
         _tell_if_incomplete("unmounted", snapshot)
 
@@ -177,7 +177,7 @@ def doctor(args: argparse.Namespace) -> None:
         console.write_line(f"{verdict:5} {words}")
         failures += verdict == "FAIL"
     if failures:
-        raise UnfitError(f"{failures} of these have to be mended first")
+        raise MissingRequirementError(f"{failures} of these have to be mended first")
 
 
 def manual(args: argparse.Namespace) -> None:
@@ -193,4 +193,4 @@ def completion(args: argparse.Namespace) -> None:
 
 
 def _tell(args: argparse.Namespace, **more: Any) -> None:
-    control.command(args.mountpoint, {"command": args.command, **more})
+    control_client.command(args.mountpoint, {"command": args.command, **more})

@@ -14,18 +14,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from blockcopy import extras
-from blockcopy.block.statefile import default_folder
+from blockcopy import optional_packages
+from blockcopy.block.records import default_folder
 from blockcopy.errors import BlockcopyError, PeerError
-from blockcopy.paths.runfolder import run_folder
+from blockcopy.paths.runtime_dir import run_folder
 from blockcopy.protocol import digests, zstd
 from blockcopy.protocol.strict_json import parse_object
-from blockcopy.stage.stages import InputStream
-from blockcopy.transport.advice import advice
-from blockcopy.transport.remote import Command
+from blockcopy.stage.streams import InputStream
+from blockcopy.transport.command import Command
+from blockcopy.transport.hints import advice
 from blockcopy.transport.session import Session
+from blockcopy_fuse.kernel_readahead import CONNECTIONS
 from blockcopy_fuse.options import users_may_share
-from blockcopy_fuse.tuning import CONNECTIONS
 
 _HOST_SECONDS = 30
 
@@ -52,9 +52,15 @@ def examine() -> Iterator[Finding]:
     yield from _folders()
     yield Finding("ok", f"digests: {_speeds(digests.speeds())}")
     if "blake3" not in digests.speeds():
-        yield Finding("note", f"BLAKE3, the fastest digest, is not here: {extras.install(extras.BLAKE3)}")
+        yield Finding(
+            "note",
+            f"BLAKE3, the fastest digest, is not here: {optional_packages.install(optional_packages.BLAKE3)}",
+        )
     if not zstd.available():
-        yield Finding("note", f"zstd is not here, so nothing is compressed: {extras.install(extras.ZSTD)}")
+        yield Finding(
+            "note",
+            f"zstd is not here, so nothing is compressed: {optional_packages.install(optional_packages.ZSTD)}",
+        )
 
 
 def examine_host(command: Command, *, prompts: bool = False) -> Iterator[Finding]:
@@ -139,9 +145,13 @@ def _package(name: str, least: tuple[int, int]) -> Finding:
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return Finding("FAIL", f"the package {name} is not installed: {extras.install(*extras.FUSE)}")
+        return Finding(
+            "FAIL", f"the package {name} is not installed: {optional_packages.install(*optional_packages.FUSE)}"
+        )
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < least:
-        return Finding("FAIL", f"{name} {version} is too old: {extras.install(f'{name}>={least[0]}.{least[1]}')}")
+        return Finding(
+            "FAIL", f"{name} {version} is too old: {optional_packages.install(f'{name}>={least[0]}.{least[1]}')}"
+        )
     return Finding("ok", f"{name} {version}")
 
 

@@ -7,10 +7,10 @@ import time
 from typing import Any
 
 from blockcopy.errors import MountError
-from blockcopy.foreign import printable
-from blockcopy.progress.meters import human_size, human_time
-from blockcopy_fuse import control, mounts
-from blockcopy_fuse.asking import Place
+from blockcopy.progress.rate import human_size, human_time
+from blockcopy.untrusted_text import printable
+from blockcopy_fuse import control_client, mountinfo
+from blockcopy_fuse.probe import Place
 
 _SECONDS = 1.0
 """How long all mounts together may take to answer."""
@@ -22,10 +22,10 @@ def replicas() -> list[dict[str, Any]]:
     """The snapshots of all, with `mountpoint`; where there is none, `mountpoint`, `source` and `error`."""
     found = [
         Place(mountpoint, entry, entry.owner)
-        for mountpoint, entry in mounts.everywhere()
-        if entry.kind == control.KIND and entry.owner is not None
+        for mountpoint, entry in mountinfo.everywhere()
+        if entry.kind == control_client.KIND and entry.owner is not None
     ]
-    asked = [(place, control.AskingStatus(place)) for place in found]
+    asked = [(place, control_client.AskingStatus(place)) for place in found]
     end = time.monotonic() + _SECONDS
     return [
         {"source": place.entry.source, **_answer(asking, end), "mountpoint": place.mountpoint}
@@ -33,7 +33,7 @@ def replicas() -> list[dict[str, Any]]:
     ]
 
 
-def _answer(asking: control.AskingStatus, end: float) -> dict[str, Any]:
+def _answer(asking: control_client.AskingStatus, end: float) -> dict[str, Any]:
     with contextlib.closing(asking):
         try:
             answer = asking.answer(max(0, end - time.monotonic()))

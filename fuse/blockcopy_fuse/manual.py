@@ -9,8 +9,8 @@ import shtab
 from argparse_manpage.manpage import Manpage
 
 from blockcopy import __version__, errors
-from blockcopy.cli.arguments import parser
-from blockcopy.cli.suggesting import Parser, commands_of
+from blockcopy.cli.parser import parser
+from blockcopy.cli.suggestions import Parser, commands_of
 
 _FILES = """\
 .TP

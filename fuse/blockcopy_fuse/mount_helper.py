@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 
 from blockcopy.cli import main as cli
-from blockcopy.cli.arguments import long_options
-from blockcopy.cli.suggesting import PlainParser
+from blockcopy.cli.parser import long_options
+from blockcopy.cli.suggestions import PlainParser
 from blockcopy_fuse import options
 
 _OF_OTHERS = {

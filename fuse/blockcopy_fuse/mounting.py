@@ -30,25 +30,25 @@ import pyfuse3
 import trio
 
 import blockcopy
-from blockcopy.block.statefile import default_folder
+from blockcopy.block.records import default_folder
 from blockcopy.errors import Interrupted, MountError, UsageError
-from blockcopy.paths import own_file
-from blockcopy.paths.runfolder import run_folders
-from blockcopy.progress.progress import Progress
+from blockcopy.paths import safe_write
+from blockcopy.paths.runtime_dir import run_folders
+from blockcopy.progress.reporter import Progress
 from blockcopy.replica.engine import open_replica
-from blockcopy.replica.monitor import hook, metrics
-from blockcopy.replica.monitor.notify import Notifier
-from blockcopy.replica.monitor.report import report
+from blockcopy.replica.monitor import on_complete, prometheus
+from blockcopy.replica.monitor.progress import report
+from blockcopy.replica.monitor.sd_notify import Notifier
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.replica import Replica
-from blockcopy.replica.tasks import losable
-from blockcopy.replica.tasks.running import expendable, received
-from blockcopy_fuse import STATUS_NAME, control, control_socket, mounts
-from blockcopy_fuse.asking import await_answer
-from blockcopy_fuse.control_socket import ControlSocket
+from blockcopy.replica.tasks import abandonable
+from blockcopy.replica.tasks.runner import expendable, received
+from blockcopy_fuse import STATUS_NAME, control_client, control_server, mountinfo
+from blockcopy_fuse.control_server import ControlServer
+from blockcopy_fuse.kernel_readahead import MAX_BACKGROUND, tune
 from blockcopy_fuse.operations import Operations
 from blockcopy_fuse.options import MountOptions, quoted
-from blockcopy_fuse.tuning import MAX_BACKGROUND, tune
+from blockcopy_fuse.probe import await_answer
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class MountPlan:
 def check(mount: MountPlan) -> None:
     """Before anything is started: can it be mounted there, like this? MountError or UsageError."""
     mountpoint = Path(mount.mountpoint)
-    if control.is_replica(mount.mountpoint):
+    if control_client.is_replica(mount.mountpoint):
         raise MountError(f"{mountpoint} has a replica mounted already (see: blockcopy status {mountpoint})")
     try:
         mode = mountpoint.stat().st_mode
@@ -157,7 +157,7 @@ async def serve(
     stop = trio.Event()
     mounted = False
     mountpoint = os.path.realpath(mount.mountpoint)  # not to be looked at once it is ours to answer for
-    socket: ControlSocket | None = None
+    socket: ControlServer | None = None
 
     async def watch_signals() -> None:
         async for signum in signals:
@@ -179,13 +179,13 @@ async def serve(
             try:
                 with _released_before_helper(mount.options):
                     async with (
-                        control_socket.opened(_device_of(mountpoint)) as socket,
+                        control_server.opened(_device_of(mountpoint)) as socket,
                         _pid_file(mount.pid_file),
                         trio.open_nursery() as helpers,
                     ):
                         parts = {
                             "sd_notify": partial(notifier.keep_telling, replica),
-                            "--metrics": partial(metrics.keep_writing, mount.plan.metrics, snapshot),
+                            "--metrics": partial(prometheus.keep_writing, mount.plan.metrics, snapshot),
                             "the progress": partial(report, replica, progress),
                             "--on-complete": partial(_on_complete, mount.plan, replica, snapshot),
                         }
@@ -202,7 +202,7 @@ async def serve(
 
 
 def _device_of(mountpoint: str) -> str:
-    entry = mounts.at(mountpoint)
+    entry = mountinfo.at(mountpoint)
     return entry.device if entry else str(os.getpid())  # it was taken away already
 
 
@@ -210,7 +210,7 @@ async def _on_complete(plan: Plan, replica: Replica, snapshot: Callable[[], dict
     await replica.settled.wait()
     facts = snapshot()
     if plan.on_complete and not facts["source_needed"]:
-        await hook.run(plan.on_complete, facts, plan.command.folder)
+        await on_complete.run(plan.on_complete, facts, plan.command.folder)
 
 
 @asynccontextmanager
@@ -219,16 +219,16 @@ async def _pid_file(path: str | None) -> AsyncIterator[None]:
     if path is None:
         yield
         return
-    write = partial(own_file.replace, path, f"{os.getpid()}\n".encode(), 0o644)
+    write = partial(safe_write.replace, path, f"{os.getpid()}\n".encode(), 0o644)
     try:
-        ours = await losable.in_time(write, _FILE_SECONDS)
+        ours = await abandonable.in_time(write, _FILE_SECONDS)
     except OSError as error:
         raise MountError(f"cannot write --pid-file {path}: {error.strerror}") from error
     try:
         yield
     finally:
         with suppress(TimeoutError):
-            await losable.in_time(partial(own_file.remove, path, ours), _FILE_SECONDS)
+            await abandonable.in_time(partial(safe_write.remove, path, ours), _FILE_SECONDS)
 
 
 def await_first_answer(mount: MountPlan) -> None:

@@ -14,10 +14,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from blockcopy.foreign import printable
 from blockcopy.progress.bar import DONE, GOING
-from blockcopy.progress.meters import floored_percent, human_size, human_time
+from blockcopy.progress.rate import floored_percent, human_size, human_time
 from blockcopy.replica.monitor.status import counts_of
+from blockcopy.untrusted_text import printable
 
 _ATTENTION = "bold black on yellow"
 """Yellow by itself cannot be read on a light ground."""
@@ -74,7 +74,7 @@ class Map:
 
 
 def screen(snapshot: dict[str, Any], cells: list[dict[str, int]], *, silence: float = 0) -> RenderableType:
-    """All of it; without `cells`, no map. `silence`: seconds for which the mount has not answered."""
+    """All of it; without `cells`, no map. `progress_timeout`: seconds for which the mount has not answered."""
     parts: list[RenderableType] = [_headline(snapshot), _need(snapshot), _silence(silence), _facts(snapshot)]
     if cells:
         parts += ["", Map(cells)]

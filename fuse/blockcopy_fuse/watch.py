@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 
 from blockcopy.errors import Interrupted
-from blockcopy_fuse import control
+from blockcopy_fuse import control_client
 from blockcopy_fuse.screen import screen
 
 _SECONDS = 0.5
@@ -34,24 +34,24 @@ _MOST_CELLS = 4096
 def show(mountpoint: str) -> None:
     """The status, once. MountError."""
     console = Console(highlight=False)
-    snapshot = control.read_status(mountpoint)
-    console.print(screen(snapshot, control.read_map(mountpoint, _ROWS * console.width)))
+    snapshot = control_client.read_status(mountpoint)
+    console.print(screen(snapshot, control_client.read_map(mountpoint, _ROWS * console.width)))
 
 
 def watch(mountpoint: str) -> None:
     """Until `q`, SIGINT, or the mount goes, which is a MountError. One that stands still may go on again."""
     console = Console(highlight=False)
-    snapshot = control.read_status(mountpoint)
+    snapshot = control_client.read_status(mountpoint)
     answered_at, asking = time.monotonic(), None
     try:
         with _keys() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
                 silence = time.monotonic() - answered_at if asking else 0
-                cells = [] if asking else control.read_map(mountpoint, _cells(console))
+                cells = [] if asking else control_client.read_map(mountpoint, _cells(console))
                 live.update(screen(snapshot, cells, silence=silence), refresh=True)
                 if select.select(keys, [], [], _SECONDS)[0] and os.read(keys[0], 1) in (b"q", b"Q", b""):
                     return
-                asking = asking or control.asked_for_status(mountpoint)
+                asking = asking or control_client.asked_for_status(mountpoint)
                 if (answer := asking.answer(_SECONDS)) is not None:
                     snapshot, answered_at, asking = answer, time.monotonic(), None
     except Interrupted as interrupted:

@@ -14,8 +14,8 @@ import trio
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import Extent, Geometry
 from blockcopy.errors import BlockcopyError, UnreadableError
-from blockcopy.replica.hydration.materialiser import Lane, Materialiser
-from blockcopy.replica.hydration.pace import Pace
+from blockcopy.replica.hydration.hydrator import Hydrator, Lane
+from blockcopy.replica.hydration.throttle import Throttle
 from blockcopy.replica.state.blockmap import BlockMap
 
 logger = logging.getLogger(__name__)
@@ -25,25 +25,25 @@ _SURVEYED = 64 << 30
 
 
 class Hydration:
-    """One full pass. `demand` is the readers' lane, `lane` the pass's own; they may be the same."""
+    """One full pass. `read_stats` is the readers' lane, `lane` the pass's own; they may be the same."""
 
     def __init__(
         self,
-        materialiser: Materialiser,
+        hydrator: Hydrator,
         device: Device,
         geometry: Geometry,
         blockmap: BlockMap,
         demand: Lane,
         lane: Lane,
-        pace: Pace,
+        pace: Throttle,
     ) -> None:
-        self._materialiser = materialiser
+        self._hydrator = hydrator
         self._device = device
         self._geometry = geometry
         self._blockmap = blockmap
         self._demand = demand
         self._lane = lane
-        self._pace = pace
+        self._throttle = pace
         self._in_hand: set[int] = set()
         self._error: BlockcopyError | None = None
 
@@ -68,7 +68,7 @@ class Hydration:
         start, followed = 0, self._demand.wanted_at
         async with trio.open_nursery() as nursery:
             while True:
-                await self._pace.admit()
+                await self._throttle.admit()
                 if self._error is not None:
                     break
                 if self._demand is not self._lane and self._demand.wanted_at != followed:
@@ -82,7 +82,7 @@ class Hydration:
                 start = self._end_of_batch(first)
                 # Blocks that are here already cost nothing: they count for no limit.
                 count = sum(1 for _ in self._blockmap.wanted(range(first, start)))
-                self._pace.take(count)
+                self._throttle.take(count)
                 self._in_hand.update(range(first, start))
                 nursery.start_soon(self._bring, range(first, start), count)
 
@@ -92,26 +92,26 @@ class Hydration:
 
     def _end_of_batch(self, first: int) -> int:
         """Return where a batch from `first` on ends: at a block that was set aside, at the latest."""
-        stop = min(first + self._pace.batch_blocks, self._geometry.blocks)
+        stop = min(first + self._throttle.batch_blocks, self._geometry.blocks)
         return next(filter(self._blockmap.is_aside, range(first, stop)), stop)
 
     async def _bring(self, blocks: range, count: int) -> None:
         try:
-            await self._materialiser.ensure(blocks, self._lane)
+            await self._hydrator.ensure(blocks, self._lane)
         except UnreadableError:
             pass  # all others of them are here; what is not, the block map knows
         except BlockcopyError as error:
             self._error = self._error or error
         finally:
             self._in_hand.difference_update(blocks)
-            self._pace.give_back(count)
+            self._throttle.give_back(count)
 
     async def _survey(self) -> None:
         """Mark what is a hole at both ends. Where that cannot be learnt, the sweep comes by all the same."""
         if self._device.is_block_device:
             return  # those have no holes that show
         for start in range(0, self._geometry.size, _SURVEYED):
-            await self._pace.admit()
+            await self._throttle.admit()
             extent = Extent(start, min(_SURVEYED, self._geometry.size - start))
             generation = self._blockmap.generation
             try:
@@ -121,7 +121,7 @@ class Hydration:
                 logger.debug("holes of the source are not known: %s", error)
                 return
             for blocks in both:
-                self._materialiser.mark_zero(blocks, generation)
+                self._hydrator.mark_zero(blocks, generation)
 
 
 def _common_holes(device: Device, geometry: Geometry, holes: list[Extent]) -> Iterator[range]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Protocol
 
-from blockcopy.progress.meters import floored_percent, human_size, human_time
-from blockcopy.progress.progress import Counts
+from blockcopy.progress.rate import floored_percent, human_size, human_time
+from blockcopy.progress.reporter import Counts
 
 if TYPE_CHECKING:
     import trio

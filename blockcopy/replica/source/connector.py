@@ -19,14 +19,14 @@ import trio
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.identity import Identity, differences, sample_extents, sample_of
 from blockcopy.errors import OriginalProgramError, SourceChangedError, SourceError
-from blockcopy.foreign import Budget
 from blockcopy.protocol.digests import Digest
-from blockcopy.replica.source.forms import unconditional
+from blockcopy.replica.source.client import Client
+from blockcopy.replica.source.dialects import unconditional
 from blockcopy.replica.source.process import Process
-from blockcopy.replica.source.retriever import Retriever
-from blockcopy.replica.source.sizing import SizeSearch
-from blockcopy.transport import beginning
-from blockcopy.transport.remote import Command
+from blockcopy.replica.source.size_search import SizeSearch
+from blockcopy.transport import start_timeout
+from blockcopy.transport.command import Command
+from blockcopy.untrusted_text import LineBudget
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +66,11 @@ class Connector:
         self._prompts = prompts
         self._compress = compress
         self._started = started if started is not None else []
-        self._budget = Budget()  # for the log, of what all connections say
+        self._budget = LineBudget()  # for the log, of what all connections say
         self._original = False
         self._finding_out = trio.Lock()
 
-    async def open(self, nursery: trio.Nursery) -> Retriever:
+    async def open(self, nursery: trio.Nursery) -> Client:
         """A connection, whose tasks run in `nursery`. SourceError where it cannot be had.
 
         SourceChangedError where the source is not the one that it was.
@@ -88,8 +88,8 @@ class Connector:
         async with self._finding_out:  # its size, once
             return await self._open_original(nursery)
 
-    async def _start(self, nursery: trio.Nursery, *, original: bool) -> Retriever:
-        retriever = Retriever(
+    async def _start(self, nursery: trio.Nursery, *, original: bool) -> Client:
+        retriever = Client(
             self.command,
             original=original,
             timeout=self._timeout,
@@ -101,31 +101,31 @@ class Connector:
         await nursery.start(retriever.run)
         return retriever
 
-    async def check(self, retriever: Retriever) -> None:
+    async def check(self, retriever: Client) -> None:
         """Over an open connection: is the source still what it was? SourceChangedError, SourceError."""
         if self._original and self.identity is not None:
             await self._sample(retriever, self.identity["size"])
         else:
             self._compare(await self._greeting_again(retriever))
 
-    async def _greeting_again(self, retriever: Retriever) -> Identity:
+    async def _greeting_again(self, retriever: Client) -> Identity:
         with trio.move_on_after(self._timeout):
             return await retriever.greet_again()
         raise SourceError(f"{self.command.location} gave no answer for {self._timeout:g} seconds")
 
-    async def _first_greeting(self, retriever: Retriever) -> Identity:
+    async def _first_greeting(self, retriever: Client) -> Identity:
         """Wait for the source to begin. SourceError if it takes too long; where it takes long, that is told."""
-        seconds = beginning.limit(self._timeout, prompts=self._prompts and self.identity is None)
-        with trio.move_on_after(min(seconds, beginning.TELL_SECONDS)):
+        seconds = start_timeout.limit(self._timeout, prompts=self._prompts and self.identity is None)
+        with trio.move_on_after(min(seconds, start_timeout.TELL_SECONDS)):
             return await retriever.greet()
-        if seconds > beginning.TELL_SECONDS:
+        if seconds > start_timeout.TELL_SECONDS:
             if self.identity is None:  # else somebody tells that it is away
-                logger.warning("%s", beginning.still_waiting(self.command, retriever.said()))
-            with trio.move_on_after(seconds - beginning.TELL_SECONDS):
+                logger.warning("%s", start_timeout.still_waiting(self.command, retriever.said()))
+            with trio.move_on_after(seconds - start_timeout.TELL_SECONDS):
                 return await retriever.greet()
-        raise SourceError(beginning.too_late(self.command, seconds, retriever.said()))
+        raise SourceError(start_timeout.too_late(self.command, seconds, retriever.said()))
 
-    async def _open_original(self, nursery: trio.Nursery) -> Retriever:
+    async def _open_original(self, nursery: trio.Nursery) -> Client:
         start = partial(self._start, nursery, original=True)
         search = SizeSearch(await start(), start)
         async with _closed_on_failure(search):
@@ -143,7 +143,7 @@ class Connector:
                         self._bad_pieces.add(ended_at[0].position)
                     each, search.retriever = True, await start()
 
-    async def _sample(self, retriever: Retriever, size: int, *, each: bool = False) -> None:
+    async def _sample(self, retriever: Client, size: int, *, each: bool = False) -> None:
         """Find out who a source is that does not say so: ask for the pieces that stand for it.
 
         `each`: by itself, so that one at which the source ends is found out.
@@ -174,7 +174,7 @@ class Connector:
         )
         return self.changed
 
-    def _accepted(self, retriever: Retriever) -> Retriever:
+    def _accepted(self, retriever: Client) -> Client:
         self.digest = self.digest or retriever.digest
         retriever.accept()
         return retriever
@@ -199,7 +199,7 @@ class _Pieces:
 
 
 @asynccontextmanager
-async def _closed_on_failure(holder: Retriever | SizeSearch) -> AsyncIterator[None]:
+async def _closed_on_failure(holder: Client | SizeSearch) -> AsyncIterator[None]:
     """A connection that is given up, or whose opening is cancelled, is not left behind."""
     try:
         yield

@@ -19,11 +19,11 @@ import trio
 
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.geometry import Extent
-from blockcopy.errors import BlockcopyError, GarbledSourceError, SourceChangedError, SourceError
+from blockcopy.errors import BlockcopyError, ProtocolViolationError, SourceChangedError, SourceError
 from blockcopy.protocol.digests import Digest
+from blockcopy.replica.source.client import Client
 from blockcopy.replica.source.connector import Connector
-from blockcopy.replica.source.forms import Answer, Question, Sink, Unread
-from blockcopy.replica.source.retriever import Retriever
+from blockcopy.replica.source.dialects import Answer, Signatures, Sink, Unread
 from blockcopy.transport.backoff import Backoff
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Link:
         self._patience = patience
         self.substitute: Link | None = None
         """Who is asked while this one is away."""
-        self._retriever: Retriever | None = None
+        self._client: Client | None = None
         self._waiting = 0
         self._wanted = trio.Event()
         """Set while somebody waits with a patience that ends."""
@@ -93,7 +93,7 @@ class Link:
 
     @property
     def is_up(self) -> bool:
-        return self._retriever is not None
+        return self._client is not None
 
     @property
     def changed(self) -> SourceChangedError | None:
@@ -106,16 +106,16 @@ class Link:
 
     @property
     def sent_bytes(self) -> int:
-        return self._past_bytes[0] + (self._retriever.sent_bytes if self._retriever else 0)
+        return self._past_bytes[0] + (self._client.sent_bytes if self._client else 0)
 
     @property
     def received_bytes(self) -> int:
-        return self._past_bytes[1] + (self._retriever.received_bytes if self._retriever else 0)
+        return self._past_bytes[1] + (self._client.received_bytes if self._client else 0)
 
     async def open(self) -> None:
         """A connection, the first one. SourceError where there is none to be had."""
         try:
-            self._retriever = await self._connector.open(self._nursery)
+            self._client = await self._connector.open(self._nursery)
         except SourceError as error:
             self.last_error = error
             raise
@@ -140,11 +140,11 @@ class Link:
     async def _keep_up(self) -> None:
         backoff = Backoff()
         while not self._connector.changed:
-            if self._retriever is not None:
-                await self._retriever.ended.wait()
-                if self._retriever.answered_at is not None or self._retriever.unanswered is not None:
+            if self._client is not None:
+                await self._client.ended.wait()
+                if self._client.answered_at is not None or self._client.unanswered is not None:
                     backoff.reset()  # an end that tells of what it comes is as good as an answer
-                self._lose(self._retriever)
+                self._lose(self._client)
             if self.last_error is not None:  # else it has not been tried yet
                 await self._rest(backoff.next())
             await self._try()
@@ -165,17 +165,17 @@ class Link:
             if self.reconnects:
                 logger.warning("the link to %s is up again", self._connector.command.location)
 
-    def _lose(self, retriever: Retriever) -> None:
+    def _lose(self, retriever: Client) -> None:
         sent, received = self._past_bytes
         self._past_bytes = (sent + retriever.sent_bytes, received + retriever.received_bytes)
         self._answered_at = self._last_answer()
-        self._retriever = None
+        self._client = None
         if not self._closing:
             self.last_error = retriever.failure
             logger.warning("the link is lost, and is made again: %s", retriever.failure)
 
     def _last_answer(self) -> float:
-        here = self._retriever.answered_at if self._retriever is not None else None
+        here = self._client.answered_at if self._client is not None else None
         return self._answered_at if here is None else here
 
     async def digest(self, since: float) -> Digest:
@@ -184,8 +184,8 @@ class Link:
             await self._connected(since)
         return digest
 
-    async def ask(self, questions: Sequence[Question], sink: Sink, since: float) -> Answer:
-        """As `Retriever.ask`, over as many connections as it takes.
+    async def ask(self, questions: Sequence[Signatures], sink: Sink, since: float) -> Answer:
+        """As `Client.ask`, over as many connections as it takes.
 
         `since`: when it was first wanted, in trio's time. SourceError where the patience ends, and where the
         link is closed or the source another.
@@ -198,11 +198,11 @@ class Link:
                 logger.warning("%s; each block of what it was asked is asked for by itself", error)
         return await self._ask_each([each for question in questions for each in question.split()], guarded, since)
 
-    async def _ask(self, questions: Sequence[Question], sink: Sink, since: float, most: int) -> Answer:
+    async def _ask(self, questions: Sequence[Signatures], sink: Sink, since: float, most: int) -> Answer:
         """Do as `ask`. Raises _FatalError if `most` connections ended while this was to be answered next."""
         ended = 0
 
-        async def ask(retriever: Retriever) -> Answer:
+        async def ask(retriever: Client) -> Answer:
             nonlocal ended
             try:
                 return await retriever.ask(questions, sink)
@@ -215,12 +215,12 @@ class Link:
 
         return await self._over_connections(ask, since)
 
-    async def _ask_each(self, questions: Sequence[Question], sink: Sink, since: float) -> Answer:
+    async def _ask_each(self, questions: Sequence[Signatures], sink: Sink, since: float) -> Answer:
         """Ask for blocks, each by itself. One that ends connection after connection cannot be read."""
         answer = Answer([], [], [])
         errors: list[BlockcopyError] = []
 
-        async def ask(question: Question) -> None:
+        async def ask(question: Signatures) -> None:
             try:
                 found = await self._ask([question], sink, since, _FATAL_AFTER)
             except _FatalError as error:
@@ -243,11 +243,11 @@ class Link:
         return answer
 
     async def holes(self, extent: Extent, least: int, since: float) -> list[Extent]:
-        """As `Retriever.holes`, over as many connections as it takes. SourceError as in `ask`."""
+        """As `Client.holes`, over as many connections as it takes. SourceError as in `ask`."""
         return await self._over_connections(lambda retriever: retriever.holes(extent, least), since)
 
     async def _over_connections(
-        self, ask: Callable[[Retriever], Awaitable[T]], since: float, others: Sequence[Link] = ()
+        self, ask: Callable[[Client], Awaitable[T]], since: float, others: Sequence[Link] = ()
     ) -> T:
         garbled, late = 0, False
         while True:
@@ -256,7 +256,7 @@ class Link:
                 answers = await ask(retriever)
                 if self._connector.changed is None:
                     return answers
-            except GarbledSourceError:
+            except ProtocolViolationError:
                 garbled += 1
                 if garbled == _MOST_GARBLED:
                     raise
@@ -270,7 +270,7 @@ class Link:
                         raise self._given_up(retriever.failure)
                     late = True  # whoever has no patience at all is served by the other link all the same, once
 
-    async def _connected(self, since: float, others: Sequence[Link] = ()) -> Retriever:
+    async def _connected(self, since: float, others: Sequence[Link] = ()) -> Client:
         while True:
             if self._connector.changed is not None:
                 raise copy(self._connector.changed)
@@ -281,11 +281,11 @@ class Link:
             if not await self._wait_until(self._deadline(since)):
                 raise self._given_up(self.last_error)
 
-    def _up(self, others: Sequence[Link] = ()) -> Retriever | None:
+    def _up(self, others: Sequence[Link] = ()) -> Client | None:
         """Return a connection that can be asked now: of this link, or else of its substitute, or of `others`."""
         for link in filter(None, (self, self.substitute, *others)):
-            if link._retriever is not None and link._retriever.failure is None:
-                return link._retriever
+            if link._client is not None and link._client.failure is None:
+                return link._client
         return None
 
     def _deadline(self, since: float) -> float:
@@ -316,7 +316,7 @@ class Link:
         Raises SourceChangedError if it is another, SourceError as in `ask`.
         """
 
-        async def check(retriever: Retriever) -> None:
+        async def check(retriever: Client) -> None:
             try:
                 await self._connector.check(retriever)
             except SourceError:
@@ -333,5 +333,5 @@ class Link:
         self._connector.wake()
         if self._finished is not None:
             await self._finished.wait()
-        if self._retriever is not None:
-            await self._retriever.close()
+        if self._client is not None:
+            await self._client.close()

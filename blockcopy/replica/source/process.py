@@ -12,9 +12,9 @@ import subprocess
 import trio
 
 from blockcopy.errors import SourceError
-from blockcopy.replica.tasks import losable
-from blockcopy.transport.advice import cannot_run
-from blockcopy.transport.remote import Command
+from blockcopy.replica.tasks import abandonable
+from blockcopy.transport.command import Command
+from blockcopy.transport.hints import cannot_run
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +60,10 @@ class Process:
     async def _leave(self, waiting: trio.CancelScope) -> None:
         """Some seconds after it was killed, end `waiting`."""
         await self._killed.wait()
-        await trio.sleep(losable.DEATH_SECONDS)
+        await trio.sleep(abandonable.DEATH_SECONDS)
         self._left = True
         logger.warning("process %d was killed, and waits for its disk: it is left behind", self.pid)
-        losable.leave(self._popen)
+        abandonable.leave(self._popen)
         waiting.cancel()
 
     async def aclose(self) -> None:
@@ -89,6 +89,6 @@ def _own(file: object) -> int:
 async def start(command: Command) -> Process:
     """Start a process without waiting for a path in trio's thread. Raises SourceError if it cannot be started."""
     try:
-        return Process(await losable.start(command.start))
+        return Process(await abandonable.start(command.start))
     except OSError as error:
         raise SourceError(cannot_run(command, error)) from error

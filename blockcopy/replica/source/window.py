@@ -2,7 +2,7 @@
 
 What is in flight costs hardly any memory here, since answers go to the destination as they arrive. But
 it delays a pause, and whoever shares the way. So the window grows while a flight lands about as soon as
-the quickest of late did, which is what the round trip takes, and shrinks when flights land much later: then
+the quickest of late did, which is what the round trip takes, and shrinks when fetches land much later: then
 they wait for one another. The idea is that of TCP Vegas (Brakmo, O'Malley and Peterson, 1994).
 
 A route may become slower: what the quickest took is forgotten after BASE_SECONDS, as BBR does (Cardwell et al.,
@@ -32,7 +32,7 @@ class Window:
         self._most = most
         self._clock = clock
         self._quick: deque[tuple[float, float]] = deque()
-        """When flights landed and the seconds they took, both ascending: each is the quickest since it landed."""
+        """When fetches landed and the seconds they took, both ascending: each is the quickest since it landed."""
 
     def landed(self, blocks: int, seconds: float) -> None:
         """A flight of so many blocks has landed, so many seconds after it was asked for."""

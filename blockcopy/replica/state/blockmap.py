@@ -1,7 +1,7 @@
 """Which blocks of the destination are known to be right. Pure state: one bit a block and counters.
 
 A block is unknown until it is marked. One that the source cannot read is set aside: missing as before, and not
-wanted by the pass. Blocks on their way are the materialiser's to know. What was
+wanted by the pass. Blocks on their way are the hydrator's to know. What was
 marked since it was last asked for is handed out in chunks, for the journal.
 """
 

@@ -1,0 +1,316 @@
+"""Keeps the journal true: what is recorded is right on the destination, and durable there.
+
+    blocks marked → destination synced → their chunks committed, each second and when asked
+
+The order is the whole of it. What is marked after the chunks were taken waits for the next time. A
+sync that fails makes everything forgotten, here and in the journal. A journal that cannot be written
+costs the next run a check; the copy goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from blockcopy.block.device import Device
+from blockcopy.block.geometry import Extent, Geometry
+from blockcopy.block.identity import (
+    NO_TIMES,
+    Identity,
+    Times,
+    differences,
+    of_destination,
+    sample_extents,
+    settled_times,
+    tells_of_writes,
+    times_of,
+    unchanged_sample,
+)
+from blockcopy.block.records import believe_default, believe_only, default_path, end_records, is_believed
+from blockcopy.errors import DeviceError, StateError, StateNotKeptError
+from blockcopy.replica.hydration.hydrator import Hydrator
+from blockcopy.replica.state.blockmap import BlockMap
+from blockcopy.replica.state.statefile import Binding, Clock, Record, StateFile
+from blockcopy.replica.tasks import abandonable
+
+logger = logging.getLogger(__name__)
+
+_SECONDS = 1
+"""Between two commits, and two signs of life."""
+
+_AHEAD_NS = 3_000_000_000
+"""Nanoseconds for which a sign of life holds, beside what it takes to record it. Until then a file may be
+written by ourselves. What somebody else writes in that time after a crash is not noticed."""
+
+_ANSWER_SECONDS = 10
+"""How long the state file may take, whose disk may be away; what it was told is told again later."""
+
+
+def open_statefile(path: str | None, device: Device, *, keep: bool) -> StateFile | None:
+    """The journal of a destination, at `path` or where it belongs; None without `keep`, and, with a
+    warning, where none can be kept. There is no other record of it then.
+
+    StateError where the file is in use, or is none, or cannot be removed and would be believed later.
+    """
+    if not keep:
+        end_records(device)
+        return None
+    wanted = Path(path) if path else default_path(device)
+    try:
+        return StateFile(wanted)
+    except StateNotKeptError as error:
+        end_records(device)
+        logger.warning("%s; after a restart, every block will be checked again", error)
+        return None
+
+
+def _is_at_default(journal: StateFile, device: Device) -> bool:
+    path, default = journal.path, default_path(device)
+    return path == default or (default.exists() and path.samefile(default))
+
+
+def recall(journal: StateFile, device: Device, block_size: int) -> Record | None:
+    """What is recorded of this destination, untouched since; the log says why it is nothing."""
+    record = journal.record
+    if record is None:
+        return None
+    binding = record.binding
+    differing = differences(
+        {**binding.destination, "size": binding.destination_size, "block size": binding.block_size},
+        {**of_destination(device), "size": device.size(), "block size": block_size},
+    )
+    if differing:
+        _refuse(journal, f"it is of another destination: {'; '.join(differing)}")
+        return None
+    if not (_is_at_default(journal, device) or is_believed(journal.token, device)):
+        _refuse(journal, f"{device.path} may have been written since, by a command that keeps its state elsewhere")
+        return None
+    if was_written(record.clock, times_of(device)):
+        _refuse(journal, f"{device.path} was written by another program since")
+        return None
+    return record
+
+
+def was_written(clock: Clock, found: Times) -> bool:
+    """Whether somebody else wrote to the destination, which is `found` with these times."""
+    known = Times(clock.mtime_ns, clock.ctime_ns)
+    if clock.until_ns is None:
+        return found != known
+    return not all(before <= now <= max(before, clock.until_ns) for before, now in zip(known, found, strict=True))
+
+
+def is_of(journal: StateFile, record: Record, source: Identity) -> bool:
+    """Whether the record is of this source; the log says why not."""
+    if differing := differences(record.binding.source, source):
+        _refuse(journal, f"it is of another source, or that was changed: {'; '.join(differing)}")
+    return not differing
+
+
+def resume(
+    journal: StateFile, record: Record, device: Device, geometry: Geometry, found: Identity | None
+) -> BlockMap:
+    """The block map to start from: what is recorded, where it can be believed.
+
+    `found` is the source as it is, where it can be asked. Then a copy that is complete is checked once
+    more, unless both ends would tell if they had been written since.
+    """
+    blockmap = BlockMap(geometry)
+    try:
+        blockmap.resume(record.chunks)
+    except ValueError as error:
+        _refuse(journal, f"it is damaged: {error}")
+        return BlockMap(geometry)
+    source = record.binding.source
+    tell = device.has_exact_times() and tells_of_writes(source) and tells_of_writes(found or source)
+    if blockmap.complete and found is not None and not tell:
+        logger.warning("the copy was complete; every block is checked for what has changed since")
+        return BlockMap(geometry)
+
+    def is_present(extent: Extent) -> bool:
+        return not blockmap.any_missing(geometry.span(*extent))
+
+    if not unchanged_sample(device, source, filter(is_present, sample_extents(geometry.size))):
+        _refuse(journal, f"{device.path} was written by another program since")
+        return BlockMap(geometry)
+    return blockmap
+
+
+def _refuse(journal: StateFile, why: str) -> None:
+    logger.warning("the state in %s is not taken up: %s. Every block is checked again", journal.path, why)
+
+
+class Committer:
+    """See the module. Without a journal it only syncs. Start `run` and `beat` in a nursery."""
+
+    def __init__(self, journal: StateFile | None, device: Device, blockmap: BlockMap, hydrator: Hydrator) -> None:
+        self._journal = journal
+        self._device = device
+        self._blockmap = blockmap
+        self._hydrator = hydrator
+        self._one_commit = trio.Lock()
+        self._one_thread = trio.CapacityLimiter(1)
+        self._trouble: StateNotKeptError | None = None
+        self._durable = NO_TIMES  # of the destination: no power loss takes it behind these
+        self._until_ns = 0  # the last sign of life on record
+        self._took_ns = 0  # to record the last one
+        self._gave_up = False
+
+    async def begin(self, source: Identity, block_size: int) -> None:
+        """Before the destination is written: what is recorded is what the block map has, or nothing."""
+        if self._journal is None:
+            return
+        journal = self._journal
+        if self._blockmap.resumed_bytes and journal.record:
+            clock = journal.record.clock
+            self._durable = Times(clock.mtime_ns, clock.ctime_ns)
+            await self._record(journal.tell)
+        else:
+            binding = Binding(source, of_destination(self._device), self._device.size(), block_size)
+            if not await self._record(partial(self._begin, journal, binding)):
+                self._journal = None
+                await self._discard(journal)  # or else what is in it would be believed later
+                end_records(self._device)
+
+    def _begin(self, journal: StateFile, binding: Binding, clock: Clock) -> None:
+        journal.begin(binding, clock)
+        if _is_at_default(journal, self._device):
+            believe_default(self._device)
+        else:
+            believe_only(journal.token, self._device)
+
+    async def run(self) -> None:
+        """Commit each second. DeviceError where the destination cannot be synced."""
+        while True:
+            await trio.sleep(_SECONDS)
+            await self.commit()
+
+    async def beat(self) -> None:
+        """While a file is written, say so, or else its new times would count against us after a crash."""
+        while not self._device.is_block_device:
+            await self._hydrator.unsynced.wait()
+            if self._journal is None:
+                return
+            await self._record(self._journal.tell)
+            await trio.sleep(_SECONDS)
+
+    async def commit(self) -> None:
+        """Return when all that is marked by now is durable, and recorded. DeviceError."""
+        async with self._one_commit:
+            with trio.CancelScope(shield=True):  # what was taken is recorded, or is put back
+                await self._commit()
+
+    async def _commit(self) -> None:
+        await self._announce()
+        times = times_of(self._device)
+        changes = self._blockmap.take_changes()
+        try:
+            if await self._hydrator.sync():
+                self._durable = times
+        except DeviceError:
+            await self._forget()
+            raise
+        if self._journal is None or not changes:
+            return
+        if not await self._record(partial(self._journal.add, changes)):
+            self._blockmap.put_back(changes)
+
+    async def _announce(self) -> None:
+        """Before a sync makes the times of our writes durable, they are within what is recorded."""
+        if self._journal is None or self._device.is_block_device or not self._hydrator.unsynced.is_set():
+            return
+        if self._until_ns < time.time_ns() + _SECONDS * 1_000_000_000:
+            await self._record(self._journal.tell)
+
+    async def forget(self) -> None:
+        """Nothing is known any more, here or on record."""
+        async with self._one_commit:
+            self._hydrator.forget()
+            await self._forget()
+
+    async def _forget(self) -> None:
+        """StateError where the record can neither be written nor removed."""
+        if self._journal is not None and not await self._write(self._journal.forget):
+            journal, self._journal = self._journal, None
+            await self._discard(journal)
+
+    async def _discard(self, journal: StateFile) -> None:
+        """Remove the record. Raises StateError if the record cannot be removed."""
+        try:
+            await self._in_thread(journal.discard)
+        except TimeoutError as error:
+            journal.is_busy = True
+            raise StateError(
+                f"the state in {journal.path} would not be true any more, and cannot be removed: "
+                f"{error.strerror}; remove it before the next start"
+            ) from error
+
+    async def close(self) -> None:
+        """Nothing is written any more: commit, and let the journal go. DeviceError."""
+        try:
+            await self.commit()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._close_journal()
+
+    async def _close_journal(self) -> None:
+        """Raises DeviceError if the destination cannot be synced."""
+        journal = self._journal
+        if journal is None:
+            return
+        try:
+            if self._trouble is None:
+                times = await trio.to_thread.run_sync(self._last_times)
+                await self._write(partial(journal.tell, Clock(*times, until_ns=None)))
+        except DeviceError:
+            await self._forget()
+            raise
+        finally:
+            self._journal = None
+            try:
+                await self._in_thread(journal.close)
+            except TimeoutError:
+                journal.is_busy = True  # a thread is in it still, and ends with the process
+
+    def _last_times(self) -> Times:
+        return NO_TIMES if self._device.is_block_device else settled_times(self._device, self._device.sync)
+
+    async def _record(self, write: Callable[[Clock], None]) -> bool:
+        """Do as `_write`, with a sign of life that holds for some time after it is recorded."""
+        began = time.time_ns()
+        until = began + _AHEAD_NS + 2 * self._took_ns
+        if not await self._write(partial(write, Clock(*self._durable, until_ns=until))):
+            return False
+        self._until_ns, self._took_ns = until, time.time_ns() - began
+        return True
+
+    async def _write(self, write: Callable[[], None]) -> bool:
+        """In a thread; False, and said once, where it cannot be, or gives no answer."""
+        try:
+            await self._in_thread(write)
+        except TimeoutError as error:
+            path = self._journal.path if self._journal else ""
+            trouble = StateNotKeptError(f"cannot record in the state file {path}: {error.strerror}")
+        except StateNotKeptError as error:
+            trouble = error
+        else:
+            self._trouble = None
+            return True
+        if self._trouble is None:
+            logger.warning("%s; after a crash, more will be checked again", trouble)
+        self._trouble = trouble
+        return False
+
+    async def _in_thread(self, work: Callable[[], None]) -> None:
+        """Call `work`, which touches the journal. Raises TimeoutError if the journal gives no answer."""
+        is_stuck = self._gave_up and self._one_thread.borrowed_tokens
+        try:
+            await abandonable.in_time(work, 0 if is_stuck else _ANSWER_SECONDS, limiter=self._one_thread)
+        except TimeoutError:
+            self._gave_up = True
+            raise
+        self._gave_up = False
