@@ -3,9 +3,9 @@
     items ──> worker threads ── results, in the order of the items ──> caller
 
 A free worker takes the next item itself, and works on it. Only the result is handed over. The caller of
-`run_ordered` consumes the results. Errors keep the order of the results: all results before an error are delivered, and the first
-error is raised. If the caller stops early, a worker that waits for input is woken, all workers end, and no thread
-is left.
+`run_ordered` consumes the results. Errors keep the order of the results: all results before an error are
+delivered, and the first error is raised. If the caller stops early, a worker that waits for input is woken, all
+workers end, and no thread is left.
 """
 
 from __future__ import annotations
