@@ -28,16 +28,8 @@ ROOMS = (
 """The rooms, and those inside the replica. Each imports only from those before it."""
 
 TRAVELS = (
-    "errors",
-    "optional_packages",
-    "untrusted_text",
-    "paths",
-    "block",
-    "protocol",
-    "progress",
-    "stage",
-    "cli",
-    "__main__",
+    *("errors", "optional_packages", "untrusted_text", "__main__"),
+    *("paths", "block", "protocol", "progress", "stage", "cli"),
 )
 """The rooms and modules of `blockcopy` that travel to a source host."""
 
