@@ -202,11 +202,11 @@ def test_the_default_place_of_a_state_is_made_once_and_for_all(
 
 
 NO_PROMISE = {
-    "blockcopy/durable.py": "is where it is done",
-    "blockcopy/runfolder.py": "sockets: gone with the machine's run",
-    "blockcopy/own_file.py": "--metrics, --pid-file, --log-file: of a process that runs",
-    "fuse/blockcopy_fuse/control_socket.py": "sockets",
-    "blockcopy/claim.py": "a destination: its name is made durable by `_keep_name`",
+    "blockcopy/paths/durable.py": "is where it is done",
+    "blockcopy/paths/runtime_dir.py": "sockets: gone with the machine's run",
+    "blockcopy/paths/safe_write.py": "--metrics, --pid-file, --log-file: of a process that runs",
+    "fuse/blockcopy_fuse/control_server.py": "sockets",
+    "blockcopy/block/claim.py": "a destination: its name is made durable by `_keep_name`",
 }
 
 
