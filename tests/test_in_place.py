@@ -20,7 +20,7 @@ from blockcopy.block.pieces import PIECE_SIZE, Pieces
 from blockcopy.block.unreadable import Unreadable
 from blockcopy.protocol import digests, wire
 from blockcopy.protocol.decoder import Decoder
-from blockcopy.replica.hydration.signatures import questions
+from blockcopy.replica.hydration.signatures import read_signatures
 from blockcopy.stage.compression import Packing
 from blockcopy.stage.delta import Run, Terms
 from blockcopy.stage.streams import FromDevice, Output
@@ -95,8 +95,8 @@ def test_the_questions_are_the_same(source: Device, block_size: int) -> None:
     geometry = Geometry(source.size(), block_size)
     blocks = [block for block in range(geometry.blocks) if block % 50 != 7]
     with copying(source) as other:
-        read = questions(other, geometry, blocks, DIGEST, Unreadable())
-    assert questions(source, geometry, blocks, DIGEST, Unreadable()) == read
+        read = read_signatures(other, geometry, blocks, DIGEST, Unreadable())
+    assert read_signatures(source, geometry, blocks, DIGEST, Unreadable()) == read
 
 
 @needs_views

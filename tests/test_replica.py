@@ -29,7 +29,7 @@ from blockcopy.errors import (
 from blockcopy.progress.rate import floored_percent
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.hydration import committer, source_faults
-from blockcopy.replica.hydration.background import Hydration
+from blockcopy.replica.hydration.background import BackgroundHydration
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.replica import Replica
 from blockcopy.replica.source import link
@@ -379,11 +379,11 @@ def test_the_pass_goes_on_behind_the_latest_read(tmp_path: Path, program: str | 
             await both_processes(replica)
             before = present(replica)
             assert await read_block(replica, 20)
-            replica.pace.limit = 2 * BLOCK_SIZE
+            replica.throttle.limit = 2 * BLOCK_SIZE
             while len(present(replica)) < len(before) + 2:
                 await trio.testing.wait_all_tasks_blocked(0.01)
             assert present(replica) == before | {20, 21}
-            replica.pace.limit = None
+            replica.throttle.limit = None
             await replica.wait_complete()
         assert destination.read_bytes() == DATA
 
@@ -482,7 +482,7 @@ def test_a_read_that_joined_a_fetch_of_the_pass_does_not_wait_for_its_link(
         async with replica_of(plan_of(source, destination, program, limit=SLOW)) as replica:
             _, bulk = await both_processes(replica)
             os.kill(bulk, signal.SIGSTOP)
-            replica.pace.limit = None
+            replica.throttle.limit = None
             await trio.testing.wait_all_tasks_blocked(0.1)
             asked = replica.snapshot()["sent_bytes"]
             async with trio.open_nursery() as nursery:
@@ -522,7 +522,7 @@ def test_the_pass_brings_what_a_dead_demand_process_was_asked(
 
     async def begin_and_kill(replica: Replica, demand: int) -> None:
         await trio.testing.wait_all_tasks_blocked(0.1)  # shorter than the pass looks whether it may go on
-        replica.pace.limit = None
+        replica.throttle.limit = None
         await trio.testing.wait_all_tasks_blocked(0.1)
         os.kill(demand, signal.SIGKILL)
 
@@ -545,7 +545,7 @@ def test_a_reader_does_not_wait_for_a_demand_process_that_stands_still(tmp_path:
 
     async def go_on(replica: Replica) -> None:
         await trio.testing.wait_all_tasks_blocked(0.1)
-        replica.pace.limit = None
+        replica.throttle.limit = None
 
     trio.run(main)
 
@@ -564,7 +564,7 @@ def test_killed_processes_are_started_again_and_what_they_were_asked_is_asked_ag
         async with replica_of(plan_of(source, destination, program, limit=SLOW)) as replica:
             for pid in await both_processes(replica):
                 os.kill(pid, signal.SIGSTOP)
-            replica.pace.limit = None
+            replica.throttle.limit = None
             async with trio.open_nursery() as nursery:
                 for block in range(1, BLOCKS, 5):
                     nursery.start_soon(read, replica, block)
@@ -609,7 +609,7 @@ def test_a_read_ends_whatever_goes_on_meanwhile() -> None:
         lane: Any = SimpleNamespace(window=Window(8, least=8, most=8))
         parts: tuple[Any, ...] = (None, geometry, BlockMap(geometry), Waiting(), lane)
         async with trio.open_nursery() as nursery:
-            volume = Volume(*parts, nursery, patience=plan.longest_wait)
+            volume = Volume(*parts, nursery, give_up_after=plan.max_wait)
             for length, seconds in ((1, 90), (2 * BLOCK_SIZE, 120)):
                 before = trio.current_time()
                 with pytest.raises(SourceError, match=f"not in {seconds} s"):
@@ -780,7 +780,7 @@ def test_a_source_that_is_truncated_gives_errors_and_never_wrong_bytes(
             os.truncate(source, size)
             for block in reversed(range(BLOCKS)):
                 assert await read_block(replica, block) is (block == 0 or block < size // BLOCK_SIZE)
-            replica.pace.limit = None
+            replica.throttle.limit = None
             with pytest.raises(SourceError, match=r"shorter|source changed.*size was"):
                 await replica.wait_complete()
         assert_destination_is_sound(replica, destination, DATA, OLD)
@@ -812,7 +812,7 @@ def test_a_sync_that_fails_in_mid_pass_makes_it_check_again(
             with pytest.raises(DeviceError, match="write-back"):
                 await replica.commit()
             assert replica.hydrated_bytes == 0
-            replica.pace.limit = None
+            replica.throttle.limit = None
             await replica.wait_complete()
             assert replica.snapshot()["state"] == "complete"
         assert destination.read_bytes() == DATA
@@ -824,7 +824,7 @@ def test_a_sync_that_fails_in_mid_pass_makes_it_check_again(
 
 def test_a_pass_ends_where_the_disk_fails_at_each_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It began anew after each, for ever."""
-    sweep = Hydration.run
+    sweep = BackgroundHydration.run
 
     def fail(device: Device) -> None:
         raise DeviceError("the write-back failed")
@@ -832,13 +832,13 @@ def test_a_pass_ends_where_the_disk_fails_at_each_sync(tmp_path: Path, monkeypat
     async def main() -> None:
         ended, served = trio.Event(), False
 
-        async def run(hydration: Hydration) -> None:
+        async def run(hydration: BackgroundHydration) -> None:
             try:
                 await sweep(hydration)
             finally:
                 ended.set()
 
-        monkeypatch.setattr(Hydration, "run", run)
+        monkeypatch.setattr(BackgroundHydration, "run", run)
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
         with contextlib.suppress(DeviceError):  # the last sync fails as well
             async with replica_of(plan_of(source, destination, limit=SLOW)) as replica:
@@ -1099,7 +1099,7 @@ def test_once_complete_the_source_is_let_go(tmp_path: Path, program: str | None)
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
         async with replica_of(plan_of(source, destination, program, limit=SLOW)) as replica:
             await both_processes(replica)
-            replica.pace.limit = None
+            replica.throttle.limit = None
             await replica.wait_complete()
             assert not retrieve_processes()
             source.unlink()

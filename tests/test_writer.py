@@ -16,7 +16,7 @@ from blockcopy.block.geometry import Extent, Geometry, runs
 from blockcopy.block.unreadable import Unreadable
 from blockcopy.errors import DeviceError
 from blockcopy.protocol import digests
-from blockcopy.replica.hydration.signatures import questions
+from blockcopy.replica.hydration.signatures import read_signatures
 from blockcopy.replica.hydration.writer import Writer
 from blockcopy.replica.state.blockmap import BlockMap
 
@@ -41,7 +41,7 @@ def path(tmp_path: Path) -> Path:
 def test_questions_are_the_digests_of_what_is_there(path: Path, blocks: list[int]) -> None:
     data, geometry = path.read_bytes(), Geometry(SIZE)
     with open_destination(str(path)) as device:
-        asked = questions(device, geometry, blocks, DIGEST, Unreadable())
+        asked = read_signatures(device, geometry, blocks, DIGEST, Unreadable())
     assert [(each.position, each.end) for each in asked] == [
         (geometry.extent(run[0]).offset, geometry.extent(run[-1]).end) for run in runs(blocks)
     ]
@@ -60,7 +60,7 @@ def test_holes_are_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(Device, "read_into", noted)
     with open_destination(str(path)) as device:
-        questions(device, Geometry(SIZE), range(21), DIGEST, Unreadable())
+        read_signatures(device, Geometry(SIZE), range(21), DIGEST, Unreadable())
     for extent in read:  # 4 and 8 have data beside the hole
         assert extent.end <= 5 * BLOCK_SIZE or extent.offset >= 8 * BLOCK_SIZE
 
@@ -69,7 +69,7 @@ def test_a_destination_that_became_shorter(path: Path) -> None:
     with open_destination(str(path)) as device:
         os.truncate(path, BLOCK_SIZE)
         with pytest.raises(DeviceError, match="shorter than it was"):
-            questions(device, Geometry(SIZE), [0, 1], DIGEST, Unreadable())
+            read_signatures(device, Geometry(SIZE), [0, 1], DIGEST, Unreadable())
 
 
 # Writing
@@ -168,9 +168,9 @@ def test_what_the_pass_has_read_of_a_large_device_does_not_stay_in_the_cache(
     dropped: list[tuple[int, int]] = []
     monkeypatch.setattr(Device, "drop_behind", lambda _, offset, length: dropped.append((offset, length)))
     with open_destination(str(path)) as device:
-        questions(device, Geometry(SIZE), [3, 4, 9], DIGEST, Unreadable())
+        read_signatures(device, Geometry(SIZE), [3, 4, 9], DIGEST, Unreadable())
         assert dropped == []
-        questions(device, Geometry(SIZE), [3, 4, 9], DIGEST, Unreadable(), passing=True)
+        read_signatures(device, Geometry(SIZE), [3, 4, 9], DIGEST, Unreadable(), drop_behind=True)
     assert dropped == [(3 * BLOCK_SIZE, 2 * BLOCK_SIZE), (9 * BLOCK_SIZE, BLOCK_SIZE)]
 
 

@@ -105,7 +105,7 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
                     yield replica
                 finally:
                     with trio.CancelScope(shield=True):
-                        await replica.let_go()
+                        await replica.disconnect()
                     nursery.cancel_scope.cancel()
         finally:  # whatever was in flight has landed or was given up by now
             if replica is not None:

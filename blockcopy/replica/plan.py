@@ -49,7 +49,7 @@ class Plan:
     on_complete: str | None = None
     """A command line for the shell, once the copy is complete."""
 
-    def longest_wait(self, blocks: int) -> float:
+    def max_wait(self, blocks: int) -> float:
         """Return the most seconds that a read waits for so many blocks, whatever the source does meanwhile.
 
         Each block has the time in which a slow link must make progress.

@@ -21,7 +21,7 @@ from blockcopy.block.geometry import Extent, Geometry
 from blockcopy.block.identity import Identity
 from blockcopy.errors import BlockcopyError, DeviceError, DifferentError, SourceError, UnreadableError
 from blockcopy.progress.rate import RateMeter, eta, floored_percent
-from blockcopy.replica.hydration.background import Hydration
+from blockcopy.replica.hydration.background import BackgroundHydration
 from blockcopy.replica.hydration.committer import Committer
 from blockcopy.replica.hydration.hydrator import BULK_PATIENCE, DEMAND_PATIENCE, Hydrator, Lane
 from blockcopy.replica.hydration.throttle import BATCH_BLOCKS, Throttle
@@ -91,13 +91,13 @@ class Replica:
             threads=WORKERS,
             patience=BULK_PATIENCE,
         )
-        self._bulk.passing = device.exceeds_cache()
+        self._bulk.drop_behind = device.exceeds_cache()
         self._hydrator = Hydrator(device, geometry, blockmap, [demand, self._bulk], nursery, sparse=plan.sparse)
         self._committer = Committer(journal, device, blockmap, self._hydrator)
         self._state_file = str(journal.path) if journal else None
-        self.pace = Throttle(self._bulk.window, lambda: demand.active_at, plan.limit)
+        self.throttle = Throttle(self._bulk.window, lambda: demand.active_at, plan.limit)
         self.volume = Volume(
-            device, geometry, blockmap, self._hydrator, demand, nursery, patience=plan.longest_wait
+            device, geometry, blockmap, self._hydrator, demand, nursery, give_up_after=plan.max_wait
         )
         self._meter = RateMeter()
         self.settled = trio.Event()
@@ -157,8 +157,8 @@ class Replica:
 
     async def _sweep_all(self) -> None:
         """Run a full pass. Raises UnreadableError if the source cannot read some blocks."""
-        await Hydration(
-            self._hydrator, self._device, self._geometry, self._blockmap, self._demand, self._bulk, self.pace
+        await BackgroundHydration(
+            self._hydrator, self._device, self._geometry, self._blockmap, self._demand, self._bulk, self.throttle
         ).run()
         if not self._blockmap.complete:
             await self._check_source()  # one that was cut, say, is another
@@ -184,7 +184,7 @@ class Replica:
             await self._check_source()  # what was compared was one source
         await self._check_in_place()
         await self._committer.close()
-        await self.let_go()
+        await self.disconnect()
         self._complete = True
         self.settled.set()
         logger.info("%s is a complete copy of %s", self._plan.destination, self._plan.command.location)
@@ -259,7 +259,7 @@ class Replica:
             for start in range(blocks.start, blocks.stop, _PREFETCHED):
                 await self._hydrator.ensure(blocks[start - blocks.start :][:_PREFETCHED], self._bulk)
 
-    async def let_go(self) -> None:
+    async def disconnect(self) -> None:
         """End the links, for good; who waits for the source gets an error now."""
         self._closing = True
         async with trio.open_nursery() as nursery:
@@ -294,7 +294,7 @@ class Replica:
             return "failed"
         if self._verifying:
             return "verifying"
-        if self.pace.paused:
+        if self.throttle.paused:
             return "paused"
         if not self._links[-1].is_up:
             return "reconnecting" if self._link_error else "starting"
@@ -327,7 +327,7 @@ class Replica:
             "sent_bytes": sum(link.sent_bytes for link in self._links),
             "received_bytes": sum(link.received_bytes for link in self._links),
             "rate_bytes_per_s": rate,
-            "limit_bytes_per_s": self.pace.limit,
+            "limit_bytes_per_s": self.throttle.limit,
             "eta_seconds": eta(progress, size, rate),
             "elapsed_seconds": round(trio.current_time() - self._started_at, 1),
             "source_needed": not self._is_copy,

@@ -19,7 +19,7 @@ from blockcopy.block.identity import differences, of_source
 from blockcopy.block.unreadable import Unreadable
 from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.progress.reporter import Counts, Progress
-from blockcopy.replica.hydration.signatures import questions
+from blockcopy.replica.hydration.signatures import read_signatures
 from blockcopy.replica.hydration.throttle import BATCH_BLOCKS
 from blockcopy.replica.source.connector import Connector
 from blockcopy.replica.source.link import Link
@@ -145,7 +145,7 @@ async def _compare(
                 since = trio.current_time()
                 digest = await link.digest(since)
                 here = Unreadable()
-                read = partial(questions, device, geometry, batch, digest, here)
+                read = partial(read_signatures, device, geometry, batch, digest, here)
                 asked = await trio.to_thread.run_sync(read, limiter=threads)
                 answer = await link.ask(asked, _IGNORE, since)
             except BlockcopyError as error:

@@ -32,9 +32,9 @@ class Volume:
         hydrator: Hydrator,
         lane: Lane,
         nursery: trio.Nursery,
-        patience: Callable[[int], float],
+        give_up_after: Callable[[int], float],
     ) -> None:
-        """`patience`: the most seconds that a read of so many blocks may wait for them, whatever happens."""
+        """`give_up_after`: the most seconds that a read of so many blocks may wait for them, whatever happens."""
         self.size = geometry.size
         self._device = device
         self._geometry = geometry
@@ -42,7 +42,7 @@ class Volume:
         self._hydrator = hydrator
         self._lane = lane
         self._nursery = nursery
-        self._patience = patience
+        self._give_up_after = give_up_after
         self._threads = trio.CapacityLimiter(_READ_THREADS)
         self._ahead = ReadAhead(geometry.blocks, lane.window)
         self.demand = ReadStats()
@@ -76,7 +76,7 @@ class Volume:
                 await self._ensure(blocks)
 
     async def _ensure(self, blocks: range) -> None:
-        seconds = self._patience(len(blocks))
+        seconds = self._give_up_after(len(blocks))
         with trio.move_on_after(seconds):
             await self._hydrator.ensure(blocks, self._lane)
             return

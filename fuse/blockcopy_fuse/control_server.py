@@ -150,11 +150,11 @@ async def _obey(request: dict[str, Any], replica: Replica) -> None:
     if command in ("pause", "resume", "limit") and not replica.hydrates:
         raise UsageError(f"there is nothing to {command}: it was mounted with --no-background")
     if command in ("pause", "resume"):
-        replica.pace.paused = command == "pause"
-        if replica.pace.paused:
+        replica.throttle.paused = command == "pause"
+        if replica.throttle.paused:
             await replica.commit()
     elif command == "limit" and _is_rate(request.get("rate")):
-        replica.pace.limit = request["rate"]
+        replica.throttle.limit = request["rate"]
     elif command == "prefetch" and _are_extents(request.get("extents")):
         await replica.prefetch(_existing(request["extents"], replica.volume.size))
     else:

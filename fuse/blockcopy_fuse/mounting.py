@@ -318,7 +318,7 @@ async def _serve(replica: Replica, stop: trio.Event, ready: Callable[[], None], 
         await stop.wait()
         notifier.tell(STOPPING=1)
         # A handler that waits for the source would keep terminate() waiting for ever: fail it first.
-        await replica.let_go()
+        await replica.disconnect()
         if not ended.is_set():
             pyfuse3.terminate()
             with trio.move_on_after(_TERMINATE_SECONDS):

@@ -24,7 +24,7 @@ _SURVEYED = 64 << 30
 """Bytes of which holes are asked for at once: a bound for what the answer can take."""
 
 
-class Hydration:
+class BackgroundHydration:
     """One full pass. `read_stats` is the readers' lane, `lane` the pass's own; they may be the same."""
 
     def __init__(
@@ -35,7 +35,7 @@ class Hydration:
         blockmap: BlockMap,
         demand: Lane,
         lane: Lane,
-        pace: Throttle,
+        throttle: Throttle,
     ) -> None:
         self._hydrator = hydrator
         self._device = device
@@ -43,7 +43,7 @@ class Hydration:
         self._blockmap = blockmap
         self._demand = demand
         self._lane = lane
-        self._throttle = pace
+        self._throttle = throttle
         self._in_hand: set[int] = set()
         self._error: BlockcopyError | None = None
 

@@ -31,7 +31,7 @@ from blockcopy.block.destination import Destination
 from blockcopy.block.geometry import Geometry, runs
 from blockcopy.block.unreadable import Unreadable
 from blockcopy.errors import BlockcopyError, DeviceError, SourceError, UnreadableError
-from blockcopy.replica.hydration.signatures import questions
+from blockcopy.replica.hydration.signatures import read_signatures
 from blockcopy.replica.hydration.source_faults import SourceFaults
 from blockcopy.replica.hydration.writer import Writer
 from blockcopy.replica.source.dialects import Answer
@@ -63,7 +63,7 @@ class Lane:
         self.window = window
         self.batch_blocks = batch_blocks
         self.patience = patience
-        self.passing = False
+        self.drop_behind = False
         """It goes through a device that is larger than the page cache: what it has seen need not stay there."""
         self.fetches = trio.CapacityLimiter(fetches)
         self.threads = trio.CapacityLimiter(threads)
@@ -220,7 +220,13 @@ class Hydrator:
         digest = await lane.link.digest(since)
         generation = self._blockmap.generation
         read = partial(
-            questions, self._device, self._geometry, blocks, digest, self._rewritten, passing=lane.passing
+            read_signatures,
+            self._device,
+            self._geometry,
+            blocks,
+            digest,
+            self._rewritten,
+            drop_behind=lane.drop_behind,
         )
         asked = await trio.to_thread.run_sync(read, limiter=lane.threads)
         asked_at = trio.current_time()

@@ -20,19 +20,19 @@ from blockcopy.replica.source.dialects import Signatures
 _own = threading.local()
 
 
-def questions(
+def read_signatures(
     device: Device,
     geometry: Geometry,
     blocks: Sequence[int],
     digest: Digest,
     unreadable: Unreadable,
     *,
-    passing: bool = False,
+    drop_behind: bool = False,
 ) -> list[Signatures]:
     """What to ask about ascending `blocks`; neighbours are one question. DeviceError where the device ends before.
 
     Blocks that cannot be read are asked for whatever they are, and added to `unreadable`.
-    `passing`: they are not going to be read again soon, and need not stay in the page cache.
+    `drop_behind`: they are not going to be read again soon, and need not stay in the page cache.
     """
     most = MAX_ASKED // geometry.block_size
     asked = [
@@ -40,7 +40,7 @@ def questions(
         for run in runs(blocks)
         for start in range(0, len(run), most)
     ]
-    if passing:
+    if drop_behind:
         for question in asked:
             device.drop_behind(question.position, question.length)
     return asked
