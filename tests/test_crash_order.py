@@ -33,8 +33,7 @@ from blockcopy.block.identity import NO_TIMES, Times
 from blockcopy.block.records import believe_only
 from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.replica.engine import Plan, Replica, open_replica
-from blockcopy.replica.hydration import committer
-from blockcopy.replica.state import blockmap, statefile
+from blockcopy.replica.state import blockmap, recovery, statefile
 from blockcopy.replica.state.statefile import Binding, Clock, StateFile
 from blockcopy.transport.command import stage_command
 from blockcopy.transport.location import Location
@@ -349,7 +348,7 @@ class Inode:
             (clock, times)
             for clock in self._clocks
             for times in set(self._may_be)
-            if committer.was_written(clock, times)
+            if recovery.was_written_by_others(clock, times)
         ]
 
 

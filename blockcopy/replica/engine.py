@@ -39,11 +39,11 @@ from blockcopy.block.destination import Destination
 from blockcopy.block.device import Device, open_source
 from blockcopy.block.geometry import BLOCK_SIZE, Geometry
 from blockcopy.errors import DestinationRefusedError, DeviceError, SourceError, StateError
-from blockcopy.replica.hydration import committer
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.replica import Replica
 from blockcopy.replica.source.connector import Connector
 from blockcopy.replica.source.link import Link
+from blockcopy.replica.state import recovery
 from blockcopy.replica.state.blockmap import BlockMap
 from blockcopy.replica.state.statefile import Record, StateFile
 
@@ -97,8 +97,10 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
                     journal, record = _recall(plan, device, stack)
                 make_room(device, geometry.size)
                 blockmap = BlockMap(geometry)
-                if journal and record and committer.is_of(journal, record, source):
-                    blockmap = committer.resume(journal, record, device, geometry, source if is_there else None)
+                if journal and record and recovery.matches_source(journal, record, source):
+                    blockmap = recovery.resume_blockmap(
+                        journal, record, device, geometry, source if is_there else None
+                    )
                 replica = Replica(plan, device, geometry, blockmap, journal, links, nursery)
                 await nursery.start(replica.run, source)
                 try:
@@ -126,11 +128,11 @@ def _recall(plan: Plan, device: Device, stack: ExitStack) -> tuple[StateFile | N
         for path in (plan.destination, plan.command.location.path if plan.command.location.host is None else ""):
             if path and os.path.exists(plan.state) and os.path.exists(path) and os.path.samefile(plan.state, path):
                 raise StateError(f"cannot keep the state in {plan.state}: that is {path} itself")
-    journal = committer.open_statefile(plan.state, device, keep=plan.keep_state)
+    journal = recovery.open_state_file(plan.state, device, keep=plan.keep_state)
     if journal is None:
         return None, None
     stack.callback(journal.close)
-    return journal, None if plan.recheck else committer.recall(journal, device, BLOCK_SIZE)
+    return journal, None if plan.recheck else recovery.usable_record(journal, device, BLOCK_SIZE)
 
 
 async def _connect(

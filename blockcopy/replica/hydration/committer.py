@@ -13,29 +13,17 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import trio
 
 from blockcopy.block.device import Device
-from blockcopy.block.geometry import Extent, Geometry
-from blockcopy.block.identity import (
-    NO_TIMES,
-    Identity,
-    Times,
-    differences,
-    of_destination,
-    sample_extents,
-    settled_times,
-    tells_of_writes,
-    times_of,
-    unchanged_sample,
-)
-from blockcopy.block.records import believe_default, believe_only, default_path, end_records, is_believed
+from blockcopy.block.identity import NO_TIMES, Identity, Times, of_destination, settled_times, times_of
+from blockcopy.block.records import believe_default, believe_only, end_records
 from blockcopy.errors import DeviceError, StateError, StateNotKeptError
 from blockcopy.replica.hydration.hydrator import Hydrator
 from blockcopy.replica.state.blockmap import BlockMap
-from blockcopy.replica.state.statefile import Binding, Clock, Record, StateFile
+from blockcopy.replica.state.recovery import is_at_default_path
+from blockcopy.replica.state.statefile import Binding, Clock, StateFile
 from blockcopy.replica.tasks import abandonable
 
 logger = logging.getLogger(__name__)
@@ -49,99 +37,6 @@ written by ourselves. What somebody else writes in that time after a crash is no
 
 _ANSWER_SECONDS = 10
 """How long the state file may take, whose disk may be away; what it was told is told again later."""
-
-
-def open_statefile(path: str | None, device: Device, *, keep: bool) -> StateFile | None:
-    """The journal of a destination, at `path` or where it belongs; None without `keep`, and, with a
-    warning, where none can be kept. There is no other record of it then.
-
-    StateError where the file is in use, or is none, or cannot be removed and would be believed later.
-    """
-    if not keep:
-        end_records(device)
-        return None
-    wanted = Path(path) if path else default_path(device)
-    try:
-        return StateFile(wanted)
-    except StateNotKeptError as error:
-        end_records(device)
-        logger.warning("%s; after a restart, every block will be checked again", error)
-        return None
-
-
-def _is_at_default(journal: StateFile, device: Device) -> bool:
-    path, default = journal.path, default_path(device)
-    return path == default or (default.exists() and path.samefile(default))
-
-
-def recall(journal: StateFile, device: Device, block_size: int) -> Record | None:
-    """What is recorded of this destination, untouched since; the log says why it is nothing."""
-    record = journal.record
-    if record is None:
-        return None
-    binding = record.binding
-    differing = differences(
-        {**binding.destination, "size": binding.destination_size, "block size": binding.block_size},
-        {**of_destination(device), "size": device.size(), "block size": block_size},
-    )
-    if differing:
-        _refuse(journal, f"it is of another destination: {'; '.join(differing)}")
-        return None
-    if not (_is_at_default(journal, device) or is_believed(journal.token, device)):
-        _refuse(journal, f"{device.path} may have been written since, by a command that keeps its state elsewhere")
-        return None
-    if was_written(record.clock, times_of(device)):
-        _refuse(journal, f"{device.path} was written by another program since")
-        return None
-    return record
-
-
-def was_written(clock: Clock, found: Times) -> bool:
-    """Whether somebody else wrote to the destination, which is `found` with these times."""
-    known = Times(clock.mtime_ns, clock.ctime_ns)
-    if clock.until_ns is None:
-        return found != known
-    return not all(before <= now <= max(before, clock.until_ns) for before, now in zip(known, found, strict=True))
-
-
-def is_of(journal: StateFile, record: Record, source: Identity) -> bool:
-    """Whether the record is of this source; the log says why not."""
-    if differing := differences(record.binding.source, source):
-        _refuse(journal, f"it is of another source, or that was changed: {'; '.join(differing)}")
-    return not differing
-
-
-def resume(
-    journal: StateFile, record: Record, device: Device, geometry: Geometry, found: Identity | None
-) -> BlockMap:
-    """The block map to start from: what is recorded, where it can be believed.
-
-    `found` is the source as it is, where it can be asked. Then a copy that is complete is checked once
-    more, unless both ends would tell if they had been written since.
-    """
-    blockmap = BlockMap(geometry)
-    try:
-        blockmap.resume(record.chunks)
-    except ValueError as error:
-        _refuse(journal, f"it is damaged: {error}")
-        return BlockMap(geometry)
-    source = record.binding.source
-    tell = device.has_exact_times() and tells_of_writes(source) and tells_of_writes(found or source)
-    if blockmap.complete and found is not None and not tell:
-        logger.warning("the copy was complete; every block is checked for what has changed since")
-        return BlockMap(geometry)
-
-    def is_present(extent: Extent) -> bool:
-        return not blockmap.any_missing(geometry.span(*extent))
-
-    if not unchanged_sample(device, source, filter(is_present, sample_extents(geometry.size))):
-        _refuse(journal, f"{device.path} was written by another program since")
-        return BlockMap(geometry)
-    return blockmap
-
-
-def _refuse(journal: StateFile, why: str) -> None:
-    logger.warning("the state in %s is not taken up: %s. Every block is checked again", journal.path, why)
 
 
 class Committer:
@@ -178,7 +73,7 @@ class Committer:
 
     def _begin(self, journal: StateFile, binding: Binding, clock: Clock) -> None:
         journal.begin(binding, clock)
-        if _is_at_default(journal, self._device):
+        if is_at_default_path(journal, self._device):
             believe_default(self._device)
         else:
             believe_only(journal.token, self._device)

@@ -105,7 +105,7 @@ class StateFile:
         except _UnusableError as error:
             aside = _set_aside(path)
             logger.warning(
-                "the state file %s cannot be used (%s); it is kept as %s, and every block is checked again",
+                "the state file %s cannot be used (%s); it is kept as %s. Checking every block again",
                 path,
                 error,
                 aside,
@@ -116,7 +116,7 @@ class StateFile:
         made = _make(self.path)
         size = 0 if made else _check_files(self.path)
         if not (made or size):
-            logger.warning("the state file %s is empty: every block is checked", self.path)
+            logger.warning("the state file %s is empty. Checking every block", self.path)
         db = self._connect()
         try:
             self.record = self._load(db, is_new=size == 0)
