@@ -1,6 +1,7 @@
-"""Every error blockcopy can tell a user: what happened, to which path or host, what to do.
+"""The tree of all errors that blockcopy reports to a user.
 
-The exit status is an attribute of the class. `cli` is the only place that prints one.
+A message says what happened, to which path or host, and what to do. Each class has the exit status of the
+program. Only `cli.main` prints errors.
 """
 
 from __future__ import annotations
@@ -11,44 +12,48 @@ import signal
 
 
 class BlockcopyError(Exception):
-    """Anything blockcopy can fail with. The message is one a user can act on."""
+    """Base class of all errors that end a command. Its message is for the user."""
 
     exit_code = 1
 
     @classmethod
-    def told(cls, message: str, exit_code: int) -> BlockcopyError:
-        """One that another process of ours met, and told."""
-        made = cls(message)
-        made.exit_code = exit_code
-        return made
+    def relayed(cls, message: str, exit_code: int) -> BlockcopyError:
+        """Return the error with the `message` and exit status that another blockcopy process reported."""
+        error = cls(message)
+        error.exit_code = exit_code
+        return error
 
 
 class UsageError(BlockcopyError):
-    """The command line asks for something that cannot be meant."""
+    """An invalid command line."""
 
     exit_code = 2
 
 
 class StreamError(BlockcopyError):
-    """A hash or block stream is cut short or is not one."""
+    """A hash stream or block stream that is malformed, or ends early."""
 
 
 class TruncatedStreamError(StreamError):
-    """A stream ended without its `done`."""
+    """A stream that ends before its `done` message."""
 
 
 class OutputError(BlockcopyError):
-    """Whoever reads our output went away, or the output cannot be written."""
+    """Output that cannot be written, perhaps because its reader has exited."""
 
 
 class DeviceError(BlockcopyError):
-    """A local file or device cannot be opened, read, written or synced."""
+    """A local file or device that cannot be opened, read, written or synced."""
 
     errno: int | None = None
+    """The number of the system's error. None if no system call failed."""
 
     @classmethod
-    def of(cls, action: str, path: str, error: OSError) -> DeviceError:
-        """The error for `error`, met while doing `action` ("read 4096 bytes at 0 of", …) to `path`."""
+    def from_os_error(cls, action: str, path: str, error: OSError) -> DeviceError:
+        """Return the error "cannot ACTION PATH: REASON", with the reason and number of `error`.
+
+        `action`: a verb with its objects, such as "read 4096 bytes at 0 of".
+        """
         reason = os.strerror(error.errno) if error.errno else str(error)
         made = cls(f"cannot {action} {path}: {reason}")
         made.errno = error.errno
@@ -56,85 +61,99 @@ class DeviceError(BlockcopyError):
 
 
 class DestinationRefusedError(DeviceError):
-    """The destination is in use, locked, mounted, too small or no fit place for a copy."""
+    """A destination that is in use, locked, mounted, read-only or too small."""
 
 
 class DestinationLostError(DeviceError):
-    """The destination was removed, replaced, cut or written by another program while it was ours."""
+    """A destination that another program removed, replaced, truncated or wrote to during the copy."""
 
 
 class StateError(BlockcopyError):
-    """The state file is none that can be taken, or another process keeps it."""
+    """A state file that is invalid, or that another process uses."""
 
 
-class StateNotKeptError(StateError):
-    """The state cannot be written: the copy goes on, and a restart checks every block again."""
+class StateWriteError(StateError):
+    """A state file that cannot be written. The copy goes on; a restart checks every block again."""
 
 
-class PeerError(BlockcopyError):
-    """The other end cannot be reached, refused, died, or sent what was not asked for."""
+class RemoteError(BlockcopyError):
+    """Another host that cannot be reached, refuses, exits early, or violates the protocol."""
 
     exit_code = 3
 
 
-class SourceError(PeerError):
-    """The source is that other end."""
+class SourceError(RemoteError):
+    """A RemoteError of the source."""
 
 
 class ProtocolViolationError(SourceError):
-    """The source sent what was not asked for: it lives, but it cannot be believed."""
+    """A reply of the source that fits no request. The source runs, but its replies cannot be trusted."""
 
 
 class SourceChangedError(SourceError):
-    """The source is not the one it was: nothing of it can be mixed with what is here."""
+    """A source that differs from the source of the blocks copied before. The two must not be mixed."""
 
 
-class UnreadableError(SourceError):
-    """The source cannot read some of its blocks, and goes on to serve all others."""
+class SourceReadError(SourceError):
+    """Blocks that the source cannot read. The source continues to serve all other blocks."""
 
 
 class OriginalProgramError(SourceError):
-    """The source runs the original program, which is asked in another form."""
+    """A source that runs the original program, and needs the original dialect."""
 
 
 class MountError(BlockcopyError):
-    """A mount cannot be made, found, asked or taken down."""
+    """A mount that cannot be created, found, queried or removed."""
 
     exit_code = 4
 
 
 class MissingRequirementError(BlockcopyError):
-    """`doctor` found that something is missing which a mount or a sync cannot do without."""
+    """A requirement of `mount` or `sync` that `doctor` found missing."""
 
 
-class DifferentError(BlockcopyError):
-    """`verify` found that the destination is not the source's copy."""
+class MismatchError(BlockcopyError):
+    """A destination that differs from the source, as `verify` found."""
 
     exit_code = 5
 
 
 class IncompleteError(BlockcopyError):
-    """The copy ended before it was complete (sysexits.h EX_TEMPFAIL: run it again)."""
+    """A copy that ended before it was complete. The status is EX_TEMPFAIL of sysexits.h: run it again."""
 
     exit_code = 75
 
 
-def how_ended(status: int) -> str:
-    """Return in words how a process ended that has this `returncode`, as subprocess has it."""
-    if status >= 0:
-        return f"ended with exit status {status}"
+class OperatingSystemError(BlockcopyError):
+    """A resource that the operating system refuses: files, memory, processes, the current folder."""
+
+
+class InternalError(BlockcopyError):
+    """A bug in blockcopy."""
+
+
+class Interrupted(BaseException):
+    """The signal SIGINT or SIGTERM.
+
+    It is no BlockcopyError, so that no handler of errors takes it for a failure.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+def describe_exit(returncode: int) -> str:
+    """Return in words how a process ended, such as "ended with exit status 1" or "was killed by SIGKILL".
+
+    `returncode`: as `subprocess.Popen` has it, negative for a signal.
+    """
+    if returncode >= 0:
+        return f"ended with exit status {returncode}"
     try:
-        return f"was killed by {signal.Signals(-status).name}"
+        return f"was killed by {signal.Signals(-returncode).name}"
     except ValueError:  # most of the real-time signals have no name
-        return f"was killed by signal {-status}"
-
-
-class SurroundingsError(BlockcopyError):
-    """The system refuses what any program needs: a file, memory, a process, a folder to be in."""
-
-
-class FaultError(BlockcopyError):
-    """A fault of blockcopy itself."""
+        return f"was killed by signal {-returncode}"
 
 
 _LIMITS = {
@@ -145,8 +164,12 @@ _LIMITS = {
 }
 
 
-def told_of(error: BaseException) -> BlockcopyError:
-    """Return what a user is told of any exception that ended a command."""
+def as_user_error(error: BaseException) -> BlockcopyError:
+    """Return the error to report to the user for any exception that ended a command.
+
+    A BlockcopyError is returned as it is. OSError and MemoryError become an OperatingSystemError, all others an
+    InternalError. An exception group is reported by its first unforeseen exception, if any.
+    """
     leaves = _leaves(error)
     unforeseen = next((each for each in leaves if not isinstance(each, BlockcopyError)), leaves[0])
     if isinstance(unforeseen, BlockcopyError):
@@ -154,34 +177,28 @@ def told_of(error: BaseException) -> BlockcopyError:
     if isinstance(unforeseen, OSError):
         reason = _LIMITS.get(unforeseen.errno or 0) or unforeseen.strerror or str(unforeseen)
         where = f": {unforeseen.filename}" if unforeseen.filename else ""
-        told: BlockcopyError = SurroundingsError(f"{reason}{where}{_no_folder()}")
+        reported: BlockcopyError = OperatingSystemError(f"{reason}{where}{_hint_at_removed_folder()}")
     elif isinstance(unforeseen, MemoryError):
-        told = SurroundingsError(_LIMITS[errno.ENOMEM])
+        reported = OperatingSystemError(_LIMITS[errno.ENOMEM])
     elif isinstance(unforeseen, RuntimeError) and "start new thread" in str(unforeseen):
-        told = SurroundingsError(_LIMITS[errno.EAGAIN])
+        reported = OperatingSystemError(_LIMITS[errno.EAGAIN])
     else:
-        told = FaultError(f"a fault of blockcopy: {type(unforeseen).__name__}: {unforeseen}; -v shows more")
-    told.__cause__ = error
-    return told
+        reported = InternalError(
+            f"internal error: {type(unforeseen).__name__}: {unforeseen} (a bug in blockcopy; -v shows more)"
+        )
+    reported.__cause__ = error
+    return reported
 
 
 def _leaves(error: BaseException) -> list[BaseException]:
-    """Return what is in an exception group; Python 3.9 has none."""
+    """Return the exceptions in an exception group, or `error` itself. Python 3.9 has no groups."""
     inner = getattr(error, "exceptions", None)
     return [leaf for each in inner for leaf in _leaves(each)] if inner else [error]
 
 
-def _no_folder() -> str:
+def _hint_at_removed_folder() -> str:
     try:
         os.getcwd()
     except OSError:
         return " (the current folder was removed: go to another one)"
     return ""
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM. Not a BlockcopyError, so that nothing takes it for a failure."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum

@@ -19,9 +19,9 @@ ZSTD = "backports.zstd>=1.0"
 """Python 3.14 has it itself."""
 
 
-def install(*requirements: str) -> str:
+def install_command(*requirements: str) -> str:
     """Return the command that installs these for this very Python, or what to do if it takes no packages."""
-    if is_managed():
+    if is_externally_managed():
         return (
             f"an environment of its own, as the README makes one (pipx), with {' '.join(requirements)}: "
             f"{sys.executable} is the distribution's, and takes no packages"
@@ -29,7 +29,7 @@ def install(*requirements: str) -> str:
     return shlex.join([sys.executable or "python3", "-m", "pip", "install", *requirements])
 
 
-def is_managed() -> bool:
+def is_externally_managed() -> bool:
     """Return whether this Python is one that its distribution keeps to itself (PEP 668)."""
     marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
     return sys.prefix == sys.base_prefix and os.path.exists(marker)

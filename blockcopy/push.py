@@ -12,7 +12,7 @@ import math
 import time
 
 from blockcopy.block.device import Device
-from blockcopy.errors import BlockcopyError, OutputError, PeerError, StreamError, how_ended
+from blockcopy.errors import BlockcopyError, OutputError, RemoteError, StreamError, describe_exit
 from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.stage.retrieve import retrieve
 from blockcopy.transport.backoff import Backoff
@@ -27,7 +27,7 @@ _ITS_ERROR = "ERROR (receive): "
 """What it begins the line with that says how it ended."""
 
 
-class _LostError(PeerError):
+class _LostError(RemoteError):
     """The connection broke after it had been there."""
 
 
@@ -84,7 +84,7 @@ def push(
     for first. `patience`: seconds for which a connection that broke is tried again. `limit`: bytes of the source
     a second, equal or not. `progress` is told the position that was answered, and how many bytes were sent.
 
-    Raises PeerError if the host cannot be reached or goes away, what `receive` fails with, with its exit code,
+    Raises RemoteError if the host cannot be reached or goes away, what `receive` fails with, with its exit code,
     and DeviceError of the source.
     """
     backoff, lost_at = Backoff(), math.inf
@@ -103,10 +103,10 @@ def push(
             _push(session, source, paced)
             return
         except _LostError as error:
-            failure: PeerError = error
+            failure: RemoteError = error
             lost_at = time.monotonic()
             backoff.reset()
-        except PeerError as error:
+        except RemoteError as error:
             if math.isinf(lost_at):
                 raise  # it was never there
             failure = error
@@ -147,15 +147,15 @@ def _why(session: Session, failure: BlockcopyError | None) -> BlockcopyError:
     command, status, said = session.command, session.status, session.said()
     lost = session.begun and (status == TRANSPORT_FAILED or status < 0)
     if session.given_up is not None:
-        return (_LostError if session.begun else PeerError)(session.given_up)
+        return (_LostError if session.begun else RemoteError)(session.given_up)
     todo = advice(command, status, "\n".join(said), begun=session.begun and not lost)
     more = f" – {todo}" if todo else ""
     own = next((text for text in said if text.startswith(_ITS_ERROR)), None)
     if own is not None:
         message = own[len(_ITS_ERROR) :]
-        return BlockcopyError.told(f"{command.location.host_shown or 'this host'}: {message}{more}", status)
+        return BlockcopyError.relayed(f"{command.location.host_shown or 'this host'}: {message}{more}", status)
     told = f"; it said: {' | '.join(said)}" if said else ""
     if failure is not None and not told:
         told = f": {failure}"
-    how = how_ended(status)
-    return (_LostError if lost else PeerError)(f"the receive process of {command.location} {how}{told}{more}")
+    how = describe_exit(status)
+    return (_LostError if lost else RemoteError)(f"the receive process of {command.location} {how}{told}{more}")

@@ -81,7 +81,7 @@ class LineBudget:
         return count
 
 
-class Said:
+class StderrLines:
     """The lines that a process elsewhere writes to standard error: each is `note`d, the `last` ones are kept.
 
     Not thread-safe. The `budget` is that of all connections to the same place.
@@ -105,7 +105,7 @@ class Said:
             self._take(line)
         self._budget.drop(max(0, unseen))
 
-    def listen(self, fd: int) -> None:
+    def read_to_end(self, fd: int) -> None:
         """Take all that comes from a descriptor, to its end. Blocks; for a thread."""
         while data := os.read(fd, _AT_ONCE):
             self.feed(data)

@@ -110,7 +110,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the control sockets of a user lie."""
     made = tmp_path / "run"
     made.mkdir(mode=0o700)
-    monkeypatch.setattr(probe, "run_folders", lambda _: [made])
+    monkeypatch.setattr(probe, "runtime_dir_candidates", lambda _: [made])
     return made
 
 

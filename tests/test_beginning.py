@@ -14,7 +14,7 @@ import trio
 from support import BLOCK_SIZE, BLOCKCOPY, PATIENCE, PYTHON, STANDINS, noise, run, until, written
 
 from blockcopy.block.device import open_source
-from blockcopy.errors import PeerError, SourceError
+from blockcopy.errors import RemoteError, SourceError
 from blockcopy.progress.reporter import Progress
 from blockcopy.push import push
 from blockcopy.replica.source.connector import Connector
@@ -106,7 +106,7 @@ def test_a_user_is_told_what_is_waited_for(
                 await connector.open(nursery)
             nursery.cancel_scope.cancel()
 
-    with open_source(str(source)) as device, pytest.raises(PeerError, match="after 1 seconds"):
+    with open_source(str(source)) as device, pytest.raises(RemoteError, match="after 1 seconds"):
         push(command, device, timeout=0.5, prompts=True, progress=Progress())
     trio.run(pull)
     told = "still waiting for host to start `python3`; its login printed: Welcome"
@@ -129,7 +129,7 @@ def test_a_shared_login_is_given_up_too(
     monkeypatch.setattr(start_timeout, "LOGIN_SECONDS", 0.5)
     rsh = f"ssh -F none -p {silent_port} -o BatchMode=yes"
     command = stage_command(parse_location("127.0.0.1:/x"), rsh, control=control_master.control_path(shared=True))
-    with pytest.raises(PeerError, match=r"gave up waiting for 127\.0\.0\.1 .* after 0\.5 seconds"):
+    with pytest.raises(RemoteError, match=r"gave up waiting for 127\.0\.0\.1 .* after 0\.5 seconds"):
         control_master.log_in(command)
     assert "still waiting for 127.0.0.1" in caplog.text
 

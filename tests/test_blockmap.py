@@ -34,14 +34,14 @@ class Naive:
 
     def missing(self, blocks: range) -> list[int]:
         known = self.same | self.fetched
-        return [block for block in blocks if block < self.geometry.blocks and block not in known]
+        return [block for block in blocks if block < self.geometry.block_count and block not in known]
 
     def bytes_in(self, blocks: set[int]) -> int:
         return sum(self.geometry.extent(block).length for block in blocks)
 
 
 def assert_alike(blockmap: BlockMap, naive: Naive) -> None:
-    blocks = naive.geometry.blocks
+    blocks = naive.geometry.block_count
     assert list(blockmap.missing(range(blocks))) == naive.missing(range(blocks))
     assert list(blockmap.missing(range(blocks + 20))) == naive.missing(range(blocks))  # none behind the end
     assert blockmap.same_bytes == naive.bytes_in(naive.same)
@@ -60,12 +60,12 @@ def test_random_marks_mean_what_sets_of_blocks_mean(size: int) -> None:
     geometry, chance = Geometry(size, BLOCK), random.Random(size)
     blockmap, naive = BlockMap(geometry), Naive(geometry)
     assert_alike(blockmap, naive)
-    for _ in range(3 * geometry.blocks):
-        block, fetched = chance.randrange(geometry.blocks), chance.random() < 0.5
+    for _ in range(3 * geometry.block_count):
+        block, fetched = chance.randrange(geometry.block_count), chance.random() < 0.5
         mark(blockmap, block, fetched=fetched)
         naive.mark(block, fetched=fetched)
         assert_alike(blockmap, naive)
-        part = some_range(chance, geometry.blocks)
+        part = some_range(chance, geometry.block_count)
         assert list(blockmap.missing(part)) == naive.missing(part)
         assert blockmap.any_missing(part) is bool(naive.missing(part))
 
@@ -77,12 +77,14 @@ def test_ranges_are_marked_as_their_blocks_are(size: int) -> None:
     for _ in range(20):
         by_range, by_block = BlockMap(geometry), BlockMap(geometry)
         while not by_range.complete:
-            blocks, kind = some_range(chance, geometry.blocks), chance.choice(kinds)
+            blocks, kind = some_range(chance, geometry.block_count), chance.choice(kinds)
             by_range.mark(blocks, kind)
             for block in blocks:
                 by_block.mark(range(block, block + 1), kind)
             assert counts(by_range) == counts(by_block)
-            assert list(by_range.missing(range(geometry.blocks))) == list(by_block.missing(range(geometry.blocks)))
+            assert list(by_range.missing(range(geometry.block_count))) == list(
+                by_block.missing(range(geometry.block_count))
+            )
             assert by_range.present_bytes == sum(counts(by_range))
             assert by_range.take_changes() == by_block.take_changes()
 
@@ -104,7 +106,7 @@ def test_a_resumed_last_block_counts_once() -> None:
 
 @pytest.mark.parametrize("size", [size for size in SIZES if size])
 def test_the_last_missing_block_is_found_wherever_it_is(size: int) -> None:
-    blocks = range(Geometry(size, BLOCK).blocks)
+    blocks = range(Geometry(size, BLOCK).block_count)
     for left in blocks:
         blockmap = BlockMap(Geometry(size, BLOCK))
         for block in blocks:
@@ -144,7 +146,7 @@ def test_a_block_counts_once_and_as_it_was_marked_first(first: bool) -> None:
 def test_after_forget_all_it_is_as_new() -> None:
     geometry = Geometry(12 * BLOCK - 3, BLOCK)
     blockmap = BlockMap(geometry)
-    for block in range(geometry.blocks):
+    for block in range(geometry.block_count):
         mark(blockmap, block, fetched=bool(block % 2))
     assert blockmap.complete
     blockmap.forget_all()
@@ -180,13 +182,16 @@ def test_a_huge_map_takes_one_bit_a_block_and_is_searched_lazily() -> None:
     try:
         blockmap = BlockMap(geometry)
         mark(blockmap, 0, fetched=False)
-        search = blockmap.missing(range(geometry.blocks))
+        search = blockmap.missing(range(geometry.block_count))
         assert [next(search), next(search)] == [1, 2]
-        assert next(blockmap.missing(range(geometry.blocks - 1, geometry.blocks))) == geometry.blocks - 1
+        assert (
+            next(blockmap.missing(range(geometry.block_count - 1, geometry.block_count)))
+            == geometry.block_count - 1
+        )
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < geometry.blocks / 8 * 1.01
+    assert peak < geometry.block_count / 8 * 1.01
 
 
 # Chunks, for the record
@@ -239,11 +244,11 @@ def test_what_was_marked_is_resumed(blocks: int, last: int, present: str) -> Non
 
 def test_a_chunk_that_is_not_on_record_is_missing() -> None:
     geometry = Geometry((2 * CHUNK_BLOCKS + 9) * BLOCK, BLOCK)
-    chunks = chunks_of(marked(geometry, range(geometry.blocks)), geometry.blocks)
+    chunks = chunks_of(marked(geometry, range(geometry.block_count)), geometry.block_count)
     del chunks[1]
     blockmap = BlockMap(geometry)
     blockmap.resume(chunks)
-    assert list(blockmap.missing(range(geometry.blocks))) == list(range(CHUNK_BLOCKS, 2 * CHUNK_BLOCKS))
+    assert list(blockmap.missing(range(geometry.block_count))) == list(range(CHUNK_BLOCKS, 2 * CHUNK_BLOCKS))
     assert blockmap.resumed_bytes == (CHUNK_BLOCKS + 9) * BLOCK
 
 

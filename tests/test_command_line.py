@@ -163,15 +163,15 @@ def test_exit_statuses_are_those_that_scripts_rely_on() -> None:
     of = {error.__name__: error.exit_code for error in CLASSES}
     promised = {
         "UsageError": 2,
-        "PeerError": 3,
+        "RemoteError": 3,
         "MissingRequirementError": 1,
         "SourceError": 3,
         "ProtocolViolationError": 3,
         "SourceChangedError": 3,
-        "UnreadableError": 3,
+        "SourceReadError": 3,
         "OriginalProgramError": 3,
         "MountError": 4,
-        "DifferentError": 5,
+        "MismatchError": 5,
         "IncompleteError": 75,
     }
     assert of == dict.fromkeys(of, 1) | promised

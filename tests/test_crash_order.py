@@ -30,7 +30,7 @@ import trio
 from blockcopy.block.device import Device, open_source
 from blockcopy.block.geometry import BLOCK_SIZE, Extent, Geometry
 from blockcopy.block.identity import NO_TIMES, Times
-from blockcopy.block.records import believe_only
+from blockcopy.block.records import make_authoritative
 from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.replica.engine import Plan, Replica, open_replica
 from blockcopy.replica.state import blockmap, recovery, statefile
@@ -546,7 +546,7 @@ def put_back(recorder: Recorder, recorded: Recorded, content: list[bytes], desti
     kept.begin(recorder.binding, clock)
     kept.add(recorded, clock)
     with open_source(str(destination)) as device:
-        believe_only(kept.token, device)
+        make_authoritative(kept.token, device)
     kept.close()
     recorder.events.clear()
 

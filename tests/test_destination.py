@@ -272,7 +272,7 @@ def _facts(source: Path) -> dict[str, object]:
     from blockcopy.block.device import open_source
 
     with open_source(str(source)) as device:
-        return {"digest": "sha256", "identity": identity.of_source(device)}
+        return {"digest": "sha256", "identity": identity.source_identity(device)}
 
 
 @each(CHANGED)

@@ -90,7 +90,7 @@ def test_a_view_has_the_bytes(request: pytest.FixtureRequest, kind: str) -> None
             assert view is not None
             assert view.readonly
             assert view == data[offset : offset + length]
-            assert opened.unview(offset, length)
+            assert opened.release_view(offset, length)
             assert view == data[offset : offset + length]  # it may still be sent
 
 
@@ -106,7 +106,7 @@ def test_a_view_is_not_had_of_what_is_not_there(file: Path) -> None:
 def test_of_a_device_that_failed_once_no_more_views_are_had(tmp_path: Path, device: str) -> None:
     with open_source(device) as opened:
         assert opened.view(0, 4 * MIB, [Extent(0, 5000)]) is not None  # the rest is not to be looked at
-        opened.unview(0, 4 * MIB)
+        opened.release_view(0, 4 * MIB)
         os.truncate(tmp_path / "backing", MIB)
         os.posix_fadvise(opened._fd, 0, 0, os.POSIX_FADV_DONTNEED)
         assert opened.view(0, 4 * MIB, [Extent(0, 4 * MIB)]) is None
@@ -121,8 +121,8 @@ def test_who_gives_a_view_back_learns_that_it_was_cut_off(file: Path, left: int)
     with open_source(str(file)) as opened:
         assert opened.view(0, MIB + 100, [Extent(0, MIB + 100)]) is not None
         os.truncate(file, left)
-        assert not opened.unview(0, MIB + 100)
-        assert opened.unview(0, left)
+        assert not opened.release_view(0, MIB + 100)
+        assert opened.release_view(0, left)
 
 
 @needs_views
@@ -144,12 +144,12 @@ def test_what_is_looked_at_is_dropped_from_the_cache_afterwards(device: str) -> 
         until(lambda: opened._dropping, "the wait")
         assert opened.view(MIB, MIB, [Extent(MIB, MIB)]) is None
         assert dropper.is_alive()
-        assert opened.unview(0, MIB)
+        assert opened.release_view(0, MIB)
         dropper.join(PATIENCE)
         assert not dropper.is_alive()
         until(lambda: not opened.drop_cache() and opened.read_cached(0, 4096) is None, "an empty cache")
         assert opened.view(MIB, MIB, [Extent(MIB, MIB)]) is not None
-        opened.unview(MIB, MIB)
+        opened.release_view(MIB, MIB)
 
 
 @needs_views

@@ -129,11 +129,12 @@ def test_the_packages_that_are_advised_are_those_of_the_project() -> None:
 def test_what_is_advised_installs_for_the_very_python_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/opt/an environment/bin/python")
     assert (
-        optional_packages.install("blake3>=0.4") == "'/opt/an environment/bin/python' -m pip install 'blake3>=0.4'"
+        optional_packages.install_command("blake3>=0.4")
+        == "'/opt/an environment/bin/python' -m pip install 'blake3>=0.4'"
     )
-    monkeypatch.setattr(optional_packages, "is_managed", lambda: True)
-    assert "takes no packages" in optional_packages.install("blake3>=0.4")
-    assert "pip install" not in optional_packages.install("blake3>=0.4")
+    monkeypatch.setattr(optional_packages, "is_externally_managed", lambda: True)
+    assert "takes no packages" in optional_packages.install_command("blake3>=0.4")
+    assert "pip install" not in optional_packages.install_command("blake3>=0.4")
 
 
 def test_the_stages_as_one_file(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from blockcopy.block.geometry import BLOCK_SIZE, Extent, Geometry, runs
+from blockcopy.block.geometry import BLOCK_SIZE, Extent, Geometry, block_runs
 
 
 def test_the_block_size_is_the_original_programs() -> None:
@@ -18,13 +18,13 @@ def test_an_extent_ends_behind_its_last_byte() -> None:
     ("size", "blocks"), [(0, 0), (1, 1), (9, 1), (10, 1), (11, 2), (20, 2), (21, 3), (2**62, 2**62 // 10 + 1)]
 )
 def test_blocks_count_the_short_last_one(size: int, blocks: int) -> None:
-    assert Geometry(size, 10).blocks == blocks
+    assert Geometry(size, 10).block_count == blocks
 
 
 @pytest.mark.parametrize("size", [1, 9, 10, 11, 25, 30])
 def test_extents_cover_the_size_without_gap_or_overlap(size: int) -> None:
     geometry = Geometry(size, 10)
-    extents = [geometry.extent(block) for block in range(geometry.blocks)]
+    extents = [geometry.extent(block) for block in range(geometry.block_count)]
     assert [extent.offset for extent in extents] == [0, *(extent.end for extent in extents)][:-1]
     assert extents[-1].end == size
     assert all(extent.length == 10 for extent in extents[:-1])
@@ -82,4 +82,4 @@ def test_an_empty_device_has_no_span() -> None:
     ],
 )
 def test_runs_join_neighbours(blocks: list[int], expected: list[range]) -> None:
-    assert list(runs(iter(blocks))) == expected
+    assert list(block_runs(iter(blocks))) == expected

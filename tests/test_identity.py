@@ -15,7 +15,7 @@ import pytest
 import support
 
 from blockcopy.block.device import open_source
-from blockcopy.block.identity import Identity, differences, of_source, sample_extents, tells_of_writes
+from blockcopy.block.identity import Identity, differences, sample_extents, shows_writes, source_identity
 
 SIZE = 1 << 20
 
@@ -47,7 +47,7 @@ def file_system(name: str, folder: Path) -> Iterator[Path]:
 
 def identity(path: Path) -> Identity:
     with open_source(str(path)) as device:
-        return of_source(device)
+        return source_identity(device)
 
 
 @pytest.mark.parametrize("name", FILE_SYSTEMS)
@@ -110,7 +110,7 @@ def test_what_differs_is_told(known: Identity, found: Identity, words: list[str]
 
 
 def test_only_who_tells_the_ctime_tells_of_writes() -> None:
-    assert [tells_of_writes(each) for each in (ONE, OLDER, ORIGINAL)] == [True, False, False]
+    assert [shows_writes(each) for each in (ONE, OLDER, ORIGINAL)] == [True, False, False]
 
 
 @pytest.mark.parametrize("end", ["source", "destination"])

@@ -16,8 +16,8 @@ from support import BLOCK_SIZE, BLOCKCOPY, PATIENCE, needs_views, noise, run, wr
 from blockcopy.block import syscalls
 from blockcopy.block.device import Device, open_source
 from blockcopy.block.geometry import Geometry
-from blockcopy.block.pieces import PIECE_SIZE, Pieces
-from blockcopy.block.unreadable import Unreadable
+from blockcopy.block.pieces import PIECE_SIZE, PieceScanner
+from blockcopy.block.unreadable import UnreadableRanges
 from blockcopy.protocol import digests, wire
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.replica.hydration.signatures import read_signatures
@@ -76,10 +76,10 @@ def as_sent(frames: Sequence[Output]) -> list[tuple[str, int, bytearray]]:
 @pytest.mark.parametrize(("joined", "agreed"), [(False, False), (True, False), (True, True)])
 def test_the_answers_are_the_same(source: Device, joined: bool, agreed: bool, block_size: int) -> None:
     chance = random.Random(block_size)
-    terms = Terms(DIGEST, Packing(), Unreadable(), joined=joined, agreed=agreed)
+    terms = Terms(DIGEST, Packing(), UnreadableRanges(), joined=joined, agreed=agreed)
     size, room = source.size(), memoryview(bytearray(PIECE_SIZE))
     for position in (0, block_size, PIECE_SIZE):
-        piece = Pieces(source).piece(position, min(PIECE_SIZE, size - position), block_size)
+        piece = PieceScanner(source).piece(position, min(PIECE_SIZE, size - position), block_size)
         asked = []
         for at in range(0, piece.length, block_size):
             own = source.read(position + at, min(block_size, piece.length - at))
@@ -93,18 +93,18 @@ def test_the_answers_are_the_same(source: Device, joined: bool, agreed: bool, bl
 @pytest.mark.parametrize("block_size", [4096, BLOCK_SIZE])
 def test_the_questions_are_the_same(source: Device, block_size: int) -> None:
     geometry = Geometry(source.size(), block_size)
-    blocks = [block for block in range(geometry.blocks) if block % 50 != 7]
+    blocks = [block for block in range(geometry.block_count) if block % 50 != 7]
     with copying(source) as other:
-        read = read_signatures(other, geometry, blocks, DIGEST, Unreadable())
-    assert read_signatures(source, geometry, blocks, DIGEST, Unreadable()) == read
+        read = read_signatures(other, geometry, blocks, DIGEST, UnreadableRanges())
+    assert read_signatures(source, geometry, blocks, DIGEST, UnreadableRanges()) == read
 
 
 @needs_views
 def test_what_is_sent_is_not_copied(tmp_path: Path) -> None:
     path = written(tmp_path / "source", noise(2 * BLOCK_SIZE))
-    terms = Terms(DIGEST, Packing(), Unreadable(), joined=True, agreed=True)
+    terms = Terms(DIGEST, Packing(), UnreadableRanges(), joined=True, agreed=True)
     with open_source(str(path)) as device:
-        piece = Pieces(device).piece(0, 2 * BLOCK_SIZE, BLOCK_SIZE)
+        piece = PieceScanner(device).piece(0, 2 * BLOCK_SIZE, BLOCK_SIZE)
         frames = Run(piece, BLOCK_SIZE, bytes(2 * DIGEST.size), terms).answer(device, memoryview(b""))
     assert [frame[:-1] for frame in frames] == [
         (device, 0, 2 * BLOCK_SIZE, wire.frame_header(b"data", 0, 2 * BLOCK_SIZE))
@@ -141,12 +141,12 @@ def test_a_kernel_is_asked_for_a_view_only_where_it_fails_at_a_read_error(
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
     monkeypatch.setattr(syscalls, "_call", lambda name, *_: calls.append(name))
     with open_source(str(written(tmp_path / "source", noise(BLOCK_SIZE)))) as device:
-        piece = Pieces(device).piece(0, BLOCK_SIZE, BLOCK_SIZE)
+        piece = PieceScanner(device).piece(0, BLOCK_SIZE, BLOCK_SIZE)
         for _ in range(2):
             view = piece.view(device)
             assert (view is not None) == returns
             if view is not None:
-                piece.unview(device)
+                piece.release_view(device)
     assert bool(calls) == returns
 
 

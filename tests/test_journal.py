@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 from blockcopy.block.device import open_source
 from blockcopy.block.geometry import BLOCK_SIZE, Geometry
 from blockcopy.block.identity import sample_extents
-from blockcopy.block.records import default_path, retire
-from blockcopy.errors import StateError, StateNotKeptError
+from blockcopy.block.records import default_path, invalidate
+from blockcopy.errors import StateError, StateWriteError
 from blockcopy.replica.state.blockmap import CHUNK_BLOCKS, BlockMap
 from blockcopy.replica.state.statefile import Binding, Clock, Record, StateFile
 
@@ -204,7 +204,7 @@ def test_one_process_at_a_time(path: Path) -> None:
         assert process.stdout.readline() == b"held\n"
         with pytest.raises(StateError, match="in use by another process") as error:
             StateFile(path)
-        assert not isinstance(error.value, StateNotKeptError)  # the copy would go on
+        assert not isinstance(error.value, StateWriteError)  # the copy would go on
         assert path.read_bytes() == before
         process.communicate()
     assert load(path) == record
@@ -244,13 +244,13 @@ def test_where_nothing_can_be_written_no_state_is_kept(path: Path) -> None:
         before = (folder / "old").read_bytes()
         support.output("mount", "-o", "remount,ro", folder)
         for each in ("new", "deeper/new", "text"):
-            with pytest.raises(StateNotKeptError):
+            with pytest.raises(StateWriteError):
                 StateFile(folder / each)
         with contextlib.closing(StateFile(folder / "old")) as journal:
             assert journal.record == record
-            with pytest.raises(StateNotKeptError):
+            with pytest.raises(StateWriteError):
                 journal.tell(clock(40))
-            with pytest.raises(StateNotKeptError):
+            with pytest.raises(StateWriteError):
                 journal.begin(binding(inode=9), clock(50))
             with pytest.raises(StateError, match="would not be true any more, and cannot be removed"):
                 journal.discard()
@@ -275,10 +275,10 @@ def test_a_full_disk_leaves_what_was_recorded(path: Path) -> None:
                 lambda: journal.tell(clock(60)),
                 journal.forget,
             ):
-                with pytest.raises(StateNotKeptError, match="cannot record in"):
+                with pytest.raises(StateWriteError, match="cannot record in"):
                     write()
         assert load(folder / "old") == record
-        with pytest.raises(StateNotKeptError):
+        with pytest.raises(StateWriteError):
             StateFile(folder / "new")
         assert sorted(each.name for each in folder.iterdir()) == ["ballast", "old"]
 
@@ -389,7 +389,7 @@ def test_what_a_killed_commit_left_beside_a_retired_record_does_not_come_back(pa
         left = hot.read_bytes()
         database.execute("ROLLBACK")
     assert int.from_bytes(left[8:12], "big") > 0  # pages to roll back
-    retire(path)
+    invalidate(path)
     hot.write_bytes(left)
     assert begun(path, {4: PARTIAL}).chunks == {4: PARTIAL}
     assert not hot.exists()
@@ -528,12 +528,12 @@ def test_the_folder_is_the_users(
 
 
 def test_a_retired_record_is_gone(path: Path) -> None:
-    retire(path)
+    invalidate(path)
     begun(path)
-    retire(path)
+    invalidate(path)
     path.symlink_to("nowhere")
-    retire(path)
+    invalidate(path)
     assert list(path.parent.iterdir()) == []
     path.mkdir()
     with pytest.raises(StateError, match="cannot be removed"):
-        retire(path)
+        invalidate(path)

@@ -36,7 +36,7 @@ from blockcopy.replica.sync import sync
 from blockcopy.stage import compression
 from blockcopy.transport.command import stage_command
 from blockcopy.transport.location import Location
-from blockcopy.untrusted_text import LineBudget, Said
+from blockcopy.untrusted_text import LineBudget, StderrLines
 
 SIZE = 8 * BLOCK_SIZE
 DATA = noise(SIZE)
@@ -348,7 +348,7 @@ def test_a_flood_of_words_is_neither_kept_nor_logged(tmp_path: Path, flood: str,
 
 def test_what_a_program_drew_over_itself_is_not_told() -> None:
     noted: list[str] = []
-    said = Said(noted.append, LineBudget(lines=3))
+    said = StderrLines(noted.append, LineBudget(lines=3))
     said.feed(b"0%\r50%\r100%\r\nand \x1b[1m\n")
     said.feed(b"a line in two ")
     said.feed(b"parts\n" + b"more\n" * 1000)

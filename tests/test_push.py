@@ -269,7 +269,7 @@ class Receiver:
 
 def facts(source: Path, **more: object) -> dict[str, object]:
     with open_source(str(source)) as device:
-        return {"digest": "sha256", "identity": identity.of_source(device), **more}
+        return {"digest": "sha256", "identity": identity.source_identity(device), **more}
 
 
 def test_it_asks_about_all_and_writes_what_comes(source: Path, destination: Path) -> None:

@@ -120,7 +120,7 @@ async def both_processes(replica: Replica) -> list[int]:
 
 
 def present(replica: Replica) -> set[int]:
-    blocks = replica._geometry.blocks
+    blocks = replica._geometry.block_count
     return set(range(blocks)) - set(replica._blockmap.missing(range(blocks)))
 
 
@@ -129,7 +129,7 @@ def assert_destination_is_sound(replica: Replica, destination: Path, source: byt
     now, marked = destination.read_bytes(), present(replica)
     old = old.ljust(len(now), b"\0")
     geometry = Geometry(len(source))
-    for block in range(geometry.blocks):
+    for block in range(geometry.block_count):
         offset, length = geometry.extent(block)
         part = slice(offset, offset + length)
         assert now[part] == source[part] or (block not in marked and now[part] == old[part]), block

@@ -137,7 +137,7 @@ async def ask(retriever: Client, asked: Sequence[Asked]) -> list[bytes | None]:
 
 
 def some_questions(chance: random.Random, count: int, block_size: int) -> list[Asked]:
-    blocks = sorted(chance.sample(range(Geometry(len(DATA), block_size).blocks), count))
+    blocks = sorted(chance.sample(range(Geometry(len(DATA), block_size).block_count), count))
     return [question(DATA, block, equal=chance.random() < 0.5, block_size=block_size) for block in blocks]
 
 
@@ -227,7 +227,7 @@ def test_an_ask_that_is_cancelled_takes_no_answer_from_the_others(source: Path, 
 @pytest.mark.parametrize("equal", [True, False])
 def test_the_last_block_may_be_of_any_length(size: int, equal: bool, tmp_path: Path, program: str | None) -> None:
     data = support.noise(size)
-    questions = [question(data, block, equal=equal) for block in range(Geometry(size).blocks)]
+    questions = [question(data, block, equal=equal) for block in range(Geometry(size).block_count)]
     expected = [answer(data, asked) for asked in questions]
 
     async def main() -> None:

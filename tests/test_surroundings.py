@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 from support import BLOCKCOPY, PATIENCE, PYTHON, STANDINS, noise, require_fuse, require_root, written
 
-from blockcopy.errors import BlockcopyError, FaultError, SurroundingsError, told_of
+from blockcopy.errors import BlockcopyError, InternalError, OperatingSystemError, as_user_error
 
 DATA = noise(300_000)
 
@@ -72,7 +72,7 @@ def test_every_command_names_the_cause_or_works(tmp_path: Path, kind: str) -> No
         assert process.returncode in (0, 1, 2, 3), (command, said)
         assert "Traceback" not in said
         assert "Exception ignored" not in said
-        assert "a fault of blockcopy" not in said
+        assert "internal error" not in said
         if process.returncode:
             failed.add(command[0])
             assert surroundings.told is not None, (command, said)
@@ -97,30 +97,30 @@ def started(before: str, arguments: list[str], folder: Path) -> subprocess.Popen
 @pytest.mark.parametrize(
     ("error", "kind", "told"),
     [
-        (OSError(24, "Too many open files"), SurroundingsError, "ulimit -n"),
+        (OSError(24, "Too many open files"), OperatingSystemError, "ulimit -n"),
         (
             FileNotFoundError(2, "No such file or directory", "/x"),
-            SurroundingsError,
+            OperatingSystemError,
             "No such file or directory: /x",
         ),
-        (MemoryError(), SurroundingsError, "not enough memory"),
-        (RuntimeError("can't start new thread"), SurroundingsError, "ulimit -u"),
+        (MemoryError(), OperatingSystemError, "not enough memory"),
+        (RuntimeError("can't start new thread"), OperatingSystemError, "ulimit -u"),
         (
-            ExceptionGroup("a", [SurroundingsError("known"), ExceptionGroup("b", [OSError(12, "")])]),
-            SurroundingsError,
+            ExceptionGroup("a", [OperatingSystemError("known"), ExceptionGroup("b", [OSError(12, "")])]),
+            OperatingSystemError,
             "memory",
         ),
-        (KeyError("x"), FaultError, "a fault of blockcopy: KeyError: 'x'"),
+        (KeyError("x"), InternalError, "internal error: KeyError: 'x'"),
     ],
 )
 def test_whatever_ends_a_command_is_told_in_a_line(error: Exception, kind: type[BlockcopyError], told: str) -> None:
-    found = told_of(error)
+    found = as_user_error(error)
     assert (type(found), told in str(found), found.__cause__) == (kind, True, error)
 
 
 def test_an_error_that_is_told_already_stays_as_it_is() -> None:
     error = BlockcopyError("known")
-    assert told_of(error) is error
+    assert as_user_error(error) is error
 
 
 def test_a_fault_is_in_the_log_with_all_there_is_to_see(tmp_path: Path) -> None:
@@ -134,5 +134,5 @@ def test_a_fault_is_in_the_log_with_all_there_is_to_see(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
     )
     assert (done.returncode, b"Traceback" in done.stderr) == (1, False)
-    assert b"ERROR (sync): a fault of blockcopy: AttributeError" in done.stderr
+    assert b"ERROR (sync): internal error: AttributeError" in done.stderr
     assert "Traceback" in log.read_text()

@@ -18,9 +18,9 @@ from support import BLOCK_SIZE, FAULTY, PYTHON, QUEUEING, STANDINS, Mount, noise
 
 from blockcopy.block.device import open_source
 from blockcopy.block.geometry import Extent, Geometry
-from blockcopy.block.identity import differences, of_source, sample_extents
-from blockcopy.block.unreadable import MAX_RANGES, Unreadable, joined
-from blockcopy.errors import UnreadableError
+from blockcopy.block.identity import differences, sample_extents, source_identity
+from blockcopy.block.unreadable import MAX_RANGES, UnreadableRanges, joined
+from blockcopy.errors import SourceReadError
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.state.blockmap import BlockMap
@@ -104,7 +104,7 @@ def test_a_program_that_ends_at_a_bad_block_is_started_again_for_all_else(
         plan = Plan(stage_command(Location(None, str(source)), program=program), str(destination), demand=False)
         with trio.fail_after(30):
             async with open_replica(plan) as replica:
-                with pytest.raises(UnreadableError, match="ended with exit status 1"):
+                with pytest.raises(SourceReadError, match="ended with exit status 1"):
                     await replica.wait_complete()
                 ranges = replica.snapshot()["unreadable_ranges"]
                 assert ranges == [[block * BLOCK_SIZE, BLOCK_SIZE] for block in bad]
@@ -126,7 +126,7 @@ def test_the_original_may_end_at_the_sample(
         plan = Plan(stage_command(Location(None, str(source)), program=QUEUEING), str(destination), demand=False)
         with trio.fail_after(30):
             async with open_replica(plan) as replica:
-                with pytest.raises(UnreadableError):
+                with pytest.raises(SourceReadError):
                     await replica.wait_complete()
                 assert replica.snapshot()["unreadable_ranges"] == [[block * BLOCK_SIZE, BLOCK_SIZE]]
 
@@ -229,7 +229,7 @@ def test_a_source_that_is_always_shorter_than_it_says_is_given_up(tmp_path: Path
 
 
 def test_ranges_are_bounded_and_joined() -> None:
-    found = Unreadable()
+    found = UnreadableRanges()
     for offset in (40, 0, 20, 10, 10):
         found.add(Extent(offset, 10), f"at {offset}")
     assert (found.bytes, found.ranges) == (40, [Extent(0, 30), Extent(40, 10)])
@@ -244,11 +244,11 @@ def test_ranges_are_bounded_and_joined() -> None:
 def test_the_pass_wants_what_is_missing_and_was_not_set_aside(seed: int) -> None:
     chance = random.Random(seed)
     geometry = Geometry(chance.randint(1, 300) * 4096 - 5, 4096)
-    blockmap, every = BlockMap(geometry), range(geometry.blocks)
+    blockmap, every = BlockMap(geometry), range(geometry.block_count)
     present, aside = set[int](), set[int]()
     for _ in range(60):
         start = chance.choice(every)
-        blocks = range(start, min(start + chance.choice([1, 1, 1, 20]), geometry.blocks))
+        blocks = range(start, min(start + chance.choice([1, 1, 1, 20]), geometry.block_count))
         if chance.random() < 0.5:
             blockmap.mark(blocks, "fetched")
             present |= set(blocks)
@@ -266,8 +266,8 @@ def test_the_pass_wants_what_is_missing_and_was_not_set_aside(seed: int) -> None
 
 def test_a_bad_sector_of_the_sample_that_comes_or_goes_is_no_change(tmp_path: Path) -> None:
     with open_source(str(written(tmp_path / "source", DATA))) as device:
-        source_identity = of_source(device)
-    known = {**source_identity, "sample": ["unreadable", *source_identity["sample"][1:]]}
-    assert differences(known, source_identity) == differences(source_identity, known) == []
+        found = source_identity(device)
+    known = {**found, "sample": ["unreadable", *found["sample"][1:]]}
+    assert differences(known, found) == differences(found, known) == []
     changed = {**known, "sample": [*known["sample"][:-1], "0" * 64]}
     assert differences(known, changed) == ["its bytes differ"]

@@ -12,8 +12,8 @@ from support import BLOCK_SIZE, noise
 
 from blockcopy.block.claim import open_destination
 from blockcopy.block.device import Device
-from blockcopy.block.geometry import Extent, Geometry, runs
-from blockcopy.block.unreadable import Unreadable
+from blockcopy.block.geometry import Extent, Geometry, block_runs
+from blockcopy.block.unreadable import UnreadableRanges
 from blockcopy.errors import DeviceError
 from blockcopy.protocol import digests
 from blockcopy.replica.hydration.signatures import read_signatures
@@ -41,9 +41,9 @@ def path(tmp_path: Path) -> Path:
 def test_questions_are_the_digests_of_what_is_there(path: Path, blocks: list[int]) -> None:
     data, geometry = path.read_bytes(), Geometry(SIZE)
     with open_destination(str(path)) as device:
-        asked = read_signatures(device, geometry, blocks, DIGEST, Unreadable())
+        asked = read_signatures(device, geometry, blocks, DIGEST, UnreadableRanges())
     assert [(each.position, each.end) for each in asked] == [
-        (geometry.extent(run[0]).offset, geometry.extent(run[-1]).end) for run in runs(blocks)
+        (geometry.extent(run[0]).offset, geometry.extent(run[-1]).end) for run in block_runs(blocks)
     ]
     found = [extent_and_digest for each in asked for extent_and_digest in each.blocks()]
     extents = [geometry.extent(block) for block in blocks]
@@ -60,7 +60,7 @@ def test_holes_are_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(Device, "read_into", noted)
     with open_destination(str(path)) as device:
-        read_signatures(device, Geometry(SIZE), range(21), DIGEST, Unreadable())
+        read_signatures(device, Geometry(SIZE), range(21), DIGEST, UnreadableRanges())
     for extent in read:  # 4 and 8 have data beside the hole
         assert extent.end <= 5 * BLOCK_SIZE or extent.offset >= 8 * BLOCK_SIZE
 
@@ -69,7 +69,7 @@ def test_a_destination_that_became_shorter(path: Path) -> None:
     with open_destination(str(path)) as device:
         os.truncate(path, BLOCK_SIZE)
         with pytest.raises(DeviceError, match="shorter than it was"):
-            read_signatures(device, Geometry(SIZE), [0, 1], DIGEST, Unreadable())
+            read_signatures(device, Geometry(SIZE), [0, 1], DIGEST, UnreadableRanges())
 
 
 # Writing
@@ -99,7 +99,7 @@ class Watched:
     def exceeds_cache(self) -> bool:
         return self.is_large
 
-    def check_at_once(self) -> None:
+    def check_without_blocking(self) -> None:
         """Nobody else writes."""
 
     def sync(self) -> None:
@@ -168,9 +168,9 @@ def test_what_the_pass_has_read_of_a_large_device_does_not_stay_in_the_cache(
     dropped: list[tuple[int, int]] = []
     monkeypatch.setattr(Device, "drop_behind", lambda _, offset, length: dropped.append((offset, length)))
     with open_destination(str(path)) as device:
-        read_signatures(device, Geometry(SIZE), [3, 4, 9], DIGEST, Unreadable())
+        read_signatures(device, Geometry(SIZE), [3, 4, 9], DIGEST, UnreadableRanges())
         assert dropped == []
-        read_signatures(device, Geometry(SIZE), [3, 4, 9], DIGEST, Unreadable(), drop_behind=True)
+        read_signatures(device, Geometry(SIZE), [3, 4, 9], DIGEST, UnreadableRanges(), drop_behind=True)
     assert dropped == [(3 * BLOCK_SIZE, 2 * BLOCK_SIZE), (9 * BLOCK_SIZE, BLOCK_SIZE)]
 
 

@@ -87,7 +87,7 @@ def make_room(device: Destination, size: int) -> None:
             own - size,
             size,
         )
-    device.needs(size)
+    device.require_size(size)
 
 
 def _check_missing(path: str, *, create: bool) -> None:
@@ -122,7 +122,7 @@ def _keep_name(device: Destination) -> None:
     try:
         durable.sync_folder(Path(device.path).resolve().parent)
     except OSError as error:
-        raise DeviceError.of("sync the folder of", device.path, error) from error
+        raise DeviceError.from_os_error("sync the folder of", device.path, error) from error
 
 
 def _refused(path: str, error: DeviceError, *, is_block_device: bool) -> DeviceError:

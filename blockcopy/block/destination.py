@@ -33,7 +33,7 @@ class Destination(Device):
         self._tells = self.has_exact_times()
         self._mtime_ns = self.status().st_mtime_ns
 
-    def needs(self, size: int) -> None:
+    def require_size(self, size: int) -> None:
         """Count fewer bytes than `size` as a cut, and nothing else."""
         with self._looking:
             self._needed = size
@@ -61,20 +61,20 @@ class Destination(Device):
 
     def read(self, offset: int, length: int) -> bytes:
         data = super().read(offset, length)
-        self.check_at_once()
+        self.check_without_blocking()
         return data
 
     def read_cached(self, offset: int, length: int) -> memoryview | None:
         data = super().read_cached(offset, length)
         if data is not None:
-            self.check_at_once()
+            self.check_without_blocking()
         return data
 
     def sync(self) -> None:
         super().sync()
         self.check()
 
-    def check_at_once(self) -> None:
+    def check_without_blocking(self) -> None:
         """Do as `check`, but ask nothing of a file system that may not answer. May be called from trio's thread."""
         if self.lost is not None:
             raise copy(self.lost)

@@ -86,7 +86,7 @@ class Device:
                 f"{self.path} was removed while it was in use: what was opened there has no name. Start again"
             ) from error
         except OSError as error:
-            raise DeviceError.of("look at", self.path, error) from error
+            raise DeviceError.from_os_error("look at", self.path, error) from error
         if _identity(found) != self.identity:
             raise DestinationLostError(
                 f"{self.path} was replaced while it was in use: it leads to another file or device. Start again"
@@ -146,11 +146,13 @@ class Device:
         return filled
 
     def view(self, offset: int, length: int, extents: Sequence[Extent]) -> memoryview | None:
-        """Those bytes where they are in the page cache, without a copy: what lies in the `extents` is brought
-        there, all else is not to be looked at. None where they cannot be had so; a read may tell why.
+        """Map `length` bytes at `offset`, without copying them. Thread-safe.
 
-        Give it back by `unview`: only then it is known that these were the device's bytes. Of one that is made
-        shorter in that instant, or whose disk fails just after the bytes came from it, the view kills by SIGBUS.
+        Only the ranges in `extents` are brought into memory; the caller must read no others. Call `release_view`
+        after use: it reports whether all bytes came from the device. Returns None if the kernel cannot map them.
+        Then `read` them instead, which reports the reason.
+
+        Reading a view can kill the process by SIGBUS: if a file is truncated, or a disk fails, at that moment.
         """
         with self._viewing:
             if not self._maps or self._dropping:
@@ -175,7 +177,7 @@ class Device:
                 self._end_view(offset, length)
         return view
 
-    def unview(self, offset: int, length: int) -> bool:
+    def release_view(self, offset: int, length: int) -> bool:
         """That view is not looked at any more; whether all of it was the device's. DeviceError."""
         self._end_view(offset, length)
         return self.size() >= offset + length  # the last page of a file goes on beyond its end, with zeros
@@ -320,7 +322,7 @@ class Device:
         try:
             yield
         except OSError as error:
-            raise DeviceError.of(action, self.path, error) from error
+            raise DeviceError.from_os_error(action, self.path, error) from error
 
 
 def open_source(path: str) -> Device:
@@ -354,7 +356,7 @@ def open_device(path: str, flags: int, kind: type[Opened]) -> Opened:
     except FileNotFoundError:
         mode = stat.S_IFREG  # created by the open, or it tells
     except OSError as error:
-        raise DeviceError.of("open", path, error) from error
+        raise DeviceError.from_os_error("open", path, error) from error
     if stat.S_ISDIR(mode):
         raise DeviceError(f"{path} is a folder, neither a regular file nor a block device: name the file in it")
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
@@ -364,7 +366,7 @@ def open_device(path: str, flags: int, kind: type[Opened]) -> Opened:
     try:
         fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise DeviceError.of("open", path, error) from error
+        raise DeviceError.from_os_error("open", path, error) from error
     try:
         return kind(path, fd)
     except BaseException:

@@ -31,14 +31,14 @@ class Geometry(NamedTuple):
     block_size: int = BLOCK_SIZE
 
     @property
-    def blocks(self) -> int:
+    def block_count(self) -> int:
         """Number of blocks, the short last one included."""
         return -(-self.size // self.block_size)
 
     def extent(self, block: int) -> Extent:
         """Where `block` lies. IndexError outside 0 … blocks-1."""
-        if not 0 <= block < self.blocks:
-            raise IndexError(f"block {block} of {self.blocks}")
+        if not 0 <= block < self.block_count:
+            raise IndexError(f"block {block} of {self.block_count}")
         offset = block * self.block_size
         return Extent(offset, min(self.block_size, self.size - offset))
 
@@ -50,7 +50,7 @@ class Geometry(NamedTuple):
         return range(offset // self.block_size, -(-end // self.block_size))
 
 
-def runs(blocks: Iterable[int]) -> Iterator[range]:
+def block_runs(blocks: Iterable[int]) -> Iterator[range]:
     """Ascending block numbers → ranges of consecutive ones."""
     start = stop = -1
     for block in blocks:

@@ -69,7 +69,7 @@ _WRITE_BACK_SECONDS = 5
 """How long a greeting waits for the source's disk. Who greets has `--timeout` seconds of patience."""
 
 
-def of_source(device: Device) -> Identity:
+def source_identity(device: Device) -> Identity:
     """Of an opened source. DeviceError where it has no size."""
     found: Identity = {}
     if device.is_block_device:
@@ -136,7 +136,7 @@ def _source_times(device: Device) -> Times:
     return times
 
 
-def of_destination(device: Device) -> Identity:
+def destination_identity(device: Device) -> Identity:
     """Of an opened destination, its size apart. DeviceError where it cannot be told."""
     status = device.status()
     if device.is_block_device:
@@ -162,7 +162,7 @@ def sample_of(pieces: Iterable[bytes | None]) -> list[str]:
     return [hashlib.sha256(piece).hexdigest() if piece is not None else _UNREADABLE for piece in pieces]
 
 
-def unchanged_sample(device: Device, identity: Identity, extents: Iterable[Extent]) -> bool:
+def sample_matches(device: Device, identity: Identity, extents: Iterable[Extent]) -> bool:
     """Whether those of the sample's `extents` read from `device` as they did from the source."""
     sample = dict(zip(sample_extents(identity["size"]), identity["sample"]))
     return all(_same_piece(sample_of([_read_or_none(device, extent)])[0], sample[extent]) for extent in extents)
@@ -192,7 +192,7 @@ def _is_plain(value: object) -> bool:
     return type(value) is int or (isinstance(value, str) and len(value) <= _MOST_TEXT)
 
 
-def tells_of_writes(identity: Identity) -> bool:
+def shows_writes(identity: Identity) -> bool:
     """Whether the same identity again means the same bytes: a file's ctime shows that it was written."""
     return "ctime_ns" in identity
 

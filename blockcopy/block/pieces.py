@@ -52,7 +52,9 @@ class Piece(NamedTuple):
             return self.length
         return max(0, min(end, device.size()) - self.position)
 
-    def read_around(self, device: Device, room: memoryview, block_size: int) -> tuple[int, dict[int, DeviceError]]:
+    def read_skipping_errors(
+        self, device: Device, room: memoryview, block_size: int
+    ) -> tuple[int, dict[int, DeviceError]]:
         """Read as `read`, and pass over blocks that cannot be read, so that a bad sector costs its own block only.
 
         Returns how many bytes of the piece the device has, and the error of each block that was passed over, by
@@ -81,12 +83,12 @@ class Piece(NamedTuple):
 
     def view(self, device: Device) -> memoryview | None:
         """The same without a copy, of a piece that the device has wholly: what is not in `data` is not to be
-        looked at. None where that cannot be had. See `Device.view`; give it back by `unview`."""
+        looked at. None where that cannot be had. See `Device.view`; give it back by `release_view`."""
         return device.view(self.position, self.length, self.data)
 
-    def unview(self, device: Device) -> bool:
+    def release_view(self, device: Device) -> bool:
         """The view is not needed any more; whether the device had all of the piece. DeviceError."""
-        return device.unview(self.position, self.length)
+        return device.release_view(self.position, self.length)
 
     def blocks(self, data: memoryview, block_size: int) -> Iterator[tuple[int, memoryview | None]]:
         """Each block of what `read` or `view` gave: its length, and its bytes; None where these are zeros."""
@@ -100,7 +102,7 @@ class Piece(NamedTuple):
         return any(extent.offset <= position < extent.end for extent in self.data)
 
 
-class Pieces:
+class PieceScanner:
     """Where `device` has data. For one thread at a time.
 
     What was found last is remembered: to look for the end of much data takes long on some file systems.
@@ -132,7 +134,7 @@ class Pieces:
             data.append(Extent(start, at - start))
         return Piece(position, length, data)
 
-    def with_data(self, position: int, length: int, block_size: int) -> Iterator[Piece]:
+    def pieces_with_data(self, position: int, length: int, block_size: int) -> Iterator[Piece]:
         """Of the pieces that `length` bytes at `position` fall into, those that are not all hole."""
         most = PIECE_SIZE // block_size * block_size
         at, end = position, position + length

@@ -19,15 +19,15 @@ import os
 from pathlib import Path
 
 from blockcopy.block.device import Device
-from blockcopy.block.identity import of_destination
-from blockcopy.errors import StateError, StateNotKeptError
+from blockcopy.block.identity import destination_identity
+from blockcopy.errors import StateError, StateWriteError
 from blockcopy.paths import durable
-from blockcopy.paths.trust import distrusted
+from blockcopy.paths.trust import distrust_reason
 
 
 def default_path(destination: Device) -> Path:
     """Where the state is kept unless the user says otherwise: named after what the destination is."""
-    identity = json.dumps(of_destination(destination), sort_keys=True)
+    identity = json.dumps(destination_identity(destination), sort_keys=True)
     return default_folder().resolve() / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.state"
 
 
@@ -48,13 +48,13 @@ def _home() -> Path:
         raise StateError("this user has no home for states: set HOME or XDG_STATE_HOME") from error
 
 
-def end_records(destination: Device) -> None:
+def invalidate_records(destination: Device) -> None:
     """End every record of `destination`, before it is written. Raises StateError if one cannot be removed."""
-    retire(default_path(destination))
-    retire(_note_path(destination))
+    invalidate(default_path(destination))
+    invalidate(_note_path(destination))
 
 
-def retire(path: Path) -> None:
+def invalidate(path: Path) -> None:
     """Remove the record at `path`; no loss of power brings it back. Raises StateError if that fails."""
     try:
         durable.remove(path)
@@ -64,34 +64,34 @@ def retire(path: Path) -> None:
         ) from error
 
 
-def believe_only(token: str, destination: Device) -> None:
+def make_authoritative(token: str, destination: Device) -> None:
     """Make the record with this token the only one of `destination` that is believed, though it is kept elsewhere.
 
-    Raises StateError if the record at the default place cannot be removed, StateNotKeptError if the token cannot
+    Raises StateError if the record at the default place cannot be removed, StateWriteError if the token cannot
     be kept.
     """
-    retire(default_path(destination))
+    invalidate(default_path(destination))
     path = _note_path(destination)
     try:
         durable.make_folder(path.parent)
-        if why := distrusted(path.parent):
-            raise StateNotKeptError(f"cannot note in {path} which state is true: {why}")
+        if why := distrust_reason(path.parent):
+            raise StateWriteError(f"cannot note in {path} which state is true: {why}")
         durable.write(path, token)
     except OSError as error:
-        raise StateNotKeptError(f"cannot note in {path} which state is true: {error.strerror}") from error
+        raise StateWriteError(f"cannot note in {path} which state is true: {error.strerror}") from error
 
 
-def is_believed(token: str, destination: Device) -> bool:
+def is_authoritative(token: str, destination: Device) -> bool:
     """Whether the record with this token, which is kept elsewhere, is the last one of `destination`."""
     path = _note_path(destination)
     with contextlib.suppress(OSError):
-        return not distrusted(path.parent) and path.read_text(encoding="utf-8", errors="replace") == token
+        return not distrust_reason(path.parent) and path.read_text(encoding="utf-8", errors="replace") == token
     return False
 
 
-def believe_default(destination: Device) -> None:
+def make_default_authoritative(destination: Device) -> None:
     """Believe no record of `destination` but the one at its default place. Raises StateError."""
-    retire(_note_path(destination))
+    invalidate(_note_path(destination))
 
 
 def _note_path(destination: Device) -> Path:

@@ -14,7 +14,7 @@ MAX_RANGES = 16
 """Ranges that are kept, and told."""
 
 
-class Unreadable:
+class UnreadableRanges:
     """Ranges that could not be read. Thread-safe."""
 
     def __init__(self) -> None:

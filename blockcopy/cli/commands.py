@@ -51,7 +51,7 @@ def _checksum_input(path: str) -> Iterator[int]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise DeviceError.of("open", path, error) from error
+        raise DeviceError.from_os_error("open", path, error) from error
     try:
         yield fd
     finally:
@@ -80,7 +80,7 @@ def retrieve(args: argparse.Namespace) -> None:
 
 def save(args: argparse.Namespace) -> None:
     from blockcopy.block.claim import open_destination
-    from blockcopy.block.records import end_records
+    from blockcopy.block.records import invalidate_records
     from blockcopy.stage.save import save as write_blocks
 
     _refuse_dash(args.destination_file)
@@ -89,7 +89,7 @@ def save(args: argparse.Namespace) -> None:
         streams.InputStream(0) as blocks,
         console.progress(args) as progress,
     ):
-        end_records(destination)  # what a mount or sync has on record is overwritten
+        invalidate_records(destination)  # what a mount or sync has on record is overwritten
         write_blocks(destination, blocks, sparse=not args.no_sparse, progress=progress)
 
 

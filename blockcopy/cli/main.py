@@ -16,7 +16,7 @@ from typing import Callable, NoReturn
 
 from blockcopy.cli import console, log, open_files, signals
 from blockcopy.cli.parser import parser
-from blockcopy.errors import BlockcopyError, FaultError, Interrupted, UsageError, told_of
+from blockcopy.errors import BlockcopyError, InternalError, Interrupted, UsageError, as_user_error
 
 _STAGES = "blockcopy.cli.commands"
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         _command(args.command)(args)
     except Exception as error:  # whatever it is, a user is told one line
         logging.getLogger(__name__).debug("failed", exc_info=True)
-        _exit_with(args.command, told_of(error))
+        _exit_with(args.command, as_user_error(error))
     except Interrupted as interrupted:
         log.drain()
         signals.die_of(interrupted.signum)
@@ -90,5 +90,5 @@ def _end(status: int) -> NoReturn:
 
 
 def _exit_with(command: str, error: BlockcopyError) -> NoReturn:
-    console.say(log.last_words(f"ERROR ({command}): {error}", error if isinstance(error, FaultError) else None))
+    console.say(log.last_words(f"ERROR ({command}): {error}", error if isinstance(error, InternalError) else None))
     _end(error.exit_code)

@@ -11,20 +11,20 @@ from pathlib import Path
 from blockcopy.errors import DeviceError
 
 
-def run_folder() -> Path:
+def make_runtime_dir() -> Path:
     """This user's, made where it is not there. DeviceError where it cannot be, or others can enter it, or no
     socket can be made in it: it may be full, or read-only."""
-    folder = run_folders(os.geteuid())[0]
+    folder = runtime_dir_candidates(os.geteuid())[0]
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise DeviceError.of("make the folder", str(folder), error) from error
+        raise DeviceError.from_os_error("make the folder", str(folder), error) from error
     if not is_private(folder, os.geteuid()):
         raise DeviceError(f"{folder} is not a folder of this user alone")
     try:
         _try_socket(folder / f"try-{os.urandom(4).hex()}")
     except OSError as error:
-        raise DeviceError.of("make a socket in", str(folder), error) from error
+        raise DeviceError.from_os_error("make a socket in", str(folder), error) from error
     return folder
 
 
@@ -41,7 +41,7 @@ def _try_socket(path: Path) -> None:
                     each.unlink()
 
 
-def run_folders(uid: int) -> list[Path]:
+def runtime_dir_candidates(uid: int) -> list[Path]:
     """Where it can be, of that user; for ourselves, the first is where it is made."""
     if uid == 0:
         return [Path("/run/blockcopy")]

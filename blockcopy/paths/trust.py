@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 
 
-def distrusted(folder: Path) -> str | None:
+def distrust_reason(folder: Path) -> str | None:
     """Say why others than us and root decide what is at a path in `folder`, which has no links in it.
 
     Returns None if nobody else does. Raises OSError if there is no such folder.

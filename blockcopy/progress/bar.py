@@ -25,7 +25,7 @@ GOING, DONE = "bright_blue", "green"
 
 
 def available() -> bool:
-    """Whether one can be drawn here."""
+    """Whether one can be render here."""
     from importlib.util import find_spec
 
     return find_spec("rich") is not None
@@ -63,10 +63,10 @@ class Bar(TimedProgress):
             return  # it never began
         with self._drawing:
             if self._live is not None:
-                self._live.update(drawn(figures, self._live.console.width), refresh=True)
+                self._live.update(render(figures, self._live.console.width), refresh=True)
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
+    def suspended(self) -> Iterator[None]:
         with self._drawing:
             live = self._live
             if live is None:
@@ -81,7 +81,7 @@ class Bar(TimedProgress):
                 live.start()
 
 
-def drawn(figures: Figures, width: int) -> RenderableType:
+def render(figures: Figures, width: int) -> RenderableType:
     """For `width` columns: percent, bar, bytes, rate, time to go; below, what became of them."""
     from rich.console import Group
     from rich.text import Text

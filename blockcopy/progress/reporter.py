@@ -56,7 +56,7 @@ class Progress:
         """All is done."""
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
+    def suspended(self) -> Iterator[None]:
         """While something else is written to the terminal."""
         yield
 

@@ -75,7 +75,7 @@ def named(name: str) -> Digest:
     except ImportError as error:
         raise BlockcopyError(
             f"the digest {name} needs the package `{name}` on this host: "
-            f"{optional_packages.install(optional_packages.BLAKE3)}"
+            f"{optional_packages.install_command(optional_packages.BLAKE3)}"
         ) from error
 
 

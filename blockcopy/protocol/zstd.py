@@ -45,7 +45,7 @@ def check_available() -> None:
     if not available():
         raise BlockcopyError(
             "zstd needs Python 3.14, or the package `backports.zstd`, on this host: "
-            f"{optional_packages.install(optional_packages.ZSTD)}"
+            f"{optional_packages.install_command(optional_packages.ZSTD)}"
         )
 
 

@@ -20,7 +20,7 @@ from blockcopy import optional_packages
 from blockcopy.block.claim import check_destination
 from blockcopy.block.device import open_source
 from blockcopy.cli import console
-from blockcopy.errors import DeviceError, DifferentError, UnreadableError, UsageError
+from blockcopy.errors import DeviceError, MismatchError, SourceReadError, UsageError
 from blockcopy.paths.places import absolute
 from blockcopy.protocol import zstd
 from blockcopy.stage import compression
@@ -51,7 +51,7 @@ def needs_extra() -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise UsageError(
             f"this needs the module `{error.name}`; install it with: "
-            f"{optional_packages.install(*optional_packages.FUSE)}"
+            f"{optional_packages.install_command(*optional_packages.FUSE)}"
         ) from error
 
 
@@ -224,7 +224,7 @@ def _compare(args: argparse.Namespace, command: Command, path: str, size: int | 
         if as_json:
             ranges.extend(extent)
         else:
-            with progress.aside():
+            with progress.suspended():
                 console.write(f"{extent.offset}:{extent.length}")
 
     as_json = getattr(args, "json", False)
@@ -268,7 +268,7 @@ def _write_json(verdict: Verdict, ranges: array.array[int]) -> None:
 
 
 def _refuse_differing(args: argparse.Namespace, verdict: Verdict) -> None:
-    """Raises DifferentError if the ends differ, else UnreadableError or DeviceError if blocks were not compared."""
+    """Raises MismatchError if the ends differ, else SourceReadError or DeviceError if blocks were not compared."""
     ends = (verdict.there, verdict.here)
     source, destination = ends if parse_location(args.destination).host is None else reversed(ends)
     uncompared = [
@@ -281,7 +281,7 @@ def _refuse_differing(args: argparse.Namespace, verdict: Verdict) -> None:
             f"{args.destination} is not a copy of {args.source}: {verdict.differing} of {verdict.size} bytes "
             "lie in blocks that differ"
         )
-        raise DifferentError("; ".join([differing, *uncompared]))
+        raise MismatchError("; ".join([differing, *uncompared]))
     if uncompared:
         words = "; ".join(uncompared) + ". All else is equal"
-        raise UnreadableError(words) if source else DeviceError(words)
+        raise SourceReadError(words) if source else DeviceError(words)

@@ -10,7 +10,7 @@ Failure table: what can go wrong, what a read of a missing block gets, what beco
     a link breaks, stalls, garbles          waits, then           started again, for ever; what was in
                                             SourceError           flight is asked again
     the source is another than it was       SourceError           state failed, nothing of it is taken
-    the source cannot read a block          UnreadableError       all else is copied, then state failed
+    the source cannot read a block          SourceReadError       all else is copied, then state failed
     the destination cannot read a block     served                fetched and written anew
     the destination fails or is full        DeviceError           state failed once the pass meets it
     the destination is cut, or written by   DeviceError           state failed, nothing counts as present

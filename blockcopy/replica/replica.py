@@ -19,7 +19,7 @@ import trio
 from blockcopy.block.destination import Destination
 from blockcopy.block.geometry import Extent, Geometry
 from blockcopy.block.identity import Identity
-from blockcopy.errors import BlockcopyError, DeviceError, DifferentError, SourceError, UnreadableError
+from blockcopy.errors import BlockcopyError, DeviceError, MismatchError, SourceError, SourceReadError
 from blockcopy.progress.rate import RateMeter, eta, floored_percent
 from blockcopy.replica.hydration.background import BackgroundHydration
 from blockcopy.replica.hydration.committer import Committer
@@ -156,14 +156,14 @@ class Replica:
                 await self._sweep_all()
 
     async def _sweep_all(self) -> None:
-        """Run a full pass. Raises UnreadableError if the source cannot read some blocks."""
+        """Run a full pass. Raises SourceReadError if the source cannot read some blocks."""
         await BackgroundHydration(
             self._hydrator, self._device, self._geometry, self._blockmap, self._demand, self._bulk, self.throttle
         ).run()
         if not self._blockmap.complete:
             await self._check_source()  # one that was cut, say, is another
         if found := self._blockmap.unreadable(str(self._hydrator.last_fault)):
-            raise UnreadableError(
+            raise SourceReadError(
                 f"{self._plan.command.location} cannot read {found}. All else was copied. "
                 "These are asked for again by each read, and by the next mount or sync"
             )
@@ -210,7 +210,7 @@ class Replica:
         await trio.to_thread.run_sync(self._device.check_in_place, abandon_on_cancel=True)
 
     async def _verify(self) -> None:
-        """Ask about every block once more, of what is on the disk. DifferentError."""
+        """Ask about every block once more, of what is on the disk. MismatchError."""
         first: Extent | None = None
         count = 0
 
@@ -223,14 +223,14 @@ class Replica:
         verdict = await compare(self._device, self._geometry, self._links[-1], note, self._note_verified)
         if first is not None:
             await self._committer.forget()
-            raise DifferentError(
+            raise MismatchError(
                 f"{self._plan.destination} is not a copy of {self._plan.command.location} after all: "
                 f"{verdict.differing} bytes in {count} ranges differ, the first at {first.offset}"
             )
         if verdict.here:
             raise DeviceError(f"cannot read, of {self._plan.destination}, {verdict.here}")
         if verdict.there:
-            raise UnreadableError(f"{self._plan.command.location} cannot read any more {verdict.there}")
+            raise SourceReadError(f"{self._plan.command.location} cannot read any more {verdict.there}")
 
     def _note_verified(self, count: int) -> None:
         self._verified = count
@@ -341,10 +341,10 @@ class Replica:
         """The device in at most `cells` ranges of equal length, in order, the last perhaps shorter: how many blocks
         each has, and how many of them are present; of these, zeros the source did not send (of what a run of ours
         has found); on their way for the pass; and for somebody who reads them now."""
-        size = max(1, -(-self._geometry.blocks // max(1, cells)))
+        size = max(1, -(-self._geometry.block_count // max(1, cells)))
         found = []
-        for start in range(0, self._geometry.blocks, size):
-            blocks = range(start, min(start + size, self._geometry.blocks))
+        for start in range(0, self._geometry.block_count, size):
+            blocks = range(start, min(start + size, self._geometry.block_count))
             present, zero = self._blockmap.count(blocks)
             found.append({"blocks": len(blocks), "present": present, "zero": zero, "in_flight": 0, "reading": 0})
         for lane, name in ((self._bulk, "in_flight"), (self._demand, "reading")):

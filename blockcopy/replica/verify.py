@@ -15,8 +15,8 @@ import trio
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.device import Device, open_source
 from blockcopy.block.geometry import Extent, Geometry
-from blockcopy.block.identity import differences, of_source
-from blockcopy.block.unreadable import Unreadable
+from blockcopy.block.identity import differences, source_identity
+from blockcopy.block.unreadable import UnreadableRanges
 from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.replica.hydration.signatures import read_signatures
@@ -36,9 +36,9 @@ class Verdict:
     size: int
     differing: int = 0
     tail: int = 0
-    here: Unreadable = field(default_factory=Unreadable)
+    here: UnreadableRanges = field(default_factory=UnreadableRanges)
     """Blocks that cannot be read at this end, and were not compared."""
-    there: Unreadable = field(default_factory=Unreadable)
+    there: UnreadableRanges = field(default_factory=UnreadableRanges)
     """And at the other one."""
 
 
@@ -62,7 +62,7 @@ async def verify(
     Ends that are equal were so at one moment: SourceChangedError or DeviceError if one of them changed meanwhile.
     """
     with open_source(destination) as device:
-        before = await trio.to_thread.run_sync(of_source, device)
+        before = await trio.to_thread.run_sync(source_identity, device)
         async with trio.open_nursery() as nursery:
             own = device.size()
             connector = Connector(command, guess=own, timeout=timeout, prompts=prompts)
@@ -79,7 +79,7 @@ async def verify(
             if not verdict.differing:
                 await trio.to_thread.run_sync(device.check_in_place, abandon_on_cancel=True)
                 await link.check()
-                changes = differences(before, await trio.to_thread.run_sync(of_source, device))
+                changes = differences(before, await trio.to_thread.run_sync(source_identity, device))
                 if changes:
                     raise DeviceError(f"{destination} changed while it was compared: {'; '.join(changes)}")
             verdict.tail = max(0, own - there if size is None else there - size)
@@ -135,8 +135,8 @@ async def _compare(
     """In rounds of _ROUND batches, so that what differs is told in order."""
     threads = trio.CapacityLimiter(len(os.sched_getaffinity(0)))
     step = _ROUND * BATCH_BLOCKS
-    for start in range(0, geometry.blocks, step):
-        stop = min(start + step, geometry.blocks)
+    for start in range(0, geometry.block_count, step):
+        stop = min(start + step, geometry.block_count)
         found: list[Extent] = []
         errors: list[BlockcopyError] = []
 
@@ -144,7 +144,7 @@ async def _compare(
             try:
                 since = trio.current_time()
                 digest = await link.digest(since)
-                here = Unreadable()
+                here = UnreadableRanges()
                 read = partial(read_signatures, device, geometry, batch, digest, here)
                 asked = await trio.to_thread.run_sync(read, limiter=threads)
                 answer = await link.ask(asked, _IGNORE, since)

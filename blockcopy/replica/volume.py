@@ -44,7 +44,7 @@ class Volume:
         self._nursery = nursery
         self._give_up_after = give_up_after
         self._threads = trio.CapacityLimiter(_READ_THREADS)
-        self._ahead = ReadAhead(geometry.blocks, lane.window)
+        self._ahead = ReadAhead(geometry.block_count, lane.window)
         self.demand = ReadStats()
 
     async def read(self, offset: int, length: int) -> Buffer:

@@ -16,8 +16,8 @@ from typing import Callable, NamedTuple
 from blockcopy.block.buffers import Buffers
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import BLOCK_SIZE, Extent
-from blockcopy.block.pieces import PIECE_SIZE, Piece, Pieces
-from blockcopy.block.unreadable import Unreadable
+from blockcopy.block.pieces import PIECE_SIZE, Piece, PieceScanner
+from blockcopy.block.unreadable import UnreadableRanges
 from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.protocol import digests, wire
@@ -90,7 +90,7 @@ def checksum(
         device = Device(path, fd)
         stop = device.size() if end is None else min(end, device.size())
         hasher.read_from(device)
-        run_ordered(voice.items(Pieces(device), start, stop), hasher.hash, send)
+        run_ordered(voice.items(PieceScanner(device), start, stop), hasher.hash, send)
         hasher.tell_unreadable()
     elif seekable:
         run_ordered(_piped(_reader(fd, path), hasher, start, end), hasher.hash, send)
@@ -120,7 +120,7 @@ def ask_about(device: Device, size: int, digest: Digest, output: OutputStream, *
         for run in runs:
             voice.say(run)
 
-    items = itertools.takewhile(lambda _: not stop(), voice.items(Pieces(device), 0, size))
+    items = itertools.takewhile(lambda _: not stop(), voice.items(PieceScanner(device), 0, size))
     run_ordered(items, hasher.hash, send)
     hasher.tell_unreadable()
     voice.pause()
@@ -149,7 +149,7 @@ class _Original:
     def announce(self) -> None:
         """Say how it will be said, where that is not agreed on."""
 
-    def items(self, pieces: Pieces, start: int, stop: int) -> Iterator[_Item]:
+    def items(self, pieces: PieceScanner, start: int, stop: int) -> Iterator[_Item]:
         """All pieces, because each block of them has its message."""
         for at in range(start, stop, PIECE_SIZE):
             yield _Item(pieces.piece(at, min(PIECE_SIZE, stop - at), BLOCK_SIZE))
@@ -177,10 +177,10 @@ class _Extended(_Original):
     def announce(self) -> None:
         self._output.write([wire.encode(wire.Digests(self.digest.name))])
 
-    def items(self, pieces: Pieces, start: int, stop: int) -> Iterator[_Item]:
+    def items(self, pieces: PieceScanner, start: int, stop: int) -> Iterator[_Item]:
         """The pieces that have data; and what lies between, as pieces that have none, however large."""
         at = start
-        for piece in pieces.with_data(start, stop - start, BLOCK_SIZE):
+        for piece in pieces.pieces_with_data(start, stop - start, BLOCK_SIZE):
             if at < piece.position:
                 yield _Item(Piece(at, piece.position - at, []))
             yield _Item(piece)
@@ -218,7 +218,7 @@ class _Hasher:
         self._device: Device | None = None
         self._passing = False
         self.buffers = Buffers(PIECE_SIZE)
-        self.unreadable = Unreadable()
+        self.unreadable = UnreadableRanges()
 
     def read_from(self, device: Device) -> None:
         """Where pieces are that are not read yet."""
@@ -250,10 +250,10 @@ class _Hasher:
             try:
                 runs = list(self._runs(piece, view))
             finally:
-                whole = piece.unview(device)
+                whole = piece.release_view(device)
         if not whole:
             room = self.buffers.take()
-            there, errors = piece.read_around(device, room, BLOCK_SIZE)
+            there, errors = piece.read_skipping_errors(device, room, BLOCK_SIZE)
             if there < piece.length:
                 raise DeviceError(
                     f"cannot read at {piece.position + there} of {device.path}: it is shorter than it was"
@@ -297,7 +297,7 @@ def _seek(fd: int, path: str, start: int) -> bool:
         os.lseek(fd, start, os.SEEK_SET)
     except OSError as error:
         if start:
-            raise DeviceError.of(f"start at {start} of", path, error) from error
+            raise DeviceError.from_os_error(f"start at {start} of", path, error) from error
         return False
     return True
 
@@ -307,7 +307,7 @@ def _reader(fd: int, path: str) -> Callable[[memoryview], int]:
         try:
             return os.readv(fd, [buffer])
         except OSError as error:
-            raise DeviceError.of("read", path, error) from error
+            raise DeviceError.from_os_error("read", path, error) from error
 
     return read_into
 

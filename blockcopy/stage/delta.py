@@ -15,7 +15,7 @@ from blockcopy.block.buffers import ZEROS
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import Extent
 from blockcopy.block.pieces import Piece
-from blockcopy.block.unreadable import Unreadable
+from blockcopy.block.unreadable import UnreadableRanges
 from blockcopy.errors import DeviceError
 from blockcopy.protocol import wire
 from blockcopy.protocol.digests import Digest
@@ -28,7 +28,7 @@ class Terms(NamedTuple):
 
     digest: Digest
     packing: Packing
-    unreadable: Unreadable
+    unreadable: UnreadableRanges
     """Gets what cannot be read where nothing can be said of it."""
     joined: bool = False
     """Blocks that follow one another in one frame, zeros as `zero`."""
@@ -56,7 +56,7 @@ class Run(NamedTuple):
             try:
                 frames = _Answers(self, source, view, in_place=True).frames()
             finally:
-                whole = self.piece.unview(source)
+                whole = self.piece.release_view(source)
             if whole:
                 return frames
         return _Answers(self, source, room, in_place=False).frames()
@@ -98,7 +98,7 @@ class _Answers:
         if self._terms.packing.takes_unread:
             self._unread = self._find_unread()
         read = self._piece.without(self._unread, self._block_size)
-        self._available, self._failures = read.read_around(self._source, self._room, self._block_size)
+        self._available, self._failures = read.read_skipping_errors(self._source, self._room, self._block_size)
 
     def _find_unread(self) -> frozenset[int]:
         """The blocks of which the asker has zeros, or nothing, and the source has no zeros."""

@@ -18,9 +18,9 @@ from blockcopy.block.claim import existing_destination, make_room, open_destinat
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import BLOCK_SIZE, Extent
 from blockcopy.block.identity import Identity, differences, is_identity
-from blockcopy.block.records import end_records
-from blockcopy.block.unreadable import Unreadable
-from blockcopy.errors import BlockcopyError, SourceChangedError, StreamError, UnreadableError
+from blockcopy.block.records import invalidate_records
+from blockcopy.block.unreadable import UnreadableRanges
+from blockcopy.errors import BlockcopyError, SourceChangedError, SourceReadError, StreamError
 from blockcopy.progress.reporter import Progress
 from blockcopy.protocol import digests, wire, zstd
 from blockcopy.protocol.decoder import Decoder
@@ -55,7 +55,7 @@ def receive(
         identity, name = source.greeting()
         destination = existing or stack.enter_context(open_destination(path, force=force, create=True))
         size = identity["size"]
-        end_records(destination)  # what a mount or sync has on record is overwritten
+        invalidate_records(destination)  # what a mount or sync has on record is overwritten
         make_room(destination, size)
         with (
             Writer(destination, sparse, Progress(), size=size) as writer,
@@ -72,7 +72,7 @@ class _Source:
         self._answers = answers
         self._decoder = Decoder(wire.AGREED_BLOCK_STREAM)
         self._last: Identity | None = None
-        self._unreadable = Unreadable()
+        self._unreadable = UnreadableRanges()
 
     def greeting(self) -> tuple[Identity, str]:
         """What it is, and the digest that suits both ends. StreamError where that cannot be agreed to."""
@@ -104,7 +104,7 @@ class _Source:
                 "in use, take a snapshot"
             )
         if self._unreadable:
-            raise UnreadableError(f"the source cannot read {self._unreadable}. All else was copied")
+            raise SourceReadError(f"the source cannot read {self._unreadable}. All else was copied")
 
     def _messages(self) -> Iterator[wire.Message]:
         while not self._decoder.done:

@@ -20,8 +20,8 @@ from blockcopy.block import identity
 from blockcopy.block.buffers import Buffers
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import BLOCK_SIZE
-from blockcopy.block.pieces import PIECE_SIZE, Pieces
-from blockcopy.block.unreadable import Unreadable
+from blockcopy.block.pieces import PIECE_SIZE, PieceScanner
+from blockcopy.block.unreadable import UnreadableRanges
 from blockcopy.errors import DeviceError, StreamError
 from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.protocol import digests, wire
@@ -106,7 +106,7 @@ def retrieve(
         done = min(position, size)
         progress.update(Counts(done, size, {"sent": sent}, skipped=max(0, done - read)))
 
-    unreadable = Unreadable()
+    unreadable = UnreadableRanges()
     questions = _Questions(source, output, packing or Packing(), unreadable)
     try:
         run_ordered(_batches(_items(hashes, questions)), answer, send, wake=hashes.wake)
@@ -156,11 +156,13 @@ def _batches(items: Iterator[_Item | None]) -> Iterator[list[_Item]]:
 class _Questions:
     """Messages of the hash stream → what is to be answered. Knows what was agreed on so far."""
 
-    def __init__(self, source: Device, output: OutputStream, packing: Packing, unreadable: Unreadable) -> None:
+    def __init__(
+        self, source: Device, output: OutputStream, packing: Packing, unreadable: UnreadableRanges
+    ) -> None:
         """`unreadable` gets the blocks that cannot be read, where the asker has no word for them."""
         self._source = source
         self._output = output
-        self._pieces = Pieces(source)
+        self._pieces = PieceScanner(source)
         self._packing = packing  # unless the asker wishes for another
         self._original = self._terms = Terms(digests.named(ORIGINAL), packing, unreadable)
         self._first = True
@@ -204,7 +206,7 @@ class _Questions:
         pack = compression.wished(wish, self._output) if wish else self._packing
         self._original = self._original._replace(packing=pack, agreed=True)
         self._terms = self._original._replace(digest=digests.named(name), joined=True)
-        return greeting_of_source(identity.of_source(self._source), name, pack.name)
+        return greeting_of_source(identity.source_identity(self._source), name, pack.name)
 
     def _hash(self, asked: wire.Hash) -> Iterable[_Item]:
         position, size, digest = asked
@@ -238,7 +240,7 @@ class _Questions:
         position, length = asked
         self._need(self._terms.joined, "`zero` before `helo` or `dgst`")
         end = min(position + length, self._source.size())
-        for piece in self._pieces.with_data(position, end - position, BLOCK_SIZE):
+        for piece in self._pieces.pieces_with_data(position, end - position, BLOCK_SIZE):
             sizes = [min(BLOCK_SIZE, piece.length - at) for at in range(0, piece.length, BLOCK_SIZE)]
             yield Run(piece, BLOCK_SIZE, b"".join(map(self._terms.digest.of_zeros, sizes)), self._terms)
         beyond = max(position, end)
@@ -254,7 +256,7 @@ class _Questions:
                 yield Run(piece, BLOCK_SIZE, None, self._terms)
             self._position = max(at, end)
             return
-        for piece in self._pieces.with_data(at, end - at, BLOCK_SIZE):
+        for piece in self._pieces.pieces_with_data(at, end - at, BLOCK_SIZE):
             if at < piece.position:
                 yield _Say(wire.encode(wire.Zero(at, piece.position - at)))
             yield Run(piece, BLOCK_SIZE, None, self._terms)

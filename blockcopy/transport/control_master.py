@@ -13,12 +13,12 @@ import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 
-from blockcopy.errors import DeviceError, PeerError
-from blockcopy.paths.runtime_dir import run_folder
+from blockcopy.errors import DeviceError, RemoteError
+from blockcopy.paths.runtime_dir import make_runtime_dir
 from blockcopy.transport import start_timeout
 from blockcopy.transport.command import NO_CONTROL, Command
 from blockcopy.transport.hints import advice, cannot_run
-from blockcopy.untrusted_text import LineBudget, Said
+from blockcopy.untrusted_text import LineBudget, StderrLines
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def control_path(*, shared: bool) -> str:
     if not shared:
         return NO_CONTROL
     try:
-        path = run_folder() / os.urandom(4).hex()
+        path = make_runtime_dir() / os.urandom(4).hex()
     except DeviceError as error:
         logger.info("each connection logs in by itself: %s", error)
         return NO_CONTROL
@@ -48,17 +48,17 @@ def control_path(*, shared: bool) -> str:
 def log_in(command: Command) -> Command:
     """Make the login that is shared, with the terminal's help, and return what goes through it.
 
-    Raises PeerError if it fails, or takes longer than LOGIN_SECONDS. ssh itself, asked to go to the background,
+    Raises RemoteError if it fails, or takes longer than LOGIN_SECONDS. ssh itself, asked to go to the background,
     minds a terminal that is closed.
     """
     try:
         ssh = subprocess.Popen(command.way.log_in, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     except OSError as error:
-        raise PeerError(cannot_run(command, error)) from error
+        raise RemoteError(cannot_run(command, error)) from error
     said = " | ".join(_last_words(ssh, command))
     if ssh.returncode:
         todo = advice(command, ssh.returncode, said, begun=False)
-        raise PeerError(
+        raise RemoteError(
             f"{command.location.host_shown}: no login; ssh said: {said}" + (f" – {todo}" if todo else "")
         )
     return command.logged_in()
@@ -66,14 +66,14 @@ def log_in(command: Command) -> Command:
 
 def _last_words(ssh: subprocess.Popen[bytes], command: Command) -> Sequence[str]:
     """Wait for the end of a process, and return the last lines that it said."""
-    said = Said(logger.debug, LineBudget())
+    said = StderrLines(logger.debug, LineBudget())
     pipe = ssh.stderr
     if pipe is None:
         raise ValueError("it was started without a pipe")
 
     def listen() -> None:
         with pipe:
-            said.listen(pipe.fileno())
+            said.read_to_end(pipe.fileno())
 
     listener = threading.Thread(target=listen, name="listen", daemon=True)
     listener.start()
@@ -84,7 +84,7 @@ def _last_words(ssh: subprocess.Popen[bytes], command: Command) -> Sequence[str]
             logger.warning("%s", start_timeout.still_waiting(command, said.last))
             ssh.wait(start_timeout.LOGIN_SECONDS - start_timeout.TELL_SECONDS)
     except subprocess.TimeoutExpired as late:
-        raise PeerError(start_timeout.too_late(command, start_timeout.LOGIN_SECONDS, said.last)) from late
+        raise RemoteError(start_timeout.too_late(command, start_timeout.LOGIN_SECONDS, said.last)) from late
     finally:
         ssh.kill()
         ssh.wait()

@@ -18,12 +18,12 @@ import time
 from collections.abc import Iterator
 from typing import IO, Callable
 
-from blockcopy.errors import BlockcopyError, OutputError, PeerError
+from blockcopy.errors import BlockcopyError, OutputError, RemoteError
 from blockcopy.stage.streams import InputStream, OutputStream
 from blockcopy.transport import start_timeout
 from blockcopy.transport.command import MOST_NOISE, Command
 from blockcopy.transport.hints import cannot_run
-from blockcopy.untrusted_text import LineBudget, Said
+from blockcopy.untrusted_text import LineBudget, StderrLines
 
 logger = logging.getLogger(__name__)
 
@@ -95,15 +95,15 @@ class Session:
         self._longest = start_timeout.limit(timeout, prompts=prompts)
         self._syncs = syncs
         self._tell = tell
-        self._said = Said(self._note, budget or LineBudget())
+        self._said = StderrLines(self._note, budget or LineBudget())
         self._left = threading.Event()
 
     def __enter__(self) -> Session:
-        """Start it. Raises PeerError if it cannot be run."""
+        """Start it. Raises RemoteError if it cannot be run."""
         try:
             process = self.command.start()
         except OSError as error:
-            raise PeerError(cannot_run(self.command, error)) from error
+            raise RemoteError(cannot_run(self.command, error)) from error
         if process.stdin is None or process.stdout is None or process.stderr is None:
             raise ValueError("it was started without pipes")
         self._process = process
@@ -164,7 +164,7 @@ class Session:
 
     def _listen(self, stderr: IO[bytes]) -> None:
         with stderr:
-            self._said.listen(stderr.fileno())
+            self._said.read_to_end(stderr.fileno())
 
     def _note(self, line: str) -> None:
         if self.begun and self._tell is not None:

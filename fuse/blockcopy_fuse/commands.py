@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from blockcopy.block.claim import check_destination
 from blockcopy.cli import console, log
-from blockcopy.errors import IncompleteError, MissingRequirementError, PeerError, UsageError
+from blockcopy.errors import IncompleteError, MissingRequirementError, RemoteError, UsageError
 from blockcopy.paths.places import absolute
 from blockcopy.progress.reporter import Progress
 from blockcopy.replica.commands import command_for, needs_extra, plan_of, prompts, run, source_command
@@ -86,7 +86,7 @@ def _asked_beforehand(plan: Plan) -> Plan:
     if plan.command.way.log_in:
         try:
             return dataclasses.replace(plan, command=log_in(plan.command), prompts=False)
-        except PeerError as error:
+        except RemoteError as error:
             logger.info("%s", error)  # a mount may begin without its source; where not, that is told again
     return dataclasses.replace(plan, command=plan.command.outliving_terminal())
 

@@ -155,7 +155,7 @@ def command(mountpoint: str, request: dict[str, Any]) -> None:
         raise MountError(f"the mount on {mountpoint} did not do that within {seconds} s: see `blockcopy status`")
     error, exit_code = reply.get("error"), reply.get("exit_code")
     if isinstance(error, str):
-        raise BlockcopyError.told(error, exit_code if type(exit_code) is int and 0 < exit_code < 256 else 1)
+        raise BlockcopyError.relayed(error, exit_code if type(exit_code) is int and 0 < exit_code < 256 else 1)
 
 
 def umount(mountpoint: str) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ import trio
 
 from blockcopy.block.geometry import MAX_POSITION, Extent
 from blockcopy.errors import BlockcopyError, DeviceError, UsageError
-from blockcopy.paths.runtime_dir import run_folder
+from blockcopy.paths.runtime_dir import make_runtime_dir
 from blockcopy.protocol.strict_json import parse_object
 from blockcopy.replica.replica import Replica
 from blockcopy.replica.tasks import abandonable
@@ -87,7 +87,7 @@ async def opened(device: str) -> AsyncIterator[ControlServer | None]:
 
 def _listen(device: str) -> ControlServer:
     """Make the socket. Raises OSError or DeviceError if it cannot be made."""
-    path = run_folder() / probe.socket_name(device, os.getpid())
+    path = make_runtime_dir() / probe.socket_name(device, os.getpid())
     _sweep(path.parent)
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
@@ -97,7 +97,7 @@ def _listen(device: str) -> ControlServer:
         listener.listen()
     except OSError as error:
         listener.close()
-        raise DeviceError.of("listen at", str(path), error) from error
+        raise DeviceError.from_os_error("listen at", str(path), error) from error
     return ControlServer(str(path), listener)
 
 

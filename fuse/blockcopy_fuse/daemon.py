@@ -15,7 +15,7 @@ import signal
 from collections.abc import Callable
 
 from blockcopy.cli import log
-from blockcopy.errors import BlockcopyError, FaultError, Interrupted, MountError, told_of
+from blockcopy.errors import BlockcopyError, InternalError, Interrupted, MountError, as_user_error
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def _await_ready(child: int, told: int) -> None:
     if not message:
         raise MountError("the mount's process died before it was ready")
     failure = json.loads(message)
-    raise BlockcopyError.told(failure["message"], failure["exit_code"])
+    raise BlockcopyError.relayed(failure["message"], failure["exit_code"])
 
 
 def _run_child(program: Callable[[Callable[[], None]], object], tell: int) -> None:
@@ -71,11 +71,11 @@ def _run_child(program: Callable[[Callable[[], None]], object], tell: int) -> No
     try:
         program(ready)
     except Exception as error:
-        told = told_of(error)
+        told = as_user_error(error)
         if not is_ready:  # the parent is the one who says it
             os.write(tell, json.dumps({"message": str(told), "exit_code": told.exit_code}).encode())
             logger.debug("failed", exc_info=True)
-            if isinstance(told, FaultError):
+            if isinstance(told, InternalError):
                 log.last_words(str(told), told)
             _leave(0, 1, 2)
             log.be_silent()

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from blockcopy import optional_packages
 from blockcopy.block.records import default_folder
-from blockcopy.errors import BlockcopyError, PeerError
-from blockcopy.paths.runtime_dir import run_folder
+from blockcopy.errors import BlockcopyError, RemoteError
+from blockcopy.optional_packages import BLAKE3, FUSE, ZSTD, install_command
+from blockcopy.paths.runtime_dir import make_runtime_dir
 from blockcopy.protocol import digests, zstd
 from blockcopy.protocol.strict_json import parse_object
 from blockcopy.stage.streams import InputStream
@@ -54,12 +54,12 @@ def examine() -> Iterator[Finding]:
     if "blake3" not in digests.speeds():
         yield Finding(
             "note",
-            f"BLAKE3, the fastest digest, is not here: {optional_packages.install(optional_packages.BLAKE3)}",
+            f"BLAKE3, the fastest digest, is not here: {install_command(BLAKE3)}",
         )
     if not zstd.available():
         yield Finding(
             "note",
-            f"zstd is not here, so nothing is compressed: {optional_packages.install(optional_packages.ZSTD)}",
+            f"zstd is not here, so nothing is compressed: {install_command(ZSTD)}",
         )
 
 
@@ -83,7 +83,7 @@ def examine_host(command: Command, *, prompts: bool = False) -> Iterator[Finding
 
 
 def _facts(command: Command, *, prompts: bool) -> dict[str, Any]:
-    """Return what `facts` says. Raises PeerError if it does not come to that, with what to do."""
+    """Return what `facts` says. Raises RemoteError if it does not come to that, with what to do."""
     host = command.location.host_shown
     session = Session(command, timeout=_HOST_SECONDS, prompts=prompts)
     answer = b""
@@ -91,7 +91,7 @@ def _facts(command: Command, *, prompts: bool) -> dict[str, Any]:
         if session.begin():
             answer = _read(session.input, host)
     if session.given_up is not None:
-        raise PeerError(session.given_up)
+        raise RemoteError(session.given_up)
     said = session.said()
     text = answer[answer.find(b"{") :]  # a program that is there already begins after what its login prints
     with contextlib.suppress(ValueError):
@@ -100,17 +100,17 @@ def _facts(command: Command, *, prompts: bool) -> dict[str, Any]:
             return found
     todo = advice(command, session.status, "\n".join(said), begun=session.begun)
     told = " | ".join(said[-3:]) or f"`{command.runs}` ended with exit status {session.status}"
-    raise PeerError(f"{command.location}: {told}" + (f" – {todo}" if todo else ""))
+    raise RemoteError(f"{command.location}: {told}" + (f" – {todo}" if todo else ""))
 
 
 def _read(stream: InputStream, host: str) -> bytes:
-    """Return all that comes. Raises PeerError for more than facts can be."""
+    """Return all that comes. Raises RemoteError for more than facts can be."""
     room = memoryview(bytearray(_MOST_FACTS))
     length = 0
     while count := stream.read_into(room[length:]):
         length += count
         if length == len(room):
-            raise PeerError(f"{host} says what cannot be facts: {bytes(room[:100])!r} …")
+            raise RemoteError(f"{host} says what cannot be facts: {bytes(room[:100])!r} …")
     return bytes(room[:length])
 
 
@@ -146,11 +146,13 @@ def _package(name: str, least: tuple[int, int]) -> Finding:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return Finding(
-            "FAIL", f"the package {name} is not installed: {optional_packages.install(*optional_packages.FUSE)}"
+            "FAIL",
+            f"the package {name} is not installed: {install_command(*FUSE)}",
         )
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < least:
         return Finding(
-            "FAIL", f"{name} {version} is too old: {optional_packages.install(f'{name}>={least[0]}.{least[1]}')}"
+            "FAIL",
+            f"{name} {version} is too old: {install_command(f'{name}>={least[0]}.{least[1]}')}",
         )
     return Finding("ok", f"{name} {version}")
 
@@ -196,7 +198,7 @@ def _limits() -> Iterator[Finding]:
 
 def _folders() -> Iterator[Finding]:
     try:
-        yield Finding("ok", f"sockets are in {run_folder()}")
+        yield Finding("ok", f"sockets are in {make_runtime_dir()}")
     except BlockcopyError as error:
         yield Finding("note", f"pause, resume, limit and shared logins will not work: {error}")
     try:

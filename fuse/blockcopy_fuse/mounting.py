@@ -33,7 +33,7 @@ import blockcopy
 from blockcopy.block.records import default_folder
 from blockcopy.errors import Interrupted, MountError, UsageError
 from blockcopy.paths import safe_write
-from blockcopy.paths.runtime_dir import run_folders
+from blockcopy.paths.runtime_dir import runtime_dir_candidates
 from blockcopy.progress.reporter import Progress
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.monitor import on_complete, prometheus
@@ -133,7 +133,7 @@ def _not_to_be_hidden(mount: MountPlan) -> Iterator[tuple[str, str]]:
     yield from ((path, what) for what, path in files.items() if path is not None)
     yield plan.command.folder, "folder it is started in,"
     yield plan.command.argv[0], "program"
-    yield from ((path, "folder of control sockets,") for path in map(str, run_folders(os.geteuid())[:1]))
+    yield from ((path, "folder of control sockets,") for path in map(str, runtime_dir_candidates(os.geteuid())[:1]))
     yield from ((path, "folder of Python modules,") for path in (*sys.path, *blockcopy.__path__) if path)
 
 

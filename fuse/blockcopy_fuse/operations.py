@@ -22,7 +22,7 @@ from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FlagT, FU
 
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.geometry import BLOCK_SIZE
-from blockcopy.errors import BlockcopyError, UnreadableError
+from blockcopy.errors import BlockcopyError, SourceReadError
 from blockcopy.replica.monitor.status import to_json
 from blockcopy.replica.replica import Replica
 from blockcopy_fuse import STATUS_NAME
@@ -51,7 +51,7 @@ def handler(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutin
             return await method(*args, **kwargs)
         except FUSEError:
             raise
-        except UnreadableError as error:  # logged when it was found
+        except SourceReadError as error:  # logged when it was found
             logger.debug("%s: %s", method.__name__, error)
             raise FUSEError(errno.EIO) from error
         except BlockcopyError as error:

@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from blockcopy.errors import MountError
-from blockcopy.paths.runtime_dir import is_private, run_folders
+from blockcopy.paths.runtime_dir import is_private, runtime_dir_candidates
 from blockcopy.protocol.strict_json import parse_object
 from blockcopy_fuse import STATUS_NAME, mountinfo, status_schema
 
@@ -276,7 +276,7 @@ def _ask(place: Place, request: dict[str, Any], pid: int | None) -> bytes:
 def _sockets(place: Place) -> list[str]:
     """Return the sockets of the mount's name, latest first: one that is ending may have the same number."""
     found = []
-    for folder in run_folders(place.owner):
+    for folder in runtime_dir_candidates(place.owner):
         if is_private(folder, place.owner):
             for path in folder.glob(socket_name(place.entry.device, "*")):
                 with contextlib.suppress(OSError):

@@ -13,7 +13,7 @@ import trio
 
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import Extent, Geometry
-from blockcopy.errors import BlockcopyError, UnreadableError
+from blockcopy.errors import BlockcopyError, SourceReadError
 from blockcopy.replica.hydration.hydrator import Hydrator, Lane
 from blockcopy.replica.hydration.throttle import Throttle
 from blockcopy.replica.state.blockmap import BlockMap
@@ -55,7 +55,7 @@ class BackgroundHydration:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._survey)
             # Once, unless a failed sync made it forget what it had.
-            while next(self._blockmap.wanted(range(self._geometry.blocks)), None) is not None:
+            while next(self._blockmap.wanted(range(self._geometry.block_count)), None) is not None:
                 await self._sweep()
                 if self._error is not None:
                     nursery.cancel_scope.cancel()
@@ -73,8 +73,8 @@ class BackgroundHydration:
                     break
                 if self._demand is not self._lane and self._demand.wanted_at != followed:
                     followed = self._demand.wanted_at
-                    start = min(self._demand.wanted_up_to, self._geometry.blocks)
-                first = self._next(range(start, self._geometry.blocks))
+                    start = min(self._demand.wanted_up_to, self._geometry.block_count)
+                first = self._next(range(start, self._geometry.block_count))
                 if first is None:
                     first = self._next(range(start))
                 if first is None:
@@ -92,13 +92,13 @@ class BackgroundHydration:
 
     def _end_of_batch(self, first: int) -> int:
         """Return where a batch from `first` on ends: at a block that was set aside, at the latest."""
-        stop = min(first + self._throttle.batch_blocks, self._geometry.blocks)
+        stop = min(first + self._throttle.batch_blocks, self._geometry.block_count)
         return next(filter(self._blockmap.is_aside, range(first, stop)), stop)
 
     async def _bring(self, blocks: range, count: int) -> None:
         try:
             await self._hydrator.ensure(blocks, self._lane)
-        except UnreadableError:
+        except SourceReadError:
             pass  # all others of them are here; what is not, the block map knows
         except BlockcopyError as error:
             self._error = self._error or error
@@ -135,5 +135,5 @@ def _common_holes(device: Device, geometry: Geometry, holes: list[Extent]) -> It
 
 
 def _whole_blocks(geometry: Geometry, start: int, end: int) -> range:
-    stop = geometry.blocks if end >= geometry.size else end // geometry.block_size
+    stop = geometry.block_count if end >= geometry.size else end // geometry.block_size
     return range(-(-start // geometry.block_size), stop)

@@ -17,9 +17,9 @@ from functools import partial
 import trio
 
 from blockcopy.block.device import Device
-from blockcopy.block.identity import NO_TIMES, Identity, Times, of_destination, settled_times, times_of
-from blockcopy.block.records import believe_default, believe_only, end_records
-from blockcopy.errors import DeviceError, StateError, StateNotKeptError
+from blockcopy.block.identity import NO_TIMES, Identity, Times, destination_identity, settled_times, times_of
+from blockcopy.block.records import invalidate_records, make_authoritative, make_default_authoritative
+from blockcopy.errors import DeviceError, StateError, StateWriteError
 from blockcopy.replica.hydration.hydrator import Hydrator
 from blockcopy.replica.state.blockmap import BlockMap
 from blockcopy.replica.state.recovery import is_at_default_path
@@ -49,7 +49,7 @@ class Committer:
         self._hydrator = hydrator
         self._one_commit = trio.Lock()
         self._one_thread = trio.CapacityLimiter(1)
-        self._trouble: StateNotKeptError | None = None
+        self._trouble: StateWriteError | None = None
         self._durable = NO_TIMES  # of the destination: no power loss takes it behind these
         self._until_ns = 0  # the last sign of life on record
         self._took_ns = 0  # to record the last one
@@ -65,18 +65,18 @@ class Committer:
             self._durable = Times(clock.mtime_ns, clock.ctime_ns)
             await self._record(journal.tell)
         else:
-            binding = Binding(source, of_destination(self._device), self._device.size(), block_size)
+            binding = Binding(source, destination_identity(self._device), self._device.size(), block_size)
             if not await self._record(partial(self._begin, journal, binding)):
                 self._journal = None
                 await self._discard(journal)  # or else what is in it would be believed later
-                end_records(self._device)
+                invalidate_records(self._device)
 
     def _begin(self, journal: StateFile, binding: Binding, clock: Clock) -> None:
         journal.begin(binding, clock)
         if is_at_default_path(journal, self._device):
-            believe_default(self._device)
+            make_default_authoritative(self._device)
         else:
-            believe_only(journal.token, self._device)
+            make_authoritative(journal.token, self._device)
 
     async def run(self) -> None:
         """Commit each second. DeviceError where the destination cannot be synced."""
@@ -189,8 +189,8 @@ class Committer:
             await self._in_thread(write)
         except TimeoutError as error:
             path = self._journal.path if self._journal else ""
-            trouble = StateNotKeptError(f"cannot record in the state file {path}: {error.strerror}")
-        except StateNotKeptError as error:
+            trouble = StateWriteError(f"cannot record in the state file {path}: {error.strerror}")
+        except StateWriteError as error:
             trouble = error
         else:
             self._trouble = None

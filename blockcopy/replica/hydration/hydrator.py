@@ -28,9 +28,9 @@ from functools import partial
 import trio
 
 from blockcopy.block.destination import Destination
-from blockcopy.block.geometry import Geometry, runs
-from blockcopy.block.unreadable import Unreadable
-from blockcopy.errors import BlockcopyError, DeviceError, SourceError, UnreadableError
+from blockcopy.block.geometry import Geometry, block_runs
+from blockcopy.block.unreadable import UnreadableRanges
+from blockcopy.errors import BlockcopyError, DeviceError, SourceError, SourceReadError
 from blockcopy.replica.hydration.signatures import read_signatures
 from blockcopy.replica.hydration.source_faults import SourceFaults
 from blockcopy.replica.hydration.writer import Writer
@@ -122,7 +122,7 @@ class Hydrator:
         self._writer = Writer(device, geometry, blockmap, sparse=sparse)
         self._dropping = False
         self._faults = SourceFaults()
-        self._rewritten = Unreadable()
+        self._rewritten = UnreadableRanges()
         """Blocks of the destination that cannot be read: they are fetched, and a write may mend them."""
         self.hole_bytes = 0
         """Present bytes that are holes at both ends: nothing had to be done for them."""
@@ -137,14 +137,14 @@ class Hydrator:
         return self._writer.unsynced
 
     @property
-    def last_fault(self) -> UnreadableError | None:
+    def last_fault(self) -> SourceReadError | None:
         """Return why the source could not read a block, of the last one that it could not."""
         return self._faults.last
 
     async def ensure(self, blocks: range, lane: Lane) -> None:
         """Return when all of `blocks` are present. SourceError or DeviceError where one cannot be.
 
-        Raises UnreadableError if the source cannot read some of them, and all others are present.
+        Raises SourceReadError if the source cannot read some of them, and all others are present.
         """
         since = trio.current_time()
         patient = True
@@ -243,7 +243,7 @@ class Hydrator:
         for extent in answer.zeros:
             self._blockmap.mark(self._geometry.span(*extent), "zero")
         unread = {block for each in answer.unread for block in self._geometry.span(*each.extent)}
-        for run in runs(block for block in blocks if block not in unread):
+        for run in block_runs(block for block in blocks if block not in unread):
             self._blockmap.mark(run, "same")
         for each in answer.unread:
             for block in self._blockmap.missing(self._geometry.span(*each.extent)):

@@ -9,9 +9,9 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 from blockcopy.block.device import Device
-from blockcopy.block.geometry import Extent, Geometry, runs
-from blockcopy.block.pieces import PIECE_SIZE, Piece, Pieces
-from blockcopy.block.unreadable import Unreadable
+from blockcopy.block.geometry import Extent, Geometry, block_runs
+from blockcopy.block.pieces import PIECE_SIZE, Piece, PieceScanner
+from blockcopy.block.unreadable import UnreadableRanges
 from blockcopy.errors import DeviceError
 from blockcopy.protocol.digests import Digest
 from blockcopy.protocol.wire import MAX_ASKED
@@ -25,7 +25,7 @@ def read_signatures(
     geometry: Geometry,
     blocks: Sequence[int],
     digest: Digest,
-    unreadable: Unreadable,
+    unreadable: UnreadableRanges,
     *,
     drop_behind: bool = False,
 ) -> list[Signatures]:
@@ -37,7 +37,7 @@ def read_signatures(
     most = MAX_ASKED // geometry.block_size
     asked = [
         _question(device, geometry, run[start : start + most], digest, unreadable)
-        for run in runs(blocks)
+        for run in block_runs(blocks)
         for start in range(0, len(run), most)
     ]
     if drop_behind:
@@ -46,16 +46,18 @@ def read_signatures(
     return asked
 
 
-def _question(device: Device, geometry: Geometry, run: range, digest: Digest, unreadable: Unreadable) -> Signatures:
+def _question(
+    device: Device, geometry: Geometry, run: range, digest: Digest, unreadable: UnreadableRanges
+) -> Signatures:
     offset, end = geometry.extent(run[0]).offset, geometry.extent(run[-1]).end
     digests = b"".join(_digests(device, geometry, offset, end, digest, unreadable))
     return Signatures(offset, end - offset, geometry.block_size, digests)
 
 
 def _digests(
-    device: Device, geometry: Geometry, offset: int, end: int, digest: Digest, unreadable: Unreadable
+    device: Device, geometry: Geometry, offset: int, end: int, digest: Digest, unreadable: UnreadableRanges
 ) -> Iterator[bytes]:
-    pieces, block_size = Pieces(device), geometry.block_size
+    pieces, block_size = PieceScanner(device), geometry.block_size
     step = PIECE_SIZE // block_size * block_size
     for position in range(offset, end, step):
         piece = pieces.piece(position, min(step, end - position), block_size)
@@ -64,12 +66,12 @@ def _digests(
             try:
                 found = _digests_of(piece, view, block_size, digest, {})
             finally:
-                whole = piece.unview(device)
+                whole = piece.release_view(device)
             if whole:
                 yield from found
                 continue
         buffer = _buffer()
-        there, errors = piece.read_around(device, buffer, block_size)
+        there, errors = piece.read_skipping_errors(device, buffer, block_size)
         for at, error in errors.items():
             unreadable.add(Extent(*piece.block(at, block_size)[:2]), str(error))
         if there < piece.length:  # what is not there is no hole

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import trio
 
-from blockcopy.errors import UnreadableError
+from blockcopy.errors import SourceReadError
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ _MAX_LOGGED = 16
 
 class _Fault(NamedTuple):
     at: float  # in trio's time
-    error: UnreadableError
+    error: SourceReadError
 
 
 class SourceFaults:
@@ -36,11 +36,11 @@ class SourceFaults:
     def __init__(self) -> None:
         self._known: OrderedDict[int, _Fault] = OrderedDict()
         self._logged = 0
-        self.last: UnreadableError | None = None
+        self.last: SourceReadError | None = None
 
-    def add(self, block: int, reason: str) -> UnreadableError:
+    def add(self, block: int, reason: str) -> SourceReadError:
         """Note that `block` could not be read now. Returns what to tell who wants it."""
-        error = self.last = UnreadableError(reason)
+        error = self.last = SourceReadError(reason)
         self._known.pop(block, None)
         self._known[block] = _Fault(trio.current_time(), error)
         if len(self._known) > _MAX_KNOWN:
@@ -57,6 +57,6 @@ class SourceFaults:
         fault = self._known.get(block)
         return fault is not None and fault.at >= min(since, trio.current_time() - RETRY_SECONDS)
 
-    def error(self, block: int) -> UnreadableError:
+    def error(self, block: int) -> SourceReadError:
         """Return why a block that is known cannot be had."""
         return self._known[block].error

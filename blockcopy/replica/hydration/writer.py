@@ -102,7 +102,7 @@ class Writer:
             if was_dirty:
                 await trio.to_thread.run_sync(self._device.sync)
             else:
-                self._device.check_at_once()
+                self._device.check_without_blocking()
         except DeviceError:
             with self._lock:
                 self._dirty = True

@@ -15,7 +15,7 @@ from typing import Any
 
 import trio
 
-from blockcopy.errors import how_ended
+from blockcopy.errors import describe_exit
 from blockcopy.replica.tasks import abandonable
 
 logger = logging.getLogger(__name__)
@@ -64,4 +64,4 @@ def _start(command: str, folder: str, environment: dict[str, str]) -> subprocess
 
 def _tell(status: int) -> None:
     if status:
-        logger.error("--on-complete failed: it %s", how_ended(status))
+        logger.error("--on-complete failed: it %s", describe_exit(status))

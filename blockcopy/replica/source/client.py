@@ -27,7 +27,7 @@ from blockcopy.errors import (
     ProtocolViolationError,
     SourceError,
     StreamError,
-    how_ended,
+    describe_exit,
 )
 from blockcopy.protocol import digests, wire
 from blockcopy.protocol.decoder import Decoder
@@ -49,7 +49,7 @@ from blockcopy.stage.streams import InputStream, enlarge_pipe
 from blockcopy.transport import start_timeout
 from blockcopy.transport.command import MOST_NOISE, Command
 from blockcopy.transport.hints import advice
-from blockcopy.untrusted_text import LineBudget, Said
+from blockcopy.untrusted_text import LineBudget, StderrLines
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Client:
         """What questions are digested with; None until it was greeted."""
         # Unbounded, yet bounded by those who ask: each waits for its answer before it asks again.
         self._send, self._outgoing = trio.open_memory_channel[bytes](math.inf)
-        self._said = Said(self._log, budget or LineBudget())
+        self._said = StderrLines(self._log, budget or LineBudget())
         self._process: Process | None = None
         self._token = trio.lowlevel.current_trio_token()
         self._greeted = trio.Event()
@@ -283,7 +283,7 @@ class Client:
             words = f"{self._command.location} sent what was not asked for: {garbled}"
             return ProtocolViolationError(words + self._last_words())
         if not self._closing:
-            how = "closed its output" if status is None else how_ended(status)
+            how = "closed its output" if status is None else describe_exit(status)
             words = f"the retrieve process of {self._command.location} {how}{self._last_words()}"
             todo = advice(self._command, status, "\n".join(self._said.last), begun=self._begun)
             return SourceError(f"{words} – {todo}" if todo else words)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from blockcopy.block.geometry import Extent, Geometry
-from blockcopy.block.unreadable import MAX_RANGES, Unreadable
+from blockcopy.block.unreadable import MAX_RANGES, UnreadableRanges
 
 CHUNK_BLOCKS = 16384
 """Blocks whose bits are kept and recorded as one: 2 KiB for 2 GiB of the device."""
@@ -40,7 +40,7 @@ class BlockMap:
     def forget_all(self) -> None:
         """Nothing is known: every block has to be checked again."""
         self.generation += 1
-        self._bits = bytearray(-(-self._geometry.blocks // 8))
+        self._bits = bytearray(-(-self._geometry.block_count // 8))
         self._aside = bytearray()  # bits of the blocks that were set aside, once there are any
         self._fill_padding()
         self._changed: set[int] = set()
@@ -53,8 +53,8 @@ class BlockMap:
         self.zero_bytes = 0
         """Bytes that the source has as zeros, and did not have to send."""
         self._last_was_missing = True  # the last block, which may be short
-        self._coarse = max(1, -(-self._geometry.blocks // _COARSE_CELLS))
-        self._zeros = [0] * -(-self._geometry.blocks // self._coarse)
+        self._coarse = max(1, -(-self._geometry.block_count // _COARSE_CELLS))
+        self._zeros = [0] * -(-self._geometry.block_count // self._coarse)
         """Blocks of zeros, in ranges of _coarse blocks."""
 
     @property
@@ -72,13 +72,13 @@ class BlockMap:
         """
         if not blocks:
             return
-        if not 0 <= blocks.start < blocks.stop <= self._geometry.blocks:
-            raise IndexError(f"blocks {blocks.start} to {blocks.stop - 1} of {self._geometry.blocks}")
+        if not 0 <= blocks.start < blocks.stop <= self._geometry.block_count:
+            raise IndexError(f"blocks {blocks.start} to {blocks.stop - 1} of {self._geometry.block_count}")
         added = self._set_zeros(blocks) if kind == "zero" else _set(self._bits, blocks)
         if not added:
             return
         length = added * self._geometry.block_size
-        if blocks.stop == self._geometry.blocks and self._last_was_missing:
+        if blocks.stop == self._geometry.block_count and self._last_was_missing:
             length -= self._geometry.block_size - self._geometry.extent(blocks[-1]).length
             self._last_was_missing = False
         self._changed.update(range(blocks.start // CHUNK_BLOCKS, blocks[-1] // CHUNK_BLOCKS + 1))
@@ -107,7 +107,7 @@ class BlockMap:
         bits = int.from_bytes(self._bits[first : last + 1], "little") >> (blocks.start & 7)
         present = (bits & (1 << len(blocks)) - 1).bit_count()
         cells = range(blocks.start // self._coarse, blocks[-1] // self._coarse + 1)
-        looked_at = min(cells.stop * self._coarse, self._geometry.blocks) - cells.start * self._coarse
+        looked_at = min(cells.stop * self._coarse, self._geometry.block_count) - cells.start * self._coarse
         zeros = sum(map(self._zeros.__getitem__, cells)) * len(blocks) // looked_at
         return present, min(present, zeros)
 
@@ -122,7 +122,7 @@ class BlockMap:
                 raise ValueError(f"chunk {number} of {len(bits)} bytes")
             self._bits[start : start + len(bits)] = bits
         self._fill_padding()
-        blocks, block_size = self._geometry.blocks, self._geometry.block_size
+        blocks, block_size = self._geometry.block_count, self._geometry.block_size
         missing = len(self._bits) * 8 - int.from_bytes(self._bits, "little").bit_count()
         self.resumed_bytes = (blocks - missing) * block_size
         self._last_was_missing = bool(blocks) and self.any_missing([blocks - 1])
@@ -131,8 +131,8 @@ class BlockMap:
 
     def _fill_padding(self) -> None:
         """Bits behind the last block count as present, so that no search finds them."""
-        if self._geometry.blocks % 8:
-            self._bits[-1] |= 0xFF << self._geometry.blocks % 8 & 0xFF
+        if self._geometry.block_count % 8:
+            self._bits[-1] |= 0xFF << self._geometry.block_count % 8 & 0xFF
 
     def take_changes(self) -> dict[int, bytes]:
         """The chunks that were marked in since the last time, as they are now; number → bits."""
@@ -180,16 +180,16 @@ class BlockMap:
                 return None
             block = behind
 
-    def unreadable(self, reason: str = "") -> Unreadable:
+    def unreadable(self, reason: str = "") -> UnreadableRanges:
         """Return what was set aside and is missing."""
-        found = Unreadable()
+        found = UnreadableRanges()
         if not self._aside:
             return found
         found.reason = reason
         left = int.from_bytes(self._aside, "little") & ~int.from_bytes(self._bits, "little")
         found.bytes = left.bit_count() * self._geometry.block_size
-        if left >> self._geometry.blocks - 1:
-            found.bytes -= self._geometry.block_size - self._geometry.extent(self._geometry.blocks - 1).length
+        if left >> self._geometry.block_count - 1:
+            found.bytes -= self._geometry.block_size - self._geometry.extent(self._geometry.block_count - 1).length
         at = 0
         while left and len(found.ranges) < MAX_RANGES:
             skipped = (left & -left).bit_length() - 1

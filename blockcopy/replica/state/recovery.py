@@ -16,15 +16,15 @@ from blockcopy.block.geometry import Extent, Geometry
 from blockcopy.block.identity import (
     Identity,
     Times,
+    destination_identity,
     differences,
-    of_destination,
     sample_extents,
-    tells_of_writes,
+    sample_matches,
+    shows_writes,
     times_of,
-    unchanged_sample,
 )
-from blockcopy.block.records import default_path, end_records, is_believed
-from blockcopy.errors import StateNotKeptError
+from blockcopy.block.records import default_path, invalidate_records, is_authoritative
+from blockcopy.errors import StateWriteError
 from blockcopy.replica.state.blockmap import BlockMap
 from blockcopy.replica.state.statefile import Clock, Record, StateFile
 
@@ -40,13 +40,13 @@ def open_state_file(path: str | None, destination: Device, *, keep: bool) -> Sta
     cannot be removed.
     """
     if not keep:
-        end_records(destination)
+        invalidate_records(destination)
         return None
     wanted = Path(path) if path else default_path(destination)
     try:
         return StateFile(wanted)
-    except StateNotKeptError as error:
-        end_records(destination)
+    except StateWriteError as error:
+        invalidate_records(destination)
         logger.warning("%s; after a restart, every block will be checked again", error)
         return None
 
@@ -68,11 +68,11 @@ def usable_record(state_file: StateFile, destination: Device, block_size: int) -
     binding = record.binding
     differing = differences(
         {**binding.destination, "size": binding.destination_size, "block size": binding.block_size},
-        {**of_destination(destination), "size": destination.size(), "block size": block_size},
+        {**destination_identity(destination), "size": destination.size(), "block size": block_size},
     )
     if differing:
         _warn_ignored(state_file, f"the destination is another: {'; '.join(differing)}")
-    elif not (is_at_default_path(state_file, destination) or is_believed(state_file.token, destination)):
+    elif not (is_at_default_path(state_file, destination) or is_authoritative(state_file.token, destination)):
         _warn_ignored(
             state_file, f"another command, with its state elsewhere, may have written to {destination.path} since"
         )
@@ -117,17 +117,15 @@ def resume_blockmap(
         _warn_ignored(state_file, f"it is damaged: {error}")
         return BlockMap(geometry)
     recorded = record.binding.source
-    shows_writes = (
-        destination.has_exact_times() and tells_of_writes(recorded) and tells_of_writes(source or recorded)
-    )
-    if blockmap.complete and source is not None and not shows_writes:
+    is_tracked = destination.has_exact_times() and shows_writes(recorded) and shows_writes(source or recorded)
+    if blockmap.complete and source is not None and not is_tracked:
         logger.warning("the copy was complete; checking every block for changes since")
         return BlockMap(geometry)
 
     def is_present(extent: Extent) -> bool:
         return not blockmap.any_missing(geometry.span(*extent))
 
-    if not unchanged_sample(destination, recorded, filter(is_present, sample_extents(geometry.size))):
+    if not sample_matches(destination, recorded, filter(is_present, sample_extents(geometry.size))):
         _warn_ignored(state_file, f"another program has written to {destination.path} since")
         return BlockMap(geometry)
     return blockmap

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from blockcopy.block.identity import Identity, is_identity
-from blockcopy.block.records import retire
-from blockcopy.errors import StateError, StateNotKeptError
+from blockcopy.block.records import invalidate
+from blockcopy.errors import StateError, StateWriteError
 from blockcopy.paths import durable
-from blockcopy.paths.trust import distrusted
+from blockcopy.paths.trust import distrust_reason
 from blockcopy.protocol.strict_json import parse_object
 from blockcopy.replica.state.blockmap import CHUNK_BLOCKS
 
@@ -91,7 +91,7 @@ class StateFile:
     def __init__(self, path: Path) -> None:
         """Open or create `path`; a file that cannot be believed is set aside, and the log says why.
 
-        StateError where another process keeps it or it is no regular file, StateNotKeptError where
+        StateError where another process keeps it or it is no regular file, StateWriteError where
         it cannot be written, or others decide what is there.
         """
         self.path = path = path.parent.resolve() / path.name
@@ -129,7 +129,7 @@ class StateFile:
                 ) from error
             if made:
                 durable.remove(self.path)
-                raise StateNotKeptError(f"cannot keep the state in {self.path}: {error}") from error
+                raise StateWriteError(f"cannot keep the state in {self.path}: {error}") from error
             raise _UnusableError(str(error)) from error
         except BaseException:
             db.close()
@@ -141,7 +141,7 @@ class StateFile:
         try:
             return self._open()
         except _UnusableError as error:
-            raise StateNotKeptError(f"cannot keep the state in {self.path}: {error}") from error
+            raise StateWriteError(f"cannot keep the state in {self.path}: {error}") from error
 
     def _connect(self) -> sqlite3.Connection:
         try:
@@ -200,7 +200,7 @@ class StateFile:
         return self._token
 
     def begin(self, binding: Binding, clock: Clock) -> None:
-        """Begin a new record, of which no block is known yet. Raises StateNotKeptError, here and below."""
+        """Begin a new record, of which no block is known yet. Raises StateWriteError, here and below."""
         self._token = secrets.token_hex(16)
         self._facts = {"token": self._token, "binding": vars(binding)}
         with self._transaction():
@@ -230,7 +230,7 @@ class StateFile:
     def discard(self) -> None:
         """Have no record any more, where none can be written. StateError."""
         self._db.close()
-        retire(self.path)
+        invalidate(self.path)
 
     def close(self) -> None:
         """A file that was made here and has nothing in it does not stay."""
@@ -255,7 +255,7 @@ class StateFile:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
         except sqlite3.Error as error:
-            raise StateNotKeptError(f"cannot record in the state file {self.path}: {error}") from error
+            raise StateWriteError(f"cannot record in the state file {self.path}: {error}") from error
 
 
 def _seal(key: str, data: bytes) -> bytes:
@@ -263,18 +263,18 @@ def _seal(key: str, data: bytes) -> bytes:
 
 
 def _make(path: Path) -> bool:
-    """Have a file at `path`; True where it was not there. StateError, StateNotKeptError."""
+    """Have a file at `path`; True where it was not there. StateError, StateWriteError."""
     try:
         durable.make_folder(path.parent)
-        if why := distrusted(path.parent):  # or else they could change what SQLite opens after we looked at it
-            raise StateNotKeptError(f"cannot keep the state in {path}: {why}")
+        if why := distrust_reason(path.parent):  # or else they could change what SQLite opens after we looked at it
+            raise StateWriteError(f"cannot keep the state in {path}: {why}")
         durable.create(path)
     except FileExistsError:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise StateError(f"cannot keep the state in {path}: that is no regular file") from None
         return False
     except OSError as error:
-        raise StateNotKeptError(f"cannot keep the state in {path}: {error.strerror}") from error
+        raise StateWriteError(f"cannot keep the state in {path}: {error.strerror}") from error
     return True
 
 
@@ -326,5 +326,5 @@ def _set_aside(path: Path) -> Path:
         for each in [path, *_beside(path)]:
             durable.rename(each, path.with_name(each.name.replace(path.name, aside.name, 1)))
     except OSError as error:
-        raise StateNotKeptError(f"cannot set the unusable state file {path} aside: {error.strerror}") from error
+        raise StateWriteError(f"cannot set the unusable state file {path} aside: {error.strerror}") from error
     return aside
