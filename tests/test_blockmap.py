@@ -149,7 +149,7 @@ def test_after_forget_all_it_is_as_new() -> None:
     for block in range(geometry.block_count):
         mark(blockmap, block, fetched=bool(block % 2))
     assert blockmap.complete
-    blockmap.forget_all()
+    blockmap.clear()
     assert_alike(blockmap, Naive(geometry))
     mark(blockmap, 11, fetched=False)
     assert blockmap.same_bytes == 7
@@ -199,7 +199,7 @@ def test_a_huge_map_takes_one_bit_a_block_and_is_searched_lazily() -> None:
 
 def chunks_of(blockmap: BlockMap, blocks: int) -> dict[int, bytes]:
     """What a record of all that is marked would have."""
-    blockmap.put_back(range(-(-blocks // CHUNK_BLOCKS)))
+    blockmap.restore_changes(range(-(-blocks // CHUNK_BLOCKS)))
     return blockmap.take_changes()
 
 
@@ -260,7 +260,7 @@ def test_what_is_marked_after_a_resume_counts_besides() -> None:
         mark(blockmap, block, fetched=True)
     assert (blockmap.resumed_bytes, blockmap.fetched_bytes) == (BLOCK, 2 * BLOCK - 3)
     assert blockmap.take_changes() == {0: bytes([0b110, 0b11111000])}
-    blockmap.forget_all()
+    blockmap.clear()
     assert (blockmap.resumed_bytes, blockmap.present_bytes) == (0, 0)
     assert list(blockmap.missing(range(12))) == list(range(12))
 
@@ -320,12 +320,12 @@ def test_changes_that_were_put_back_are_handed_out_as_they_are_then() -> None:
     changes = blockmap.take_changes()
     mark(blockmap, 1, fetched=True)
     mark(blockmap, CHUNK_BLOCKS, fetched=True)
-    blockmap.put_back(changes)
+    blockmap.restore_changes(changes)
     again = blockmap.take_changes()
     assert list(again) == [0, 1]
     assert again[0][0] == 0b11
-    blockmap.put_back(again)
-    blockmap.forget_all()
+    blockmap.restore_changes(again)
+    blockmap.clear()
     assert blockmap.take_changes() == {}
 
 
@@ -335,5 +335,5 @@ def test_each_time_all_is_forgotten_it_is_another_generation() -> None:
     mark(blockmap, 0, fetched=True)
     blockmap.resume({})
     assert blockmap.generation == before
-    blockmap.forget_all()
+    blockmap.clear()
     assert blockmap.generation > before

@@ -34,7 +34,7 @@ from blockcopy.block.records import make_authoritative
 from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.replica.engine import Plan, Replica, open_replica
 from blockcopy.replica.state import blockmap, recovery, statefile
-from blockcopy.replica.state.statefile import Binding, Clock, StateFile
+from blockcopy.replica.state.statefile import Binding, StateFile, WriteTimes
 from blockcopy.transport.command import stage_command
 from blockcopy.transport.location import Location
 
@@ -88,7 +88,7 @@ class Event:
     first_piece: int = 0
     digests: tuple[bytes, ...] = ()
     change: Callable[[Recorded], Recorded] = dict
-    clock: Clock | None = None
+    clock: WriteTimes | None = None
     """Of a commit."""
     times: Times = NO_TIMES
     """Of the destination, in the page cache."""
@@ -111,7 +111,7 @@ class Recorder:
         self._counts = {"write": 0, "written": 0, "sync": 0}
         for name in ("write", "sync", "drop_cache"):
             monkeypatch.setattr(Device, name, self._watching(getattr(Device, name), getattr(self, f"_{name}")))
-        for name in ("begin", "add", "forget", "tell"):
+        for name in ("begin_record", "write_chunks", "clear", "write_times"):
             monkeypatch.setattr(StateFile, name, self._recording(getattr(StateFile, name), name))
 
     def _watching(self, real: Callable[..., Any], ours: Callable[..., None]) -> Callable[..., None]:
@@ -174,17 +174,17 @@ class Recorder:
 
     def _recording(self, real: Callable[..., None], name: str) -> Callable[..., None]:
         changes: dict[str, Callable[..., Callable[[Recorded], Recorded]]] = {
-            "begin": lambda *_: lambda recorded: {},
-            "forget": lambda *_: lambda recorded: {},
-            "add": lambda chunks, _: lambda recorded: {**recorded, **chunks},
-            "tell": lambda *_: dict,
+            "begin_record": lambda *_: lambda recorded: {},
+            "clear": lambda *_: lambda recorded: {},
+            "write_chunks": lambda chunks, _: lambda recorded: {**recorded, **chunks},
+            "write_times": lambda *_: dict,
         }
 
         def method(kept: StateFile, *args: Any) -> None:
-            if name == "begin":
+            if name == "begin_record":
                 self.binding = args[0]
             change = changes[name](*args)
-            clock = next((each for each in args if isinstance(each, Clock)), None)
+            clock = next((each for each in args if isinstance(each, WriteTimes)), None)
             self.tell("commit", change=change, clock=clock)
             real(kept, *args)
             self.tell("committed")
@@ -327,7 +327,7 @@ class Inode:
     def __init__(self) -> None:
         self._may_be: list[Times] = []
         self._syncs: dict[int, int] = {}
-        self._clocks: list[Clock] = []
+        self._clocks: list[WriteTimes] = []
 
     def go_on(self, event: Event) -> None:
         self._may_be.append(event.times)
@@ -342,7 +342,7 @@ class Inode:
         elif event.kind == "committed":
             self._clocks = self._clocks[-1:]
 
-    def mistaken(self) -> list[tuple[Clock, Times]]:
+    def mistaken(self) -> list[tuple[WriteTimes, Times]]:
         """What is on record, or may be, and takes our own times for those of somebody else."""
         return [
             (clock, times)
@@ -541,10 +541,10 @@ def put_back(recorder: Recorder, recorded: Recorded, content: list[bytes], desti
     state = destination.with_name("state")
     state.unlink()
     kept, status = StateFile(state), destination.stat()
-    clock = Clock(status.st_mtime_ns, status.st_ctime_ns, None)
+    clock = WriteTimes(status.st_mtime_ns, status.st_ctime_ns, None)
     assert recorder.binding is not None
-    kept.begin(recorder.binding, clock)
-    kept.add(recorded, clock)
+    kept.begin_record(recorder.binding, clock)
+    kept.write_chunks(recorded, clock)
     with open_source(str(destination)) as device:
         make_authoritative(kept.token, device)
     kept.close()

@@ -19,7 +19,7 @@ from blockcopy.block.claim import open_destination
 from blockcopy.block.device import open_source
 from blockcopy.block.records import default_path
 from blockcopy.paths import durable
-from blockcopy.replica.state.statefile import Binding, Clock, StateFile
+from blockcopy.replica.state.statefile import Binding, StateFile, WriteTimes
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -117,7 +117,7 @@ def test_a_record_that_save_has_ended_does_not_come_back(
     if options:  # else the times of the file would tell
         with open_source(str(destination)) as device, contextlib.closing(StateFile(tmp_path / "state")) as journal:
             status = device.status()
-            journal.tell(Clock(status.st_mtime_ns, status.st_ctime_ns, None))
+            journal.write_times(WriteTimes(status.st_mtime_ns, status.st_ctime_ns, None))
     with disk.after_power_loss() as folder:
         assert names(folder) == set()
         monkeypatch.setenv("STATE_DIRECTORY", str(folder))
@@ -178,11 +178,11 @@ def test_what_a_record_was_before_does_not_come_back(disk: Disk, tmp_path: Path)
     """A commit is on the disk when it returns, and nothing beside the file rolls it back."""
     identity = {"size": 0, "sample": []}
     with contextlib.closing(StateFile(disk.point / "state")) as journal:
-        journal.begin(Binding(identity, {"file": 1}, 0, BLOCK_SIZE), Clock(1, 1, None))
-        journal.add({0: b"\xff" * 100}, Clock(1, 1, None))
+        journal.begin_record(Binding(identity, {"file": 1}, 0, BLOCK_SIZE), WriteTimes(1, 1, None))
+        journal.write_chunks({0: b"\xff" * 100}, WriteTimes(1, 1, None))
     os.sync()
     with contextlib.closing(StateFile(disk.point / "state")) as journal:
-        journal.forget()
+        journal.clear()
         with disk.after_power_loss() as folder, contextlib.closing(StateFile(folder / "state")) as found:
             assert found.record
             assert found.record.chunks == {}

@@ -20,12 +20,12 @@ from blockcopy.protocol.wire import Data, Done, Failure, Fence, Hole, Message, X
 from blockcopy.replica.source.dialects import (
     FENCES,
     Batch,
+    ByteProbe,
     Dialect,
+    HoleQuery,
     NegotiatedDialect,
     OriginalDialect,
-    Probe,
     Signatures,
-    Survey,
 )
 
 FORMS = pytest.mark.parametrize("form_class", [NegotiatedDialect, OriginalDialect])
@@ -67,7 +67,7 @@ def asked(form: Dialect, *questions: Signatures) -> Asked:
 
 
 def survey(form: Dialect, extent: Extent, least: int = 1) -> Asked:
-    return Asked(form, lambda _, settle: Survey(extent, least, settle))
+    return Asked(form, lambda _, settle: HoleQuery(extent, least, settle))
 
 
 @st.composite
@@ -270,7 +270,7 @@ def test_a_failure_is_of_its_block_alone() -> None:
     for word in (Failure(0, "the disk is on fire"), Data(4, b"abcd"), Failure(8, "x" * 1000), Fence(0), Fence(1)):
         form.take(word)
     assert (first.batch.error, first.sink.given) == (None, [(4, b"abcd")])
-    told, long = first.batch.answer.unread
+    told, long = first.batch.answer.unreadable
     assert told == (Extent(0, 4), "source: the disk is on fire")
     assert (long.extent, len(long.reason)) == (Extent(8, 3), 500)
     assert second.batch.answer == ([], [], [])
@@ -305,7 +305,7 @@ def test_holes_are_told_within_what_was_asked() -> None:
     each = survey(form, Extent(100, 100), least=10)
     for word in (Hole(100, 5), Hole(110, 20), Hole(190, 10), Fence(0)):
         form.take(word)
-    assert isinstance(each.batch, Survey)
+    assert isinstance(each.batch, HoleQuery)
     assert each.batch.holes == [Extent(110, 20), Extent(190, 10)]
     assert each.settled == 1
 
@@ -350,7 +350,7 @@ def test_a_source_that_is_too_short_fails_its_batch(answers: list[Message]) -> N
 
 def test_a_probe_needs_no_proof() -> None:
     form = OriginalDialect("source")
-    each = Asked(form, lambda _, settle: Probe([0, 5, 9], settle))
+    each = Asked(form, lambda _, settle: ByteProbe([0, 5, 9], settle))
     form.take(Data(5, b"x"))
     form.take(Data(1, b""))
     assert (each.settled, each.batch.error) == (1, None)

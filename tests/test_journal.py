@@ -29,7 +29,7 @@ from blockcopy.block.identity import sample_extents
 from blockcopy.block.records import default_path, invalidate
 from blockcopy.errors import StateError, StateWriteError
 from blockcopy.replica.state.blockmap import CHUNK_BLOCKS, BlockMap
-from blockcopy.replica.state.statefile import Binding, Clock, Record, StateFile
+from blockcopy.replica.state.statefile import Binding, Record, StateFile, WriteTimes
 
 FULL = b"\xff" * (CHUNK_BLOCKS // 8)
 PARTIAL = random.Random(1).randbytes(len(FULL))
@@ -57,16 +57,16 @@ def path() -> Iterator[Path]:
         yield Path(folder) / "state"
 
 
-def clock(time_ns: int, until_ns: int | None = 1 << 62) -> Clock:
-    return Clock(time_ns, time_ns + 1, until_ns)
+def clock(time_ns: int, until_ns: int | None = 1 << 62) -> WriteTimes:
+    return WriteTimes(time_ns, time_ns + 1, until_ns)
 
 
 def begun(path: Path, chunks: dict[int, bytes] | None = None, *, of: Binding | None = None) -> Record:
     """A record, as a run leaves it; what is read of it."""
     with contextlib.closing(StateFile(path)) as journal:
-        journal.begin(of or binding(), clock(10))
-        journal.add(CHUNKS if chunks is None else chunks, clock(20))
-        journal.tell(clock(30, None))
+        journal.begin_record(of or binding(), clock(10))
+        journal.write_chunks(CHUNKS if chunks is None else chunks, clock(20))
+        journal.write_times(clock(30, None))
     record = load(path)
     assert record
     return record
@@ -104,14 +104,14 @@ def test_what_is_recorded_is_read_again(path: Path) -> None:
     assert record.clock == clock(30, None)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     with contextlib.closing(StateFile(path)) as journal:
-        journal.tell(clock(40))
-        journal.add({1: FULL}, clock(50))
+        journal.write_times(clock(40))
+        journal.write_chunks({1: FULL}, clock(50))
     found = load(path)
     assert found
     assert found.chunks == {**CHUNKS, 1: FULL}
     assert found.clock == clock(50)
     with contextlib.closing(StateFile(path)) as journal:
-        journal.begin(binding(inode=9), clock(60))
+        journal.begin_record(binding(inode=9), clock(60))
     found = load(path)
     assert found
     assert (found.binding, found.chunks) == (binding(inode=9), {})
@@ -133,7 +133,7 @@ def test_sixteen_tebibytes_are_small_and_a_commit_writes_what_changed(path: Path
     assert path.stat().st_size < 1 << 20
     before = path.read_bytes()
     with contextlib.closing(StateFile(path)) as journal:
-        journal.add({5000: PARTIAL}, clock(40))
+        journal.write_chunks({5000: PARTIAL}, clock(40))
     after = path.read_bytes()
     pages = range(0, max(len(before), len(after)), 4096)
     assert sum(before[at : at + 4096] != after[at : at + 4096] for at in pages) <= 10
@@ -147,7 +147,7 @@ BITS = st.sampled_from([FULL, PARTIAL, SHORT, bytes(len(FULL))])
 STEPS = st.one_of(
     st.tuples(st.just("begin"), st.integers(0, 3)),
     st.tuples(st.just("add"), st.dictionaries(st.integers(0, 5), BITS, max_size=4)),
-    st.tuples(st.just("tell"), st.builds(Clock, TIMES, TIMES, st.none() | TIMES)),
+    st.tuples(st.just("tell"), st.builds(WriteTimes, TIMES, TIMES, st.none() | TIMES)),
     st.tuples(st.sampled_from(["forget", "reopen"]), st.none()),
 )
 
@@ -162,10 +162,10 @@ def test_any_steps_leave_what_a_dictionary_would(steps: list[tuple[str, Any]]) -
         for step, value in [*steps, ("reopen", None)]:
             if step == "begin":
                 model = {"binding": binding(inode=value), "clock": clock(7), "chunks": {}}
-                journal.begin(model["binding"], clock(7))
+                journal.begin_record(model["binding"], clock(7))
             elif step == "forget":
                 model["chunks"] = {}
-                journal.forget()
+                journal.clear()
             elif step == "reopen":
                 journal.close()
                 journal = stack.enter_context(contextlib.closing(StateFile(path)))
@@ -182,10 +182,10 @@ def test_any_steps_leave_what_a_dictionary_would(steps: list[tuple[str, Any]]) -
             elif step == "add":
                 model["chunks"].update(value)
                 model["clock"] = clock(11)
-                journal.add(value, clock(11))
+                journal.write_chunks(value, clock(11))
             else:
                 model["clock"] = value
-                journal.tell(value)
+                journal.write_times(value)
 
 
 # Who may have it
@@ -249,11 +249,11 @@ def test_where_nothing_can_be_written_no_state_is_kept(path: Path) -> None:
         with contextlib.closing(StateFile(folder / "old")) as journal:
             assert journal.record == record
             with pytest.raises(StateWriteError):
-                journal.tell(clock(40))
+                journal.write_times(clock(40))
             with pytest.raises(StateWriteError):
-                journal.begin(binding(inode=9), clock(50))
+                journal.begin_record(binding(inode=9), clock(50))
             with pytest.raises(StateError, match="would not be true any more, and cannot be removed"):
-                journal.discard()
+                journal.delete()
         assert (folder / "old").read_bytes() == before
         assert sorted(each.name for each in folder.iterdir()) == ["old", "text"]
 
@@ -270,10 +270,10 @@ def test_a_full_disk_leaves_what_was_recorded(path: Path) -> None:
         with contextlib.closing(StateFile(folder / "old")) as journal:
             filled(folder)
             for write in (
-                lambda: journal.add({7: PARTIAL}, clock(40)),
-                lambda: journal.begin(binding(inode=9), clock(50)),
-                lambda: journal.tell(clock(60)),
-                journal.forget,
+                lambda: journal.write_chunks({7: PARTIAL}, clock(40)),
+                lambda: journal.begin_record(binding(inode=9), clock(50)),
+                lambda: journal.write_times(clock(60)),
+                journal.clear,
             ):
                 with pytest.raises(StateWriteError, match="cannot record in"):
                     write()
@@ -310,7 +310,7 @@ def test_facts_of_another_kind_are_set_aside(path: Path, odd: dict[str, Any]) ->
     of_clock = {name: value for name, value in odd.items() if name.endswith("_ns")}
     of_binding = {name: value for name, value in odd.items() if name not in of_clock}
     with contextlib.closing(StateFile(path)) as journal:
-        journal.begin(replace(binding(), **of_binding), replace(clock(10), **of_clock))
+        journal.begin_record(replace(binding(), **of_binding), replace(clock(10), **of_clock))
     assert is_set_aside(path, path.read_bytes())
 
 

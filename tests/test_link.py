@@ -39,7 +39,7 @@ from support import (
 
 from blockcopy.block.geometry import Extent
 from blockcopy.errors import SourceChangedError, SourceError
-from blockcopy.replica.source.dialects import Answer, Signatures, Unread
+from blockcopy.replica.source.dialects import Answer, Signatures, UnreadableBlock
 from blockcopy.replica.source.link import Link
 
 Mounter = Callable[..., Mount]
@@ -630,7 +630,7 @@ def with_link(
         connector = FakeConnector(plan)
         with trio.fail_after(10_000):
             async with trio.open_nursery() as nursery:
-                link = Link(connector, nursery, patience=patience)  # type: ignore[arg-type]
+                link = Link(connector, nursery, give_up_after=patience)  # type: ignore[arg-type]
                 nursery.start_soon(link.run)
                 await scenario(link, connector)
                 await link.close()
@@ -648,7 +648,7 @@ def test_attempts_are_further_and_further_apart() -> None:
     async def scenario(link: Link, connector: FakeConnector) -> None:
         await trio.sleep(200)
         assert_delays(connector, [1, 2, 4, 8, 16, 30, 30, 30])
-        assert (link.is_up, link.reconnects) == (False, 0)
+        assert (link.is_connected, link.reconnects) == (False, 0)
         assert str(link.last_error) == "nobody is there"
 
     with_link(scenario)
@@ -746,13 +746,13 @@ def test_connections_without_an_answer_do_not_prolong_a_patience() -> None:
 
     async def scenario(link: Link, connector: FakeConnector) -> None:
         async with trio.open_nursery() as nursery:
-            link.substitute = Link(connector, nursery, patience=math.inf)  # type: ignore[arg-type]
-            nursery.start_soon(link.substitute.run)
+            link.fallback = Link(connector, nursery, give_up_after=math.inf)  # type: ignore[arg-type]
+            nursery.start_soon(link.fallback.run)
             start = trio.current_time()
             with pytest.raises(SourceError, match="away for 60 seconds: it broke"):
                 await link.ask([QUESTION], SINK, start)
             assert 60 <= trio.current_time() - start <= 60 + 2 * 20
-            await link.substitute.close()
+            await link.fallback.close()
 
     with_link(scenario, [TricklingRetriever() for _ in range(100)])
 
@@ -786,7 +786,7 @@ def test_what_ends_connection_after_connection_is_found_out_block_by_block() -> 
     async def scenario(link: Link, connector: FakeConnector) -> None:
         answer = await link.ask([Signatures(0, 3, 1, b"abc")], SINK, 0)
         assert sorted(answer.data) == [Extent(0, 1), Extent(2, 1)]
-        assert answer.unread == [Unread(Extent(1, 1), "it broke")]
+        assert answer.unreadable == [UnreadableBlock(Extent(1, 1), "it broke")]
         assert len(connector.attempts) <= 6
         assert max(connector.waits()) <= 1  # an end that tells something is as good as an answer
 
@@ -838,7 +838,7 @@ def test_a_link_whose_tasks_were_cancelled_can_be_closed(plan: list[Any]) -> Non
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            link = Link(FakeConnector(plan), nursery, patience=60)  # type: ignore[arg-type]
+            link = Link(FakeConnector(plan), nursery, give_up_after=60)  # type: ignore[arg-type]
             nursery.start_soon(link.run)
             await trio.sleep(5)
             nursery.cancel_scope.cancel()

@@ -134,7 +134,7 @@ def test_a_killed_process_whose_disk_gives_no_answer_is_left_behind(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(abandonable, "DEATH_SECONDS", 0.05)
+    monkeypatch.setattr(abandonable, "EXIT_SECONDS", 0.05)
     (tmp_path / "image").touch()
     os.truncate(tmp_path / "image", 64 << 20)
     disk, pipe = tmp_path / "disk", subprocess.PIPE
@@ -160,7 +160,7 @@ class StuckJournal:
     """A state file whose disk gives no answer until `answer` is set."""
 
     path = Path("state")
-    is_busy = False
+    is_stuck = False
 
     def __init__(self) -> None:
         self.answer = threading.Event()
@@ -203,8 +203,8 @@ def test_a_state_file_that_gives_no_answer_is_left(
         trio.run(main)
     finally:
         journal.answer.set()
-    assert journal.calls == ["add"]  # nobody else enters meanwhile
-    assert journal.is_busy
+    assert journal.calls == ["write_chunks"]  # nobody else enters meanwhile
+    assert journal.is_stuck
     assert "cannot record in the state file state: Connection timed out" in caplog.text
     assert blockmap.take_changes()  # to be told again
 
@@ -219,7 +219,7 @@ def test_a_record_that_cannot_be_removed_for_a_dead_disk_is_told(monkeypatch: py
 
 
 def test_a_process_that_comes_to_be_too_late_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(abandonable, "DEATH_SECONDS", 0.05)
+    monkeypatch.setattr(abandonable, "EXIT_SECONDS", 0.05)
     may_begin, begun = threading.Event(), []
 
     def begin() -> subprocess.Popen[bytes]:
@@ -229,7 +229,7 @@ def test_a_process_that_comes_to_be_too_late_is_ended(monkeypatch: pytest.Monkey
 
     async def main() -> None:
         with trio.move_on_after(0.05) as scope:
-            await abandonable.start(begin)
+            await abandonable.start_process(begin)
         assert scope.cancelled_caught
 
     trio.run(main)

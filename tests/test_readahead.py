@@ -14,7 +14,7 @@ BLOCKS = 10_000
 
 
 def ahead() -> ReadAhead:
-    return ReadAhead(BLOCKS, Window(64, least=8, most=512))
+    return ReadAhead(BLOCKS, Window(64, min_blocks=8, max_blocks=512))
 
 
 def brought(reader: ReadAhead, starts: Iterable[int], *, length: int = 1, waits: bool = True) -> list[int]:
@@ -93,25 +93,25 @@ def test_a_block_that_is_read_in_pieces_is_one_read() -> None:
 
 
 def test_it_grows_while_flights_land_as_soon_as_the_quickest() -> None:
-    window = Window(32, least=8, most=1024)
+    window = Window(32, min_blocks=8, max_blocks=1024)
     for _ in range(200):
-        window.landed(8, 0.1)
+        window.record_fetch(8, 0.1)
     assert window.blocks == 1024
 
 
 def test_it_shrinks_when_they_queue_and_grows_again() -> None:
-    window = Window(32, least=8, most=1024)
-    window.landed(8, 0.01)
+    window = Window(32, min_blocks=8, max_blocks=1024)
+    window.record_fetch(8, 0.01)
     for _ in range(20):
-        window.landed(8, 2.0)
+        window.record_fetch(8, 2.0)
     assert window.blocks == 8
-    window.landed(8, 0.05)
+    window.record_fetch(8, 0.05)
     assert window.blocks == 16
 
 
 def test_a_slow_link_settles_where_little_queues() -> None:
     """100 blocks a second, a round trip of 50 ms: what is in flight takes less than a second to come."""
-    window = Window(32, least=8, most=1024)
+    window = Window(32, min_blocks=8, max_blocks=1024)
     for _ in range(500):
-        window.landed(4, 0.05 + window.blocks / 100)
+        window.record_fetch(4, 0.05 + window.blocks / 100)
     assert window.blocks < 60

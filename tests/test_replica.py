@@ -114,7 +114,7 @@ SLOW = BLOCK_SIZE // 10
 
 async def both_processes(replica: Replica) -> list[int]:
     """That of the demand, and that of the pass; with SLOW, one block is present then and none on its way."""
-    while not present(replica) or not all(each.is_up for each in replica._links):
+    while not present(replica) or not all(each.is_connected for each in replica._links):
         await trio.testing.wait_all_tasks_blocked(0.01)
     return [each._client._process.pid for each in replica._links]
 
@@ -606,7 +606,7 @@ def test_a_read_ends_whatever_goes_on_meanwhile() -> None:
     async def main() -> None:
         geometry = Geometry(4 * BLOCK_SIZE)
         plan = plan_of("source", "destination", timeout=30, reconnect_timeout=60)
-        lane: Any = SimpleNamespace(window=Window(8, least=8, most=8))
+        lane: Any = SimpleNamespace(window=Window(8, min_blocks=8, max_blocks=8))
         parts: tuple[Any, ...] = (None, geometry, BlockMap(geometry), Waiting(), lane)
         async with trio.open_nursery() as nursery:
             volume = Volume(*parts, nursery, give_up_after=plan.max_wait)

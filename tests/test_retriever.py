@@ -130,8 +130,8 @@ async def ask(retriever: Client, asked: Sequence[Asked]) -> list[bytes | None]:
         for each in asked
     ]
     differing = await retriever.ask(questions, collected)
-    if differing.unread:
-        raise SourceError(differing.unread[0].reason)
+    if differing.unreadable:
+        raise SourceError(differing.unreadable[0].reason)
     assert sorted(extent.offset for extent in (*differing.data, *differing.zeros)) == sorted(collected.at)
     return [collected.at.get(each.position) for each in asked]
 

@@ -31,7 +31,7 @@ def test_a_signal_that_nobody_receives_is_raised_behind_the_run(signum: signal.S
 def test_a_signal_that_came_before_it_is_received() -> None:
     async def main() -> int:
         os.kill(os.getpid(), signal.SIGTERM)
-        async with runner.received() as signals:
+        async with runner.receive_signals() as signals:
             with trio.fail_after(5):
                 return await anext(aiter(signals))
 
@@ -44,7 +44,7 @@ def test_a_signal_cancels_what_is_interruptible() -> None:
         await trio.sleep_forever()
 
     with pytest.raises(Interrupted):
-        runner.run(lambda: runner.interruptible(main))
+        runner.run(lambda: runner.run_interruptible(main))
 
 
 def test_the_error_in_the_groups_is_told() -> None:

@@ -28,7 +28,7 @@ from blockcopy.block.geometry import Extent, Geometry
 from blockcopy.block.identity import sample_extents
 from blockcopy.protocol import wire
 from blockcopy.protocol.decoder import Decoder
-from blockcopy.replica.state.statefile import Clock, StateFile
+from blockcopy.replica.state.statefile import StateFile, WriteTimes
 
 Mounter = Callable[..., Mount]
 LoopDevice = Callable[..., str]
@@ -123,7 +123,7 @@ def tamper(path: Path, *blocks: int, state: Path | None = None) -> None:
     if state is not None:  # a file's ctime cannot be put back, but the record can be told of it
         status = path.stat()
         with contextlib.closing(StateFile(state)) as journal:
-            journal.tell(Clock(status.st_mtime_ns, status.st_ctime_ns, None))
+            journal.write_times(WriteTimes(status.st_mtime_ns, status.st_ctime_ns, None))
 
 
 def sync(*args: object) -> str:

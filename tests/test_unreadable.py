@@ -253,15 +253,15 @@ def test_the_pass_wants_what_is_missing_and_was_not_set_aside(seed: int) -> None
             blockmap.mark(blocks, "fetched")
             present |= set(blocks)
         else:
-            blockmap.set_aside(blocks)
+            blockmap.mark_unreadable(blocks)
             aside |= set(blocks)
-        assert list(blockmap.wanted(every)) == sorted(set(every) - present - aside)
+        assert list(blockmap.fetchable(every)) == sorted(set(every) - present - aside)
         left = [geometry.extent(block) for block in sorted(aside - present)]
-        found = blockmap.unreadable("bad")
+        found = blockmap.unreadable_ranges("bad")
         assert found.bytes == sum(extent.length for extent in left)
         assert (found.ranges, found.more) == (joined(left)[:MAX_RANGES], len(joined(left)) > MAX_RANGES)
-    blockmap.forget_all()
-    assert (list(blockmap.wanted(every)), blockmap.unreadable().bytes) == (list(every), 0)
+    blockmap.clear()
+    assert (list(blockmap.fetchable(every)), blockmap.unreadable_ranges().bytes) == (list(every), 0)
 
 
 def test_a_bad_sector_of_the_sample_that_comes_or_goes_is_no_change(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ class Route:
         self.now = 0.0
         self.round_trip = round_trip
         self._rate = blocks_per_second
-        self.window = Window(32, least=8, most=1024, clock=lambda: self.now)
+        self.window = Window(32, min_blocks=8, max_blocks=1024, clock=lambda: self.now)
 
     def carry(self, seconds: float) -> None:
         end = self.now + seconds
@@ -23,7 +23,7 @@ class Route:
             took = max(self.round_trip, self.window.blocks / self._rate)
             self.now += took
             for _ in range(4):
-                self.window.landed(max(1, self.window.blocks // 4), took)
+                self.window.record_fetch(max(1, self.window.blocks // 4), took)
 
 
 @pytest.mark.parametrize("slower", [0.05, 0.5, 2])

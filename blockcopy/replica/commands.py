@@ -146,7 +146,7 @@ def sync(args: argparse.Namespace) -> None:
         plan = plan_of(args, command, demand=False, started=started)
         with console.progress(args, unasked=True) as progress:
             notifier = Notifier()
-            run(lambda: runner.interruptible(lambda: make_copy(plan, progress, notifier)))
+            run(lambda: runner.run_interruptible(lambda: make_copy(plan, progress, notifier)))
 
 
 def _push(args: argparse.Namespace, destination: Location) -> None:
@@ -196,7 +196,7 @@ def _started(command: Command) -> Iterator[list[Popen[bytes]]]:
         for process in started:
             from blockcopy.replica.tasks import abandonable
 
-            abandonable.leave(process).join(abandonable.DEATH_SECONDS)
+            abandonable.abandon_process(process).join(abandonable.EXIT_SECONDS)
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -241,7 +241,7 @@ def _compare(args: argparse.Namespace, command: Command, path: str, size: int | 
             size=size,
             progress=progress,
         )
-        verdict = run(lambda: runner.interruptible(run_verify))
+        verdict = run(lambda: runner.run_interruptible(run_verify))
     if as_json:
         _write_json(verdict, ranges)
     return verdict

@@ -76,7 +76,7 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
                     started=plan.started,
                 )
                 links = [
-                    Link(connector, nursery, patience=patience)
+                    Link(connector, nursery, give_up_after=patience)
                     for patience, wanted in (
                         (plan.reconnect_timeout, plan.demand or not plan.hydrate),
                         (math.inf if plan.demand else plan.reconnect_timeout, plan.hydrate),
@@ -84,7 +84,7 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
                     if wanted
                 ]
                 if len(links) > 1:
-                    links[0].substitute = links[1]  # a reader is better behind bulk than without an answer
+                    links[0].fallback = links[1]  # a reader is better behind bulk than without an answer
                 is_there = await _connect(plan, links, connector, record, nursery)
                 source = connector.identity
                 if source is None:  # cannot be: `_connect` would have raised

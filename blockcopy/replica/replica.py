@@ -40,12 +40,12 @@ _DEMAND_BATCH_BLOCKS = 16
 """2 MiB: whoever waits for one of them waits for all."""
 _DEMAND_FLIGHTS = 64
 _DEMAND_THREADS = 4
-_DEMAND_WINDOW: dict[str, Any] = {"first": 32, "least": 8, "most": 512}
+_DEMAND_WINDOW: dict[str, Any] = {"initial_blocks": 32, "min_blocks": 8, "max_blocks": 512}
 
 _BULK_FLIGHTS = 64
-_BULK_WINDOW: dict[str, Any] = {"first": 32, "least": 8, "most": 1024}
+_BULK_WINDOW: dict[str, Any] = {"initial_blocks": 32, "min_blocks": 8, "max_blocks": 1024}
 """In blocks: up to 128 MiB on their way, which fills 1 GB/s over a round trip of 100 ms."""
-_BULK_WINDOW_ALONE = {**_BULK_WINDOW, "first": _BULK_WINDOW["most"]}
+_BULK_WINDOW_ALONE = {**_BULK_WINDOW, "initial_blocks": _BULK_WINDOW["max_blocks"]}
 """Without a link and without readers there is nobody in whose way much could be."""
 
 _PREFETCHED = 512
@@ -162,7 +162,7 @@ class Replica:
         ).run()
         if not self._blockmap.complete:
             await self._check_source()  # one that was cut, say, is another
-        if found := self._blockmap.unreadable(str(self._hydrator.last_fault)):
+        if found := self._blockmap.unreadable_ranges(str(self._hydrator.last_fault)):
             raise SourceReadError(
                 f"{self._plan.command.location} cannot read {found}. All else was copied. "
                 "These are asked for again by each read, and by the next mount or sync"
@@ -177,7 +177,7 @@ class Replica:
 
     async def _finish(self) -> None:
         # A copy that was complete before needs nothing of the source, which may be gone for good.
-        if self._blockmap.resumed_bytes < self._geometry.size or any(link.is_up for link in self._links):
+        if self._blockmap.resumed_bytes < self._geometry.size or any(link.is_connected for link in self._links):
             await self._check_source()
         if self._plan.verify:
             await self._verify()
@@ -296,7 +296,7 @@ class Replica:
             return "verifying"
         if self.throttle.paused:
             return "paused"
-        if not self._links[-1].is_up:
+        if not self._links[-1].is_connected:
             return "reconnecting" if self._link_error else "starting"
         return "hydrating" if self._plan.hydrate else "paused"
 
@@ -306,7 +306,7 @@ class Replica:
         progress, skipped = self._progress
         rate = self._meter.rate(progress - skipped) if self.state in ("hydrating", "verifying") else 0
         error = self._device.lost or self._links[0].changed or self._failure or self._hydrator.last_error
-        unreadable = self._blockmap.unreadable()
+        unreadable = self._blockmap.unreadable_ranges()
         return {
             "state": self.state,
             "source": str(self._plan.command.location),
@@ -361,7 +361,7 @@ class Replica:
         last_error = self._link_error
         if self._closing:
             state = "closed"
-        elif all(link.is_up for link in self._links):
+        elif all(link.is_connected for link in self._links):
             state = "connected"
         else:  # one that was up and is not has an error
             state = "reconnecting" if last_error else "connecting"

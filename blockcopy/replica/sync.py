@@ -12,7 +12,7 @@ from blockcopy.replica.monitor import on_complete, prometheus
 from blockcopy.replica.monitor.progress import report
 from blockcopy.replica.monitor.sd_notify import Notifier
 from blockcopy.replica.plan import Plan
-from blockcopy.replica.tasks.runner import expendable
+from blockcopy.replica.tasks.runner import run_optional
 
 
 async def sync(plan: Plan, progress: Progress, notifier: Notifier) -> None:
@@ -27,9 +27,11 @@ async def sync(plan: Plan, progress: Progress, notifier: Notifier) -> None:
                 ("--metrics", partial(prometheus.keep_writing, plan.metrics, replica.snapshot)),
                 ("the progress", partial(report, replica, progress)),
             ):
-                nursery.start_soon(expendable, name, part)
+                nursery.start_soon(run_optional, name, part)
             await replica.wait_complete()
             nursery.cancel_scope.cancel()
         snapshot = replica.snapshot()
     if plan.on_complete:  # the destination is nobody's any more
-        await expendable("--on-complete", partial(on_complete.run, plan.on_complete, snapshot, plan.command.folder))
+        await run_optional(
+            "--on-complete", partial(on_complete.run, plan.on_complete, snapshot, plan.command.folder)
+        )

@@ -66,7 +66,7 @@ async def verify(
         async with trio.open_nursery() as nursery:
             own = device.size()
             connector = Connector(command, guess=own, timeout=timeout, prompts=prompts)
-            link = Link(connector, nursery, patience=patience)
+            link = Link(connector, nursery, give_up_after=patience)
             await link.open()
             nursery.start_soon(link.run)
             there = connector.identity["size"] if connector.identity else 0
@@ -151,7 +151,7 @@ async def _compare(
             except BlockcopyError as error:
                 errors.append(error)
                 return
-            for each in answer.unread:
+            for each in answer.unreadable:
                 verdict.there.add(*each)
             extents = [*answer.data, *answer.zeros]
             if here:

@@ -1,6 +1,6 @@
-"""How long to wait before the next attempt to connect: exponential back-off with jitter.
+"""Exponential back-off with jitter: how long to wait before the next attempt to connect.
 
-Half of each delay is chance, so that many that lost the same host do not come back to it all at once.
+Half of each delay is random. Many clients that lost the same host then do not return to that host at the same time.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ FIRST_SECONDS, MAX_SECONDS = 1.0, 30.0
 
 
 class Backoff:
-    """Delays of 1, 2, 4 … 30 seconds, each less by up to its half."""
+    """Delays of 1, 2, 4 … 30 seconds, each shortened at random by up to a half."""
 
     def __init__(self, chance: Callable[[], float] = random.random) -> None:
-        """`chance`: returns a number from 0 to 1."""
+        """Start with the shortest delay. `chance`: returns a number from 0 to 1."""
         self._chance = chance
         self._seconds = FIRST_SECONDS
 
     def reset(self) -> None:
-        """Begin anew, after an attempt that was of use."""
+        """Return to the shortest delay, after an attempt that was successful."""
         self._seconds = FIRST_SECONDS
 
     def next(self) -> float:
-        """Return the seconds to wait before the next attempt."""
+        """Return the seconds to wait before the next attempt, and double the delay after that one."""
         seconds, self._seconds = self._seconds, min(self._seconds * 2, MAX_SECONDS)
         return seconds * (1 + self._chance()) / 2

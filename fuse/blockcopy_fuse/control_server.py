@@ -72,7 +72,7 @@ class ControlServer:
 async def opened(device: str) -> AsyncIterator[ControlServer | None]:
     """The socket of the mount of that number, gone at the end; None, with a warning, where none can be made."""
     try:
-        made = await abandonable.in_time(partial(_listen, device), _PATIENCE_SECONDS)
+        made = await abandonable.run_within(partial(_listen, device), _PATIENCE_SECONDS)
     except (OSError, DeviceError) as error:
         logger.warning("pause, resume, limit and prefetch will not work: %s", error)
         yield None
@@ -82,7 +82,7 @@ async def opened(device: str) -> AsyncIterator[ControlServer | None]:
             yield made
         finally:
             with suppress(TimeoutError, OSError):  # what is left of it, the next one sweeps
-                await abandonable.in_time(partial(Path(made.path).unlink, missing_ok=True), _PATIENCE_SECONDS)
+                await abandonable.run_within(partial(Path(made.path).unlink, missing_ok=True), _PATIENCE_SECONDS)
 
 
 def _listen(device: str) -> ControlServer:

@@ -42,7 +42,7 @@ from blockcopy.replica.monitor.sd_notify import Notifier
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.replica import Replica
 from blockcopy.replica.tasks import abandonable
-from blockcopy.replica.tasks.runner import expendable, received
+from blockcopy.replica.tasks.runner import receive_signals, run_optional
 from blockcopy_fuse import STATUS_NAME, control_client, control_server, mountinfo
 from blockcopy_fuse.control_server import ControlServer
 from blockcopy_fuse.kernel_readahead import MAX_BACKGROUND, tune
@@ -166,7 +166,7 @@ async def serve(
             logger.info("ending on %s", signal.Signals(signum).name)
             stop.set()
 
-    async with received() as signals, trio.open_nursery() as nursery:
+    async with receive_signals() as signals, trio.open_nursery() as nursery:
         nursery.start_soon(watch_signals)
         async with open_replica(mount.plan) as replica:
 
@@ -192,7 +192,7 @@ async def serve(
                         if socket is not None:
                             parts["the control socket"] = partial(socket.serve, replica, snapshot, stop.set)
                         for name, part in parts.items():
-                            helpers.start_soon(expendable, name, part)
+                            helpers.start_soon(run_optional, name, part)
                         await _serve(replica, stop, ready, notifier)
                         helpers.cancel_scope.cancel()
             finally:
@@ -221,14 +221,14 @@ async def _pid_file(path: str | None) -> AsyncIterator[None]:
         return
     write = partial(safe_write.replace, path, f"{os.getpid()}\n".encode(), 0o644)
     try:
-        ours = await abandonable.in_time(write, _FILE_SECONDS)
+        ours = await abandonable.run_within(write, _FILE_SECONDS)
     except OSError as error:
         raise MountError(f"cannot write --pid-file {path}: {error.strerror}") from error
     try:
         yield
     finally:
         with suppress(TimeoutError):
-            await abandonable.in_time(partial(safe_write.remove, path, ours), _FILE_SECONDS)
+            await abandonable.run_within(partial(safe_write.remove, path, ours), _FILE_SECONDS)
 
 
 def await_first_answer(mount: MountPlan) -> None:

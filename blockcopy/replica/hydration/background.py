@@ -55,7 +55,7 @@ class BackgroundHydration:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._survey)
             # Once, unless a failed sync made it forget what it had.
-            while next(self._blockmap.wanted(range(self._geometry.block_count)), None) is not None:
+            while next(self._blockmap.fetchable(range(self._geometry.block_count)), None) is not None:
                 await self._sweep()
                 if self._error is not None:
                     nursery.cancel_scope.cancel()
@@ -81,19 +81,19 @@ class BackgroundHydration:
                     break
                 start = self._end_of_batch(first)
                 # Blocks that are here already cost nothing: they count for no limit.
-                count = sum(1 for _ in self._blockmap.wanted(range(first, start)))
+                count = sum(1 for _ in self._blockmap.fetchable(range(first, start)))
                 self._throttle.take(count)
                 self._in_hand.update(range(first, start))
                 nursery.start_soon(self._bring, range(first, start), count)
 
     def _next(self, blocks: range) -> int | None:
         """The first that is missing and can be had, as far as is known, and that nobody here is bringing."""
-        return next((block for block in self._blockmap.wanted(blocks) if block not in self._in_hand), None)
+        return next((block for block in self._blockmap.fetchable(blocks) if block not in self._in_hand), None)
 
     def _end_of_batch(self, first: int) -> int:
         """Return where a batch from `first` on ends: at a block that was set aside, at the latest."""
         stop = min(first + self._throttle.batch_blocks, self._geometry.block_count)
-        return next(filter(self._blockmap.is_aside, range(first, stop)), stop)
+        return next(filter(self._blockmap.is_unreadable, range(first, stop)), stop)
 
     async def _bring(self, blocks: range, count: int) -> None:
         try:

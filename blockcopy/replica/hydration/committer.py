@@ -23,7 +23,7 @@ from blockcopy.errors import DeviceError, StateError, StateWriteError
 from blockcopy.replica.hydration.hydrator import Hydrator
 from blockcopy.replica.state.blockmap import BlockMap
 from blockcopy.replica.state.recovery import is_at_default_path
-from blockcopy.replica.state.statefile import Binding, Clock, StateFile
+from blockcopy.replica.state.statefile import Binding, StateFile, WriteTimes
 from blockcopy.replica.tasks import abandonable
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Committer:
         if self._blockmap.resumed_bytes and journal.record:
             clock = journal.record.clock
             self._durable = Times(clock.mtime_ns, clock.ctime_ns)
-            await self._record(journal.tell)
+            await self._record(journal.write_times)
         else:
             binding = Binding(source, destination_identity(self._device), self._device.size(), block_size)
             if not await self._record(partial(self._begin, journal, binding)):
@@ -71,8 +71,8 @@ class Committer:
                 await self._discard(journal)  # or else what is in it would be believed later
                 invalidate_records(self._device)
 
-    def _begin(self, journal: StateFile, binding: Binding, clock: Clock) -> None:
-        journal.begin(binding, clock)
+    def _begin(self, journal: StateFile, binding: Binding, clock: WriteTimes) -> None:
+        journal.begin_record(binding, clock)
         if is_at_default_path(journal, self._device):
             make_default_authoritative(self._device)
         else:
@@ -90,7 +90,7 @@ class Committer:
             await self._hydrator.unsynced.wait()
             if self._journal is None:
                 return
-            await self._record(self._journal.tell)
+            await self._record(self._journal.write_times)
             await trio.sleep(_SECONDS)
 
     async def commit(self) -> None:
@@ -111,15 +111,15 @@ class Committer:
             raise
         if self._journal is None or not changes:
             return
-        if not await self._record(partial(self._journal.add, changes)):
-            self._blockmap.put_back(changes)
+        if not await self._record(partial(self._journal.write_chunks, changes)):
+            self._blockmap.restore_changes(changes)
 
     async def _announce(self) -> None:
         """Before a sync makes the times of our writes durable, they are within what is recorded."""
         if self._journal is None or self._device.is_block_device or not self._hydrator.unsynced.is_set():
             return
         if self._until_ns < time.time_ns() + _SECONDS * 1_000_000_000:
-            await self._record(self._journal.tell)
+            await self._record(self._journal.write_times)
 
     async def forget(self) -> None:
         """Nothing is known any more, here or on record."""
@@ -129,16 +129,16 @@ class Committer:
 
     async def _forget(self) -> None:
         """StateError where the record can neither be written nor removed."""
-        if self._journal is not None and not await self._write(self._journal.forget):
+        if self._journal is not None and not await self._write(self._journal.clear):
             journal, self._journal = self._journal, None
             await self._discard(journal)
 
     async def _discard(self, journal: StateFile) -> None:
         """Remove the record. Raises StateError if the record cannot be removed."""
         try:
-            await self._in_thread(journal.discard)
+            await self._in_thread(journal.delete)
         except TimeoutError as error:
-            journal.is_busy = True
+            journal.is_stuck = True
             raise StateError(
                 f"the state in {journal.path} would not be true any more, and cannot be removed: "
                 f"{error.strerror}; remove it before the next start"
@@ -160,7 +160,7 @@ class Committer:
         try:
             if self._trouble is None:
                 times = await trio.to_thread.run_sync(self._last_times)
-                await self._write(partial(journal.tell, Clock(*times, until_ns=None)))
+                await self._write(partial(journal.write_times, WriteTimes(*times, until_ns=None)))
         except DeviceError:
             await self._forget()
             raise
@@ -169,16 +169,16 @@ class Committer:
             try:
                 await self._in_thread(journal.close)
             except TimeoutError:
-                journal.is_busy = True  # a thread is in it still, and ends with the process
+                journal.is_stuck = True  # a thread is in it still, and ends with the process
 
     def _last_times(self) -> Times:
         return NO_TIMES if self._device.is_block_device else settled_times(self._device, self._device.sync)
 
-    async def _record(self, write: Callable[[Clock], None]) -> bool:
+    async def _record(self, write: Callable[[WriteTimes], None]) -> bool:
         """Do as `_write`, with a sign of life that holds for some time after it is recorded."""
         began = time.time_ns()
         until = began + _AHEAD_NS + 2 * self._took_ns
-        if not await self._write(partial(write, Clock(*self._durable, until_ns=until))):
+        if not await self._write(partial(write, WriteTimes(*self._durable, until_ns=until))):
             return False
         self._until_ns, self._took_ns = until, time.time_ns() - began
         return True
@@ -204,7 +204,7 @@ class Committer:
         """Call `work`, which touches the journal. Raises TimeoutError if the journal gives no answer."""
         is_stuck = self._gave_up and self._one_thread.borrowed_tokens
         try:
-            await abandonable.in_time(work, 0 if is_stuck else _ANSWER_SECONDS, limiter=self._one_thread)
+            await abandonable.run_within(work, 0 if is_stuck else _ANSWER_SECONDS, limiter=self._one_thread)
         except TimeoutError:
             self._gave_up = True
             raise

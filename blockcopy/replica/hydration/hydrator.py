@@ -231,7 +231,7 @@ class Hydrator:
         asked = await trio.to_thread.run_sync(read, limiter=lane.threads)
         asked_at = trio.current_time()
         answer = await lane.link.ask(asked, self._writer, since)
-        lane.window.landed(len(blocks), trio.current_time() - asked_at)
+        lane.window.record_fetch(len(blocks), trio.current_time() - asked_at)
         if self._blockmap.generation != generation or self._dropping:
             return  # a sync failed meanwhile: what was read, or written, may be gone again
         self._mark(blocks, answer)
@@ -242,12 +242,12 @@ class Hydrator:
             self._blockmap.mark(self._geometry.span(*extent), "fetched")
         for extent in answer.zeros:
             self._blockmap.mark(self._geometry.span(*extent), "zero")
-        unread = {block for each in answer.unread for block in self._geometry.span(*each.extent)}
+        unread = {block for each in answer.unreadable for block in self._geometry.span(*each.extent)}
         for run in block_runs(block for block in blocks if block not in unread):
             self._blockmap.mark(run, "same")
-        for each in answer.unread:
+        for each in answer.unreadable:
             for block in self._blockmap.missing(self._geometry.span(*each.extent)):
-                self._blockmap.set_aside(range(block, block + 1))
+                self._blockmap.mark_unreadable(range(block, block + 1))
                 self.last_error = self._faults.add(block, each.reason)
         if self._blockmap.complete:
             self.complete.set()
@@ -290,7 +290,7 @@ class Hydrator:
 
     def forget(self) -> None:
         """Nothing is known any more: every block has to be checked again."""
-        self._blockmap.forget_all()
+        self._blockmap.clear()
         self._faults = SourceFaults()
         self.hole_bytes = 0
         if self.complete.is_set():

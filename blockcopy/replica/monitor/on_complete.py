@@ -37,15 +37,17 @@ async def run(command: str, snapshot: dict[str, Any], folder: str) -> None:
     """Run it by the shell in `folder`, to its end. Cancelled, it is waited for shortly, and left."""
     logger.info("running --on-complete: %s", command)
     try:
-        process = await abandonable.start(partial(_start, command, folder, {**os.environ, **environment(snapshot)}))
+        process = await abandonable.start_process(
+            partial(_start, command, folder, {**os.environ, **environment(snapshot)})
+        )
     except OSError as error:
         logger.error("--on-complete cannot be run: %s", error)
         return
     try:
-        status = await abandonable.ended(process)
+        status = await abandonable.wait_for_exit(process)
     except trio.Cancelled:
         with trio.CancelScope(shield=True), trio.move_on_after(_FAREWELL_SECONDS):
-            _tell(await abandonable.ended(process))
+            _tell(await abandonable.wait_for_exit(process))
             raise
         logger.warning("--on-complete is still running, and is left to itself (process %d)", process.pid)
         raise

@@ -87,11 +87,11 @@ async def keep_writing(path: str | None, snapshot: Callable[[], dict[str, Any]])
         return
     try:
         while True:
-            await abandonable.call(partial(_write, path, snapshot()))
+            await abandonable.run(partial(_write, path, snapshot()))
             await trio.sleep(_SECONDS)
     finally:
         try:
-            await abandonable.in_time(partial(_write, path, snapshot()), _LAST_SECONDS)
+            await abandonable.run_within(partial(_write, path, snapshot()), _LAST_SECONDS)
         except TimeoutError as error:
             logger.warning("cannot write --metrics %s: %s", path, error.strerror)
 

@@ -36,12 +36,12 @@ from blockcopy.protocol.handshake import greeting_of_asker, read_source
 from blockcopy.replica.source.dialects import (
     Answer,
     Batch,
+    ByteProbe,
+    HoleQuery,
     NegotiatedDialect,
     OriginalDialect,
-    Probe,
     Signatures,
     Sink,
-    Survey,
 )
 from blockcopy.replica.source.process import Process, start
 from blockcopy.replica.source.progress_timeout import ProgressTimeout
@@ -167,14 +167,14 @@ class Client:
         """The source's holes of `least` bytes and more in `extent`; in the original form, none. SourceError."""
         if isinstance(self._dialect, OriginalDialect):
             return []
-        return (await self._exchange(partial(Survey, extent, least))).holes
+        return (await self._exchange(partial(HoleQuery, extent, least))).holes
 
     async def reaches(self, positions: Sequence[int]) -> list[bool]:
         """For each of the ascending positions: does the source have a byte there? In the original form.
 
         Past the end of a block device the original dies of it (SourceError).
         """
-        answer = (await self._exchange(partial(Probe, positions))).answer
+        answer = (await self._exchange(partial(ByteProbe, positions))).answer
         found = {extent.offset for extent in answer.data}
         return [position in found for position in positions]
 

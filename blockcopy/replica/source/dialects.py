@@ -86,7 +86,7 @@ class Sink(Protocol):
         """The source has zeros there."""
 
 
-class Unread(NamedTuple):
+class UnreadableBlock(NamedTuple):
     """A block that the source cannot read, and why, in its words."""
 
     extent: Extent
@@ -99,7 +99,7 @@ class Answer(NamedTuple):
 
     data: list[Extent]
     zeros: list[Extent]
-    unread: list[Unread]
+    unreadable: list[UnreadableBlock]
 
 
 class Batch:
@@ -144,7 +144,7 @@ class Batch:
         block = self.block_at(position)
         if block is None or not self._fits(block):
             return False
-        self.answer.unread.append(Unread(block, reason[:_MAX_REASON]))
+        self.answer.unreadable.append(UnreadableBlock(block, reason[:_MAX_REASON]))
         return True
 
     def _give_zeros(self) -> None:
@@ -192,14 +192,14 @@ class Batch:
         self.settle()
 
 
-class Probe(Batch):
+class ByteProbe(Batch):
     """Questions for single bytes that may not be there, which silence tells; in the original form."""
 
     def __init__(self, positions: Sequence[int], settle: Callable[[], None]) -> None:
         super().__init__([unconditional(position, 1) for position in positions], _NOWHERE, settle)
 
 
-class Survey(Batch):
+class HoleQuery(Batch):
     """A question for the holes of the source in `extent`, on its way."""
 
     def __init__(self, extent: Extent, least: int, settle: Callable[[], None]) -> None:
@@ -290,7 +290,7 @@ class NegotiatedDialect(Dialect):
         return sequence
 
     def _questions(self, batch: Batch) -> bytes:
-        if isinstance(batch, Survey):
+        if isinstance(batch, HoleQuery):
             return wire.encode(wire.Hole(*batch.extent))
         return b"".join(
             wire.encode(wire.Asks(each.position, each.block_size, each.length, each.digests))
@@ -313,7 +313,7 @@ class NegotiatedDialect(Dialect):
             self.answers += 1
         elif isinstance(message, wire.Hole):
             survey = self.pending[0] if self.pending else None
-            if not isinstance(survey, Survey) or not survey.hole(Extent(*message)):
+            if not isinstance(survey, HoleQuery) or not survey.hole(Extent(*message)):
                 raise StreamError(f"a hole of {message.length} bytes at position {message.position}")
             self.answers += message.length >= survey.least
         elif isinstance(message, wire.Failure):
@@ -343,7 +343,7 @@ class OriginalDialect(Dialect):
 
     def _questions(self, batch: Batch) -> bytes:
         asked = [wire.Hash(*extent, own) for question in batch.questions for extent, own in question.blocks()]
-        if not isinstance(batch, Probe):
+        if not isinstance(batch, ByteProbe):
             asked.append(wire.Hash(self._last_byte(batch), 1, NO_DIGEST))
         return b"".join(map(wire.encode, asked))
 
@@ -373,7 +373,7 @@ class OriginalDialect(Dialect):
     def _take_fence(self, position: int) -> None:
         if self.pending and position == self.pending[0].fence:
             batch = self.pending[0]
-            if not (self._proven or isinstance(batch, Probe)):
+            if not (self._proven or isinstance(batch, ByteProbe)):
                 batch.error = batch.error or self._too_short(batch)
             self._proven = False
             self._settle()
@@ -384,7 +384,7 @@ class OriginalDialect(Dialect):
             raise StreamError(f"an empty block for position {position}")
 
     def _is_proof(self, batch: Batch, position: int, payload: Buffer) -> bool:
-        if isinstance(batch, Probe) or self._proven or len(payload) != 1 or position != self._last_byte(batch):
+        if isinstance(batch, ByteProbe) or self._proven or len(payload) != 1 or position != self._last_byte(batch):
             return False
         *_, (block, own) = batch.questions[-1].blocks()
         # A last block of one byte asks for the same byte: if that is equal, it has no answer of its own.

@@ -23,7 +23,7 @@ from blockcopy.errors import BlockcopyError, ProtocolViolationError, SourceChang
 from blockcopy.protocol.digests import Digest
 from blockcopy.replica.source.client import Client
 from blockcopy.replica.source.connector import Connector
-from blockcopy.replica.source.dialects import Answer, Signatures, Sink, Unread
+from blockcopy.replica.source.dialects import Answer, Signatures, Sink, UnreadableBlock
 from blockcopy.transport.backoff import Backoff
 
 logger = logging.getLogger(__name__)
@@ -72,12 +72,12 @@ class _Guarded:
 class Link:
     """See the module. Start `run` in a nursery; `ask` may be called by any task."""
 
-    def __init__(self, connector: Connector, nursery: trio.Nursery, *, patience: float) -> None:
-        """`patience`: seconds without an answer of the source after which `ask` gives up."""
+    def __init__(self, connector: Connector, nursery: trio.Nursery, *, give_up_after: float) -> None:
+        """`give_up_after`: seconds without an answer of the source after which `ask` gives up."""
         self._connector = connector
         self._nursery = nursery
-        self._patience = patience
-        self.substitute: Link | None = None
+        self._give_up_after = give_up_after
+        self.fallback: Link | None = None
         """Who is asked while this one is away."""
         self._client: Client | None = None
         self._waiting = 0
@@ -92,7 +92,7 @@ class Link:
         self.last_error: SourceError | None = None
 
     @property
-    def is_up(self) -> bool:
+    def is_connected(self) -> bool:
         return self._client is not None
 
     @property
@@ -224,7 +224,7 @@ class Link:
             try:
                 found = await self._ask([question], sink, since, _FATAL_AFTER)
             except _FatalError as error:
-                found = Answer([], [], [Unread(Extent(question.position, question.length), str(error))])
+                found = Answer([], [], [UnreadableBlock(Extent(question.position, question.length), str(error))])
                 self._connector.fatal_blocks += 1
                 if self._connector.fatal_blocks > _MOST_FATAL:
                     errors.append(SourceError(f"the source ended at more than {_MOST_FATAL} blocks: {error}"))
@@ -233,7 +233,7 @@ class Link:
                 return
             answer.data.extend(found.data)
             answer.zeros.extend(found.zeros)
-            answer.unread.extend(found.unread)
+            answer.unreadable.extend(found.unreadable)
 
         async with trio.open_nursery() as nursery:
             for question in questions:
@@ -283,17 +283,17 @@ class Link:
 
     def _up(self, others: Sequence[Link] = ()) -> Client | None:
         """Return a connection that can be asked now: of this link, or else of its substitute, or of `others`."""
-        for link in filter(None, (self, self.substitute, *others)):
+        for link in filter(None, (self, self.fallback, *others)):
             if link._client is not None and link._client.failure is None:
                 return link._client
         return None
 
     def _deadline(self, since: float) -> float:
         """Return when what is wanted since then is given up, in trio's time."""
-        return max(since, self._last_answer()) + self._patience
+        return max(since, self._last_answer()) + self._give_up_after
 
     def _given_up(self, error: SourceError | None) -> SourceError:
-        words = f"{self._connector.command.location} has been away for {self._patience:g} seconds"
+        words = f"{self._connector.command.location} has been away for {self._give_up_after:g} seconds"
         return SourceError(f"{words}: {error}" if error else words)
 
     async def _wait_until(self, deadline: float) -> bool:

@@ -60,10 +60,10 @@ class Process:
     async def _leave(self, waiting: trio.CancelScope) -> None:
         """Some seconds after it was killed, end `waiting`."""
         await self._killed.wait()
-        await trio.sleep(abandonable.DEATH_SECONDS)
+        await trio.sleep(abandonable.EXIT_SECONDS)
         self._left = True
         logger.warning("process %d was killed, and waits for its disk: it is left behind", self.pid)
-        abandonable.leave(self._popen)
+        abandonable.abandon_process(self._popen)
         waiting.cancel()
 
     async def aclose(self) -> None:
@@ -89,6 +89,6 @@ def _own(file: object) -> int:
 async def start(command: Command) -> Process:
     """Start a process without waiting for a path in trio's thread. Raises SourceError if it cannot be started."""
     try:
-        return Process(await abandonable.start(command.start))
+        return Process(await abandonable.start_process(command.start))
     except OSError as error:
         raise SourceError(cannot_run(command, error)) from error

@@ -1,12 +1,12 @@
-"""How much may be in flight over a link: enough to fill it, and not so much that things queue in it.
+"""The window of a link: how many blocks may be in flight, which is enough to fill the link without a queue in it.
 
-What is in flight costs hardly any memory here, since answers go to the destination as they arrive. But
-it delays a pause, and whoever shares the way. So the window grows while a flight lands about as soon as
-the quickest of late did, which is what the round trip takes, and shrinks when fetches land much later: then
-they wait for one another. The idea is that of TCP Vegas (Brakmo, O'Malley and Peterson, 1994).
+In flight are blocks that were asked for and have not arrived. They cost hardly any memory, because answers are
+written as they arrive. But they delay a pause, and everybody who shares the route.
 
-A route may become slower: what the quickest took is forgotten after BASE_SECONDS, as BBR does (Cardwell et al.,
-2016).
+So the window grows while a fetch takes about as long as the quickest recent one, which is the round trip. The
+window shrinks when fetches take much longer: then they wait for one another. The idea is that of TCP Vegas (Brakmo,
+O'Malley and Peterson, 1994). A route may become slower. So the quickest fetch is forgotten after BASE_SECONDS, as
+BBR does (Cardwell et al., 2016).
 """
 
 from __future__ import annotations
@@ -15,38 +15,43 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-_PROMPT, _LATE = 0.1, 0.3
-"""Seconds beyond the quickest flight: below the first there is room for more, above the second too much."""
+_GROW_BELOW, _SHRINK_ABOVE = 0.1, 0.3
+"""Seconds that a fetch took beyond the quickest one. Below the first the window grows, above the second it
+shrinks.
+"""
 
 BASE_SECONDS = 10
-"""For which the quickest flight is remembered."""
+"""For so many seconds the quickest fetch is remembered."""
 
 
 class Window:
-    """In blocks, from `least` to `most`."""
+    """The number of blocks that may be in flight over one link."""
 
-    def __init__(self, first: int, *, least: int, most: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock`: returns seconds."""
-        self.blocks = first
-        self._least = least
-        self._most = most
+    def __init__(
+        self, initial_blocks: int, *, min_blocks: int, max_blocks: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Start with `initial_blocks`, and keep within the two limits. `clock`: returns seconds."""
+        self.blocks = initial_blocks
+        self._min = min_blocks
+        self._max = max_blocks
         self._clock = clock
-        self._quick: deque[tuple[float, float]] = deque()
-        """When fetches landed and the seconds they took, both ascending: each is the quickest since it landed."""
+        self._quickest: deque[tuple[float, float]] = deque()
+        """(time, seconds) of recent fetches, both ascending. Each fetch is the quickest one since its time."""
 
-    def landed(self, blocks: int, seconds: float) -> None:
-        """A flight of so many blocks has landed, so many seconds after it was asked for."""
-        waited = seconds - self._least_of_late(seconds)
-        if waited < _PROMPT:
-            self.blocks = min(self.blocks + blocks, self._most)
-        elif waited > _LATE:
-            self.blocks = max(self.blocks - blocks, self._least)
+    def record_fetch(self, blocks: int, seconds: float) -> None:
+        """Adapt the window to a fetch of so many `blocks` that took so many `seconds`."""
+        waited = seconds - self._quickest_with(seconds)
+        if waited < _GROW_BELOW:
+            self.blocks = min(self.blocks + blocks, self._max)
+        elif waited > _SHRINK_ABOVE:
+            self.blocks = max(self.blocks - blocks, self._min)
 
-    def _least_of_late(self, seconds: float) -> float:
+    def _quickest_with(self, seconds: float) -> float:
+        """Remember a fetch that took so many `seconds`. Returns the seconds of the quickest recent one."""
         now = self._clock()
-        while self._quick and self._quick[-1][1] >= seconds:
-            self._quick.pop()
-        self._quick.append((now, seconds))
-        while self._quick[0][0] < now - BASE_SECONDS:
-            self._quick.popleft()
-        return self._quick[0][1]
+        while self._quickest and self._quickest[-1][1] >= seconds:
+            self._quickest.pop()
+        self._quickest.append((now, seconds))
+        while self._quickest[0][0] < now - BASE_SECONDS:
+            self._quickest.popleft()
+        return self._quickest[0][1]

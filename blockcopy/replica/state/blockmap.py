@@ -34,10 +34,10 @@ class BlockMap:
     def __init__(self, geometry: Geometry) -> None:
         self._geometry = geometry
         self.generation = 0
-        """Grows with each `forget_all`: what was learnt before one must not be marked after it."""
-        self.forget_all()
+        """Grows with each `clear`: what was learnt before one must not be marked after it."""
+        self.clear()
 
-    def forget_all(self) -> None:
+    def clear(self) -> None:
         """Nothing is known: every block has to be checked again."""
         self.generation += 1
         self._bits = bytearray(-(-self._geometry.block_count // 8))
@@ -140,7 +140,7 @@ class BlockMap:
         self._changed.clear()
         return changes
 
-    def put_back(self, numbers: Iterable[int]) -> None:
+    def restore_changes(self, numbers: Iterable[int]) -> None:
         """These chunks, taken before, could not be recorded."""
         self._changed.update(numbers)
 
@@ -154,16 +154,16 @@ class BlockMap:
             yield found
             block = found + 1
 
-    def set_aside(self, blocks: range) -> None:
+    def mark_unreadable(self, blocks: range) -> None:
         """Note that consecutive blocks cannot be read at the source. They are missing until they are marked."""
         self._aside = self._aside or bytearray(len(self._bits))
         _set(self._aside, blocks)
 
-    def is_aside(self, block: int) -> bool:
+    def is_unreadable(self, block: int) -> bool:
         """Return whether it was set aside, be it present by now."""
         return bool(self._aside) and bool(self._aside[block >> 3] & 1 << (block & 7))
 
-    def wanted(self, blocks: range) -> Iterator[int]:
+    def fetchable(self, blocks: range) -> Iterator[int]:
         """Return those that are missing and were not set aside, as `missing` does."""
         found = self._next_wanted(blocks.start)
         while found is not None and found < blocks.stop:
@@ -173,14 +173,14 @@ class BlockMap:
     def _next_wanted(self, block: int) -> int | None:
         while True:
             found = self._next_missing(block)
-            if found is None or not self.is_aside(found):
+            if found is None or not self.is_unreadable(found):
                 return found
             behind = _next_clear(self._aside, found)
             if behind is None:
                 return None
             block = behind
 
-    def unreadable(self, reason: str = "") -> UnreadableRanges:
+    def unreadable_ranges(self, reason: str = "") -> UnreadableRanges:
         """Return what was set aside and is missing."""
         found = UnreadableRanges()
         if not self._aside:

@@ -26,7 +26,7 @@ from blockcopy.block.identity import (
 from blockcopy.block.records import default_path, invalidate_records, is_authoritative
 from blockcopy.errors import StateWriteError
 from blockcopy.replica.state.blockmap import BlockMap
-from blockcopy.replica.state.statefile import Clock, Record, StateFile
+from blockcopy.replica.state.statefile import Record, StateFile, WriteTimes
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def usable_record(state_file: StateFile, destination: Device, block_size: int) -
     return None
 
 
-def was_written_by_others(clock: Clock, times: Times) -> bool:
+def was_written_by_others(clock: WriteTimes, times: Times) -> bool:
     """Return whether another program wrote to a destination that has these `times` now.
 
     `clock`: the times on record.

@@ -64,7 +64,7 @@ class Binding:
 
 
 @dataclass(frozen=True)
-class Clock:
+class WriteTimes:
     """When the destination was written, in nanoseconds. Of a file; a device has no such times.
 
     `mtime_ns`, `ctime_ns`: its times, as they are durable. `until_ns`: we may have written to it since, up to this
@@ -81,7 +81,7 @@ class Record:
     """What an earlier run has left: chunk number → bits, as `BlockMap.resume` takes them."""
 
     binding: Binding
-    clock: Clock
+    clock: WriteTimes
     chunks: dict[int, bytes]
 
 
@@ -96,7 +96,7 @@ class StateFile:
         """
         self.path = path = path.parent.resolve() / path.name
         self.record: Record | None = None
-        self.is_busy = False
+        self.is_stuck = False
         """A call of another thread may never return: from then on `close` does nothing."""
         self._token = ""
         self._facts: dict[str, Any] = {}
@@ -185,7 +185,7 @@ class StateFile:
             if seal != _seal(f"{token} {number}", bits):
                 raise ValueError(f"chunk {number}")
             believed[number] = bits or _FULL
-        binding, clock = Binding(**facts["binding"]), Clock(**facts.pop("clock"))
+        binding, clock = Binding(**facts["binding"]), WriteTimes(**facts.pop("clock"))
         if not is_identity(binding.source) or not isinstance(binding.destination, dict):
             raise ValueError("what it is about")
         times = [clock.mtime_ns, clock.ctime_ns, clock.until_ns if clock.until_ns is not None else 0]
@@ -199,7 +199,7 @@ class StateFile:
         """Return the token that tells this record from all others, also from earlier ones of the same file."""
         return self._token
 
-    def begin(self, binding: Binding, clock: Clock) -> None:
+    def begin_record(self, binding: Binding, clock: WriteTimes) -> None:
         """Begin a new record, of which no block is known yet. Raises StateWriteError, here and below."""
         self._token = secrets.token_hex(16)
         self._facts = {"token": self._token, "binding": vars(binding)}
@@ -207,7 +207,7 @@ class StateFile:
             self._db.execute("DELETE FROM chunks")
             self._write_clock(clock)
 
-    def add(self, chunks: Mapping[int, bytes], clock: Clock) -> None:
+    def write_chunks(self, chunks: Mapping[int, bytes], clock: WriteTimes) -> None:
         """Record `chunks`, which are durable on the destination."""
         rows = []
         for number, bits in chunks.items():
@@ -217,30 +217,30 @@ class StateFile:
             self._db.executemany("INSERT OR REPLACE INTO chunks VALUES (?, ?, ?)", rows)
             self._write_clock(clock)
 
-    def tell(self, clock: Clock) -> None:
+    def write_times(self, clock: WriteTimes) -> None:
         """Record when the destination was written, and will be."""
         with self._transaction():
             self._write_clock(clock)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Nothing of what is recorded is known any more."""
         with self._transaction():
             self._db.execute("DELETE FROM chunks")
 
-    def discard(self) -> None:
+    def delete(self) -> None:
         """Have no record any more, where none can be written. StateError."""
         self._db.close()
         invalidate(self.path)
 
     def close(self) -> None:
         """A file that was made here and has nothing in it does not stay."""
-        if self.is_busy:
+        if self.is_stuck:
             return
         self._db.close()
         if self._made and not self._facts:
             durable.remove(self.path)
 
-    def _write_clock(self, clock: Clock) -> None:
+    def _write_clock(self, clock: WriteTimes) -> None:
         text = json.dumps({**self._facts, "clock": vars(clock)})
         self._db.execute("INSERT OR REPLACE INTO facts VALUES (1, ?, ?)", (text, _seal("facts", text.encode())))
 

@@ -39,7 +39,7 @@ def run(main: Callable[[], Awaitable[T]]) -> T:
         raise next((leaf for leaf in leaves if isinstance(leaf, Interrupted)), leaves[0]) from group
 
 
-async def expendable(name: str, part: Callable[[], Awaitable[None]]) -> None:
+async def run_optional(name: str, part: Callable[[], Awaitable[None]]) -> None:
     """Run a part that the copy does without: whatever it raises is logged, and ends nothing else."""
     try:
         await part()
@@ -49,7 +49,7 @@ async def expendable(name: str, part: Callable[[], Awaitable[None]]) -> None:
 
 @contextmanager
 def _noting() -> Iterator[None]:
-    """A signal that came just before or behind `received` would raise in trio's own midst, which breaks it.
+    """A signal that came just before or behind `receive_signals` would raise in trio's own midst, which breaks it.
     So it is noted: the first who receives signals gets it, or else it is raised behind the run."""
     _noted.clear()
     before = {each: signal.signal(each, lambda signum, _: _noted.append(signum)) for each in ending_signals()}
@@ -63,7 +63,7 @@ def _noting() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def received() -> AsyncIterator[AsyncIterator[int]]:
+async def receive_signals() -> AsyncIterator[AsyncIterator[int]]:
     """The ending signals as they come, those that came before it too."""
     with trio.open_signal_receiver(*ending_signals()) as signals:
         while _noted:
@@ -78,9 +78,9 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
     return found
 
 
-async def interruptible(main: Callable[[], Awaitable[T]]) -> T:
+async def run_interruptible(main: Callable[[], Awaitable[T]]) -> T:
     """`main()`; a signal cancels it, and is raised as Interrupted when it has come to its orderly end."""
-    async with received() as signals, trio.open_nursery() as nursery:
+    async with receive_signals() as signals, trio.open_nursery() as nursery:
         nursery.start_soon(_raise_interrupted, signals)
         result = await main()
         nursery.cancel_scope.cancel()
