@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import itertools
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ TEST_ID = "BLOCKCOPY_TEST_ID"
 PATIENCE = 20
 """Seconds that `until` waits for what has to happen."""
 
+Text = str | bytes
+Finished = subprocess.CompletedProcess[bytes] | subprocess.CompletedProcess[str]
 
 needs_views = pytest.mark.skipif(
     not syscalls.populate_returns(os.uname().release), reason="this kernel would hang at a read error: no views"
@@ -68,6 +71,27 @@ def written(path: Path, data: bytes) -> Path:
     return path
 
 
+def pairwise(*parameters: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Return combinations in which any two values of two parameters occur together at least once.
+
+    `parameters`: the values of each parameter. The list is short, not the shortest; each call returns the
+    same list. Greedy: the next combination is the one with the most pairs that are still missing.
+    """
+    lists = [list(values) for values in parameters]
+
+    def pairs(indexes: tuple[int, ...]) -> set[tuple[tuple[int, int], ...]]:
+        return set(itertools.combinations(enumerate(indexes), 2))
+
+    candidates = {each: pairs(each) for each in itertools.product(*(range(len(values)) for values in lists))}
+    missing = set().union(*candidates.values())
+    chosen = []
+    while missing:
+        best = max(candidates, key=lambda each: len(candidates[each] & missing))
+        missing -= candidates[best]
+        chosen.append(tuple(values[index] for values, index in zip(lists, best, strict=True)))
+    return chosen
+
+
 # Commands
 
 
@@ -81,6 +105,43 @@ def run(*args: object, input: bytes | None = None, **options: Any) -> subprocess
     return subprocess.run(
         [*BLOCKCOPY, *map(str, args)], input=input, capture_output=True, timeout=PATIENCE, check=False, **options
     )
+
+
+def succeeded(done: Finished, text: Text = "", *, stdout: Text | None = None) -> None:
+    """Check that the command `done` ended with status 0 and has `text` in its standard error.
+
+    Without `text`, its standard error has to be empty. `stdout`: the whole of its standard output, if given.
+    Raises AssertionError that shows status, standard output and standard error.
+    """
+    _ended(done, 0, text, stdout)
+    assert text or not done.stderr, _report(done, "nothing in its standard error")
+
+
+def failed(done: Finished, status: int, text: Text = "", *, stdout: Text | None = None) -> None:
+    """Check that the command `done` ended with `status` and has `text` in its standard error.
+
+    `stdout`: the whole of its standard output, if given. Raises AssertionError as `succeeded` does.
+    """
+    _ended(done, status, text, stdout)
+
+
+def _ended(done: Finished, status: int, text: Text, stdout: Text | None) -> None:
+    assert done.returncode == status, _report(done, f"status {status}", text)
+    assert _str(text) in _str(done.stderr or ""), _report(done, f"{_str(text)!r} in its standard error")
+    assert stdout is None or _str(done.stdout) == _str(stdout), _report(done, f"standard output {stdout[:1000]!r}")
+
+
+def _report(done: Finished, *expected: Text) -> str:
+    """Return what a failed check shows of a command."""
+    wanted = ", ".join(_str(each) for each in expected if each)
+    return (
+        f"expected {wanted}\ncommand: {done.args}\nstatus: {done.returncode}\n"
+        f"standard output: {(done.stdout or '')[:1000]!r}\nstandard error:\n{_str(done.stderr or '')}"
+    )
+
+
+def _str(text: Text) -> str:
+    return text if isinstance(text, str) else os.fsdecode(text)
 
 
 def output(*args: object) -> str:

@@ -6,6 +6,7 @@ import tracemalloc
 from collections.abc import Iterable
 
 import pytest
+from support import pairwise
 
 from blockcopy.block.geometry import Geometry
 from blockcopy.replica.state.blockmap import CHUNK_BLOCKS, BlockMap, Kind
@@ -217,10 +218,10 @@ RECORDED = [
 """Numbers of blocks."""
 
 
-@pytest.mark.parametrize("blocks", RECORDED)
-@pytest.mark.parametrize("last", [1, BLOCK], ids=["short last block", "whole last block"])
-@pytest.mark.parametrize("present", ["none", "some", "all but the last", "all"])
-def test_what_was_marked_is_resumed(blocks: int, last: int, present: str) -> None:
+@pytest.mark.parametrize(
+    ("blocks", "present", "last"), pairwise(RECORDED, ["none", "some", "all but the last", "all"], [1, BLOCK])
+)
+def test_what_was_marked_is_resumed(blocks: int, present: str, last: int) -> None:
     geometry, chance = Geometry((blocks - 1) * BLOCK + last, BLOCK), random.Random(blocks)
     wanted = {
         "none": [],
