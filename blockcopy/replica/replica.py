@@ -1,9 +1,9 @@
-"""A running replica: the full pass, the reads, the record, and how it ends. `engine` puts it together.
+"""A running replica: its parts, its state, and how it ends. `engine` puts it together.
 
-Replica ─┬─ Volume    reads          (demand lane)
-         ├─ hydrate   the full pass  (bulk lane)
-         ├─ Committer    syncs and records
-         └─ _finish   asks whether the source is still the same, verifies, lets it go
+Replica ─┬─ Volume      serves reads (demand lane)
+         ├─ _hydrate    runs background hydration (bulk lane)
+         ├─ Committer   syncs and records
+         └─ _finish     checks the source, verifies, disconnects
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from blockcopy.errors import BlockcopyError, DeviceError, MismatchError, SourceE
 from blockcopy.progress.rate import RateMeter, eta, floored_percent
 from blockcopy.replica.hydration.background import BackgroundHydration
 from blockcopy.replica.hydration.committer import Committer
-from blockcopy.replica.hydration.hydrator import BULK_PATIENCE, DEMAND_PATIENCE, Hydrator, Lane
+from blockcopy.replica.hydration.hydrator import Hydrator, Lane
 from blockcopy.replica.hydration.throttle import BATCH_BLOCKS, Throttle
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.source.link import Link
@@ -37,27 +37,30 @@ from blockcopy.stage.pipeline import WORKERS
 logger = logging.getLogger(__name__)
 
 _DEMAND_BATCH_BLOCKS = 16
-"""2 MiB: whoever waits for one of them waits for all."""
-_DEMAND_FLIGHTS = 64
+"""Blocks of a demand fetch: 2 MiB. A reader of one of them waits for all."""
+_DEMAND_FETCHES = 64
 _DEMAND_THREADS = 4
 _DEMAND_WINDOW: dict[str, Any] = {"initial_blocks": 32, "min_blocks": 8, "max_blocks": 512}
+_DEMAND_HEDGE_SECONDS = 0.05
+"""Background hydration brings a block sooner than that, or the bulk link is slow."""
 
-_BULK_FLIGHTS = 64
+_BULK_FETCHES = 64
 _BULK_WINDOW: dict[str, Any] = {"initial_blocks": 32, "min_blocks": 8, "max_blocks": 1024}
-"""In blocks: up to 128 MiB on their way, which fills 1 GB/s over a round trip of 100 ms."""
+"""In blocks. 128 MiB in flight fill 1 GB/s over a round trip of 100 ms."""
 _BULK_WINDOW_ALONE = {**_BULK_WINDOW, "initial_blocks": _BULK_WINDOW["max_blocks"]}
-"""Without a link and without readers there is nobody in whose way much could be."""
+"""The window of a local source without readers: nobody shares the link."""
+_BULK_HEDGE_SECONDS = 2
+"""A demand fetch brings its blocks sooner than that, or the demand link is stalled."""
 
-_PREFETCHED = 512
-"""Blocks that a prefetch asks for at once."""
-
+_PREFETCH_BLOCKS = 512
+"""Blocks that a prefetch requests at once."""
 
 _WATCH_SECONDS = 1
-"""Between two looks at the destination's path."""
+"""Seconds between two checks of the destination's path."""
 
 
 class Replica:
-    """See the module. Made by `engine.open_replica`."""
+    """A destination that is read and hydrated. Call from trio's thread only. `engine.open_replica` makes it."""
 
     def __init__(
         self,
@@ -65,11 +68,14 @@ class Replica:
         device: Destination,
         geometry: Geometry,
         blockmap: BlockMap,
-        journal: StateFile | None,
+        state_file: StateFile | None,
         links: list[Link],
         nursery: trio.Nursery,
     ) -> None:
-        """The first of `links` serves demand, the last one the pass; they may be the same."""
+        """Make a replica that does not run yet. Fetches will run in `nursery`.
+
+        `links`: the first serves the demand lane, the last the bulk lane. They may be the same link.
+        """
         self._plan = plan
         self._device = device
         self._geometry = geometry
@@ -79,50 +85,52 @@ class Replica:
             links[0],
             Window(**_DEMAND_WINDOW),
             batch_blocks=_DEMAND_BATCH_BLOCKS,
-            fetches=_DEMAND_FLIGHTS,
+            fetches=_DEMAND_FETCHES,
             threads=_DEMAND_THREADS,
-            patience=DEMAND_PATIENCE,
+            hedge_after=_DEMAND_HEDGE_SECONDS,
         )
         self._bulk = Lane(
             links[-1],
             Window(**(_BULK_WINDOW if plan.demand or plan.command.location.host else _BULK_WINDOW_ALONE)),
             batch_blocks=BATCH_BLOCKS,
-            fetches=_BULK_FLIGHTS,
+            fetches=_BULK_FETCHES,
             threads=WORKERS,
-            patience=BULK_PATIENCE,
+            hedge_after=_BULK_HEDGE_SECONDS,
         )
         self._bulk.drop_behind = device.exceeds_cache()
         self._hydrator = Hydrator(device, geometry, blockmap, [demand, self._bulk], nursery, sparse=plan.sparse)
-        self._committer = Committer(journal, device, blockmap, self._hydrator)
-        self._state_file = str(journal.path) if journal else None
+        self._committer = Committer(state_file, device, blockmap, self._hydrator)
+        self._state_file = str(state_file.path) if state_file else None
         self.throttle = Throttle(self._bulk.window, lambda: demand.active_at, plan.limit)
         self.volume = Volume(
             device, geometry, blockmap, self._hydrator, demand, nursery, give_up_after=plan.max_wait
         )
         self._meter = RateMeter()
         self.settled = trio.Event()
-        """The copy is complete, or the pass ended without completing it."""
+        """Set when the copy is complete, or has failed."""
         self._started_at = trio.current_time()
         self._complete = False
         self._closing = False
         self._verifying = False
         self._verified = 0
         self._failure: BlockcopyError | None = None
-        self._pass = trio.CancelScope()
+        self._background = trio.CancelScope()
 
     @property
     def hydrates(self) -> bool:
-        """There is a pass, be it paused."""
+        """Whether there is background hydration, paused or not."""
         return self._plan.hydrate
 
     @property
     def hydrated_bytes(self) -> int:
+        """Bytes of the destination that are present."""
         return self._blockmap.present_bytes
 
     async def run(self, source: Identity, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Pass, completion and measuring; in the replica's nursery, cancelled with it.
+        """Run all tasks of the replica, until the copy is complete and after. Cancel this to end it.
 
-        Reports `started` when what is known is on record, and blocks may be stored.
+        `source`: the identity of the source, for the state file.
+        `task_status`: reports the start once the state file matches the block map. Only then may blocks be written.
         """
         await self._committer.begin(source, self._geometry.block_size)
         task_status.started()
@@ -140,48 +148,48 @@ class Replica:
             await self._guard(self._watch_copy)
 
     async def _guard(self, part: Callable[[], Any]) -> None:
-        """What ends a part of the replica ends the copy, and not the reads of what is here."""
+        """Run a part of the replica. Its error fails the copy, and reads of present blocks go on."""
         try:
             await part()
         except BlockcopyError as error:
             if not self._closing:
                 self._fail(error)
         except Exception as error:
-            logger.error("a part of the copy met a fault of blockcopy's", exc_info=error)
+            logger.error("internal error in a part of the copy", exc_info=error)
             self._fail(BlockcopyError(f"internal error: {error!r}"))
 
     async def _hydrate(self) -> None:
-        with self._pass:
+        with self._background:
             while not self._blockmap.complete:
-                await self._sweep_all()
+                await self._hydrate_once()
 
-    async def _sweep_all(self) -> None:
-        """Run a full pass. Raises SourceReadError if the source cannot read some blocks."""
+    async def _hydrate_once(self) -> None:
+        """Run background hydration once. Raises SourceReadError if the source cannot read some blocks."""
         await BackgroundHydration(
             self._hydrator, self._device, self._geometry, self._blockmap, self._demand, self._bulk, self.throttle
         ).run()
         if not self._blockmap.complete:
-            await self._check_source()  # one that was cut, say, is another
+            await self._check_source()  # it may have been truncated, say
         if found := self._blockmap.unreadable_ranges(str(self._hydrator.last_fault)):
             raise SourceReadError(
-                f"{self._plan.command.location} cannot read {found}. All else was copied. "
-                "These are asked for again by each read, and by the next mount or sync"
+                f"{self._plan.command.location} cannot read {found}. All other blocks were copied. "
+                "Each read of these blocks tries again, and so does the next mount or sync"
             )
 
     async def _await_complete(self) -> None:
         while True:
             await self._hydrator.complete.wait()
             await self._guard(self._committer.commit)
-            if self._blockmap.complete:  # else the sync failed, and all is to be checked again
+            if self._blockmap.complete:  # else the sync failed, and all blocks are checked again
                 return
 
     async def _finish(self) -> None:
-        # A copy that was complete before needs nothing of the source, which may be gone for good.
+        # A copy that was complete before needs no source. The source may be gone for good.
         if self._blockmap.resumed_bytes < self._geometry.size or any(link.is_connected for link in self._links):
             await self._check_source()
         if self._plan.verify:
             await self._verify()
-            await self._check_source()  # what was compared was one source
+            await self._check_source()  # all blocks were compared with one source
         await self._check_in_place()
         await self._committer.close()
         await self.disconnect()
@@ -190,7 +198,7 @@ class Replica:
         logger.info("%s is a complete copy of %s", self._plan.destination, self._plan.command.location)
 
     async def _check_source(self) -> None:
-        """Raise SourceChangedError if the source is another than it was. Takes the link that is there first."""
+        """Ask the source who it is, over the link that is up first. Raises SourceChangedError if it has changed."""
         await self._links[-1].check(*self._links[:-1])
 
     async def _watch(self) -> None:
@@ -199,75 +207,87 @@ class Replica:
             await self._check_in_place()
 
     async def _watch_copy(self) -> None:
-        """Raise DestinationLostError once others change the copy. It may be moved by now."""
+        """Check the complete copy again and again. Its path may change by now.
+
+        Raises DestinationLostError if another program changes the copy.
+        """
         while True:
             await trio.sleep(_WATCH_SECONDS)
             await trio.to_thread.run_sync(self._device.check, abandon_on_cancel=True)
 
     async def _check_in_place(self) -> None:
-        """Raise DestinationLostError if the destination is not where and what it was."""
-        # The path may lie on a file system that never answers.
+        """Check the destination and its path. Raises DestinationLostError if others moved or changed it."""
+        # The path may lie on a file system that never answers: the thread can be left behind.
         await trio.to_thread.run_sync(self._device.check_in_place, abandon_on_cancel=True)
 
     async def _verify(self) -> None:
-        """Ask about every block once more, of what is on the disk. MismatchError."""
+        """Compare every block on the disk with the source once more.
+
+        Raises MismatchError if blocks differ, DeviceError or SourceReadError if blocks were not compared.
+        """
         first: Extent | None = None
         count = 0
 
-        def note(extent: Extent) -> None:
+        def report(extent: Extent) -> None:
             nonlocal first, count
             first, count = first or extent, count + 1
 
-        self._verified, self._verifying = 0, True  # until it is complete, or failed
+        self._verified, self._verifying = 0, True  # stays True until the copy is complete or has failed
         await trio.to_thread.run_sync(self._device.drop_cache)
-        verdict = await compare(self._device, self._geometry, self._links[-1], note, self._note_verified)
+        verdict = await compare(self._device, self._geometry, self._links[-1], report, self._note_verified)
         if first is not None:
             await self._committer.forget()
             raise MismatchError(
-                f"{self._plan.destination} is not a copy of {self._plan.command.location} after all: "
+                f"{self._plan.destination} is not a copy of {self._plan.command.location}: "
                 f"{verdict.differing} bytes in {count} ranges differ, the first at {first.offset}"
             )
         if verdict.here:
-            raise DeviceError(f"cannot read, of {self._plan.destination}, {verdict.here}")
+            raise DeviceError(f"of {self._plan.destination}, cannot read {verdict.here}")
         if verdict.there:
-            raise SourceReadError(f"{self._plan.command.location} cannot read any more {verdict.there}")
+            raise SourceReadError(f"{self._plan.command.location} can no longer read {verdict.there}")
 
     def _note_verified(self, count: int) -> None:
         self._verified = count
 
     def _fail(self, error: BlockcopyError) -> None:
-        """End the pass. It would bring all again and again, if the disk fails at each sync."""
-        self._pass.cancel()
+        """Fail the copy and end background hydration.
+
+        If each sync fails, background hydration would fetch all blocks again and again.
+        """
+        self._background.cancel()
         logger.error("the copy cannot be completed: %s", error)
         self._failure = self._failure or error
         self.settled.set()
 
     async def wait_complete(self) -> None:
-        """Return when the destination is the copy. Raises what the pass ended with."""
+        """Wait until the destination is a complete copy. Raises the BlockcopyError that failed the copy."""
         await self.settled.wait()
         if not self._complete and self._failure is not None:
             raise copy(self._failure)
 
     async def commit(self) -> None:
-        """All that is marked is durable, and recorded. Raises DeviceError."""
+        """Sync the destination, and record the blocks that are present. Raises DeviceError if the sync fails."""
         await self._committer.commit()
 
     async def prefetch(self, extents: Sequence[Extent]) -> None:
-        """Bring these byte ranges, as far as the source has them. Raises BlockcopyError."""
+        """Make the blocks of `extents` present, on the bulk lane. Bytes beyond the end of the source do not count.
+
+        Raises BlockcopyError if a block cannot be made present.
+        """
         for extent in extents:
             blocks = self._geometry.span(*extent)
-            for start in range(blocks.start, blocks.stop, _PREFETCHED):
-                await self._hydrator.ensure(blocks[start - blocks.start :][:_PREFETCHED], self._bulk)
+            for start in range(blocks.start, blocks.stop, _PREFETCH_BLOCKS):
+                await self._hydrator.ensure(blocks[start - blocks.start :][:_PREFETCH_BLOCKS], self._bulk)
 
     async def disconnect(self) -> None:
-        """End the links, for good; who waits for the source gets an error now."""
+        """Close the links to the source for good. Reads that wait for the source fail now."""
         self._closing = True
         async with trio.open_nursery() as nursery:
             for link in self._links:
                 nursery.start_soon(link.close)
 
     async def close(self) -> None:
-        """What is here is durable, and recorded. Raises DeviceError."""
+        """Sync, record, and close the state file. Call after `disconnect`. Raises DeviceError if a sync fails."""
         await self._committer.close()
 
     async def _measure(self) -> None:
@@ -278,16 +298,17 @@ class Replica:
 
     @property
     def _progress(self) -> tuple[int, int]:
-        """Return bytes done of what goes on now, and of these, those that cost nothing: they count for no rate."""
+        """Bytes done in the current phase, and how many of them cost no work. The rate leaves the latter out."""
         return (self._verified, 0) if self._verifying else (self.hydrated_bytes, self._hydrator.hole_bytes)
 
     @property
     def _is_copy(self) -> bool:
-        """It was complete, and nobody else has changed the destination since, as far as it shows."""
+        """Whether the copy was completed, and no other program is known to have changed the destination since."""
         return self._complete and not self._device.lost
 
     @property
     def state(self) -> str:
+        """The state of the copy, in the words of `status`."""
         if self._is_copy:
             return "complete"
         if self._device.lost or self._failure or self._links[0].changed:
@@ -338,9 +359,12 @@ class Replica:
         }
 
     def map(self, cells: int) -> list[dict[str, int]]:
-        """The device in at most `cells` ranges of equal length, in order, the last perhaps shorter: how many blocks
-        each has, and how many of them are present; of these, zeros the source did not send (of what a run of ours
-        has found); on their way for the pass; and for somebody who reads them now."""
+        """Count the blocks of each of at most `cells` ranges of the device, in order.
+
+        The ranges have equal lengths, but the last may be shorter. Each is a dict of block counts:
+        `blocks`, `present`, `zero` (present zeros that were not sent), `in_flight` (on the bulk lane),
+        and `reading` (on the demand lane). `zero` counts only blocks that this run has found.
+        """
         size = max(1, -(-self._geometry.block_count // max(1, cells)))
         found = []
         for start in range(0, self._geometry.block_count, size):
@@ -348,13 +372,13 @@ class Replica:
             present, zero = self._blockmap.count(blocks)
             found.append({"blocks": len(blocks), "present": present, "zero": zero, "in_flight": 0, "reading": 0})
         for lane, name in ((self._bulk, "in_flight"), (self._demand, "reading")):
-            for block in lane.claims:
+            for block in lane.in_flight:
                 found[block // size][name] += 1
         return found
 
     @property
     def _link_error(self) -> SourceError | None:
-        """Why the source could not be reached of late, on whichever link; None if that has not happened."""
+        """The last error of a link to the source. None if no link has failed."""
         return next((link.last_error for link in self._links if link.last_error), None)
 
     def _link_status(self) -> dict[str, Any]:
@@ -363,7 +387,7 @@ class Replica:
             state = "closed"
         elif all(link.is_connected for link in self._links):
             state = "connected"
-        else:  # one that was up and is not has an error
+        else:  # a link that was up before has an error
             state = "reconnecting" if last_error else "connecting"
         return {
             "state": state,

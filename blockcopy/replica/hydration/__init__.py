@@ -1,4 +1,4 @@
-"""Hydration: blocks of the destination are compared, fetched, written, synced and recorded.
+"""Hydration: read, digest, fetch, write, sync and record the blocks of a destination.
 
-Knows no users and no mount. The replica itself may import it.
+These modules know neither users nor mounts. Only `blockcopy.replica` itself imports them.
 """

@@ -1,7 +1,7 @@
-"""The full pass: brings everything that is still missing, at the pace it is given.
+"""Background hydration: request all blocks that are still missing, at the rate that the throttle admits.
 
-It follows the reader: on from behind the latest demand to the end, then what is left from the start.
-What neither end has, holes in both, is found by asking for holes, ahead of the sweep.
+The order follows the reader. It goes from the latest demand read to the end of the device, then from the start.
+Ahead of it, a survey asks the source for its holes. Blocks that are holes at both ends need no request.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from blockcopy.replica.state.blockmap import BlockMap
 
 logger = logging.getLogger(__name__)
 
-_SURVEYED = 64 << 30
-"""Bytes of which holes are asked for at once: a bound for what the answer can take."""
+_SURVEY_BYTES = 64 << 30
+"""Bytes of the device whose holes are requested at once. This bounds the memory of an answer."""
 
 
 class BackgroundHydration:
-    """One full pass. `read_stats` is the readers' lane, `lane` the pass's own; they may be the same."""
+    """One run of background hydration over the whole device."""
 
     def __init__(
         self,
@@ -34,98 +34,104 @@ class BackgroundHydration:
         geometry: Geometry,
         blockmap: BlockMap,
         demand: Lane,
-        lane: Lane,
+        bulk: Lane,
         throttle: Throttle,
     ) -> None:
+        """Prepare a run.
+
+        `device`: the destination.
+        `demand`: the lane of the readers, whose requests are followed.
+        `bulk`: the lane of this run. It may be the same lane.
+        """
         self._hydrator = hydrator
         self._device = device
         self._geometry = geometry
         self._blockmap = blockmap
         self._demand = demand
-        self._lane = lane
+        self._bulk = bulk
         self._throttle = throttle
-        self._in_hand: set[int] = set()
+        self._in_flight: set[int] = set()
         self._error: BlockcopyError | None = None
 
     async def run(self) -> None:
-        """Return when nothing is missing but what the source cannot read.
+        """Hydrate until no block is missing, except blocks that the source cannot read.
 
-        Raises the first other error; what is in flight then still lands.
+        Raises the first other BlockcopyError, after all requests in flight have ended.
         """
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._survey)
-            # Once, unless a failed sync made it forget what it had.
+            nursery.start_soon(self._survey_holes)
+            # Once, except if a failed sync cleared the block map.
             while next(self._blockmap.fetchable(range(self._geometry.block_count)), None) is not None:
-                await self._sweep()
+                await self._request_all()
                 if self._error is not None:
-                    nursery.cancel_scope.cancel()
                     break
             nursery.cancel_scope.cancel()
         if self._error is not None:
             raise self._error
 
-    async def _sweep(self) -> None:
-        start, followed = 0, self._demand.wanted_at
+    async def _request_all(self) -> None:
+        """Request each wanted block once. Returns when all requests have ended, or one has failed."""
+        start, followed = 0, self._demand.requested_at
         async with trio.open_nursery() as nursery:
             while True:
                 await self._throttle.admit()
                 if self._error is not None:
                     break
-                if self._demand is not self._lane and self._demand.wanted_at != followed:
-                    followed = self._demand.wanted_at
-                    start = min(self._demand.wanted_up_to, self._geometry.block_count)
+                if self._demand is not self._bulk and self._demand.requested_at != followed:
+                    followed = self._demand.requested_at
+                    start = min(self._demand.requested_end, self._geometry.block_count)
                 first = self._next(range(start, self._geometry.block_count))
                 if first is None:
                     first = self._next(range(start))
                 if first is None:
                     break
                 start = self._end_of_batch(first)
-                # Blocks that are here already cost nothing: they count for no limit.
+                # Blocks that are present already cost nothing: no limit counts them.
                 count = sum(1 for _ in self._blockmap.fetchable(range(first, start)))
                 self._throttle.take(count)
-                self._in_hand.update(range(first, start))
-                nursery.start_soon(self._bring, range(first, start), count)
+                self._in_flight.update(range(first, start))
+                nursery.start_soon(self._request, range(first, start), count)
 
     def _next(self, blocks: range) -> int | None:
-        """The first that is missing and can be had, as far as is known, and that nobody here is bringing."""
-        return next((block for block in self._blockmap.fetchable(blocks) if block not in self._in_hand), None)
+        """Return the first of `blocks` that is wanted and that no request here covers. Returns None if none is."""
+        return next((block for block in self._blockmap.fetchable(blocks) if block not in self._in_flight), None)
 
     def _end_of_batch(self, first: int) -> int:
-        """Return where a batch from `first` on ends: at a block that was set aside, at the latest."""
+        """Return the block at which a batch from `first` on ends. A block that was set aside ends it early."""
         stop = min(first + self._throttle.batch_blocks, self._geometry.block_count)
         return next(filter(self._blockmap.is_unreadable, range(first, stop)), stop)
 
-    async def _bring(self, blocks: range, count: int) -> None:
+    async def _request(self, blocks: range, count: int) -> None:
         try:
-            await self._hydrator.ensure(blocks, self._lane)
+            await self._hydrator.ensure(blocks, self._bulk)
         except SourceReadError:
-            pass  # all others of them are here; what is not, the block map knows
+            pass  # the block map knows the unreadable blocks, and all others are present
         except BlockcopyError as error:
             self._error = self._error or error
         finally:
-            self._in_hand.difference_update(blocks)
+            self._in_flight.difference_update(blocks)
             self._throttle.give_back(count)
 
-    async def _survey(self) -> None:
-        """Mark what is a hole at both ends. Where that cannot be learnt, the sweep comes by all the same."""
+    async def _survey_holes(self) -> None:
+        """Mark all blocks that are holes at both ends. If holes are unknown, their blocks are requested anyway."""
         if self._device.is_block_device:
-            return  # those have no holes that show
-        for start in range(0, self._geometry.size, _SURVEYED):
+            return  # a block device shows no holes
+        for start in range(0, self._geometry.size, _SURVEY_BYTES):
             await self._throttle.admit()
-            extent = Extent(start, min(_SURVEYED, self._geometry.size - start))
+            extent = Extent(start, min(_SURVEY_BYTES, self._geometry.size - start))
             generation = self._blockmap.generation
             try:
-                holes = await self._lane.link.holes(extent, self._geometry.block_size, trio.current_time())
-                both = await trio.to_thread.run_sync(list, _common_holes(self._device, self._geometry, holes))
+                holes = await self._bulk.link.holes(extent, self._geometry.block_size, trio.current_time())
+                common = await trio.to_thread.run_sync(list, _common_holes(self._device, self._geometry, holes))
             except BlockcopyError as error:
-                logger.debug("holes of the source are not known: %s", error)
+                logger.debug("cannot find the holes of the source: %s", error)
                 return
-            for blocks in both:
-                self._hydrator.mark_zero(blocks, generation)
+            for blocks in common:
+                self._hydrator.mark_zeros(blocks, generation)
 
 
 def _common_holes(device: Device, geometry: Geometry, holes: list[Extent]) -> Iterator[range]:
-    """The blocks that lie wholly in `holes` and in holes of `device`."""
+    """Find the blocks that lie wholly in one of `holes` and wholly in a hole of `device`."""
     for hole in holes:
         start = hole.offset
         for extent in device.data_extents(*hole):

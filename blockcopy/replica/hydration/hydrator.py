@@ -1,20 +1,19 @@
-"""Makes blocks present. The one way in for reads, read-ahead and the background pass, and the one
-place that writes to the destination.
+"""The hydrator: make blocks present. Reads, read-ahead and background hydration all call `ensure`.
 
     ensure(blocks) → read own bytes → digest → ask the source → write what differs → mark
 
-Single flight: a block on its way has one `_Fetch`, and whoever else wants it waits for that. Only a
-demand read that has waited DEMAND_PATIENCE for the pass asks as well, so that it never waits for bulk
-that is slow or stands still; the pass does so after BULK_PATIENCE. The second to arrive, with the
-same bytes, is dropped, and a flight that has nothing left to bring ends. Each flight runs in the
-nursery given here, not in the task of who asked, so a reader that goes away strands nobody.
-A failed flight is forgotten: the next `ensure` tries again. Who waited for a flight of the other lane, or
-for one of more blocks than it wants, does not inherit its failure, but tries by its own means.
-A block that the source cannot read is set aside, and fails nobody but those who want it (`source_faults`).
+A fetch is one request for some blocks. All callers of `ensure` on a lane share the fetches of the lane.
+A block in flight on another lane is awaited for `Lane.hedge_after` seconds, then requested on the own lane too.
+So no reader waits for a slow bulk link, and background hydration does not wait for a stalled demand link.
+The second of two equal answers is dropped. A fetch with no missing block left is cancelled.
 
-What differs is written by the `_Writer`, in the thread that receives it. What holds after a crash or an
-error at any line of `_fetch`: a block is marked only after the write of all its bytes returned, or
-after the source said that they are equal.
+Fetches run in the nursery of the replica, not in the task of a caller. A reader that goes away fails no other.
+A failed fetch is forgotten, and the next `ensure` tries again. Its failure reaches the callers on its lane that
+want all of its blocks. All other callers request their blocks again.
+A block that the source cannot read is set aside. It fails only the callers that want it (`source_faults`).
+
+The `Writer` writes what differs, in the thread that receives it. A block is marked only after all its bytes were
+written, or after the source said that they are equal. This holds if `_fetch` crashes or fails at any line.
 """
 
 from __future__ import annotations
@@ -41,67 +40,67 @@ from blockcopy.replica.state.blockmap import BlockMap
 
 logger = logging.getLogger(__name__)
 
-DEMAND_PATIENCE = 0.05
-"""Seconds: the pass brings a block sooner than that, or the link is slow."""
-
-BULK_PATIENCE = 2
-"""Seconds: a reader's block is here by then, or its link stands still, and the pass must not."""
-
 
 class Lane:
-    """One link, and how much may be in hand for it at a time. ReadStats and bulk have one each."""
+    """A link and the bounds for what is in flight on the link.
+
+    A replica has two lanes: `demand` for readers, `bulk` for background hydration.
+    """
 
     def __init__(
-        self, link: Link, window: Window, *, batch_blocks: int, fetches: int, threads: int, patience: float
+        self, link: Link, window: Window, *, batch_blocks: int, fetches: int, threads: int, hedge_after: float
     ) -> None:
-        """At most `fetches` batches of `batch_blocks` at once; `threads` of our own that hash.
+        """Make a lane with nothing in flight.
 
-        `window`: how much of what nobody waits for yet should be on its way. `patience`: seconds to wait
-        for a block that another lane is bringing, before asking as well.
+        `window`: the blocks that may be in flight while nobody waits for them.
+        `batch_blocks`: most blocks of a fetch.
+        `fetches`: most fetches at once.
+        `threads`: most threads that read and digest the destination.
+        `hedge_after`: seconds to wait for a block in flight on another lane, before this lane requests it too.
         """
         self.link = link
         self.window = window
         self.batch_blocks = batch_blocks
-        self.patience = patience
+        self.hedge_after = hedge_after
         self.drop_behind = False
-        """It goes through a device that is larger than the page cache: what it has seen need not stay there."""
+        """Whether bytes of the destination leave the page cache once they are digested."""
         self.fetches = trio.CapacityLimiter(fetches)
         self.threads = trio.CapacityLimiter(threads)
-        self.claims: dict[int, _Fetch] = {}
-        """The blocks this lane is bringing."""
+        self.in_flight: dict[int, _Fetch] = {}
+        """The fetch of each block in flight on this lane, by block number."""
         self.active_at = -math.inf
-        """When something set off here, or landed, in trio's time."""
-        self.wanted_at = -math.inf
-        """When something set off."""
-        self.wanted_up_to = 0
-        """And the block behind it."""
+        """When a fetch last began or ended, in trio's time."""
+        self.requested_at = -math.inf
+        """When a fetch last began, in trio's time."""
+        self.requested_end = 0
+        """The block number after the last block of the latest fetch."""
 
-    def claim(self, flight: _Fetch) -> None:
-        """Its blocks are on their way."""
-        self.claims.update(dict.fromkeys(flight.blocks, flight))
-        self.active_at = self.wanted_at = trio.current_time()
-        self.wanted_up_to = flight.blocks[-1] + 1
+    def add(self, fetch: _Fetch) -> None:
+        """Put the blocks of `fetch` in flight."""
+        self.in_flight.update(dict.fromkeys(fetch.blocks, fetch))
+        self.active_at = self.requested_at = trio.current_time()
+        self.requested_end = fetch.blocks[-1] + 1
 
-    def release(self, flight: _Fetch) -> None:
-        """They are no longer."""
-        for block in flight.blocks:
-            del self.claims[block]
+    def remove(self, fetch: _Fetch) -> None:
+        """End the flight of the blocks of `fetch`."""
+        for block in fetch.blocks:
+            del self.in_flight[block]
         self.active_at = trio.current_time()
 
 
 class _Fetch:
-    """Some blocks on their way, wanted since a time of trio's."""
+    """A request for some blocks, and how it ended. `since`: when the blocks were first wanted, in trio's time."""
 
     def __init__(self, blocks: Sequence[int], since: float) -> None:
         self.blocks = blocks
         self.since = since
         self.scope = trio.CancelScope()
-        self.landed = trio.Event()
+        self.ended = trio.Event()
         self.error: BlockcopyError | None = None
 
 
 class Hydrator:
-    """See the module. `complete` is set when no block is missing any more."""
+    """The one that makes blocks of a destination present. Call from trio's thread only."""
 
     def __init__(
         self,
@@ -113,108 +112,129 @@ class Hydrator:
         *,
         sparse: bool = True,
     ) -> None:
-        """`sparse`: zeros are written as holes where that can be."""
+        """Make a hydrator whose fetches run in `nursery`.
+
+        `lanes`: all lanes that `ensure` is called with.
+        `sparse`: write zeros as holes if the device can have holes.
+        """
         self._device = device
         self._geometry = geometry
         self._blockmap = blockmap
         self._lanes = lanes
         self._nursery = nursery
         self._writer = Writer(device, geometry, blockmap, sparse=sparse)
-        self._dropping = False
+        self._dropping_cache = False
         self._faults = SourceFaults()
         self._rewritten = UnreadableRanges()
-        """Blocks of the destination that cannot be read: they are fetched, and a write may mend them."""
+        """Ranges of the destination that cannot be read. Their blocks are fetched, and a write may repair them."""
         self.hole_bytes = 0
-        """Present bytes that are holes at both ends: nothing had to be done for them."""
+        """Present bytes that are holes at both ends. They cost no work."""
         self.last_error: BlockcopyError | None = None
+        """The error of the latest failed fetch or sync, or None."""
         self.complete = trio.Event()
+        """Set when no block is missing. Replaced if blocks are missing again."""
         if blockmap.complete:
             self.complete.set()
 
     @property
     def unsynced(self) -> trio.Event:
-        """Something was written since the device was last synced. Replaced by each sync."""
+        """An event: something was written since the last sync. Each sync replaces the event."""
         return self._writer.unsynced
 
     @property
     def last_fault(self) -> SourceReadError | None:
-        """Return why the source could not read a block, of the last one that it could not."""
+        """The reason why the source could not read a block, of the latest such block. None if there is none."""
         return self._faults.last
 
     async def ensure(self, blocks: range, lane: Lane) -> None:
-        """Return when all of `blocks` are present. SourceError or DeviceError where one cannot be.
+        """Wait until all `blocks` are present, and request the missing ones on `lane`.
 
-        Raises SourceReadError if the source cannot read some of them, and all others are present.
+        Raises SourceReadError if the source cannot read some blocks; all others are present then.
+        Raises SourceError or DeviceError if a block cannot be made present.
         """
         since = trio.current_time()
-        patient = True
+        may_wait = True
         while missing := list(self._blockmap.missing(blocks)):
-            own, others, unclaimed = set(), set(), []
             wanted = [block for block in missing if not self._faults.is_known(block, since)]
             if not wanted:
                 raise copy(self._faults.error(missing[0]))
-            for block in wanted:
-                if flight := lane.claims.get(block):
-                    own.add(flight)
-                elif patient and (flight := self._claim_elsewhere(block, lane)):
-                    others.add(flight)
-                else:
-                    unclaimed.append(block)
-            for start in range(0, len(unclaimed), lane.batch_blocks):
-                own.add(self._launch(unclaimed[start : start + lane.batch_blocks], lane, since))
-            for flight in own:
-                await flight.landed.wait()
-                # Not where the other lane has brought them meanwhile; and what was read ahead for somebody may
-                # have failed of a block that is not wanted here.
+            own, others = self._fetches_of(wanted, lane, since, may_wait=may_wait)
+            for fetch in own:
+                await fetch.ended.wait()
+                # Not if the other lane has brought the blocks meanwhile. A fetch of read-ahead may have failed
+                # for a block that this caller does not want.
                 if (
-                    flight.error is not None
-                    and all(block in blocks for block in flight.blocks)
+                    fetch.error is not None
+                    and all(block in blocks for block in fetch.blocks)
                     and self._blockmap.any_missing(blocks)
                 ):
-                    raise copy(flight.error)
+                    raise copy(fetch.error)
             if others:
-                with trio.move_on_after(lane.patience) as waiting:
-                    for flight in others:
-                        await flight.landed.wait()
-                patient = not waiting.cancelled_caught and all(flight.error is None for flight in others)
+                with trio.move_on_after(lane.hedge_after) as waiting:
+                    for fetch in others:
+                        await fetch.ended.wait()
+                may_wait = not waiting.cancelled_caught and all(fetch.error is None for fetch in others)
 
-    def _claim_elsewhere(self, block: int, lane: Lane) -> _Fetch | None:
+    def _fetches_of(
+        self, blocks: list[int], lane: Lane, since: float, *, may_wait: bool
+    ) -> tuple[set[_Fetch], set[_Fetch]]:
+        """Find or start the fetches of missing blocks.
+
+        Returns the fetches of `lane`, and those of other lanes. Without `may_wait`, other lanes do not count.
+        """
+        own, others, idle = set(), set(), []
+        for block in blocks:
+            if fetch := lane.in_flight.get(block):
+                own.add(fetch)
+            elif may_wait and (fetch := self._in_flight_elsewhere(block, lane)):
+                others.add(fetch)
+            else:
+                idle.append(block)
+        for start in range(0, len(idle), lane.batch_blocks):
+            own.add(self._start_fetch(idle[start : start + lane.batch_blocks], lane, since))
+        return own, others
+
+    def _in_flight_elsewhere(self, block: int, lane: Lane) -> _Fetch | None:
         return next(
-            (other.claims[block] for other in self._lanes if other is not lane and block in other.claims), None
+            (other.in_flight[block] for other in self._lanes if other is not lane and block in other.in_flight),
+            None,
         )
 
-    def _launch(self, blocks: Sequence[int], lane: Lane, since: float) -> _Fetch:
-        flight = _Fetch(blocks, since)
-        lane.claim(flight)
-        self._nursery.start_soon(self._fly, flight, lane)
-        return flight
+    def _start_fetch(self, blocks: Sequence[int], lane: Lane, since: float) -> _Fetch:
+        fetch = _Fetch(blocks, since)
+        lane.add(fetch)
+        self._nursery.start_soon(self._run, fetch, lane)
+        return fetch
 
-    async def _fly(self, flight: _Fetch, lane: Lane) -> None:
-        blocks = flight.blocks
-        flight.error = SourceError("the replica is being closed")  # if this task is cancelled
+    async def _run(self, fetch: _Fetch, lane: Lane) -> None:
+        blocks = fetch.blocks
+        fetch.error = SourceError("the replica is being closed")  # if this task is cancelled
         try:
-            with flight.scope:
+            with fetch.scope:
                 async with lane.fetches:
-                    await self._fetch(blocks, lane, flight.since)
-            flight.error = None
+                    await self._fetch(blocks, lane, fetch.since)
+            fetch.error = None
         except BlockcopyError as error:
-            flight.error = self.last_error = error
+            fetch.error = self.last_error = error
         except Exception as error:
-            # A fault of ours: whoever waits gets an error, not silence, and the others go on.
-            logger.exception("blocks %d to %d cannot be fetched", blocks[0], blocks[-1])
-            flight.error = self.last_error = BlockcopyError(f"internal error: {error!r}")
+            # A bug: the callers get an error and not silence, and all other fetches go on.
+            logger.exception("internal error: cannot fetch blocks %d to %d", blocks[0], blocks[-1])
+            fetch.error = self.last_error = BlockcopyError(f"internal error: {error!r}")
         finally:
-            lane.release(flight)
-            flight.landed.set()
+            lane.remove(fetch)
+            fetch.ended.set()
 
-    def _overtake(self, blocks: Sequence[int], lane: Lane) -> None:
-        """Flights of other lanes that have nothing left to bring need not go on, nor who waits for them."""
+    def _cancel_redundant(self, blocks: Sequence[int], lane: Lane) -> None:
+        """Cancel fetches in other lanes whose blocks are all present now, and so wake their waiters.
+
+        `blocks`: the blocks that `lane` has just brought.
+        """
         for other in self._lanes:
-            if other is lane or not other.claims:
+            if other is lane or not other.in_flight:
                 continue
-            for flight in {other.claims[block] for block in blocks if block in other.claims}:
-                if not self._blockmap.any_missing(flight.blocks):
-                    flight.scope.cancel()
+            for fetch in {other.in_flight[block] for block in blocks if block in other.in_flight}:
+                if not self._blockmap.any_missing(fetch.blocks):
+                    fetch.scope.cancel()
 
     async def _fetch(self, blocks: Sequence[int], lane: Lane, since: float) -> None:
         digest = await lane.link.digest(since)
@@ -228,14 +248,14 @@ class Hydrator:
             self._rewritten,
             drop_behind=lane.drop_behind,
         )
-        asked = await trio.to_thread.run_sync(read, limiter=lane.threads)
+        signatures = await trio.to_thread.run_sync(read, limiter=lane.threads)
         asked_at = trio.current_time()
-        answer = await lane.link.ask(asked, self._writer, since)
+        answer = await lane.link.ask(signatures, self._writer, since)
         lane.window.record_fetch(len(blocks), trio.current_time() - asked_at)
-        if self._blockmap.generation != generation or self._dropping:
-            return  # a sync failed meanwhile: what was read, or written, may be gone again
+        if self._blockmap.generation != generation or self._dropping_cache:
+            return  # a sync failed meanwhile: what was read or written may be lost again
         self._mark(blocks, answer)
-        self._overtake(blocks, lane)
+        self._cancel_redundant(blocks, lane)
 
     def _mark(self, blocks: Sequence[int], answer: Answer) -> None:
         for extent in answer.data:
@@ -252,9 +272,13 @@ class Hydrator:
         if self._blockmap.complete:
             self.complete.set()
 
-    def mark_zero(self, blocks: range, generation: int) -> None:
-        """The `blocks` are zeros at both ends, as was found while the block map had that `generation`."""
-        if self._blockmap.generation == generation and not self._dropping:
+    def mark_zeros(self, blocks: range, generation: int) -> None:
+        """Mark `blocks`, which are holes at both ends, as present.
+
+        `generation`: the generation of the block map when the holes were found. The call does nothing if a sync
+        has failed since.
+        """
+        if self._blockmap.generation == generation and not self._dropping_cache:
             before = self._blockmap.present_bytes
             self._blockmap.mark(blocks, "zero")
             self.hole_bytes += self._blockmap.present_bytes - before
@@ -262,34 +286,36 @@ class Hydrator:
                 self.complete.set()
 
     async def sync(self) -> bool:
-        """Return when all that is marked is durable. Returns False if it was before.
+        """Make all marked blocks durable. Returns False if they were durable before.
 
-        DeviceError where the device cannot say so. Then the kernel may have dropped what was
-        written, and reads may give the old bytes: nothing is known any more, all is checked again.
+        Raises DeviceError if the sync fails. The kernel may then have dropped written bytes and return old ones.
+        So no block counts as present any more, and all are checked again.
         """
         try:
             return await self._writer.sync()
         except DeviceError as error:
             self.last_error = error
-            await self._forget_cached()
+            await self.forget_cached()
             raise
 
-    async def _forget_cached(self) -> None:
-        """What the cache has is not what the disk has, and would be found equal: drop it.
+    async def forget_cached(self) -> None:
+        """Mark all blocks as missing, and drop the page cache of the destination. Call after a failed sync.
 
-        Forgotten before, so that no reader takes what is dropped from under it for the source's bytes; and
-        nothing is marked meanwhile, of what may have been read before it was dropped.
+        The cache holds bytes that no disk has, and the next check would find them equal to the source.
+        Raises DeviceError if the cache cannot be dropped.
         """
-        self._dropping = True
+        # Forget before, so that no reader takes bytes for the source's while they are dropped.
+        # Mark nothing meanwhile, and forget again: something may have been read before it was dropped.
+        self._dropping_cache = True
         self.forget()
         try:
             await trio.to_thread.run_sync(self._device.drop_cache)
         finally:
             self.forget()
-            self._dropping = False
+            self._dropping_cache = False
 
     def forget(self) -> None:
-        """Nothing is known any more: every block has to be checked again."""
+        """Mark all blocks as missing, so that each is checked again."""
         self._blockmap.clear()
         self._faults = SourceFaults()
         self.hole_bytes = 0

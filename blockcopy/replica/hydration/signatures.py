@@ -1,4 +1,4 @@
-"""The destination's blocks as questions to the source: read, and digested. In worker threads.
+"""Signatures of the destination: its blocks, read and digested, as requests to the source.
 
 Holes are not read, and zeros are not hashed: the digest of zeros is known.
 """
@@ -29,24 +29,26 @@ def read_signatures(
     *,
     drop_behind: bool = False,
 ) -> list[Signatures]:
-    """What to ask about ascending `blocks`; neighbours are one question. DeviceError where the device ends before.
+    """Read `blocks` of `device` and digest them. Call from a worker thread: this blocks.
 
-    Blocks that cannot be read are asked for whatever they are, and added to `unreadable`.
-    `drop_behind`: they are not going to be read again soon, and need not stay in the page cache.
+    `blocks`: block numbers, ascending. Consecutive blocks share one `Signatures`, up to `wire.MAX_ASKED` bytes.
+    `unreadable`: collects blocks that cannot be read. Their digest is one that no block has, so they are fetched.
+    `drop_behind`: drop the bytes from the page cache afterwards, because nobody will read them again soon.
+    Raises DeviceError if the device ends early.
     """
-    most = MAX_ASKED // geometry.block_size
-    asked = [
-        _question(device, geometry, run[start : start + most], digest, unreadable)
+    max_blocks = MAX_ASKED // geometry.block_size
+    found = [
+        _signatures(device, geometry, run[start : start + max_blocks], digest, unreadable)
         for run in block_runs(blocks)
-        for start in range(0, len(run), most)
+        for start in range(0, len(run), max_blocks)
     ]
     if drop_behind:
-        for question in asked:
-            device.drop_behind(question.position, question.length)
-    return asked
+        for each in found:
+            device.drop_behind(each.position, each.length)
+    return found
 
 
-def _question(
+def _signatures(
     device: Device, geometry: Geometry, run: range, digest: Digest, unreadable: UnreadableRanges
 ) -> Signatures:
     offset, end = geometry.extent(run[0]).offset, geometry.extent(run[-1]).end
@@ -66,18 +68,18 @@ def _digests(
             try:
                 found = _digests_of(piece, view, block_size, digest, {})
             finally:
-                whole = piece.release_view(device)
-            if whole:
+                is_valid = piece.release_view(device)
+            if is_valid:
                 yield from found
                 continue
         buffer = _buffer()
-        there, errors = piece.read_skipping_errors(device, buffer, block_size)
+        count, errors = piece.read_skipping_errors(device, buffer, block_size)
         for at, error in errors.items():
             unreadable.add(Extent(*piece.block(at, block_size)[:2]), str(error))
-        if there < piece.length:  # what is not there is no hole
+        if count < piece.length:  # bytes beyond the end are no hole
             raise DeviceError(
                 f"cannot read {piece.length} bytes at {position} of {device.path}: "
-                f"it is shorter than it was, and ends after {there}"
+                f"it is shorter than it was, and ends after {count}"
             )
         yield from _digests_of(piece, buffer, block_size, digest, errors)
 
@@ -95,7 +97,7 @@ def _digests_of(
 
 
 def _buffer() -> memoryview:
-    """One a thread, for as long as that lives."""
+    """Return the buffer of this thread. Each thread has one, for as long as the thread lives."""
     if not hasattr(_own, "buffer"):
         _own.buffer = memoryview(bytearray(PIECE_SIZE))
     found: memoryview = _own.buffer

@@ -1,4 +1,4 @@
-"""How fast the full pass may go: not at all while paused, within a limit, and little beside readers."""
+"""The throttle of background hydration: pause, rate limit, and room for readers."""
 
 from __future__ import annotations
 
@@ -11,33 +11,45 @@ from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.replica.source.window import Window
 
 BATCH_BLOCKS = 256
-"""Blocks asked for as one, at most: 32 MiB, so that what it costs to ask hardly counts."""
+"""Most blocks of one batch: 32 MiB, so that the cost of a request hardly counts."""
 
 _YIELDING_BLOCKS = 4
-"""Blocks in hand while readers wait: what they may have to wait behind, and what keeps the pass going."""
+"""Most blocks in flight while readers wait.
+
+A reader may have to wait behind these blocks. They also keep background hydration going.
+"""
 
 _YIELDING_SECONDS = 0.25
-"""How long after a demand the next one is expected."""
+"""Seconds after a demand read within which the next demand read is expected."""
 
 _LIMITED_SECONDS = 0.25
-"""With a limit, a batch is at most what that lets through in this time, so that it comes evenly."""
+"""Seconds of the rate limit that one batch may use up. Small batches make an even flow."""
 
 
 class Throttle:
-    """See the module. `demanded_at` tells when a reader last had to wait, in trio's time."""
+    """An admission control for batches of blocks. Call from trio's thread only.
+
+    A caller awaits `admit`, calls `take` for the batch, and `give_back` when the batch has ended.
+    """
 
     def __init__(self, window: Window, demanded_at: Callable[[], float], limit: int | None = None) -> None:
-        """`window`: blocks in hand, at most. `limit` in bytes a second, of all that the pass goes through."""
+        """Make a throttle that is not paused.
+
+        `window`: the most blocks in flight.
+        `demanded_at`: returns when a reader last had to wait, in trio's time.
+        `limit`: bytes per second, of all blocks that background hydration looks at. None: no limit.
+        """
         self._window = window
         self._demanded_at = demanded_at
         self._limit = limit
         self._paused = False
-        self._in_hand = 0  # blocks
-        self._free_at = -math.inf  # when the limit lets the next batch through
+        self._in_flight = 0  # blocks
+        self._free_at = -math.inf  # when the limit admits the next batch
         self._changed = trio.Event()
 
     @property
     def paused(self) -> bool:
+        """Whether no batch is admitted. Assign True to pause, False to resume."""
         return self._paused
 
     @paused.setter
@@ -47,6 +59,7 @@ class Throttle:
 
     @property
     def limit(self) -> int | None:
+        """The rate limit in bytes per second, or None. A new limit holds at once."""
         return self._limit
 
     @limit.setter
@@ -57,28 +70,28 @@ class Throttle:
 
     @property
     def batch_blocks(self) -> int:
-        """Blocks that the next batch should have."""
-        most = _YIELDING_BLOCKS if self._yields else min(BATCH_BLOCKS, self._window.blocks // 4)
+        """The most blocks that the next batch may have, at least 1."""
+        blocks = _YIELDING_BLOCKS if self._yields else min(BATCH_BLOCKS, self._window.blocks // 4)
         if self._limit is not None:
-            most = min(most, int(self._limit * _LIMITED_SECONDS / BLOCK_SIZE))
-        return max(1, most)
+            blocks = min(blocks, int(self._limit * _LIMITED_SECONDS / BLOCK_SIZE))
+        return max(1, blocks)
 
     @property
     def _yields(self) -> bool:
         return trio.current_time() - self._demanded_at() < _YIELDING_SECONDS
 
     async def admit(self) -> None:
-        """Return when a batch of `batch_blocks` may be asked for; then `take` it."""
+        """Wait until a batch of `batch_blocks` may be requested. The caller calls `take` next."""
         while self._paused or trio.current_time() < self._free_at or not self._has_room():
-            with trio.move_on_at(self._look_again_at()):
+            with trio.move_on_at(self._recheck_at()):
                 await self._changed.wait()
 
     def _has_room(self) -> bool:
-        window = _YIELDING_BLOCKS if self._yields else self._window.blocks
-        return self._in_hand + self.batch_blocks <= window or not self._in_hand
+        max_blocks = _YIELDING_BLOCKS if self._yields else self._window.blocks
+        return self._in_flight + self.batch_blocks <= max_blocks or not self._in_flight
 
-    def _look_again_at(self) -> float:
-        """When time alone can have changed the answer."""
+    def _recheck_at(self) -> float:
+        """Return when time alone can change the answer of `admit`, in trio's time."""
         if self._paused:
             return math.inf
         if self._free_at > trio.current_time():
@@ -86,14 +99,14 @@ class Throttle:
         return self._demanded_at() + _YIELDING_SECONDS if self._yields else math.inf
 
     def take(self, blocks: int) -> None:
-        """So many blocks are in hand from now on, until they are given back."""
-        self._in_hand += blocks
+        """Count a number of `blocks` as in flight, until `give_back`. The rate limit counts them too."""
+        self._in_flight += blocks
         if self._limit is not None:
             self._free_at = max(self._free_at, trio.current_time()) + blocks * BLOCK_SIZE / self._limit
 
     def give_back(self, blocks: int) -> None:
-        """They are present, or have failed."""
-        self._in_hand -= blocks
+        """Count a number of `blocks` as no longer in flight: they are present, or have failed."""
+        self._in_flight -= blocks
         self._wake()
 
     def _wake(self) -> None:
