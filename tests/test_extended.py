@@ -21,7 +21,7 @@ from blockcopy.protocol.digests import NO_DIGEST
 from blockcopy.protocol.wire import (
     Asks,
     Data,
-    Digests,
+    DigestName,
     Done,
     Failure,
     Fence,
@@ -60,7 +60,7 @@ def stream_of(*messages: Message) -> bytes:
     return b"".join(map(encode, messages))
 
 
-def decoded(stream: bytes, grammar: wire.Grammar = wire.AGREED_BLOCK_STREAM) -> list[Message]:
+def decoded(stream: bytes, grammar: wire.Grammar = wire.NEGOTIATED_BLOCK_STREAM) -> list[Message]:
     decoder = Decoder(grammar)
     decoder.feed(stream)
     return list(iter(decoder.next, None))
@@ -74,7 +74,7 @@ def asks(data: bytes, position: int = 0, block_size: int = B, digest: digests.Di
 
 def extended(path: object, *messages: Message, options: tuple[object, ...] = ()) -> list[Message]:
     """The answers over pipes; `done` is left out."""
-    done = run("retrieve", *options, path, input=stream_of(Digests("sha256"), *messages, DONE))
+    done = run("retrieve", *options, path, input=stream_of(DigestName("sha256"), *messages, DONE))
     assert (done.returncode, done.stderr) == (0, b"")
     *found, last = decoded(done.stdout, wire.BLOCK_STREAM)
     assert last == DONE
@@ -196,7 +196,7 @@ def test_a_huge_hole_is_passed_over(tmp_path: Path) -> None:
     assert agreed(path, Hole(0, 2**50))[0] == Hole(0, 2**42)
     done = run("checksum", "--digest", "sha256", path)
     assert [type(each) for each in decoded(done.stdout, wire.HASH_STREAM)] == [
-        Digests,
+        DigestName,
         Zero,
         Asks,
         Zero,
@@ -300,21 +300,23 @@ def test_no_such_question_without_an_opening(source: Callable[[bytes], Path], me
     assert b"before `helo`" in done.stderr
 
 
-@pytest.mark.parametrize("message", [Hole(0, 5), Fence(1), Hello({}), Digests("sha256")])
+@pytest.mark.parametrize("message", [Hole(0, 5), Fence(1), Hello({}), DigestName("sha256")])
 def test_over_pipes_there_is_nothing_of_the_agreed_form(source: Callable[[bytes], Path], message: Message) -> None:
-    done = run("retrieve", source(noise(100)), input=stream_of(Digests("sha256"), message, DONE))
+    done = run("retrieve", source(noise(100)), input=stream_of(DigestName("sha256"), message, DONE))
     assert (done.returncode, done.stdout) == (1, b"")
 
 
 def test_digests_of_another_length_are_refused(source: Callable[[bytes], Path]) -> None:
-    done = run("retrieve", source(noise(100)), input=stream_of(Digests("sha256"), Asks(0, B, 100, bytes(64)), DONE))
+    done = run(
+        "retrieve", source(noise(100)), input=stream_of(DigestName("sha256"), Asks(0, B, 100, bytes(64)), DONE)
+    )
     assert (done.returncode, done.stdout) == (1, b"")
     assert b"other digests than sha256" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["md5", "", "sha256\n"])
 def test_a_digest_that_is_not_known_is_refused(source: Callable[[bytes], Path], name: str) -> None:
-    done = run("retrieve", source(noise(100)), input=stream_of(Digests(name), DONE))
+    done = run("retrieve", source(noise(100)), input=stream_of(DigestName(name), DONE))
     assert (done.returncode, done.stdout) == (1, b"")
     assert b"there is no digest" in done.stderr
 
@@ -326,7 +328,7 @@ def test_a_lone_run_is_answered_at_once(source: Callable[[bytes], Path]) -> None
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        decoder = Decoder(wire.AGREED_BLOCK_STREAM)
+        decoder = Decoder(wire.NEGOTIATED_BLOCK_STREAM)
 
         def answer() -> Message:
             assert process.stdout is not None
@@ -385,7 +387,7 @@ def test_where_the_output_is_slow_auto_compresses(source: Callable[[bytes], Path
     """A reader that takes 64 KiB at a time, and rests in between."""
     data = TEXT * 16
     command = [*BLOCKCOPY, "retrieve", "--compress", "auto", str(source(data))]
-    question = stream_of(Digests("sha256"), Rest(0), DONE)
+    question = stream_of(DigestName("sha256"), Rest(0), DONE)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -449,7 +451,7 @@ def checksummed(
     done = run("checksum", "--digest", digest, *options, path, input=input)
     assert (done.returncode, done.stderr) == (0, b"")
     opening, *found, last = decoded(done.stdout, wire.HASH_STREAM)
-    assert (opening, last) == (Digests(digest), DONE)
+    assert (opening, last) == (DigestName(digest), DONE)
     return found
 
 
@@ -486,7 +488,7 @@ def test_a_part_is_asked_in_blocks_from_its_start(source: Callable[[bytes], Path
 def test_auto_is_a_digest_of_this_host(source: Callable[[bytes], Path]) -> None:
     done = run("checksum", "--digest", "auto", source(b"abc"))
     opening = decoded(done.stdout, wire.HASH_STREAM)[0]
-    assert isinstance(opening, Digests)
+    assert isinstance(opening, DigestName)
     assert opening.name in digests.speeds()
 
 
@@ -498,7 +500,7 @@ def test_a_digest_that_this_host_has_not_is_told(tmp_path: Path, source: Callabl
     assert (done.returncode, done.stdout) == (1, b"")
     assert b"-m pip install 'blake3>=" in done.stderr
     assert run("checksum", "--digest", "auto", source(b"abc"), env=env).stdout.startswith(b"dgst")
-    refused = run("retrieve", source(b"abc"), input=stream_of(Digests("blake3"), DONE), env=env)
+    refused = run("retrieve", source(b"abc"), input=stream_of(DigestName("blake3"), DONE), env=env)
     assert (refused.returncode, refused.stdout) == (1, b"")
     assert b"-m pip install 'blake3>=" in refused.stderr
 

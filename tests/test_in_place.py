@@ -54,7 +54,7 @@ def copying(device: Device) -> Device:
 
 def as_sent(frames: Sequence[Output]) -> list[tuple[str, int, bytearray]]:
     """What comes of them, where, neighbours as one: how they are parted into frames may differ."""
-    decoder = Decoder(wire.AGREED_BLOCK_STREAM)
+    decoder = Decoder(wire.NEGOTIATED_BLOCK_STREAM)
     for each in frames:
         if isinstance(each, FromDevice):
             decoder.feed(each.header + each.device.read(each.offset, each.length))
@@ -107,7 +107,7 @@ def test_what_is_sent_is_not_copied(tmp_path: Path) -> None:
         piece = PieceScanner(device).piece(0, 2 * BLOCK_SIZE, BLOCK_SIZE)
         frames = Run(piece, BLOCK_SIZE, bytes(2 * DIGEST.size), terms).answer(device, memoryview(b""))
     assert [frame[:-1] for frame in frames] == [
-        (device, 0, 2 * BLOCK_SIZE, wire.frame_header(b"data", 0, 2 * BLOCK_SIZE))
+        (device, 0, 2 * BLOCK_SIZE, wire.frame_header(wire.Data, 0, 2 * BLOCK_SIZE))
     ]
 
 

@@ -86,7 +86,7 @@ def hello(text: str) -> bytes:
 @stable
 def test_any_greeting_is_believed_or_a_stream_error(text: str) -> None:
     """Also what is done with the facts of one that is believed, at either end."""
-    decoder = Decoder(wire.AGREED_BLOCK_STREAM)
+    decoder = Decoder(wire.NEGOTIATED_BLOCK_STREAM)
     decoder.feed(hello(text))
     try:
         message = decoder.next()

@@ -18,8 +18,8 @@ from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.digests import NO_DIGEST, digest
 from blockcopy.protocol.wire import (
-    AGREED_BLOCK_STREAM,
     BLOCK_STREAM,
+    NEGOTIATED_BLOCK_STREAM,
     Data,
     Done,
     Failure,
@@ -400,6 +400,6 @@ def test_a_fence_without_a_greeting_is_an_error(tmp_path: Path) -> None:
 
 
 def agreed_messages_of(stream: bytes) -> list[Message]:
-    decoder = Decoder(AGREED_BLOCK_STREAM)
+    decoder = Decoder(NEGOTIATED_BLOCK_STREAM)
     decoder.feed(stream)
     return list(iter(decoder.next, None))

@@ -31,9 +31,10 @@ from blockcopy.protocol.wire import (
     MAX_BLOCK_SIZE,
     Asks,
     Data,
-    Digests,
+    DigestName,
     Done,
     Hash,
+    Kind,
     Message,
     Rest,
     XzData,
@@ -364,7 +365,7 @@ def test_the_extended_form_takes_little_memory(large: Path, workers: int, most: 
     assert done.peak <= most
     run_of_nothing = Asks(0, BLOCK_SIZE, 16 * MIB, bytes(128 * 32))
     asked = [run_of_nothing._replace(position=at) for at in range(0, 64 * MIB, 16 * MIB)]
-    stream = stream_of(Digests("sha256"), *asked, DONE)
+    stream = stream_of(DigestName("sha256"), *asked, DONE)
     with open(os.devnull, "wb") as nowhere:
         sent = measured(
             "retrieve", "--compress", level, large, workers=workers, input=stream, stdout=nowhere.fileno()
@@ -390,26 +391,24 @@ def test_compression_takes_hardly_more_memory_than_with_the_original(large: Path
     assert done.peak <= 80 * MIB
 
 
-@pytest.mark.parametrize("command", [b"data", b"dlzm"])
-def test_save_takes_little_memory(large: Path, command: bytes) -> None:
-    payload = bytes(BLOCK_SIZE) if command == b"data" else lzma.compress(bytes(BLOCK_SIZE))
+@pytest.mark.parametrize("kind", [Data, XzData])
+def test_save_takes_little_memory(large: Path, kind: Kind) -> None:
+    payload = bytes(BLOCK_SIZE) if kind is Data else lzma.compress(bytes(BLOCK_SIZE))
     stage = [PYTHON, "-I", "-S", "-c", MEASURE, *BLOCKCOPY, "save", str(large)]
     with subprocess.Popen(stage, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as save:
         assert save.stdin is not None
         for at in range(0, 256 * MIB, BLOCK_SIZE):
-            save.stdin.write(frame_header(command, at, len(payload)))
+            save.stdin.write(frame_header(kind, at, len(payload)))
             save.stdin.write(payload)
         _, errors = save.communicate(b"done", timeout=PATIENCE)
     assert save.returncode == 0, errors
     assert int(errors) <= PEAK
 
 
-@pytest.mark.parametrize("command", [b"data", b"dlzm", b"dzst"])
-def test_an_oversized_frame_is_refused_before_memory_is_taken(
-    file: Callable[[bytes], Path], command: bytes
-) -> None:
+@pytest.mark.parametrize("kind", [Data, XzData, ZstdData])
+def test_an_oversized_frame_is_refused_before_memory_is_taken(file: Callable[[bytes], Path], kind: Kind) -> None:
     path = file(HELLO)
-    frame = frame_header(command, 0, 2**32 - 1) + bytes(64 * MIB)
+    frame = frame_header(kind, 0, 2**32 - 1) + bytes(64 * MIB)
     done = measured("save", path, input=frame)
     assert done.status == 1
     assert done.errors.startswith(b"ERROR (save): ")
@@ -420,7 +419,7 @@ def test_an_oversized_frame_is_refused_before_memory_is_taken(
 def test_an_oversized_frame_is_refused_before_its_bytes_come(file: Callable[[bytes], Path]) -> None:
     with saving(file(HELLO)) as process:
         assert process.stdin is not None
-        process.stdin.write(frame_header(b"data", 0, MAX_BLOCK_SIZE + 1))
+        process.stdin.write(frame_header(Data, 0, MAX_BLOCK_SIZE + 1))
         assert process.wait(PATIENCE) == 1
 
 

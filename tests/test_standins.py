@@ -204,7 +204,7 @@ def retrieve(source: Path, *options: object) -> list[str]:
 
 
 def decoded(stream: bytes) -> list[wire.Message]:
-    decoder = Decoder(wire.AGREED_BLOCK_STREAM)
+    decoder = Decoder(wire.NEGOTIATED_BLOCK_STREAM)
     decoder.feed(stream)
     return list(iter(decoder.next, None))
 
@@ -279,7 +279,7 @@ def test_death(source: Path) -> None:
 def test_standing_still(source: Path) -> None:
     with running(retrieve(source, "--stall-at", 2)) as process:
         tell(process, QUESTION)
-        decoder = Decoder(wire.AGREED_BLOCK_STREAM)
+        decoder = Decoder(wire.NEGOTIATED_BLOCK_STREAM)
         said: list[wire.Message] = []
         while len(said) < 2 and (stream := says(process, BLOCK_SIZE)):
             decoder.feed(stream)
@@ -293,7 +293,7 @@ def test_standing_still(source: Path) -> None:
 def test_a_trickle(source: Path) -> None:
     with running(retrieve(source, "--trickle-at", 2)) as process:
         tell(process, QUESTION)
-        decoder = Decoder(wire.AGREED_BLOCK_STREAM)
+        decoder = Decoder(wire.NEGOTIATED_BLOCK_STREAM)
         said: list[wire.Message] = []
         while len(said) < 2 and (stream := says(process, BLOCK_SIZE)):
             decoder.feed(stream)

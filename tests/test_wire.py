@@ -9,15 +9,15 @@ from blockcopy.errors import StreamError, TruncatedStreamError
 from blockcopy.protocol import wire
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.wire import (
-    AGREED_BLOCK_STREAM,
     BLOCK_STREAM,
     HASH_STREAM,
     MAX_ASKED,
     MAX_BLOCK_SIZE,
     MAX_TEXT_SIZE,
+    NEGOTIATED_BLOCK_STREAM,
     Asks,
     Data,
-    Digests,
+    DigestName,
     Done,
     Failure,
     Fence,
@@ -53,7 +53,7 @@ BLOCKS: list[Message] = [
     Done(),
 ]
 EXTENDED_HASHES: list[Message] = [
-    Digests("blake3"),
+    DigestName("blake3"),
     Asks(0, 131072, 131073, DIGEST),
     Asks(MAX_POSITION - 64, 4096, 64, bytes(32)),
     Zero(0, MAX_POSITION),
@@ -67,7 +67,7 @@ EXTENDED_BLOCKS: list[Message] = [
     Data(0, b"zero"),
     Done(),
 ]
-AGREED_HASHES: list[Message] = [
+NEGOTIATED_HASHES: list[Message] = [
     Hello({"protocol": 1}),
     Hash(7, 9, DIGEST),
     Hole(0, 2**40),
@@ -75,7 +75,7 @@ AGREED_HASHES: list[Message] = [
     Fence(2**64 - 1),
     Done(),
 ]
-AGREED_BLOCKS: list[Message] = [
+NEGOTIATED_BLOCKS: list[Message] = [
     Hello({"size": 12, "program": "größer"}),
     Data(0, b"fenc"),
     Failure(131072, "cannot read — the disk is on fire"),
@@ -92,8 +92,8 @@ STREAMS = pytest.mark.parametrize(
         (BLOCK_STREAM, BLOCKS),
         (HASH_STREAM, EXTENDED_HASHES),
         (BLOCK_STREAM, EXTENDED_BLOCKS),
-        (HASH_STREAM, AGREED_HASHES),
-        (AGREED_BLOCK_STREAM, AGREED_BLOCKS),
+        (HASH_STREAM, NEGOTIATED_HASHES),
+        (NEGOTIATED_BLOCK_STREAM, NEGOTIATED_BLOCKS),
     ],
 )
 
@@ -113,7 +113,7 @@ def messages_of(decoder: Decoder) -> list[Message]:
         (Done(), b"done"),
         (Hello({"size": 7}), b"helo" + bytes(3) + b'\x0b{"size": 7}'),
         (Fence(258), b"fenc" + bytes(6) + b"\x01\x02"),
-        (Digests("any"), b"dgst" + bytes(3) + b"\x03any"),
+        (DigestName("any"), b"dgst" + bytes(3) + b"\x03any"),
         (
             Asks(1, 4096, 5000, b"0123"),
             b"asks" + bytes(7) + b"\x01" + b"\0\0\x10\0" + b"\0\0\x13\x88" + b"\0\0\0\x04" + b"0123",
@@ -129,7 +129,7 @@ def test_bytes_are_as_the_format_has_them(message: Message, encoded: bytes) -> N
 
 
 def test_a_frame_header_is_what_stands_before_the_payload() -> None:
-    assert wire.frame_header(b"data", 5, 3) + b"abc" == encode(Data(5, b"abc"))
+    assert wire.frame_header(wire.Data, 5, 3) + b"abc" == encode(Data(5, b"abc"))
 
 
 @STREAMS
@@ -138,7 +138,7 @@ def test_what_is_encoded_is_decoded(grammar: Grammar, messages: list[Message]) -
     decoder.feed(b"".join(map(encode, messages)))
     assert messages_of(decoder) == messages
     assert decoder.done
-    decoder.end()
+    decoder.feed_eof()
 
 
 @STREAMS
@@ -152,16 +152,16 @@ def test_what_is_put_into_the_room_is_decoded(grammar: Grammar, messages: list[M
     at = 0
     found = b""
     while at < len(stream):
-        room = decoder.room()
+        room = decoder.get_buffer()
         count = min(step, len(room), len(stream) - at)
         assert count
         room[:count] = stream[at : at + count]
-        decoder.filled(count)
+        decoder.buffer_updated(count)
         at += count
         found += b"".join(map(encode, iter(decoder.next, None)))
     assert found == stream
     assert decoder.done
-    decoder.end()
+    decoder.feed_eof()
 
 
 @STREAMS
@@ -174,7 +174,7 @@ def test_a_stream_may_be_split_anywhere(grammar: Grammar, messages: list[Message
         found = messages_of(decoder)
         decoder.feed(stream[split:])
         assert found + messages_of(decoder) == short, split
-        decoder.end()
+        decoder.feed_eof()
 
 
 @STREAMS
@@ -324,7 +324,7 @@ def test_an_end_without_done_is_an_error_wherever_it_comes(grammar: Grammar, mes
         delivered = messages_of(decoder)
         assert not decoder.done
         with pytest.raises(TruncatedStreamError):
-            decoder.end()
+            decoder.feed_eof()
         assert b"".join(map(encode, delivered)) == stream[: len(b"".join(map(encode, delivered)))]
 
 
@@ -332,9 +332,9 @@ def test_an_end_inside_a_message_is_told_apart() -> None:
     whole, cut = Decoder(BLOCK_STREAM), Decoder(BLOCK_STREAM)
     cut.feed(b"da")
     with pytest.raises(TruncatedStreamError, match="without `done`"):
-        whole.end()
+        whole.feed_eof()
     with pytest.raises(TruncatedStreamError, match="in the middle of a message, after 2 bytes"):
-        cut.end()
+        cut.feed_eof()
 
 
 def test_nothing_is_read_behind_done() -> None:
@@ -342,7 +342,7 @@ def test_nothing_is_read_behind_done() -> None:
     decoder.feed(b"done" + encode(Data(0, b"abc")) + b"junk")
     assert decoder.next() == Done()
     assert decoder.next() is None
-    decoder.end()
+    decoder.feed_eof()
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_nothing_is_read_behind_done() -> None:
     ],
 )
 def test_a_greeting_or_a_reason_that_is_none(stream: bytes) -> None:
-    decoder = Decoder(AGREED_BLOCK_STREAM)
+    decoder = Decoder(NEGOTIATED_BLOCK_STREAM)
     decoder.feed(stream)
     with pytest.raises(StreamError):
         decoder.next()

@@ -24,7 +24,7 @@ from blockcopy.protocol.wire import (
     MAX_BLOCK_SIZE,
     Asks,
     Data,
-    Digests,
+    DigestName,
     Done,
     Failure,
     Fence,
@@ -78,12 +78,12 @@ GRAMMARS = pytest.mark.parametrize(
     [
         pytest.param(
             wire.HASH_STREAM,
-            ASKS | GREETINGS | FENCES | RUNS | ZEROS | HOLES | st.builds(Digests, st.text(max_size=9)),
+            ASKS | GREETINGS | FENCES | RUNS | ZEROS | HOLES | st.builds(DigestName, st.text(max_size=9)),
             id="hashes",
         ),
         pytest.param(wire.BLOCK_STREAM, EXTENDED_FRAMES, id="blocks"),
         pytest.param(
-            wire.AGREED_BLOCK_STREAM, EXTENDED_FRAMES | GREETINGS | FENCES | FAILURES | HOLES, id="agreed"
+            wire.NEGOTIATED_BLOCK_STREAM, EXTENDED_FRAMES | GREETINGS | FENCES | FAILURES | HOLES, id="agreed"
         ),
     ],
 )
@@ -127,10 +127,10 @@ def in_the_room(decoder: Decoder, parts: Iterable[bytes]) -> bytes:
     found = b""
     for part in parts:
         while part:
-            room = decoder.room()
+            room = decoder.get_buffer()
             count = min(len(part), len(room))
             room[:count] = part[:count]
-            decoder.filled(count)
+            decoder.buffer_updated(count)
             part = part[count:]
             found += encode_all(iter(decoder.next, None))
     return found
@@ -147,7 +147,7 @@ def test_a_stream_is_decoded_however_it_is_cut(
     for parts in ([stream], in_bytes(stream), data.draw(pieces(stream))):
         decoder = Decoder(grammar)
         assert decode(decoder, parts) == sent
-        decoder.end()
+        decoder.feed_eof()
         assert in_the_room(Decoder(grammar), parts) == stream
 
 
@@ -164,7 +164,7 @@ def test_what_comes_before_a_cut_is_delivered_and_the_cut_is_told(
     decoder = Decoder(grammar)
     assert decode(decoder, data.draw(pieces(stream[:cut]))) == sent[: sum(end <= cut for end in ends)]
     with pytest.raises(TruncatedStreamError):
-        decoder.end()
+        decoder.feed_eof()
 
 
 SMALL = 128
@@ -173,7 +173,7 @@ SMALL = 128
 
 def shrink(grammar: Grammar) -> Grammar:
     return {
-        command: layout if layout.most_payload is None else layout._replace(most_payload=SMALL)
+        command: layout if layout.max_payload is None else layout._replace(max_payload=SMALL)
         for command, layout in grammar.items()
     }
 
@@ -205,8 +205,8 @@ def test_any_bytes_are_messages_or_a_stream_error_in_bounded_memory(
 
 
 def test_no_payload_is_waited_for_that_is_larger_than_a_block() -> None:
-    for grammar in (wire.HASH_STREAM, wire.BLOCK_STREAM, wire.AGREED_BLOCK_STREAM):
-        assert all((layout.most_payload or 0) <= MAX_BLOCK_SIZE for layout in grammar.values())
+    for grammar in (wire.HASH_STREAM, wire.BLOCK_STREAM, wire.NEGOTIATED_BLOCK_STREAM):
+        assert all((layout.max_payload or 0) <= MAX_BLOCK_SIZE for layout in grammar.values())
 
 
 def test_what_follows_done_is_not_held() -> None:
@@ -218,7 +218,7 @@ def test_what_follows_done_is_not_held() -> None:
 
 def test_a_greeting_that_is_nested_too_deeply_is_a_stream_error() -> None:
     text = b"[" * wire.MAX_TEXT_SIZE
-    decoder = Decoder(wire.AGREED_BLOCK_STREAM)
+    decoder = Decoder(wire.NEGOTIATED_BLOCK_STREAM)
     decoder.feed(b"helo" + len(text).to_bytes(4, "big") + text)
     with pytest.raises(StreamError):
         decoder.next()
@@ -226,7 +226,7 @@ def test_a_greeting_that_is_nested_too_deeply_is_a_stream_error() -> None:
 
 def test_a_reason_may_name_a_path_that_is_no_utf_8() -> None:
     """Python has such a path's bytes as surrogates (`os.fsdecode`)."""
-    decoder = Decoder(wire.AGREED_BLOCK_STREAM)
+    decoder = Decoder(wire.NEGOTIATED_BLOCK_STREAM)
     decoder.feed(encode(Failure(0, "cannot read /srv/\udcff")))
     assert isinstance(decoder.next(), Failure)
 

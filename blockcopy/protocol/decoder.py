@@ -1,61 +1,70 @@
-"""Bytes of a stream → its messages (see `wire`). No I/O, no role; threads and trio tasks use the same.
+"""The parser of both streams: bytes in, messages (see `wire`) out. Does no I/O. Threads and trio tasks can use it.
 
-Whatever a peer sends is a message, a wait for more, or a StreamError, in bounded memory.
+Any bytes of a peer give a message, a wait for more bytes, or a StreamError. Memory is bounded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Callable
+
 from blockcopy.block.buffers import Buffer
-from blockcopy.block.geometry import MAX_POSITION
 from blockcopy.errors import StreamError, TruncatedStreamError
-from blockcopy.protocol.wire import (
-    FRAME_SIZE,
-    MAX_ASKED,
-    MAX_BLOCK_SIZE,
-    MIN_ASKED_BLOCK,
-    Asks,
-    Done,
-    Grammar,
-    Hash,
-    Hole,
-    LegacyHash,
-    Message,
-    Rest,
-    Zero,
-)
+from blockcopy.protocol.wire import FRAME_SIZE, MAX_BLOCK_SIZE, Done, Grammar, Message
 
 _COMMAND_SIZE = 4
 
-_LONG = 64 * 1024
-"""A message of this size is read to its end and no further, so that the next one begins where nothing
-has to be moved for it."""
+_LARGE = 64 * 1024
+"""Messages of this many bytes are read to their end only. The next message then begins at the buffer's front,
+and no bytes have to move."""
 
-_CAPACITY = _COMMAND_SIZE + FRAME_SIZE + MAX_BLOCK_SIZE + _LONG
+_CAPACITY = _COMMAND_SIZE + FRAME_SIZE + MAX_BLOCK_SIZE + _LARGE
 
 
 class Decoder:
-    """Bytes in, messages out (`next`). Holds at most one incomplete message, in a buffer of fixed size.
+    """An incremental parser of one stream, whose commands `grammar` lists. Not thread-safe.
 
-    Bytes come in by `feed`, which copies them, or into `room`, told by `filled`, which is without a
-    copy: then the payloads of messages are views of the buffer, good until `room` is asked for again.
-    Every size and position is checked before the bytes it promises are waited for.
+    `messages` reads and parses a whole stream. Otherwise, give bytes by `feed`, which copies them. Or write bytes
+    into `get_buffer()`, call `buffer_updated`, and then take messages by `next`. Payloads are then views of the
+    buffer, and valid until the next `get_buffer`. Holds at most one incomplete message. Sizes and positions are
+    checked before their payload is awaited.
     """
 
     def __init__(self, grammar: Grammar) -> None:
         self._grammar = grammar
         self._buffer = memoryview(bytearray(0))
-        self._at = 0  # where the next message begins in the buffer
-        self._end = 0  # where what was fed ends
-        self._needed = 0  # bytes that the incomplete message has in all, as far as is known
+        self._at = 0  # start of the next message in the buffer
+        self._end = 0  # end of the received bytes in the buffer
+        self._needed = 0  # known size of the incomplete message
         self._done = False
 
     @property
     def done(self) -> bool:
-        """`done` has been read: whatever follows does not belong to the stream."""
+        """Whether `done` was read. All further bytes are ignored."""
         return self._done
 
-    def room(self) -> memoryview:
-        """Where the next bytes of the stream go; then say how many by `filled`. Ends the use of all payloads."""
+    def messages(self, read_into: Callable[[memoryview], int]) -> Iterator[Message | None]:
+        """Read a stream up to `done`, and iterate over its messages. Yields None before each read.
+
+        `read_into`: fills a buffer with the bytes that are at hand, waits for at least one byte, and returns their
+        number, or 0 at the end. The reader may use the pause at None, as the read can wait.
+
+        Raises TruncatedStreamError if the stream ends without `done`, and StreamError if it contains anything but
+        messages.
+        """
+        while not self._done:
+            message = self.next()
+            if message is not None:
+                yield message
+                continue
+            yield None
+            count = read_into(self.get_buffer())
+            if not count:
+                self.feed_eof()
+            self.buffer_updated(count)
+
+    def get_buffer(self) -> memoryview:
+        """Return the buffer for the next bytes. Invalidates all payloads. Call `buffer_updated` afterwards."""
         if len(self._buffer) != _CAPACITY:
             self._replace_buffer(bytearray(_CAPACITY))
         elif self._at:
@@ -63,15 +72,15 @@ class Decoder:
             self._buffer[:rest] = bytes(self._buffer[self._at : self._end])
             self._at, self._end = 0, rest
         missing = self._needed - self._end
-        return self._buffer[self._end :][: missing if missing > 0 and self._needed >= _LONG else None]
+        return self._buffer[self._end :][: missing if missing > 0 and self._needed >= _LARGE else None]
 
-    def filled(self, count: int) -> None:
-        """So many bytes were put into the `room`; what follows `done` is none of the stream, and not kept."""
+    def buffer_updated(self, count: int) -> None:
+        """Accept `count` bytes that were written into the front of `get_buffer()`."""
         if not self._done:
             self._end += count
 
     def feed(self, data: Buffer) -> None:
-        """More bytes of the stream; what follows `done` is none of it, and not kept."""
+        """Accept the next bytes of the stream. Copies `data`."""
         if self._done:
             return
         rest = self._end - self._at
@@ -85,7 +94,10 @@ class Decoder:
         self._buffer, self._at, self._end = memoryview(new), 0, rest
 
     def next(self) -> Message | None:
-        """The next message, or None until more bytes have come. StreamError for what is none."""
+        """Parse and return the next message. Returns None if more bytes are needed, or after `done`.
+
+        Raises StreamError if the bytes are no message of the grammar, or exceed its limits.
+        """
         if self._done:
             return None
         self._needed = 0
@@ -103,60 +115,30 @@ class Decoder:
         if self._end < end:
             return None
         fields = layout.fields.unpack_from(self._buffer, start)
-        if layout.most_payload is not None:
-            *others, size = fields
-            if size > layout.most_payload:
-                raise StreamError(
-                    f"`{command.decode()}` with {size} bytes; {layout.most_payload} are the most it may have"
-                )
-            if others:
-                _check_range(command, others[0], size)
+        if layout.max_payload is None:
+            layout.check(command, *fields)
+        else:
+            size = fields[-1]
+            if size > layout.max_payload:
+                raise StreamError(f"`{command.decode()}` with {size} bytes; the maximum is {layout.max_payload}")
+            layout.check(command, *fields)
             start, end = end, end + size
             if self._end < end:
                 self._needed = end - self._at
                 return None
-            fields = (*others, self._buffer[start:end])
+            fields = (*fields[:-1], layout.load(self._buffer[start:end]))
         message = layout.message(*fields)
-        if isinstance(message, (Hash, LegacyHash)):
-            _check_size(command, message.size)
-            _check_range(command, message.position if isinstance(message, Hash) else 0, message.size)
-        elif isinstance(message, Asks):
-            _check_asks(message)
-        elif isinstance(message, (Zero, Hole)):
-            _check_range(command, message.position, message.length)
-        elif isinstance(message, Rest):
-            _check_range(command, message.offset, 0)
-        elif isinstance(message, Done):
-            self._done = True
+        self._done = isinstance(message, Done)
         self._at = end
         return message
 
-    def end(self) -> None:
-        """The stream has no more bytes. TruncatedStreamError unless it ended with `done`."""
+    def feed_eof(self) -> None:
+        """Accept the end of the stream. Raises TruncatedStreamError unless `done` was read."""
         if self._done:
             return
         rest = self._end - self._at
         raise TruncatedStreamError(
             f"the stream ended in the middle of a message, after {rest} bytes of it"
             if rest
-            else "the stream ended without `done`: whoever wrote it did not finish"
+            else "the stream ended without `done`: its writer did not finish"
         )
-
-
-def _check_size(command: bytes, size: int) -> None:
-    if size > MAX_BLOCK_SIZE:
-        raise StreamError(f"`{command.decode()}` of {size} bytes; {MAX_BLOCK_SIZE} are the most a block may have")
-
-
-def _check_range(command: bytes, position: int, length: int) -> None:
-    if position + length > MAX_POSITION:
-        raise StreamError(f"`{command.decode()}` at position {position}, which no file can have")
-
-
-def _check_asks(asks: Asks) -> None:
-    _check_range(b"asks", asks.position, asks.length)
-    if asks.length > MAX_ASKED or not MIN_ASKED_BLOCK <= asks.block_size <= MAX_BLOCK_SIZE:
-        raise StreamError(f"`asks` about {asks.length} bytes in blocks of {asks.block_size}")
-    blocks = -(-asks.length // asks.block_size)
-    if not blocks or len(asks.digests) % blocks:
-        raise StreamError(f"`asks` with {len(asks.digests)} bytes of digests for {blocks} blocks")

@@ -1,47 +1,61 @@
-"""The messages of both streams, and how they are written. Read they are by `decoder`, the only parser there is.
+"""The messages of both streams: bytes, layouts and limits. `decoder` parses streams, `encode` writes messages.
 
-The original form is the original program's (messa/blockcopy 0.0.2): commands of 4 ASCII bytes, all
-integers big-endian and unsigned, no handshake, and an explicit `done`. The end of the stream
-without it is an error.
+The client sends the hash stream. The source, `retrieve`, answers with the block stream. Clients are `checksum`,
+`receive`, `mount`, `sync` and `verify`. A message is a command, fixed fields, and perhaps a payload. A command is 4
+ASCII bytes. Integers are unsigned and big-endian. Sizes of fields are given here in bytes.
 
-The extended form is spoken between ends of ours. It has these messages more:
+The original form is that of messa/blockcopy 0.0.2. It has no handshake. Digests are SHA3-512.
 
     hash stream
-    asks  position 8 · block size 4 · length 4 · size 4 · digests
-                                the `length` bytes at `position` have these digests, one a block (the last
-                                may be short): send what differs
-    zero  position 8 · length 8     they are all zeros: send what differs
+    Hash  position 8 · size 4 · digest 64       the destination's `size` bytes at `position` have this digest:
+                                                send the source's bytes if they differ
+    hash  size 4 · digest 64                    as `Hash`, at the position where the source's last read ended
+    rest  offset 8                              send all that the source has from `offset` on
+    done                                        clean end
     block stream
-    zero  position 8 · length 8     write zeros there
+    data  position 8 · size 4 · bytes           write the bytes at `position`
+    dlzm  position 8 · size 4 · xz stream       as `data`, compressed
+    done                                        clean end
+
+Answers come in the order of the requests. An equal block has no answer. A stream that ends without `done` is an
+error. An empty `Hash` with a wrong digest is answered by an empty `data`.
+
+The extended form is for two ends of this program. It adds these messages:
+
+    hash stream
+    dgst  size 4 · name                         first message: name of the digest of all `asks`
+    asks  position 8 · block size 4 · length 4 · size 4 · digests
+                                                digests of the blocks in `length` bytes, the last perhaps short:
+                                                send what differs
+    zero  position 8 · length 8                 the destination has zeros: send what differs
+    block stream
+    zero  position 8 · length 8                 write zeros
     dzst  position 8 · size 4 · zstd frame      as `data`, compressed
 
-Its `data` and `dzst` hold one block or several that follow one another. It is opened in one of two ways.
+One `data` or `dzst` may hold several adjacent blocks. `checksum --digest` opens the extended form by `dgst`.
 
-Over pipes, which have no way back, by `checksum --digest`:
+The negotiated form is the extended form with a greeting in both directions. It adds these messages:
 
-    dgst  size 4 · name         what `asks` are digested with; before all else, and `asks`, `zero`, `rest`
-                                and `done` follow
+    both streams
+    helo  size 4 · JSON                         first message: facts about the sender. A later `helo` is answered
+                                                by new facts
+    hole  position 8 · length 8                 client: which holes are in this range? Source: this is one
+    fenc  number 8                              client: answer all before. Source: all before is answered
+    block stream
+    fail  position 8 · size 4 · text            the block at `position` cannot be read, and why
 
-Between a mount or a sync and our own `retrieve`, the agreed form, by a greeting in both directions:
-
-    helo  size 4 · JSON         either way, first of all: what this end is and can. Asked again, it is
-                                answered again: what the source is by now
-    hole  position 8 · length 8     asked: where in there are holes; answered: here is one (any number of times)
-    fenc  number 8              asked: tell when all before is answered; answered: it is
-    fail  position 8 · size 4 · text    the block at this position, which was asked for, cannot be read, and why
-
-In it, silence before a `fenc` means "equal" and nothing else: what the source does not have is a
-`fail`. Of the JSON, an object, these names are read, and others passed over:
+In the negotiated form, no answer before `fenc` means "equal". The source sends `fail` for bytes that it lacks.
+The JSON of `helo` is an object with these names. Other names are ignored.
 
     protocol   1
     program    name and version, for messages
-    digests    to the source: the digests that this end has, each with its speed here in MB/s
-    digest     from the source: the one that suits both ends best
-    compress   to the source: {"name": "zstd", "level": 1 to 19, "auto": only where it pays}, if wished for
-               and possible here; from the source: "zstd" or "none"
-    identity   from the source: its size, and what else tells it from another (see `identity`)
+    digests    from the client: its digests, each with its speed in MB/s
+    digest     from the source: the digest that suits both ends best
+    compress   from the client: {"name": "zstd", "level": 1 to 19, "auto": true if only while compressing pays}.
+               From the source: "zstd" or "none"
+    identity   from the source: its size, and what else tells sources apart (see `block.identity`)
 
-A name that is not there means the original's way: SHA3-512, nothing compressed.
+Without `digests` and `compress`, digests are SHA3-512 and nothing is compressed.
 """
 
 from __future__ import annotations
@@ -52,16 +66,32 @@ from collections.abc import Mapping
 from typing import Any, Callable, NamedTuple, Union
 
 from blockcopy.block.buffers import Buffer
+from blockcopy.block.geometry import MAX_POSITION
 from blockcopy.errors import StreamError
 from blockcopy.protocol.digests import DIGEST_SIZE
 from blockcopy.protocol.strict_json import parse_object
 
+PROTOCOL = 1
+"""Protocol version in `helo`."""
+
 MAX_BLOCK_SIZE = 1024 * 1024
-"""Bytes a peer may ask for, or send, as one block. The original never goes beyond 128 KiB."""
+"""Maximum bytes of a block, and of a frame's payload. The original's blocks have at most 128 KiB."""
+
+MAX_TEXT_SIZE = 64 * 1024
+"""Maximum bytes of a `helo`'s JSON, a `fail`'s reason and a `dgst`'s name."""
+
+MAX_ASKED = 16 * 1024 * 1024
+"""Maximum `length` of one `asks`, in bytes."""
+
+MIN_ASKED_BLOCK = 4096
+"""Minimum block size of `asks`, in bytes."""
+
+_MAX_REASON = 4096
+"""Bytes of a `fail`'s reason that the receiver keeps."""
 
 
 class Hash(NamedTuple):
-    """`Hash`: the destination's `size` bytes at `position` have this digest; send yours if it differs."""
+    """`Hash`: request for `size` bytes at `position` if their SHA3-512 is not `digest`."""
 
     position: int
     size: int
@@ -69,20 +99,20 @@ class Hash(NamedTuple):
 
 
 class LegacyHash(NamedTuple):
-    """`hash`: as `Hash`, at the position where the last read of the source ended."""
+    """`hash`: request as `Hash`, at the position where the source's last read ended."""
 
     size: int
     digest: bytes
 
 
 class Rest(NamedTuple):
-    """`rest`: send all that the source has from `offset` on."""
+    """`rest`: request for all that the source has from byte `offset` on."""
 
     offset: int
 
 
 class Asks(NamedTuple):
-    """`asks`: as many `Hash` as `length` bytes have blocks, with `digests` of the length agreed on, joined."""
+    """`asks`: request for those blocks of `length` bytes at `position` that differ from the joined `digests`."""
 
     position: int
     block_size: int
@@ -91,191 +121,220 @@ class Asks(NamedTuple):
 
 
 class Zero(NamedTuple):
-    """`zero`: the `length` bytes at `position` are zeros; in the hash stream here, in the other at the source."""
+    """`zero`: note that the sender's device has `length` zero bytes at `position`."""
 
     position: int
     length: int
 
 
-class Digests(NamedTuple):
-    """`dgst`: the name of the digest that `asks` have. Opens the extended form over pipes."""
+class DigestName(NamedTuple):
+    """`dgst`: name of the digest of all following `asks`. Opens the extended form."""
 
     name: str
 
 
 class Data(NamedTuple):
-    """`data`: write `payload` at `position`."""
+    """`data`: frame whose `payload` the source has at `position`."""
 
     position: int
     payload: Buffer
 
 
 class XzData(NamedTuple):
-    """`dlzm`: write what the xz stream `payload` expands to at `position`."""
+    """`dlzm`: frame whose `payload` is an xz stream of the source's bytes at `position`."""
 
     position: int
     payload: Buffer
 
 
 class ZstdData(NamedTuple):
-    """`dzst`: write what the zstd frame `payload` expands to at `position`."""
+    """`dzst`: frame whose `payload` is a zstd frame of the source's bytes at `position`."""
 
     position: int
     payload: Buffer
 
 
 class Hole(NamedTuple):
-    """`hole`: asked, where are the holes of these `length` bytes; answered, here is one."""
+    """`hole`: request for the source's holes in `length` bytes at `position`, or one such hole."""
 
     position: int
     length: int
 
 
 class Hello(NamedTuple):
-    """`helo`: `facts` about the end that sends it. Opens the agreed form."""
+    """`helo`: greeting with `facts` about the sender. Opens the negotiated form."""
 
     facts: dict[str, Any]
 
 
 class Fence(NamedTuple):
-    """`fenc`: all before it is to be answered, or has been."""
+    """`fenc`: request to answer all earlier requests, or the note that they are answered."""
 
     number: int
 
 
 class Failure(NamedTuple):
-    """`fail`: the question for `position` has no answer, for a `reason` a user can read."""
+    """`fail`: note that the source cannot read the block at `position`, with a `reason` for the user."""
 
     position: int
     reason: str
 
 
 class Done(NamedTuple):
-    """`done`: the clean end of either stream."""
+    """`done`: clean end of either stream."""
 
 
 Message = Union[
-    Hash, LegacyHash, Asks, Zero, Digests, Rest, Data, XzData, ZstdData, Hello, Hole, Fence, Failure, Done
+    Hash, LegacyHash, Asks, Zero, DigestName, Rest, Data, XzData, ZstdData, Hello, Hole, Fence, Failure, Done
 ]
 
-PROTOCOL = 1
-
-MAX_TEXT_SIZE = 64 * 1024
-"""Bytes of a `helo`'s JSON or a `fail`'s reason."""
-
-_MOST_REASON = 4096
-"""Bytes of a `fail`'s reason that are kept."""
-
-_HASH = struct.Struct(f">QI{DIGEST_SIZE}s")
-_LEGACY_HASH = struct.Struct(f">I{DIGEST_SIZE}s")
-_OFFSET = struct.Struct(">Q")
-_FRAME = struct.Struct(">QI")
-_TEXT = struct.Struct(">I")
-_ASKS = struct.Struct(">QIII")
-_RANGE = struct.Struct(">QQ")
-_NOTHING = struct.Struct("")
-
-FRAME_SIZE = _FRAME.size
-"""Bytes of position and size, which stand before a payload."""
-
-MAX_ASKED = 16 * 1024 * 1024
-"""Bytes that one `asks` may be about."""
-
-MIN_ASKED_BLOCK = 4096
-
-_MOST_DIGESTS = MAX_ASKED // MIN_ASKED_BLOCK * DIGEST_SIZE
+Kind = Callable[..., Message]
+"""A class of messages."""
 
 
-def encode(message: Message) -> bytes:
-    """The whole of one message. For frames with a payload see `frame_header`, which copies nothing."""
-    if isinstance(message, Hash):
-        return b"Hash" + _HASH.pack(*message)
-    for kind, command in ((Data, b"data"), (XzData, b"dlzm"), (ZstdData, b"dzst")):
-        if isinstance(message, kind):
-            return frame_header(command, message.position, len(message.payload)) + bytes(message.payload)
-    if isinstance(message, Asks):
-        *fields, digests = message
-        return b"asks" + _ASKS.pack(*fields, len(digests)) + bytes(digests)
-    if isinstance(message, Zero):
-        return b"zero" + _RANGE.pack(*message)
-    if isinstance(message, Hole):
-        return b"hole" + _RANGE.pack(*message)
-    if isinstance(message, Digests):
-        text = message.name.encode()
-        return b"dgst" + _TEXT.pack(len(text)) + text
-    if isinstance(message, Rest):
-        return b"rest" + _OFFSET.pack(*message)
-    if isinstance(message, LegacyHash):
-        return b"hash" + _LEGACY_HASH.pack(*message)
-    if isinstance(message, Hello):
-        text = json.dumps(message.facts).encode()
-        return b"helo" + _TEXT.pack(len(text)) + text
-    if isinstance(message, Fence):
-        return b"fenc" + _OFFSET.pack(message.number)
-    if isinstance(message, Failure):
-        text = message.reason.encode(errors="replace")[:MAX_TEXT_SIZE]
-        return frame_header(b"fail", message.position, len(text)) + text
-    return b"done"
+def _check_range(command: bytes, position: int, length: int = 0, *_: object) -> None:
+    if position + length > MAX_POSITION:
+        raise StreamError(f"`{command.decode()}` at position {position}, which no file can have")
 
 
-def frame_header(command: bytes, position: int, size: int) -> bytes:
-    """What stands before the payload of `data`, `dlzm` and `dzst`."""
-    return command + _FRAME.pack(position, size)
+def _check_block(command: bytes, position: int, size: int, *_: object) -> None:
+    if size > MAX_BLOCK_SIZE:
+        raise StreamError(f"`{command.decode()}` of {size} bytes; a block has at most {MAX_BLOCK_SIZE}")
+    _check_range(command, position, size)
 
 
-def _hello(payload: Buffer) -> Hello:
+def _check_legacy_hash(command: bytes, size: int, _: bytes) -> None:
+    _check_block(command, 0, size)
+
+
+def _check_asks(command: bytes, position: int, block_size: int, length: int, digests_size: int) -> None:
+    _check_range(command, position, length)
+    if length > MAX_ASKED or not MIN_ASKED_BLOCK <= block_size <= MAX_BLOCK_SIZE:
+        raise StreamError(f"`asks` about {length} bytes in blocks of {block_size}")
+    blocks = -(-length // block_size)
+    if not blocks or digests_size % blocks:
+        raise StreamError(f"`asks` with {digests_size} bytes of digests for {blocks} blocks")
+
+
+def _check_nothing(*_: object) -> None:
+    pass
+
+
+def _load_facts(payload: Buffer) -> dict[str, Any]:
     try:
-        return Hello(parse_object(bytes(payload)))
+        return parse_object(bytes(payload))
     except ValueError as error:
-        raise StreamError(f"`helo` without the JSON that belongs to it: {error}") from error
+        raise StreamError(f"`helo` without valid JSON: {error}") from error
 
 
-def _failure(position: int, payload: Buffer) -> Failure:
-    return Failure(position, bytes(payload[:_MOST_REASON]).decode(errors="replace"))
+def _dump_text(text: str) -> bytes:
+    return text.encode(errors="replace")[:MAX_TEXT_SIZE]
 
 
-def _digests(payload: Buffer) -> Digests:
-    return Digests(bytes(payload).decode(errors="replace"))
+def _unchanged(payload: Buffer) -> Buffer:
+    return payload
 
 
 class Layout(NamedTuple):
-    """Fixed fields; where `most_payload` is given, the last of them is the size of what follows."""
+    """The bytes of one class of messages: `command`, struct `fields`, and perhaps a payload."""
 
+    message: Kind
+    command: bytes
     fields: struct.Struct
-    message: Callable[..., Message]
-    most_payload: int | None = None
+    check: Callable[..., None] = _check_nothing
+    """Raises StreamError if the unpacked fields exceed a limit. Takes the command and the fields."""
+    max_payload: int | None = None
+    """Maximum bytes of the payload, whose size is the last field. None if there is no payload."""
+    dump: Callable[[Any], Buffer] = _unchanged
+    """Returns the payload for the message's last value."""
+    load: Callable[[Buffer], Any] = _unchanged
+    """Returns the message's last value for a payload."""
+
+
+_RANGE = struct.Struct(">QQ")
+_NUMBER = struct.Struct(">Q")
+_SIZE = struct.Struct(">I")
+_FRAME = struct.Struct(">QI")
+
+_LAYOUTS: dict[Kind, Layout] = {
+    layout.message: layout
+    for layout in (
+        Layout(Hash, b"Hash", struct.Struct(f">QI{DIGEST_SIZE}s"), _check_block),
+        Layout(LegacyHash, b"hash", struct.Struct(f">I{DIGEST_SIZE}s"), _check_legacy_hash),
+        Layout(Rest, b"rest", _NUMBER, _check_range),
+        Layout(Asks, b"asks", struct.Struct(">QIII"), _check_asks, MAX_ASKED // MIN_ASKED_BLOCK * DIGEST_SIZE),
+        Layout(Zero, b"zero", _RANGE, _check_range),
+        Layout(
+            DigestName,
+            b"dgst",
+            _SIZE,
+            max_payload=MAX_TEXT_SIZE,
+            dump=_dump_text,
+            load=lambda payload: bytes(payload).decode(errors="replace"),
+        ),
+        Layout(Data, b"data", _FRAME, _check_range, MAX_BLOCK_SIZE),
+        Layout(XzData, b"dlzm", _FRAME, _check_range, MAX_BLOCK_SIZE),
+        Layout(ZstdData, b"dzst", _FRAME, _check_range, MAX_BLOCK_SIZE),
+        Layout(Hole, b"hole", _RANGE, _check_range),
+        Layout(
+            Hello,
+            b"helo",
+            _SIZE,
+            max_payload=MAX_TEXT_SIZE,
+            dump=lambda facts: json.dumps(facts).encode(),
+            load=_load_facts,
+        ),
+        Layout(Fence, b"fenc", _NUMBER),
+        Layout(
+            Failure,
+            b"fail",
+            _FRAME,
+            _check_range,
+            MAX_TEXT_SIZE,
+            dump=_dump_text,
+            load=lambda payload: bytes(payload[:_MAX_REASON]).decode(errors="replace"),
+        ),
+        Layout(Done, b"done", struct.Struct("")),
+    )
+}
+"""The only table of commands. `encode`, `frame_header` and the grammars read it."""
+
+FRAME_SIZE = _FRAME.size
+"""Bytes of position and size, which precede a frame's payload."""
+
+
+def encode(message: Message) -> bytes:
+    """Return all bytes of one message. Use `frame_header` for a frame whose payload must not be copied."""
+    layout = _LAYOUTS[type(message)]
+    if layout.max_payload is None:
+        return layout.command + layout.fields.pack(*message)
+    values: tuple[Any, ...] = message
+    payload = layout.dump(values[-1])
+    return b"".join((layout.command, layout.fields.pack(*values[:-1], len(payload)), payload))
+
+
+def frame_header(kind: Kind, position: int, size: int) -> bytes:
+    """Return the bytes that precede a frame's payload of `size` bytes.
+
+    `kind`: class of the frame: Data, XzData or ZstdData. `position`: offset of the frame's bytes in the source.
+    """
+    layout = _LAYOUTS[kind]
+    return layout.command + layout.fields.pack(position, size)
 
 
 Grammar = Mapping[bytes, Layout]
+"""The commands that a stream may contain, with their layouts."""
 
-HASH_STREAM: Grammar = {
-    b"Hash": Layout(_HASH, Hash),
-    b"hash": Layout(_LEGACY_HASH, LegacyHash),
-    b"rest": Layout(_OFFSET, Rest),
-    b"dgst": Layout(_TEXT, _digests, MAX_TEXT_SIZE),
-    b"asks": Layout(_ASKS, Asks, _MOST_DIGESTS),
-    b"zero": Layout(_RANGE, Zero),
-    b"hole": Layout(_RANGE, Hole),
-    b"helo": Layout(_TEXT, _hello, MAX_TEXT_SIZE),
-    b"fenc": Layout(_OFFSET, Fence),
-    b"done": Layout(_NOTHING, Done),
-}
-"""checksum → retrieve; a mount or a sync → retrieve, in either form."""
 
-BLOCK_STREAM: Grammar = {
-    b"data": Layout(_FRAME, Data, MAX_BLOCK_SIZE),
-    b"dlzm": Layout(_FRAME, XzData, MAX_BLOCK_SIZE),
-    b"zero": Layout(_RANGE, Zero),
-    b"dzst": Layout(_FRAME, ZstdData, MAX_BLOCK_SIZE),
-    b"done": Layout(_NOTHING, Done),
-}
-"""retrieve → save, in either form."""
+def _grammar(*kinds: Kind) -> dict[bytes, Layout]:
+    return {_LAYOUTS[kind].command: _LAYOUTS[kind] for kind in kinds}
 
-AGREED_BLOCK_STREAM: Grammar = {
-    **BLOCK_STREAM,
-    b"hole": Layout(_RANGE, Hole),
-    b"helo": Layout(_TEXT, _hello, MAX_TEXT_SIZE),
-    b"fenc": Layout(_OFFSET, Fence),
-    b"fail": Layout(_FRAME, _failure, MAX_TEXT_SIZE),
-}
-"""retrieve → a mount or a sync, in the agreed form."""
+
+HASH_STREAM: Grammar = _grammar(Hash, LegacyHash, Rest, DigestName, Asks, Zero, Hole, Hello, Fence, Done)
+"""Client → source, in all forms."""
+
+BLOCK_STREAM: Grammar = _grammar(Data, XzData, Zero, ZstdData, Done)
+"""Source → client, in the original and the extended form."""
+
+NEGOTIATED_BLOCK_STREAM: Grammar = {**BLOCK_STREAM, **_grammar(Hole, Hello, Fence, Failure)}
+"""Source → client, in the negotiated form."""

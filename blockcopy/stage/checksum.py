@@ -175,7 +175,7 @@ class _Extended(_Original):
         self._unsaid: _Run | None = None
 
     def announce(self) -> None:
-        self._output.write([wire.encode(wire.Digests(self.digest.name))])
+        self._output.write([wire.encode(wire.DigestName(self.digest.name))])
 
     def items(self, pieces: PieceScanner, start: int, stop: int) -> Iterator[_Item]:
         """The pieces that have data; and what lies between, as pieces that have none, however large."""

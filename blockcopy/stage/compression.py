@@ -50,7 +50,7 @@ class Packing:
     name = "none"
     """In a greeting."""
 
-    command = b"data"
+    kind: wire.Kind = wire.Data
     takes_unread = True
     """Bytes go as they are, whoever reads them."""
 
@@ -58,8 +58,8 @@ class Packing:
         """The frame of `data` for `position`; may hold on to `data` itself."""
         packed = self._pack(data)
         if packed is not None and len(packed) < len(data):
-            return [wire.frame_header(self.command, position, len(packed)), packed]
-        return [wire.frame_header(b"data", position, len(data)), data]
+            return [wire.frame_header(self.kind, position, len(packed)), packed]
+        return [wire.frame_header(wire.Data, position, len(data)), data]
 
     def _pack(self, data: Buffer) -> bytes | None:
         return None
@@ -68,7 +68,7 @@ class Packing:
 class Xz(Packing):
     """As the original's --lzma. BlockcopyError where this Python has none."""
 
-    command = b"dlzm"
+    kind = wire.XzData
     takes_unread = False
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Zstd(Packing):
     """At a level of `zstd.LEVELS`. BlockcopyError where this host has none."""
 
     name = "zstd"
-    command = b"dzst"
+    kind = wire.ZstdData
     takes_unread = False
 
     def __init__(self, level: int) -> None:

@@ -177,7 +177,7 @@ class _Answers:
 
     def _say_from_device(self, at: int, size: int) -> Output:
         position = self._piece.position + at
-        header = wire.frame_header(b"data", position, size)
+        header = wire.frame_header(wire.Data, position, size)
         return FromDevice(self._source, position, size, header, partial(self._say_each, at, at + size))
 
     def _say_each(self, start: int, end: int) -> list[Output]:
@@ -190,7 +190,7 @@ class _Answers:
             except DeviceError as error:
                 frames += self._say_failed(at, str(error))
             else:
-                frames += [wire.frame_header(b"data", position, length), data]
+                frames += [wire.frame_header(wire.Data, position, length), data]
         return frames
 
     def _say_failed(self, at: int, reason: str) -> list[Output]:

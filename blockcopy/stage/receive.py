@@ -70,7 +70,7 @@ class _Source:
 
     def __init__(self, answers: InputStream) -> None:
         self._answers = answers
-        self._decoder = Decoder(wire.AGREED_BLOCK_STREAM)
+        self._decoder = Decoder(wire.NEGOTIATED_BLOCK_STREAM)
         self._last: Identity | None = None
         self._unreadable = UnreadableRanges()
 
@@ -107,15 +107,9 @@ class _Source:
             raise SourceReadError(f"the source cannot read {self._unreadable}. All else was copied")
 
     def _messages(self) -> Iterator[wire.Message]:
-        while not self._decoder.done:
-            message = self._decoder.next()
+        for message in self._decoder.messages(self._answers.read_into):
             if message is not None:
                 yield message
-                continue
-            count = self._answers.read_into(self._decoder.room())
-            if not count:
-                self._decoder.end()
-            self._decoder.filled(count)
 
 
 @contextlib.contextmanager

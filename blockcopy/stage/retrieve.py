@@ -121,16 +121,11 @@ def retrieve(
 def _items(hashes: InputStream, questions: _Questions) -> Iterator[_Item | None]:
     """What is to be answered, in order; None where nothing more is at hand for now."""
     decoder = Decoder(wire.HASH_STREAM)
-    while not decoder.done:
-        message = decoder.next()
-        if message is not None:
+    for message in decoder.messages(hashes.read_into):
+        if message is None:
+            yield None
+        else:
             yield from questions.take(message)
-            continue
-        yield None
-        count = hashes.read_into(decoder.room())
-        if not count:
-            decoder.end()
-        decoder.filled(count)
 
 
 def _batches(items: Iterator[_Item | None]) -> Iterator[list[_Item]]:
@@ -190,7 +185,7 @@ class _Questions:
         if isinstance(message, wire.Hello):
             self._need(first or self._terms.agreed, "`helo` in mid-stream")
             return [_Say(self._agree(message.facts))]
-        if isinstance(message, wire.Digests):
+        if isinstance(message, wire.DigestName):
             self._need(first, "`dgst` in mid-stream")
             self._terms = self._terms._replace(digest=digests.named(message.name), joined=True)
         return []
@@ -215,7 +210,7 @@ class _Questions:
             return [Run(self._pieces.piece(position, size, size), size, bytes(digest), self._original)]
         if digest == self._original.digest.of_zeros(0):
             return []
-        return [_Say(wire.frame_header(b"data", position, 0))]  # how the original is asked for a fence
+        return [_Say(wire.frame_header(wire.Data, position, 0))]  # how the original is asked for a fence
 
     def _legacy_hash(self, asked: wire.LegacyHash) -> Iterable[_Item]:
         position = self._position

@@ -33,14 +33,8 @@ def save(
     progress = progress or Progress()
     decoder = Decoder(wire.BLOCK_STREAM)
     with Writer(destination, sparse, progress) as writer:
-        while not decoder.done:
-            message = decoder.next()
-            if message is None:
-                count = blocks.read_into(decoder.room())
-                if not count:
-                    decoder.end()
-                decoder.filled(count)
-            else:
+        for message in decoder.messages(blocks.read_into):
+            if message is not None:
                 writer.take(message)
     progress.finish()
 

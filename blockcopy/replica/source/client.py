@@ -27,6 +27,7 @@ from blockcopy.errors import (
     ProtocolViolationError,
     SourceError,
     StreamError,
+    TruncatedStreamError,
     describe_exit,
 )
 from blockcopy.protocol import digests, wire
@@ -331,18 +332,24 @@ class Client:
         try:
             if not self._begun and not self._begins(stream):
                 return None
-            while count := stream.read_into(decoder.room()):
-                self.received_bytes += count
-                self._silence.receive(count)
-                decoder.filled(count)
-                with self._silence.interrupted():
-                    while (message := decoder.next()) is not None:
+            for message in decoder.messages(partial(self._read_into, stream)):
+                if message is not None:
+                    with self._silence.interrupted():
                         self._take(message)
+        except TruncatedStreamError:
+            return None  # `_why` tells how the process ended
         except BlockcopyError as error:
             return error
         except Exception as error:  # noqa: BLE001  (logged with its traceback, and told to whoever asks)
             self._note_fault(error)
         return None
+
+    def _read_into(self, stream: InputStream, buffer: memoryview) -> int:
+        """Read as `InputStream.read_into`, and count the bytes."""
+        count = stream.read_into(buffer)
+        self.received_bytes += count
+        self._silence.receive(count)
+        return count
 
     def _begins(self, stream: InputStream) -> bool:
         """Pass over what a login prints. Where nothing else comes, that may tell why."""

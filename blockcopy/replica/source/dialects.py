@@ -284,7 +284,7 @@ class Dialect(ABC):
 class NegotiatedDialect(Dialect):
     """Between two of ours."""
 
-    grammar = wire.AGREED_BLOCK_STREAM
+    grammar = wire.NEGOTIATED_BLOCK_STREAM
 
     def _fence_of(self, sequence: int) -> int:
         return sequence
