@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from blockcopy.block.geometry import BLOCK_SIZE, Extent, Geometry, block_runs
+from blockcopy.block.geometry import BLOCK_SIZE, Extent, ExtentJoiner, Geometry, block_runs, join_extents
 
 
 def test_the_block_size_is_the_original_programs() -> None:
@@ -83,3 +83,26 @@ def test_an_empty_device_has_no_span() -> None:
 )
 def test_runs_join_neighbours(blocks: list[int], expected: list[range]) -> None:
     assert list(block_runs(iter(blocks))) == expected
+
+
+@pytest.mark.parametrize(
+    ("gap", "expected"), [(0, [(0, 10), (11, 9), (40, 5)]), (1, [(0, 20), (40, 5)]), (20, [(0, 45)])]
+)
+def test_byte_ranges_are_joined_where_they_touch_or_overlap(gap: int, expected: list[tuple[int, int]]) -> None:
+    extents = [Extent(*each) for each in ((0, 5), (5, 5), (11, 9), (12, 3), (40, 5))]
+    assert join_extents(extents, gap=gap) == expected
+
+
+def test_a_gap_at_the_beginning_is_not_joined() -> None:
+    assert join_extents([Extent(3, 5)], gap=10) == [(3, 5)]
+
+
+def test_a_joined_range_that_is_long_enough_is_not_extended() -> None:
+    joined: list[Extent] = []
+    joiner = ExtentJoiner(joined.append, max_length=4)
+    for offset in range(0, 10, 2):
+        joiner.add(Extent(offset, 2))
+    assert joined == [(0, 4), (4, 4)]
+    joiner.flush()
+    joiner.flush()
+    assert joined == [(0, 4), (4, 4), (8, 2)]

@@ -124,7 +124,9 @@ def test_an_error_that_is_told_already_stays_as_it_is() -> None:
 
 
 def test_a_fault_is_in_the_log_with_all_there_is_to_see(tmp_path: Path) -> None:
-    trap = written(tmp_path / "trap.py", b"import trio, blockcopy.cli.main\ndel trio.run\nblockcopy.cli.main.main()\n")
+    trap = written(
+        tmp_path / "trap.py", b"import trio\nfrom blockcopy.cli.main import main\ndel trio.run\nmain()\n"
+    )
     source, log = written(tmp_path / "source", DATA), tmp_path / "log"
     done = subprocess.run(
         [PYTHON, str(trap), "sync", "--log-file", log, source, tmp_path / "copy"],

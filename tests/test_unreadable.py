@@ -17,9 +17,9 @@ import trio
 from support import BLOCK_SIZE, FAULTY, PYTHON, QUEUEING, STANDINS, Mount, noise, run, written
 
 from blockcopy.block.device import open_source
-from blockcopy.block.geometry import Extent, Geometry
+from blockcopy.block.geometry import Extent, Geometry, join_extents
 from blockcopy.block.identity import differences, sample_extents, source_identity
-from blockcopy.block.unreadable import MAX_RANGES, UnreadableRanges, joined
+from blockcopy.block.unreadable import MAX_RANGES, UnreadableRanges
 from blockcopy.errors import SourceReadError
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.plan import Plan
@@ -259,7 +259,7 @@ def test_the_pass_wants_what_is_missing_and_was_not_set_aside(seed: int) -> None
         left = [geometry.extent(block) for block in sorted(aside - present)]
         found = blockmap.unreadable_ranges("bad")
         assert found.bytes == sum(extent.length for extent in left)
-        assert (found.ranges, found.more) == (joined(left)[:MAX_RANGES], len(joined(left)) > MAX_RANGES)
+        assert (found.ranges, found.more) == (join_extents(left)[:MAX_RANGES], len(join_extents(left)) > MAX_RANGES)
     blockmap.clear()
     assert (list(blockmap.fetchable(every)), blockmap.unreadable_ranges().bytes) == (list(every), 0)
 

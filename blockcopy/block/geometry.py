@@ -1,16 +1,15 @@
-"""Size and block size → block index, offset, length. Pure arithmetic, no I/O."""
+"""Byte ranges, and the division of a device into blocks. Pure arithmetic, no I/O."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 BLOCK_SIZE = 128 * 1024
-"""Bytes in a block: what the original program hashes and sends as one."""
-
+"""Bytes of a block: the unit that the original program hashes and sends."""
 
 MAX_POSITION = 2**63 - 1
-"""The last offset Linux can address (off_t is signed)."""
+"""The last offset that Linux can address: its off_t is signed."""
 
 
 class Extent(NamedTuple):
@@ -21,29 +20,30 @@ class Extent(NamedTuple):
 
     @property
     def end(self) -> int:
+        """The offset of the first byte behind the range."""
         return self.offset + self.length
 
 
 class Geometry(NamedTuple):
-    """How `size` bytes fall into blocks of `block_size`; the last one may be short."""
+    """The division of `size` bytes into blocks of `block_size` bytes. The last block may be shorter."""
 
     size: int
     block_size: int = BLOCK_SIZE
 
     @property
     def block_count(self) -> int:
-        """Number of blocks, the short last one included."""
+        """Number of blocks, including a shorter last one."""
         return -(-self.size // self.block_size)
 
     def extent(self, block: int) -> Extent:
-        """Where `block` lies. IndexError outside 0 … blocks-1."""
+        """Return the byte range of block number `block`. Raises IndexError if there is no such block."""
         if not 0 <= block < self.block_count:
             raise IndexError(f"block {block} of {self.block_count}")
         offset = block * self.block_size
         return Extent(offset, min(self.block_size, self.size - offset))
 
     def span(self, offset: int, length: int) -> range:
-        """The blocks that the byte range touches, cut to the size; empty where it touches none."""
+        """Return the numbers of the blocks that `length` bytes at `offset` touch. Bytes beyond `size` have none."""
         end = min(offset + length, self.size)
         if length <= 0 or offset >= end:
             return range(0)
@@ -51,7 +51,7 @@ class Geometry(NamedTuple):
 
 
 def block_runs(blocks: Iterable[int]) -> Iterator[range]:
-    """Ascending block numbers → ranges of consecutive ones."""
+    """Yield ascending block numbers as ranges of consecutive numbers."""
     start = stop = -1
     for block in blocks:
         if block != stop:
@@ -61,3 +61,43 @@ def block_runs(blocks: Iterable[int]) -> Iterator[range]:
         stop = block + 1
     if start >= 0:
         yield range(start, stop)
+
+
+class ExtentJoiner:
+    """Byte ranges that arrive one by one, joined where they overlap or touch. Not thread-safe."""
+
+    def __init__(self, emit: Callable[[Extent], object], *, gap: int = 0, max_length: int = MAX_POSITION) -> None:
+        """Pass each joined range to `emit` when it is complete.
+
+        `gap`: bytes that may lie between two ranges that are joined; they become part of the joined range.
+        `max_length`: bytes from which on a joined range is not extended any more.
+        """
+        self._emit = emit
+        self._gap = gap
+        self._max_length = max_length
+        self._joined = Extent(0, 0)
+
+    def add(self, extent: Extent) -> None:
+        """Join `extent` with the range before. Emit that range first if the two cannot be joined."""
+        offset, length = self._joined
+        if length and offset <= extent.offset <= offset + length + self._gap and length < self._max_length:
+            self._joined = Extent(offset, max(length, extent.end - offset))
+        else:
+            self.flush()
+            self._joined = extent
+
+    def flush(self) -> None:
+        """Emit the last range, if any, as complete."""
+        extent, self._joined = self._joined, Extent(0, 0)
+        if extent.length:
+            self._emit(extent)
+
+
+def join_extents(extents: Iterable[Extent], *, gap: int = 0) -> list[Extent]:
+    """Return ascending byte ranges with those joined that overlap, touch, or are at most `gap` bytes apart."""
+    joined: list[Extent] = []
+    joiner = ExtentJoiner(joined.append, gap=gap)
+    for extent in extents:
+        joiner.add(extent)
+    joiner.flush()
+    return joined

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from blockcopy.block.buffers import ZEROS
 from blockcopy.block.device import Device
-from blockcopy.block.geometry import MAX_POSITION, Extent
+from blockcopy.block.geometry import MAX_POSITION, Extent, join_extents
 from blockcopy.errors import DeviceError
 
 PIECE_SIZE = 4 * 1024 * 1024
@@ -26,17 +26,13 @@ class Piece(NamedTuple):
         """The same, of which `blocks`, counted in bytes from its beginning, need not be read."""
         if not blocks:
             return self
-        data: list[Extent] = []
-        for extent in self.data:
-            for offset in range(extent.offset, extent.end, block_size):
-                if offset - self.position in blocks:
-                    continue
-                length = min(block_size, extent.end - offset)
-                if data and data[-1].end == offset:
-                    data[-1] = Extent(data[-1].offset, data[-1].length + length)
-                else:
-                    data.append(Extent(offset, length))
-        return Piece(self.position, self.length, data)
+        data = (
+            Extent(offset, min(block_size, extent.end - offset))
+            for extent in self.data
+            for offset in range(extent.offset, extent.end, block_size)
+            if offset - self.position not in blocks
+        )
+        return Piece(self.position, self.length, join_extents(data))
 
     def read(self, device: Device, room: memoryview) -> int:
         """Have what is in `data` in `room`, each byte in its place. How many bytes of the piece the
@@ -129,10 +125,8 @@ class PieceScanner:
         while at < end and (found := self.next_data(at)).offset < end:
             start = position + (found.offset - position) // block_size * block_size
             at = min(end, position - (position - found.end) // block_size * block_size)
-            if data and data[-1].end == start:
-                start = data.pop().offset
             data.append(Extent(start, at - start))
-        return Piece(position, length, data)
+        return Piece(position, length, join_extents(data))
 
     def pieces_with_data(self, position: int, length: int, block_size: int) -> Iterator[Piece]:
         """Of the pieces that `length` bytes at `position` fall into, those that are not all hole."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import threading
 
-from blockcopy.block.geometry import Extent
+from blockcopy.block.geometry import Extent, join_extents
 
 MAX_RANGES = 16
 """Ranges that are kept, and told."""
@@ -35,7 +35,7 @@ class UnreadableRanges:
             self.reason = self.reason or reason
             self.bytes += extent.length
             bisect.insort(self.ranges, extent)
-            self.ranges = joined(self.ranges)
+            self.ranges = join_extents(self.ranges)
             if len(self.ranges) > MAX_RANGES:
                 self.more = True
                 self.ranges.pop()
@@ -46,17 +46,6 @@ class UnreadableRanges:
     def __str__(self) -> str:
         """Return bytes, ranges and reason, for people."""
         return f"{self.bytes} bytes ({listed(self.ranges, more=self.more)}): {self.reason}"
-
-
-def joined(ranges: list[Extent]) -> list[Extent]:
-    """Return ascending ranges with neighbours made one."""
-    found: list[Extent] = []
-    for each in ranges:
-        if found and found[-1].end >= each.offset:
-            found[-1] = Extent(found[-1].offset, max(found[-1].end, each.end) - found[-1].offset)
-        else:
-            found.append(each)
-    return found
 
 
 def listed(ranges: list[Extent], *, more: bool) -> str:

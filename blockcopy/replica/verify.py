@@ -14,7 +14,7 @@ import trio
 
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.device import Device, open_source
-from blockcopy.block.geometry import Extent, Geometry
+from blockcopy.block.geometry import Extent, ExtentJoiner, Geometry
 from blockcopy.block.identity import differences, source_identity
 from blockcopy.block.unreadable import UnreadableRanges
 from blockcopy.errors import BlockcopyError, DeviceError
@@ -114,13 +114,18 @@ async def compare(
     `completed` is told how many bytes have been compared, as often as there is news.
     """
     verdict = Verdict(geometry.size)
-    ranges = _Ranges(report, verdict)
+
+    def differs(extent: Extent) -> None:
+        verdict.differing += extent.length
+        report(extent)
+
+    ranges = ExtentJoiner(differs)
     own = min(device.size(), geometry.size)
     await _compare(device, Geometry(own, geometry.block_size), link, ranges, verdict, completed)
     completed(geometry.size)
     if geometry.size > own:
         ranges.add(Extent(own, geometry.size - own))
-    ranges.finish()
+    ranges.flush()
     return verdict
 
 
@@ -128,7 +133,7 @@ async def _compare(
     device: Device,
     geometry: Geometry,
     link: Link,
-    ranges: _Ranges,
+    ranges: ExtentJoiner,
     verdict: Verdict,
     completed: Callable[[int], None],
 ) -> None:
@@ -182,25 +187,3 @@ class _Ignore:
 
 
 _IGNORE = _Ignore()
-
-
-class _Ranges:
-    """Joins neighbours, and reports a range when it has ended."""
-
-    def __init__(self, report: Callable[[Extent], None], verdict: Verdict) -> None:
-        self._report = report
-        self._verdict = verdict
-        self._open: Extent | None = None
-
-    def add(self, extent: Extent) -> None:
-        self._verdict.differing += extent.length
-        if self._open is not None and self._open.end == extent.offset:
-            self._open = Extent(self._open.offset, self._open.length + extent.length)
-            return
-        self.finish()
-        self._open = extent
-
-    def finish(self) -> None:
-        if self._open is not None:
-            self._report(self._open)
-        self._open = None

@@ -6,15 +6,13 @@ import contextlib
 
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.destination import Destination
-from blockcopy.block.geometry import MAX_POSITION, Extent
+from blockcopy.block.geometry import Extent, ExtentJoiner
+from blockcopy.block.write_behind import WriteBehind
 from blockcopy.errors import DestinationRefusedError, DeviceError, StreamError
 from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.protocol import wire, xz, zstd
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.stage.streams import InputStream
-
-_WRITEBACK_SIZE = 16 * 1024 * 1024
-"""Bytes after whose writing the disk is set to work."""
 
 _MOST_ZEROS = 64 * 1024 * 1024
 """Bytes of zeros that are written as one."""
@@ -49,20 +47,19 @@ class Writer:
         self._destination = destination
         self._progress = progress
         self._done = self._zeros = 0
-        self._unwritten = Extent(0, 0)  # zeros that came last
+        # A hole as large as many is made as fast as one of them.
+        self._unwritten_zeros = ExtentJoiner(self._write_zeros, max_length=_MOST_ZEROS)
         self._sparse = sparse
-        self._passing = destination.exceeds_cache()
+        self._write_behind = WriteBehind(destination, sequential=True)
         self._own_size = destination.size() if destination.is_block_device else None
         self._source_size = size
-        self._unsent = 0  # bytes written since the disk was set to work, all between these two
-        self._first, self._end = MAX_POSITION, 0
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         try:
-            self._write_taken_zeros()
+            self._unwritten_zeros.flush()
         finally:
             self._sync()
         if kind is None:
@@ -80,9 +77,9 @@ class Writer:
         """Write what it is about, if it is about anything."""
         if isinstance(message, wire.Zero):
             self._check_fits(*message)
-            self._take_zeros(Extent(*message))
+            self._unwritten_zeros.add(Extent(*message))
             return
-        self._write_taken_zeros()
+        self._unwritten_zeros.flush()
         if isinstance(message, wire.XzData):
             payload: Buffer = xz.expand(message)
         elif isinstance(message, wire.ZstdData):
@@ -93,40 +90,19 @@ class Writer:
             return
         self._check_fits(message.position, len(payload))
         self._destination.write(message.position, payload)
-        self._written(message.position, len(payload))
+        self._written(Extent(message.position, len(payload)))
 
-    def _take_zeros(self, zeros: Extent) -> None:
-        """Neighbours are written as one: a hole of their sum is made as fast as one of them."""
-        if self._unwritten.end == zeros.offset and self._unwritten.length < _MOST_ZEROS:
-            self._unwritten = Extent(self._unwritten.offset, self._unwritten.length + zeros.length)
-        else:
-            self._write_taken_zeros()
-            self._unwritten = zeros
+    def _write_zeros(self, extent: Extent) -> None:
+        if self._own_size is None and self._sparse and extent.end > self._destination.size():
+            self._destination.grow(extent.end)  # a hole that is punched makes no file longer
+        self._destination.write_zeros(*extent, sparse=self._sparse)
+        self._zeros += extent.length
+        self._written(extent)
 
-    def _write_taken_zeros(self) -> None:
-        zeros, self._unwritten = self._unwritten, Extent(0, 0)
-        if zeros.length:
-            self._write_zeros(*zeros)
-            self._zeros += zeros.length
-            self._written(*zeros)
-
-    def _write_zeros(self, position: int, length: int) -> None:
-        end = position + length
-        if self._own_size is None and self._sparse and end > self._destination.size():
-            self._destination.grow(end)  # a hole that is punched makes no file longer
-        self._destination.write_zeros(position, length, sparse=self._sparse)
-
-    def _written(self, position: int, length: int) -> None:
-        """Have the disk at work while more is coming, so that the sync in the end has little to wait for."""
-        self._done += length
-        self._progress.update(Counts(self._done, parts={"zero": self._zeros}, position=position + length))
-        self._unsent += length
-        self._first, self._end = min(self._first, position), max(self._end, position + length)
-        if self._unsent >= _WRITEBACK_SIZE:
-            self._destination.start_writeback(self._first, self._end - self._first)
-            if self._passing:
-                self._destination.drop_behind(0, self._first)  # on the disk by now, most of it
-            self._unsent, self._first, self._end = 0, MAX_POSITION, 0
+    def _written(self, extent: Extent) -> None:
+        self._done += extent.length
+        self._progress.update(Counts(self._done, parts={"zero": self._zeros}, position=extent.end))
+        self._write_behind.add(extent)
 
     def _check_fits(self, position: int, size: int) -> None:
         if self._source_size is not None and position + size > self._source_size:

@@ -14,16 +14,10 @@ import trio
 
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.destination import Destination
-from blockcopy.block.geometry import Geometry
+from blockcopy.block.geometry import Extent, Geometry
+from blockcopy.block.write_behind import WriteBehind
 from blockcopy.errors import DeviceError
 from blockcopy.replica.state.blockmap import BlockMap
-
-_WRITE_BACK = 8 * 1024 * 1024
-"""Bytes after which what was written is sent on its way to the disk: then a sync has little to wait for."""
-
-
-_NEAR = 64 * 1024 * 1024
-"""Bytes between two writes, at most, that are sent on their way at once; what lies there is looked through."""
 
 
 class Writer:
@@ -38,10 +32,7 @@ class Writer:
         self._lock = threading.Lock()  # of what follows
         self._writing = 0
         self._dirty = True  # by an earlier run, for all we know
-        self._to_write_back: list[tuple[int, int]] = []
-        self._to_write_back_bytes = 0
-        self._written_back: list[tuple[int, int]] = []  # the last time: on the disk by now, as a rule
-        self._passing = device.exceeds_cache()
+        self._write_behind = WriteBehind(device)
         self.unsynced = trio.Event()
         self.unsynced.set()
 
@@ -72,21 +63,7 @@ class Writer:
         finally:
             with self._lock:
                 self._writing -= 1
-        self._write_back(position, length)
-
-    def _write_back(self, position: int, length: int) -> None:
-        with self._lock:
-            self._to_write_back.append((position, length))
-            self._to_write_back_bytes += length
-            if self._to_write_back_bytes < _WRITE_BACK:
-                return
-            extents, self._to_write_back, self._to_write_back_bytes = list(_joined(self._to_write_back)), [], 0
-            before, self._written_back = self._written_back, extents
-        for first, last in _near(extents):
-            self._device.start_writeback(first[0], last[0] + last[1] - first[0])
-        if self._passing:  # or else it would push all else out of the cache
-            for extent in before:
-                self._device.drop_behind(*extent)
+        self._write_behind.add(Extent(position, length))
 
     async def sync(self) -> bool:
         """Return when all that was written before is durable. Returns False if it was before.
@@ -109,27 +86,3 @@ class Writer:
             self.unsynced.set()
             raise
         return was_dirty
-
-
-def _near(extents: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """The first and the last of those that lie close together: one call of the kernel's is for all of these."""
-    first = last = extents[0]
-    for extent in extents[1:]:
-        if extent[0] - (last[0] + last[1]) > _NEAR:
-            yield first, last
-            first = extent
-        last = extent
-    yield first, last
-
-
-def _joined(extents: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Neighbours as one, in ascending order."""
-    start = end = -1
-    for position, length in sorted(extents):
-        if position > end:
-            if end > start:
-                yield start, end - start
-            start = position
-        end = max(end, position + length)
-    if end > start:
-        yield start, end - start

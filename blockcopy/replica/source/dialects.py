@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from blockcopy.block.buffers import Buffer
-from blockcopy.block.geometry import Extent
+from blockcopy.block.geometry import Extent, ExtentJoiner
 from blockcopy.errors import BlockcopyError, SourceError, StreamError
 from blockcopy.protocol import wire, xz, zstd
 from blockcopy.protocol.digests import NO_DIGEST, digest
@@ -113,7 +113,8 @@ class Batch:
         self.error: BlockcopyError | None = None
         self.settle = settle
         self._sink = sink
-        self._zeros = Extent(0, 0)  # that came last, and were not given to the sink yet
+        # A hole as large as many is made as fast as one of them.
+        self._zeros = ExtentJoiner(self._give_zeros)
         self._question = 0  # the first that can still be answered
         self._reached = 0  # and what of it was passed already
 
@@ -122,21 +123,17 @@ class Batch:
         extent = Extent(position, len(payload))
         if not self._fits(extent):
             return False
-        self._give_zeros()
+        self._zeros.flush()
         self.answer.data.append(extent)
         self._deliver(lambda: self._sink.data(position, payload))
         return True
 
     def zeros(self, position: int, length: int) -> bool:
-        """As `data`. Neighbours are given as one: a hole of their sum is made as fast as one of them."""
+        """Take zeros as an answer, as `data` takes bytes."""
         extent = Extent(position, length)
         if not self._fits(extent):
             return False
-        if self._zeros.end == position:
-            self._zeros = Extent(self._zeros.offset, self._zeros.length + length)
-        else:
-            self._give_zeros()
-            self._zeros = extent
+        self._zeros.add(extent)
         return True
 
     def failure(self, position: int, reason: str) -> bool:
@@ -147,15 +144,13 @@ class Batch:
         self.answer.unreadable.append(UnreadableBlock(block, reason[:_MAX_REASON]))
         return True
 
-    def _give_zeros(self) -> None:
-        zeros, self._zeros = self._zeros, Extent(0, 0)
-        if zeros.length:
-            self.answer.zeros.append(zeros)
-            self._deliver(lambda: self._sink.zeros(*zeros))
+    def _give_zeros(self, extent: Extent) -> None:
+        self.answer.zeros.append(extent)
+        self._deliver(lambda: self._sink.zeros(*extent))
 
     def finish(self) -> None:
         """There is nothing more to come."""
-        self._give_zeros()
+        self._zeros.flush()
         self.settle()
 
     def _deliver(self, deliver: Callable[[], None]) -> None:
