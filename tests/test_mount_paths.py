@@ -212,7 +212,7 @@ def test_a_state_file_that_gives_no_answer_is_left(
 def test_a_record_that_cannot_be_removed_for_a_dead_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     made, journal, _ = stuck_keeper(monkeypatch, forget=lambda: None)
     try:
-        with pytest.raises(StateError, match="would not be true any more, and cannot be removed"):
+        with pytest.raises(StateError, match="is out of date and cannot be removed"):
             trio.run(made.forget)
     finally:
         journal.answer.set()

@@ -19,6 +19,7 @@ import trio.testing
 
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import BLOCK_SIZE, Geometry
+from blockcopy.block.identity import Times
 from blockcopy.errors import (
     BlockcopyError,
     DestinationRefusedError,
@@ -990,6 +991,40 @@ def test_a_final_sync_that_fails_completes_nothing(
                     assert await read_block(replica, block, of=data)
 
     trio.run(main)
+
+
+def test_a_last_sync_that_fails_drops_the_cache_and_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last times are recorded after a sync of their own. The drop brings back what the disk has."""
+    source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+    plan = plan_of(source, destination, state=str(tmp_path / "state"))
+
+    def fail(device: Device, write_back: Callable[[], object]) -> Times:
+        raise DeviceError("the last write-back failed")
+
+    def drop(device: Device) -> None:
+        device.write(0, OLD[:BLOCK_SIZE])
+
+    async def fails() -> None:
+        async with replica_of(plan) as replica:
+            with pytest.raises(DeviceError, match="last write-back"):
+                await replica.wait_complete()
+            snapshot = replica.snapshot()
+            assert (snapshot["state"], snapshot["hydrated_bytes"]) == ("failed", 0)
+            assert await read_block(replica, 0)
+
+    async def again() -> None:
+        async with replica_of(plan) as replica:
+            assert replica.snapshot()["resumed_bytes"] == 0
+            await replica.wait_complete()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(committer, "settled_times", fail)
+        patch.setattr(Device, "drop_cache", drop)
+        trio.run(fails)
+    trio.run(again)
+    assert destination.read_bytes() == DATA
 
 
 # What is told

@@ -137,7 +137,7 @@ class Replica:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._measure)
             nursery.start_soon(self._guard, self._committer.run)
-            nursery.start_soon(self._guard, self._committer.beat)
+            nursery.start_soon(self._guard, self._committer.renew_leases)
             nursery.start_soon(self._guard, self._watch)
             if self._plan.hydrate:
                 nursery.start_soon(self._guard, self._hydrate)

@@ -97,7 +97,7 @@ class BackgroundHydration:
         return next((block for block in self._blockmap.fetchable(blocks) if block not in self._in_flight), None)
 
     def _end_of_batch(self, first: int) -> int:
-        """Return the block at which a batch from `first` on ends. A block that was set aside ends it early."""
+        """Return the block at which a batch from `first` on ends. An unreadable block ends it early."""
         stop = min(first + self._throttle.batch_blocks, self._geometry.block_count)
         return next(filter(self._blockmap.is_unreadable, range(first, stop)), stop)
 

@@ -1,10 +1,14 @@
-"""Keeps the journal true: what is recorded is right on the destination, and durable there.
+"""The committer: sync the destination, and record in the state file which blocks are present.
 
-    blocks marked → destination synced → their chunks committed, each second and when asked
+    blocks are marked → the destination is synced → the changed chunks of the block map are recorded
 
-The order is the whole of it. What is marked after the chunks were taken waits for the next time. A
-sync that fails makes everything forgotten, here and in the journal. A journal that cannot be written
-costs the next run a check; the copy goes on.
+This order keeps the state file true: each recorded block is right on the destination, and durable there. A commit
+takes place each second and on request. Chunks that change after a commit has taken them wait for the next one.
+If a sync fails, no block counts as present, neither in memory nor on record. If the state file cannot be written,
+the copy goes on, and the next run checks more blocks.
+
+A lease is a time on record until which this run may write to a destination file. A later run ignores the record
+if the file was written after the lease: another program wrote it. Block devices have no times, and need no lease.
 """
 
 from __future__ import annotations
@@ -29,166 +33,194 @@ from blockcopy.replica.tasks import abandonable
 logger = logging.getLogger(__name__)
 
 _SECONDS = 1
-"""Between two commits, and two signs of life."""
+"""Seconds between two commits, and between two renewals of the lease."""
 
-_AHEAD_NS = 3_000_000_000
-"""Nanoseconds for which a sign of life holds, beside what it takes to record it. Until then a file may be
-written by ourselves. What somebody else writes in that time after a crash is not noticed."""
+_LEASE_NS = 3_000_000_000
+"""Nanoseconds that a lease lasts after it was recorded.
+
+After a crash, a write of another program within the lease goes unnoticed.
+"""
 
 _ANSWER_SECONDS = 10
-"""How long the state file may take, whose disk may be away; what it was told is told again later."""
+"""Seconds to wait for the state file, whose disk may be away. What was not recorded is recorded later."""
 
 
 class Committer:
-    """See the module. Without a journal it only syncs. Start `run` and `beat` in a nursery."""
+    """The one that syncs a destination and writes its state file. Call from trio's thread only.
 
-    def __init__(self, journal: StateFile | None, device: Device, blockmap: BlockMap, hydrator: Hydrator) -> None:
-        self._journal = journal
+    Start `run` and `renew_leases` in a nursery.
+    """
+
+    def __init__(
+        self, state_file: StateFile | None, device: Device, blockmap: BlockMap, hydrator: Hydrator
+    ) -> None:
+        """Make a committer for the destination `device`. Without a state file it only syncs."""
+        self._state_file = state_file
         self._device = device
         self._blockmap = blockmap
         self._hydrator = hydrator
         self._one_commit = trio.Lock()
         self._one_thread = trio.CapacityLimiter(1)
         self._trouble: StateWriteError | None = None
-        self._durable = NO_TIMES  # of the destination: no power loss takes it behind these
-        self._until_ns = 0  # the last sign of life on record
-        self._took_ns = 0  # to record the last one
+        self._durable = NO_TIMES  # times of the destination that survive a power loss
+        self._lease_ns = 0  # end of the recorded lease
+        self._recording_ns = 0  # how long it took to record that lease
         self._gave_up = False
 
     async def begin(self, source: Identity, block_size: int) -> None:
-        """Before the destination is written: what is recorded is what the block map has, or nothing."""
-        if self._journal is None:
-            return
-        journal = self._journal
-        if self._blockmap.resumed_bytes and journal.record:
-            clock = journal.record.clock
-            self._durable = Times(clock.mtime_ns, clock.ctime_ns)
-            await self._record(journal.write_times)
-        else:
-            binding = Binding(source, destination_identity(self._device), self._device.size(), block_size)
-            if not await self._record(partial(self._begin, journal, binding)):
-                self._journal = None
-                await self._discard(journal)  # or else what is in it would be believed later
-                invalidate_records(self._device)
+        """Make the record match the block map. Call before the destination is written.
 
-    def _begin(self, journal: StateFile, binding: Binding, clock: WriteTimes) -> None:
-        journal.begin_record(binding, clock)
-        if is_at_default_path(journal, self._device):
+        The old record goes on if blocks were resumed from it; otherwise a new record for `source` begins. If it
+        cannot be written, the old records are removed, and no state is kept. `block_size`: bytes.
+        Raises StateError if an old record cannot be removed.
+        """
+        state_file = self._state_file
+        if state_file is None:
+            return
+        if self._blockmap.resumed_bytes and state_file.record:
+            clock = state_file.record.clock
+            self._durable = Times(clock.mtime_ns, clock.ctime_ns)
+            await self._record(state_file.write_times)
+            return
+        binding = Binding(source, destination_identity(self._device), self._device.size(), block_size)
+        if not await self._record(partial(self._begin, state_file, binding)):
+            self._state_file = None
+            await self._delete(state_file)  # or else a later run would believe the old record
+            invalidate_records(self._device)
+
+    def _begin(self, state_file: StateFile, binding: Binding, times: WriteTimes) -> None:
+        state_file.begin_record(binding, times)
+        if is_at_default_path(state_file, self._device):
             make_default_authoritative(self._device)
         else:
-            make_authoritative(journal.token, self._device)
+            make_authoritative(state_file.token, self._device)
 
     async def run(self) -> None:
-        """Commit each second. DeviceError where the destination cannot be synced."""
+        """Commit each second, for ever. Raises DeviceError if the destination cannot be synced."""
         while True:
             await trio.sleep(_SECONDS)
             await self.commit()
 
-    async def beat(self) -> None:
-        """While a file is written, say so, or else its new times would count against us after a crash."""
+    async def renew_leases(self) -> None:
+        """Renew the lease each second while a destination file has unsynced writes.
+
+        Without a lease, a crash would leave times that look like the writes of another program.
+        """
         while not self._device.is_block_device:
             await self._hydrator.unsynced.wait()
-            if self._journal is None:
+            if self._state_file is None:
                 return
-            await self._record(self._journal.write_times)
+            await self._record(self._state_file.write_times)
             await trio.sleep(_SECONDS)
 
     async def commit(self) -> None:
-        """Return when all that is marked by now is durable, and recorded. DeviceError."""
+        """Make all blocks durable that are marked now, and record them. Raises DeviceError if the sync fails."""
         async with self._one_commit:
-            with trio.CancelScope(shield=True):  # what was taken is recorded, or is put back
+            with trio.CancelScope(shield=True):  # chunks that were taken are recorded or put back
                 await self._commit()
 
     async def _commit(self) -> None:
-        await self._announce()
+        await self._extend_lease()
         times = times_of(self._device)
         changes = self._blockmap.take_changes()
         try:
             if await self._hydrator.sync():
                 self._durable = times
         except DeviceError:
-            await self._forget()
+            await self._clear_record()
             raise
-        if self._journal is None or not changes:
+        if self._state_file is None or not changes:
             return
-        if not await self._record(partial(self._journal.write_chunks, changes)):
+        if not await self._record(partial(self._state_file.write_chunks, changes)):
             self._blockmap.restore_changes(changes)
 
-    async def _announce(self) -> None:
-        """Before a sync makes the times of our writes durable, they are within what is recorded."""
-        if self._journal is None or self._device.is_block_device or not self._hydrator.unsynced.is_set():
+    async def _extend_lease(self) -> None:
+        """Renew a lease that may end before the next sync. A sync makes the times of our writes durable."""
+        if self._state_file is None or self._device.is_block_device or not self._hydrator.unsynced.is_set():
             return
-        if self._until_ns < time.time_ns() + _SECONDS * 1_000_000_000:
-            await self._record(self._journal.write_times)
+        if self._lease_ns < time.time_ns() + _SECONDS * 1_000_000_000:
+            await self._record(self._state_file.write_times)
 
     async def forget(self) -> None:
-        """Nothing is known any more, here or on record."""
+        """Mark all blocks as missing, in memory and on record.
+
+        Raises StateError if the record can be neither written nor removed.
+        """
         async with self._one_commit:
             self._hydrator.forget()
-            await self._forget()
+            await self._clear_record()
 
-    async def _forget(self) -> None:
-        """StateError where the record can neither be written nor removed."""
-        if self._journal is not None and not await self._write(self._journal.clear):
-            journal, self._journal = self._journal, None
-            await self._discard(journal)
+    async def _clear_record(self) -> None:
+        """Remove all chunks from the record, or else the record. Raises StateError if neither is possible."""
+        if self._state_file is not None and not await self._write(self._state_file.clear):
+            state_file, self._state_file = self._state_file, None
+            await self._delete(state_file)
 
-    async def _discard(self, journal: StateFile) -> None:
+    async def _delete(self, state_file: StateFile) -> None:
         """Remove the record. Raises StateError if the record cannot be removed."""
         try:
-            await self._in_thread(journal.delete)
+            await self._in_thread(state_file.delete)
         except TimeoutError as error:
-            journal.is_stuck = True
+            state_file.is_stuck = True
             raise StateError(
-                f"the state in {journal.path} would not be true any more, and cannot be removed: "
-                f"{error.strerror}; remove it before the next start"
+                f"the state file {state_file.path} is out of date and cannot be removed: {error.strerror}. "
+                "Remove it before the next start"
             ) from error
 
     async def close(self) -> None:
-        """Nothing is written any more: commit, and let the journal go. DeviceError."""
+        """Commit, and close the state file. Nothing may be written to the destination afterwards.
+
+        Raises DeviceError if a sync fails.
+        """
         try:
             await self.commit()
         finally:
             with trio.CancelScope(shield=True):
-                await self._close_journal()
+                await self._close_state_file()
 
-    async def _close_journal(self) -> None:
-        """Raises DeviceError if the destination cannot be synced."""
-        journal = self._journal
-        if journal is None:
+    async def _close_state_file(self) -> None:
+        """Record the last times of the destination, and close. Raises DeviceError if a sync fails.
+
+        These last syncs bypass the hydrator. So if one fails, this method itself forgets blocks and cache.
+        """
+        state_file = self._state_file
+        if state_file is None:
             return
         try:
             if self._trouble is None:
                 times = await trio.to_thread.run_sync(self._last_times)
-                await self._write(partial(journal.write_times, WriteTimes(*times, until_ns=None)))
+                await self._write(partial(state_file.write_times, WriteTimes(*times, until_ns=None)))
         except DeviceError:
-            await self._forget()
+            try:
+                await self._hydrator.forget_cached()
+            finally:
+                await self._clear_record()
             raise
         finally:
-            self._journal = None
+            self._state_file = None
             try:
-                await self._in_thread(journal.close)
+                await self._in_thread(state_file.close)
             except TimeoutError:
-                journal.is_stuck = True  # a thread is in it still, and ends with the process
+                state_file.is_stuck = True  # a thread still uses it, and ends with the process
 
     def _last_times(self) -> Times:
         return NO_TIMES if self._device.is_block_device else settled_times(self._device, self._device.sync)
 
     async def _record(self, write: Callable[[WriteTimes], None]) -> bool:
-        """Do as `_write`, with a sign of life that holds for some time after it is recorded."""
+        """Do as `_write`, and record a new lease with it. `write` gets the times to record."""
         began = time.time_ns()
-        until = began + _AHEAD_NS + 2 * self._took_ns
-        if not await self._write(partial(write, WriteTimes(*self._durable, until_ns=until))):
+        lease = began + _LEASE_NS + 2 * self._recording_ns
+        if not await self._write(partial(write, WriteTimes(*self._durable, until_ns=lease))):
             return False
-        self._until_ns, self._took_ns = until, time.time_ns() - began
+        self._lease_ns, self._recording_ns = lease, time.time_ns() - began
         return True
 
     async def _write(self, write: Callable[[], None]) -> bool:
-        """In a thread; False, and said once, where it cannot be, or gives no answer."""
+        """Call `write` in a thread. Returns False and warns once if the state file cannot be written, or hangs."""
         try:
             await self._in_thread(write)
         except TimeoutError as error:
-            path = self._journal.path if self._journal else ""
+            path = self._state_file.path if self._state_file else ""
             trouble = StateWriteError(f"cannot record in the state file {path}: {error.strerror}")
         except StateWriteError as error:
             trouble = error
@@ -196,12 +228,12 @@ class Committer:
             self._trouble = None
             return True
         if self._trouble is None:
-            logger.warning("%s; after a crash, more will be checked again", trouble)
+            logger.warning("%s; after a crash, more blocks will be checked again", trouble)
         self._trouble = trouble
         return False
 
     async def _in_thread(self, work: Callable[[], None]) -> None:
-        """Call `work`, which touches the journal. Raises TimeoutError if the journal gives no answer."""
+        """Call `work`, which uses the state file, in a thread. Raises TimeoutError if `work` hangs."""
         is_stuck = self._gave_up and self._one_thread.borrowed_tokens
         try:
             await abandonable.run_within(work, 0 if is_stuck else _ANSWER_SECONDS, limiter=self._one_thread)

@@ -10,7 +10,7 @@ The second of two equal answers is dropped. A fetch with no missing block left i
 Fetches run in the nursery of the replica, not in the task of a caller. A reader that goes away fails no other.
 A failed fetch is forgotten, and the next `ensure` tries again. Its failure reaches the callers on its lane that
 want all of its blocks. All other callers request their blocks again.
-A block that the source cannot read is set aside. It fails only the callers that want it (`source_faults`).
+A block that the source cannot read is marked unreadable. It fails only the callers that want it (`source_faults`).
 
 The `Writer` writes what differs, in the thread that receives it. A block is marked only after all its bytes were
 written, or after the source said that they are equal. This holds if `_fetch` crashes or fails at any line.
