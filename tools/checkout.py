@@ -1,4 +1,4 @@
-"""The checkout that the programs here belong to, and the environment that tools/setup made in it."""
+"""The checkout of these programs, and the virtual environment that tools/setup creates there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ PYTHON = CHECKOUT / ".venv/bin/python"
 
 
 def use_environment() -> None:
-    """Begin again with that Python, which has all that is needed. (A broken environment may have another prefix
-    than its own: once only.)"""
+    """Restart this program with the Python of the virtual environment, if there is one. Returns if it runs already.
+
+    The check is by path: in a broken environment `sys.prefix` may differ, and the restart would never end.
+    """
     if PYTHON.exists() and PYTHON.absolute() != Path(sys.executable):
         os.execv(PYTHON, [str(PYTHON), *sys.argv])

@@ -1,1 +1,1 @@
-"""The parts of tools/chaos: what a round stands on, what is done to it, and who reads meanwhile."""
+"""The parts of tools/chaos: the ends of a round, its events, and its readers."""

@@ -1,4 +1,4 @@
-"""What a round stands on: processes that can be found again, a source and a destination."""
+"""The ground of a round: its marked processes, its source and its destination."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 MARK = "BLOCKCOPY_CHAOS_ID"
-"""In the environment of all that a round starts, so that what it leaves is found."""
+"""An environment variable of all processes of a round. It finds the processes that a round leaves behind."""
 
 BLOCK = 128 * 1024
 PATIENCE = 20
-"""Seconds for what has to happen soon."""
+"""Time limit in seconds of everything that should take a moment."""
 
 
 class WrongError(Exception):
-    """Something that must not be."""
+    """A broken promise of blockcopy, or a fault of the round."""
 
 
 def processes(mark: str) -> dict[int, list[str]]:
-    """Those that run and have the mark: their arguments."""
+    """Find the running processes with `mark`. Returns the arguments of each, by process id."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -34,15 +34,18 @@ def processes(mark: str) -> dict[int, list[str]]:
 
 
 def is_mounted(point: Path) -> bool:
+    """Tell whether something is mounted on `point`. Does not touch the mount."""
     return f" {point} " in os.fsdecode(Path("/proc/mounts").read_bytes())
 
 
-def losetup(*words: object) -> str:
-    command = ["losetup", *map(str, words)]
+def losetup(*arguments: object) -> str:
+    """Run losetup with `arguments`. Returns its output. Raises CalledProcessError if it fails."""
+    command = ["losetup", *map(str, arguments)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=PATIENCE).stdout.strip()
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
+    """Wait until `condition()` is true. `what`: the event, for messages. Raises WrongError after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -51,25 +54,30 @@ def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE)
 
 
 class Ends:
-    """The source and the destination of a round, both with files behind them."""
+    """The source and the destination of a round: two files, or loop devices on them.
+
+    `size`: bytes of each. `choose` makes all random choices. `make` creates both.
+    """
 
     def __init__(self, folder: Path, size: int, choose: random.Random) -> None:
         self.source_file = folder / "source"
         self.size = size
         self._choose = choose
         self.relation = "nothing yet"
-        self.brought = 0
-        """Bytes of earlier sources that had to be brought."""
+        """How the destination differs from the source at first, in words."""
+        self.sent_before = 0
+        """Bytes that earlier sources had to send."""
         self._disk = folder / "disk"
-        self._loops: dict[str, str] = {}  # of source and destination: the device
+        self._loops: dict[str, str] = {}  # the devices of "source" and "destination"
         self._source_is_loop = False
         self._replaced = 0
-        self._differed = 0  # bytes, when this source was new
+        self._differed = 0  # bytes in differing blocks when this source was new
 
     def make(self) -> None:
+        """Create the source and the destination."""
         choose, size = self._choose, self.size
         data = bytearray(choose.randbytes(size))
-        for start in range(0, size, 5 * BLOCK):  # some blocks are those of an empty disk
+        for start in range(0, size, 5 * BLOCK):  # every fifth block is zeros, as on an empty disk
             data[start : start + BLOCK] = bytes(len(data[start : start + BLOCK]))
         self.source_file.write_bytes(data)
         self.relation = choose.choice(["equal", "part differs", "zeros", "all differs"])
@@ -94,14 +102,17 @@ class Ends:
             self._loops["source"] = losetup("--read-only", "--find", "--show", self.source_file)
 
     def _change(self, data: bytearray, part: float) -> None:
-        """So large a part of the blocks, in one byte or wholly."""
+        """Change the share `part` (0 to 1) of the blocks of `data`, each in one byte or wholly."""
         for start in range(0, len(data), BLOCK):
             if self._choose.random() < part:
                 end = min(len(data), start + self._choose.choice([1, BLOCK]))
                 data[start:end] = self._choose.randbytes(end - start)
 
     def replace_source(self) -> None:
-        """By another of the same size. The earlier one is kept: a reused inode would look unchanged."""
+        """Replace the source by another file of the same size.
+
+        Keeps the earlier file: a reused inode would look unchanged.
+        """
         data = self._next_source()
         if self._source_is_loop:
             losetup("--detach", self._loops.pop("source"))
@@ -112,8 +123,10 @@ class Ends:
         self._differed = self.differing(but_zeros=True)
 
     def rewrite_source(self) -> None:
-        """Write other bytes into the source's file, and put its mtime back. A loop device shows nothing of that,
-        so a device stays as it is."""
+        """Write other bytes into the source's file, and set its mtime back.
+
+        Does nothing for a loop device, which cannot show the change.
+        """
         if self._source_is_loop:
             return
         data, before = self._next_source(), self.source_file.stat()
@@ -123,23 +136,27 @@ class Ends:
         self._differed = self.differing(but_zeros=True)
 
     def _next_source(self) -> bytearray:
-        """Return the bytes of another source. What was brought of this one is counted."""
-        self.brought += self._differed - self.differing(but_zeros=True)
+        """Return the bytes of the next source. Counts the bytes that the current one had to send."""
+        self.sent_before += self._differed - self.differing(but_zeros=True)
         data = bytearray(self.source_file.read_bytes())
         self._change(data, self._choose.choice([0.02, 0.5, 1]))
         return data
 
     @property
     def source(self) -> str:
+        """The path of the source: its device, or its file."""
         return self._loops.get("source", str(self.source_file))
 
     @property
     def destination(self) -> str:
+        """The path of the destination: its device, or its file."""
         return self._loops.get("destination", str(self._disk))
 
     def different(self, *, but_zeros: bool = False) -> list[int]:
-        """Return the offsets of blocks that differ. For when nothing is mounted. `but_zeros`: those that have to be
-        sent, because the source's are not zeros."""
+        """Return the byte offsets of the blocks that differ, ascending. Call only while nothing is mounted.
+
+        `but_zeros`: without blocks that are zeros in the source, for which the source sends no bytes.
+        """
         found = []
         with self.source_file.open("rb") as source, open(self.destination, "rb") as destination:
             for offset in range(0, self.size, BLOCK):
@@ -149,19 +166,24 @@ class Ends:
         return found
 
     def differing(self, *, but_zeros: bool = False) -> int:
-        """Return the number of bytes in the blocks that differ."""
+        """Return the number of bytes in the blocks that differ. `but_zeros`: as for `different`."""
         return sum(min(BLOCK, self.size - offset) for offset in self.different(but_zeros=but_zeros))
 
     @property
     def needed(self) -> int:
-        """Bytes of blocks that had to be sent: of each source, those that differed when it was first
-        connected to, and do no more when the next one takes its place, or in the end."""
-        return self.brought + self._differed - self.differing(but_zeros=True)
+        """Bytes of the blocks that had to be sent, by all sources.
+
+        For each source: blocks that differed when it was new, and are equal when it is replaced, or at the end.
+        """
+        return self.sent_before + self._differed - self.differing(but_zeros=True)
 
     def detach(self) -> list[str]:
-        """The loop devices that are left then, for the same files."""
+        """Detach the loop devices.
+
+        Returns descriptions of other loop devices on the same files, which should not exist.
+        """
         for device in self._loops.values():
             losetup("--detach", device)
         files = losetup("--list", "--noheadings", "--output", "BACK-FILE").splitlines() if self._loops else []
-        self._loops.clear()  # the files are read from now on
+        self._loops.clear()  # from now on, `source` and `destination` are the files
         return [f"loop device of {file}" for file in files if file.startswith(str(self.source_file.parent))]

@@ -1,4 +1,4 @@
-"""A round: a mount, its readers, and how it comes to its end."""
+"""A round: a mount, its readers and its commands, from the start to the checks at the end."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ LINK = str(CHECKOUT / "tools/standins/link")
 FAULTY = shlex.join([sys.executable, str(CHECKOUT / "tools/standins/faulty_retrieve")])
 READERS = 3
 TIMEOUT = 2
-"""--timeout, in seconds: some freezes are longer."""
+"""The --timeout of the mounts, in seconds. Some freezes are longer."""
 
 PATIENCE_COMPLETE = 120
-"""Seconds for the rest of a copy: the next attempt may be 30 s away."""
+"""Time limit in seconds for completing a copy. The next attempt to connect may be 30 s away."""
 
 
 class Round:
-    """One of them. `run` it, then `clear` it up, whatever became of it."""
+    """One round. Call `run`, then always `clean_up`.
+
+    `name` seeds all choices. `size`: bytes of the source. `totals`: counts of all rounds, to add to.
+    """
 
     def __init__(self, name: str, size: int, folder: Path, totals: Counter[str], verbose: bool) -> None:
         self.choose = random.Random(name)
@@ -42,10 +45,10 @@ class Round:
         self.state, self.cut, self.frozen = folder / "state", folder / "cut", folder / "frozen"
         self.trickling = folder / "trickling"
         self.instead = folder / "instead"
-        """As long as it exists: what the source's host runs instead of `retrieve`, for the shell."""
+        """While this file exists, the source's host runs its shell commands instead of `retrieve`."""
         self.events: list[str] = []
         self.calm_at = 0.0
-        """When a mount is no longer refused because of the last cut or freeze."""
+        """The monotonic time from which a mount may no longer fail because of the last disturbance."""
         self._totals = totals
         self._verbose = verbose
         self._began = time.monotonic()
@@ -62,7 +65,7 @@ class Round:
         self._started = 0  # readers
         self._prefetches: list[subprocess.Popen[bytes]] = []
         self._mount: subprocess.Popen[bytes] | None = None
-        self._unread: list[int] = []  # pipes that nobody reads
+        self._unread: list[int] = []  # read ends of pipes that nobody reads
         self._log = (folder / "log").open("ab", buffering=0)
         self.point = folder / "mnt"
         self.point.mkdir()
@@ -70,6 +73,7 @@ class Round:
         self.ends = Ends(folder, size, self.choose)
 
     def say(self, text: str) -> None:
+        """Write `text` and the time to the log, and to standard output if verbose."""
         line = f"{time.monotonic() - self._began:7.3f} {text}"
         self._log.write(f"=== {line}\n".encode())
         if self._verbose:
@@ -77,10 +81,13 @@ class Round:
 
     # Processes
 
-    def popen(self, *words: object, stderr: int | None = None) -> subprocess.Popen[bytes]:
-        """In a session of its own: a Ctrl-C is ours to tell of."""
+    def popen(self, *command: object, stderr: int | None = None) -> subprocess.Popen[bytes]:
+        """Start a command in a session of its own, so that Ctrl-C reaches only this program.
+
+        `stderr`: a file descriptor, by default the log's.
+        """
         return subprocess.Popen(
-            [str(each) for each in words],
+            [str(each) for each in command],
             env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -89,50 +96,57 @@ class Round:
         )
 
     def blockcopy(self, *words: object, right: Collection[int] = (0,), seconds: float = PATIENCE) -> int:
-        """A command, to its end."""
-        return self.ended(self.popen(*BLOCKCOPY, *words), f"`blockcopy {words[0]}`", right, seconds)
+        """Run `blockcopy` with the arguments `words`. Returns and raises as `wait_for`."""
+        return self.wait_for(self.popen(*BLOCKCOPY, *words), f"`blockcopy {words[0]}`", right, seconds)
 
-    def ended(
+    def wait_for(
         self, process: subprocess.Popen[bytes], what: str, right: Collection[int] = (0,), seconds: float = PATIENCE
     ) -> int:
-        """Its exit status, one of those that are right."""
+        """Wait for the end of `process`, at most `seconds`. Returns its exit status. `what`: its name for messages.
+
+        Raises WrongError if the status is not in `right`, or if time is up.
+        """
         until(lambda: process.poll() is not None, f"the end of {what}", seconds)
         if process.returncode not in right:
             raise WrongError(f"{what} ended with {process.returncode}")
         return process.returncode
 
     def others(self) -> dict[int, list[str]]:
-        """All running processes of this round, but for the readers."""
+        """Return the arguments of all running processes of this round except the readers, by process id."""
         readers = {each.pid for each in self._readers.values()}
         return {pid: words for pid, words in processes(self._mark).items() if pid not in readers}
 
     def await_no_others(self) -> None:
+        """Wait until only readers run. Raises WrongError if other processes do not end."""
         until(lambda: not self.others(), f"the end of {self.others()}")
 
     def command(self, name: str) -> list[object]:
-        """`mount` or `sync`, and its options. What ssh would be is a script that waits for the link, so that
-        a SIGKILL of it is no SIGKILL of the link, which would lose the count."""
-        words = ["--cut-while", self.cut, "--freeze-while", self.frozen, "--trickle-while", self.trickling]
-        words += ["--count", self.folder / "counts"]
+        """Return a command line of `name` (`mount` or `sync`) with random options, without a mountpoint.
+
+        In place of ssh stands a script that waits for the link. So a SIGKILL of the script does not reach the
+        link, which would lose its count.
+        """
+        link = ["--cut-while", self.cut, "--freeze-while", self.frozen, "--trickle-while", self.trickling]
+        link += ["--count", self.folder / "counts"]
         options: list[object] = ["--state", self.state, "--timeout", TIMEOUT, "--compress", "none"]
-        pace = ["--rate", f"{self.choose.randint(8, 20)}M"]
+        rate = f"{self.choose.randint(8, 20)}M"
         if self.choose.random() < 0.5:
-            words += pace  # of the link, which then has much under way
+            link += ["--rate", rate]  # then much is in flight on the link
         else:
-            options += ["--limit", pace[1]]  # of the pass
+            options += ["--limit", rate]  # limits background hydration
         if self.choose.random() < 0.3:
-            words += ["--delay", self.choose.choice([2, 10, 40])]
+            link += ["--delay", self.choose.choice([2, 10, 40])]
         for option, chance in (("--verify", 0.2), ("--recheck", 0.1)):
             options += [option] * (self.choose.random() < chance)
         rsh = self.folder / "rsh"
-        rsh.unlink(missing_ok=True)  # not overwritten: a shell may be reading it
-        rsh.write_text(f'#!/bin/sh\n{shlex.join(map(str, [sys.executable, LINK, *words]))} "$@"\nexit $?\n')
+        rsh.unlink(missing_ok=True)  # not overwritten: a shell may be reading the old script
+        rsh.write_text(f'#!/bin/sh\n{shlex.join(map(str, [sys.executable, LINK, *link]))} "$@"\nexit $?\n')
         rsh.chmod(0o700)
         options += ["-e", rsh, "--blockcopy-path", f"sh {self._program()}", f"host:{self.ends.source}"]
         return [*BLOCKCOPY, name, *options, self.ends.destination]
 
     def _program(self) -> Path:
-        """Return the script that the source's host runs."""
+        """Write the script that the source's host runs, if missing. Returns its path."""
         script = self.folder / "program"
         if not script.exists():
             script.write_text(f'[ -e {self.instead} ] && . {self.instead}\nexec {shlex.join(BLOCKCOPY)} "$@"\n')
@@ -141,9 +155,9 @@ class Round:
     # The mount and its readers
 
     def up(self, *, unread: bool = False) -> None:
-        """Mount, and have readers. A mount is refused, and tried again, while the source is cut off.
+        """Mount, and start the readers. Repeats a mount that fails while the source is cut off.
 
-        `unread`: nobody reads what the mount says.
+        `unread`: nobody reads the mount's standard error. Raises WrongError if the mount fails otherwise.
         """
         while not self._mounts(unread=unread):
             self._totals["mounts refused while the link was down"] += 1
@@ -152,6 +166,7 @@ class Round:
         self.start_readers()
 
     def _mounts(self, *, unread: bool) -> bool:
+        """Start a mount, and wait until it serves or ends. Returns False if it ended because of a disturbance."""
         was_calm = time.monotonic() > self.calm_at
         words = [*self.command("mount"), self.point, "-f", "--name", self.file.name]
         stderr = None
@@ -167,7 +182,7 @@ class Round:
         return process.returncode is None
 
     def _pipe_that_nobody_reads(self) -> int:
-        """Return its end to write to. The other end is closed, or open and the pipe soon full."""
+        """Return the write end of a new pipe. The read end is closed, or stays open until the pipe is full."""
         reader, writer = os.pipe()
         if self.choose.random() < 0.5:
             os.close(reader)
@@ -177,7 +192,10 @@ class Round:
         return writer
 
     def down(self, *, kill: bool) -> None:
-        """No mount any more, nor what belongs to it. Readers live on where it was killed."""
+        """Unmount, or kill the mount if `kill`, and wait until its processes are gone. Readers survive a kill.
+
+        Raises WrongError if anything fails or is left behind.
+        """
         process = self._mount
         if process is None or process.poll() is not None:
             raise WrongError(f"the mount ended by itself, with {process and process.returncode}")
@@ -187,22 +205,23 @@ class Round:
             process.wait(PATIENCE)
         else:
             self.stop_readers()
-        # Refused as busy, which is 4, while a reader has not noticed its death, or a prefetch asks for its status.
+        # Ends with 4 (busy) while a reader has not noticed the death, or a prefetch asks for the status.
         while (status := self.blockcopy("umount", self.point, right=(0, 4, 75))) == 4:
             time.sleep(0.01)
         if not kill:
-            self.ended(process, "the mount", {0, 75})  # 75: it was not complete yet
+            self.wait_for(process, "the mount", {0, 75})  # 75: the copy is not complete yet
             if status == 0 and (differing := self.ends.differing()):
-                raise WrongError(f"{differing} bytes are in blocks that differ, though umount ended with 0")
+                raise WrongError(f"umount ended with 0, but differing blocks have {differing} bytes")
         for each in self._prefetches:
-            self.ended(each, "`blockcopy prefetch`", (0, 3, 4))
+            self.wait_for(each, "`blockcopy prefetch`", (0, 3, 4))
         self._prefetches.clear()
         if is_mounted(self.point):
-            raise WrongError("it is still mounted")
+            raise WrongError(f"{self.point} is still mounted")
         self._mount = None
         self.await_no_others()
 
     def start_readers(self) -> None:
+        """Start readers until there are READERS."""
         for number in {*range(READERS)} - self._readers.keys():
             self._started += 1
             tally = self.folder / f"reader.{self._started}"
@@ -211,6 +230,7 @@ class Round:
             self._readers[number] = self.popen(sys.executable, "-E", "-s", "-S", reader.__file__, *words)
 
     def stop_readers(self, numbers: Collection[int] = range(READERS)) -> None:
+        """Kill the readers with these numbers. Raises WrongError if one ended before."""
         for process in filter(None, [self._readers.pop(number, None) for number in numbers]):
             if process.poll() is not None:
                 raise WrongError(f"a reader ended by itself, with {process.returncode}")
@@ -218,27 +238,27 @@ class Round:
             process.wait(PATIENCE)
 
     def tally(self) -> Counter[str]:
-        """Of all readers, those that are gone too."""
+        """Return the counts of all readers so far, dead ones included, by the names of TALLIED."""
         counts: Counter[str] = Counter(dict.fromkeys(TALLIED, 0))
         for each in self.folder.glob("reader.*[0-9]"):
             counts.update(dict(zip(TALLIED, TALLY.unpack(each.read_bytes()))))
         return counts
 
     def disturb(self, sign: Path, seconds: float, text: str = "") -> None:
-        """`sign` is there for so long from now on, with this text in it."""
+        """Create the file `sign` with `text`, and remove it after `seconds`. Returns at once."""
         sign.write_text(text)
         self._timers.append(threading.Timer(seconds, sign.unlink, [True]))
         self._timers[-1].start()
         self.calm_at = max(self.calm_at, time.monotonic() + seconds + 1)
 
     def prefetch(self, *extents: str) -> None:
-        """Does not wait for it."""
+        """Start a prefetch of `extents` (OFFSET:LENGTH), without waiting for it."""
         self._prefetches.append(self.popen(*BLOCKCOPY, "prefetch", self.point, *extents))
 
     # From its beginning to its end
 
     def run(self, events: Mapping[str, tuple[int, Callable[[Round], object]]]) -> None:
-        """WrongError."""
+        """Run random `events`, complete the copy, and check all bytes. Raises WrongError if anything is wrong."""
         self.ends.make()
         self.say(str(self.ends))
         self.up()
@@ -258,28 +278,29 @@ class Round:
         self.say("complete")
         self.down(kill=False)
         if differing := self.ends.differing():
-            raise WrongError(f"{differing} bytes are in blocks that differ in the end")
+            raise WrongError(f"differing blocks have {differing} bytes at the end")
         self.check_readers()
 
     def check_readers(self) -> None:
+        """Raise WrongError if a reader has read wrong bytes."""
         if wrong := self.tally()["wrong reads"]:
             raise WrongError(f"{wrong} wrong reads")
 
     def count(self) -> None:
-        """Add to the totals, for a round that has ended well."""
+        """Add the counts of this round to the totals. Call for a passed round only."""
         self._totals.update(self.tally())
         self._totals.update(f"survived: {event}" for event in self.events)
         lines = [line.split() for line in (self.folder / "counts").read_text().splitlines()]
         answered = sum(int(down) for _, down in lines)
         self._totals["connections"] += len(lines)
-        self._totals["bytes on the wire: asked"] += sum(int(up) for up, _ in lines)
-        self._totals["bytes on the wire: answered"] += answered
-        # Whatever was answered beyond the blocks that had to be brought crossed twice, or got lost on its way.
-        # An upper bound: greetings (2.5 KB a connection), headers (16 bytes a block) and fences are in it.
-        self._totals["bytes on the wire: answered twice"] += answered - self.ends.needed
+        self._totals["bytes on the wire: requests"] += sum(int(up) for up, _ in lines)
+        self._totals["bytes on the wire: answers"] += answered
+        # Answers beyond the needed blocks crossed the link twice, or got lost on the way. This is an upper
+        # bound: it includes greetings (2.5 KB a connection), headers (16 bytes a block) and fences.
+        self._totals["bytes on the wire: repeated answers"] += answered - self.ends.needed
 
-    def clear(self) -> list[str]:
-        """Whatever is left is taken away, and told."""
+    def clean_up(self) -> list[str]:
+        """Remove everything that the round left behind. Returns descriptions of what should not have been left."""
         for timer in self._timers:
             timer.cancel()
         for process in (*self._readers.values(), *self._prefetches):
@@ -295,7 +316,7 @@ class Round:
             subprocess.run(["fusermount3", "-u", "-z", self.point], check=False)
         if self._mount is not None:
             self._mount.wait(PATIENCE)
-        until(lambda: not self.others(), "the end of what was killed")
+        until(lambda: not self.others(), "the end of the killed processes")
         self._log.close()
         for each in self._unread:
             os.close(each)
