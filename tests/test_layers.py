@@ -181,7 +181,7 @@ def test_one_place_prints_and_one_exits() -> None:
     calls = {module: seen.calls.intersection(LEAVES) for module, seen in READ.items()}
     assert {module: found for module, found in calls.items() if found} == {
         "blockcopy.cli.console": {"print"},
-        "blockcopy.cli.main": {"os._exit"},
+        "blockcopy.cli.program": {"os._exit"},
         "blockcopy_fuse.probe": {"os._exit"},  # of a child that asks
         "blockcopy.transport.bootstrap": {"sys.exit"},  # on a host where there is no command line yet
     }

@@ -11,7 +11,7 @@ import support
 import trio
 from support import noise, run, written
 
-from blockcopy.cli import console, log
+from blockcopy.cli import console, log_sinks
 from blockcopy.paths import safe_write
 from blockcopy_fuse import mounting
 
@@ -87,7 +87,7 @@ def test_a_log_that_is_moved_away_is_made_anew_but_not_through_a_link(
     said: list[str] = []
     monkeypatch.setattr(console, "say", said.append)
     path, moved, more = (tmp_path / name for name in ("log", "log.1", "log.2"))
-    log_file = log._LogFile(str(path))
+    log_file = log_sinks._LogFile(str(path))
     log_file.write(0, "one")
     path.rename(moved)
     log_file.write(0, "two")

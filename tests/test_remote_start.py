@@ -123,7 +123,7 @@ def python_of(version: str) -> str:
 def test_what_a_stage_loads_is_sent_and_nothing_else(stage: str) -> None:
     """A stage that begins has loaded all that it needs, from the texts that run here."""
     script = (
-        "import sys, importlib, blockcopy.cli.main, blockcopy.cli.commands\n"
+        f"import sys, importlib, {payload.PROGRAM}\n"
         f"importlib.import_module('blockcopy.stage.{stage}')\n"
         "print(*(each for each in sys.modules if each.partition('.')[0] == 'blockcopy'))"
     )

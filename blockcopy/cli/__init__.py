@@ -1,5 +1,5 @@
-"""The command line: the parser, the values of options, the console, the log, and the stages as commands.
+"""The command line: parsers, option types, the console, the log, and the copy stages as commands.
 
-Has no replica and no mount: those have commands of their own. Every later room may import it. Travels to source
-hosts.
+Later layers have commands of their own. Every later room may import this one. What a stage needs of it travels to
+source hosts.
 """

@@ -1,4 +1,4 @@
-"""A thread that writes for others. Who has something to say never waits for who reads it, and never fails by it."""
+"""A queue with a writing thread. Nobody who logs or reports waits for a slow reader, or fails with it."""
 
 from __future__ import annotations
 
@@ -10,58 +10,63 @@ from typing import Callable, Generic, TypeVar
 
 Item = TypeVar("Item")
 
-_MOST_WAITING = 1000
-"""Items that wait to be written; then the oldest is dropped for each that comes."""
+_MAX_WAITING = 1000
+"""Items that may wait. Each further one displaces the oldest."""
 
 
 class BackgroundWriter(Generic[Item]):
-    """Items on their way to `write`, in order, in a thread that lives as long as there are some."""
+    """A queue of items that a thread hands to `write`, in order. The thread ends when the queue is empty."""
 
-    def __init__(self, write: Callable[[Item], None], dropped: Callable[[int], Item]) -> None:
-        """`dropped`: makes the item that tells how many were dropped. What `write` raises is passed over."""
+    def __init__(self, write: Callable[[Item], None], describe_dropped: Callable[[int], Item]) -> None:
+        """Make an empty queue.
+
+        `write`: writes one item. Exceptions of it are ignored. `describe_dropped`: makes an item that reports how
+        many items were displaced.
+        """
         self._write = write
-        self._tell_dropped = dropped
-        self._begin()
+        self._describe_dropped = describe_dropped
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._pid = os.getpid()
         self._changed = threading.Condition()
         self._waiting: deque[Item] = deque()
         self._dropped = 0
-        self._busy = False
+        self._running = False
 
     def put(self, item: Item) -> None:
-        """Queue `item` for the writing thread. Thread-safe, and returns at once."""
+        """Queue `item` and return at once. Thread-safe."""
         if self._pid != os.getpid():
-            self._begin()  # the thread, and what waited for it, are those of the process that forked
+            self._reset()  # after a fork, the thread and the queue belong to the parent
         with self._changed:
-            if len(self._waiting) == _MOST_WAITING:
+            if len(self._waiting) == _MAX_WAITING:
                 self._waiting.popleft()
                 self._dropped += 1
             self._waiting.append(item)
-            if not self._busy:
-                with contextlib.suppress(RuntimeError):  # no thread can be had: the next item tries again
-                    threading.Thread(target=self._run, name="outlet", daemon=True).start()
-                    self._busy = True
+            if not self._running:
+                with contextlib.suppress(RuntimeError):  # no thread to be had: the next item tries again
+                    threading.Thread(target=self._run, name="background writer", daemon=True).start()
+                    self._running = True
 
     def drain(self, seconds: float) -> bool:
-        """Wait until all is written, for `seconds` at most. Returns False if some is not."""
+        """Wait until the queue is written, for at most `seconds`. Returns False if some items are left."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._busy, seconds)
+            return self._changed.wait_for(lambda: not self._running, seconds)
 
     def _run(self) -> None:
         while (item := self._next()) is not None:
-            # Nobody reads, the disk is full, or it cannot be shown: there is nobody to tell, and others go on.
+            # The reader is gone, the disk is full, or the item has no text. Later items may still work.
             with contextlib.suppress(Exception):
                 self._write(item)
 
     def _next(self) -> Item | None:
+        """Take the next item from the queue. Returns None, and ends the thread, if there is none."""
         with self._changed:
             if self._dropped:
                 count, self._dropped = self._dropped, 0
-                return self._tell_dropped(count)
+                return self._describe_dropped(count)
             if self._waiting:
                 return self._waiting.popleft()
-            self._busy = False
+            self._running = False
             self._changed.notify_all()
             return None

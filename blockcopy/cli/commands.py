@@ -1,6 +1,6 @@
-"""The copy stages as commands: what the command line says → a stage, with its streams and devices.
+"""The copy stages as commands, each named as users type it.
 
-A stage is imported by the command that needs it.
+A command opens the streams and devices that its arguments name, and runs the stage. It imports only that stage.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from blockcopy.stage import streams
 
 
 def checksum(args: argparse.Namespace) -> None:
+    """Write the hashes of a destination's blocks to standard output."""
     from blockcopy.stage.checksum import checksum as write_hashes
 
     streams.refuse_terminal(1)
@@ -33,7 +34,7 @@ def checksum(args: argparse.Namespace) -> None:
 
 
 def _digest(name: str | None) -> str | None:
-    """The fastest of this host for `auto`."""
+    """Return the digest that `--digest` names: this host's fastest for `auto`, None for the original program's."""
     from blockcopy.protocol import digests
 
     if name != "auto":
@@ -44,7 +45,7 @@ def _digest(name: str | None) -> str | None:
 
 @contextlib.contextmanager
 def _checksum_input(path: str) -> Iterator[int]:
-    """Whatever can be read: a file, a device, a pipe, and `-` for standard input."""
+    """Open the file, device or pipe at `path` for reading; `-` is standard input. Raises DeviceError."""
     if path == "-":
         yield 0
         return
@@ -59,6 +60,7 @@ def _checksum_input(path: str) -> Iterator[int]:
 
 
 def retrieve(args: argparse.Namespace) -> None:
+    """Read hashes from standard input, and write the source's blocks that differ to standard output."""
     from blockcopy.block.device import open_source
     from blockcopy.protocol import zstd
     from blockcopy.stage import compression
@@ -79,6 +81,7 @@ def retrieve(args: argparse.Namespace) -> None:
 
 
 def save(args: argparse.Namespace) -> None:
+    """Write blocks from standard input to the destination, and sync it."""
     from blockcopy.block.claim import open_destination
     from blockcopy.block.records import invalidate_records
     from blockcopy.stage.save import save as write_blocks
@@ -89,11 +92,12 @@ def save(args: argparse.Namespace) -> None:
         streams.InputStream(0) as blocks,
         console.progress(args) as progress,
     ):
-        invalidate_records(destination)  # what a mount or sync has on record is overwritten
+        invalidate_records(destination)  # the records of a mount or sync no longer hold
         write_blocks(destination, blocks, sparse=not args.no_sparse, progress=progress)
 
 
 def receive(args: argparse.Namespace) -> None:
+    """Request blocks on standard output, and write what standard input answers to the destination."""
     from blockcopy.stage.compression import fact_of
     from blockcopy.stage.receive import receive as write_answers
 
@@ -111,6 +115,7 @@ def receive(args: argparse.Namespace) -> None:
 
 
 def facts(args: argparse.Namespace) -> None:
+    """Print what this host can do for a copy, as JSON."""
     from blockcopy.stage.facts import facts as found
 
     console.write(json.dumps(found(args.source_file)))
@@ -118,4 +123,4 @@ def facts(args: argparse.Namespace) -> None:
 
 def _refuse_dash(path: str) -> None:
     if path == "-":
-        raise DeviceError("FILE must be a file or device, not `-`: the stream takes standard input")
+        raise DeviceError("FILE must be a file or device, not `-`: standard input carries the stream")

@@ -1,4 +1,4 @@
-"""The standard streams of the program: the only place that prints."""
+"""The program's standard streams. No other module prints."""
 
 from __future__ import annotations
 
@@ -10,70 +10,67 @@ from typing import Callable, TextIO
 
 from blockcopy.cli.background_writer import BackgroundWriter
 from blockcopy.errors import OutputError
-from blockcopy.progress import bar
 from blockcopy.progress.reporter import JsonProgress, LineProgress, Progress
 from blockcopy.stage.streams import GONE, OutputStream
 from blockcopy.untrusted_text import printable
 
 
 def fill_closed_streams() -> None:
-    """Where 0, 1 or 2 is closed, the next file to be opened would be taken for it, and written to."""
+    """Open /dev/null for each of the descriptors 0, 1 and 2 that is closed.
+
+    Otherwise the next file to be opened would become a standard stream, and messages would be written to the file.
+    """
     while (fd := os.open(os.devnull, os.O_RDONLY)) <= 2:
-        pass  # read-only: what is written to a closed output fails, as it should
+        pass  # read-only, so that a write to a closed output still fails
     os.close(fd)
 
 
 def write(text: str) -> None:
-    """A line, or several, to standard output, in full. OutputError where that cannot be.
+    """Write `text` and a newline to standard output. Undecodable bytes of paths come out unchanged.
 
-    Paths that are no text come out as the bytes that they are.
+    Raises OutputError if not all of the text can be written.
     """
     OutputStream(1).write([f"{text}\n".encode(errors="surrogateescape")])
 
 
 def write_line(text: str) -> None:
-    """Write one line for people, whatever is in `text`, to standard output. Raises OutputError."""
+    """Write `text` to standard output as one printable line. Raises OutputError if it cannot be written."""
     write(printable(text, len(text)))
 
 
 def sleep(seconds: float) -> None:
-    """Wait, for as long as somebody reads standard output. Raises OutputError once nobody does."""
+    """Wait for `seconds`. Raises OutputError as soon as standard output has no reader."""
     gone = select.poll()
-    gone.register(1, 0)  # what is told unasked: POLLERR of a pipe without a reader, POLLHUP of a terminal
+    gone.register(1, 0)  # reported without a request: POLLERR of a pipe, POLLHUP of a terminal
     if gone.poll(1000 * seconds):
         raise OutputError(GONE)
 
 
 def say(text: str | Callable[[], str]) -> None:
-    """Write a line, or what a function returns, to standard error, if there is one. Returns at once, never fails.
+    """Write a line to standard error from a background thread. Never blocks and never fails. Thread-safe.
 
-    Nobody who reads it, or has stopped to, ends what the program does, or keeps it waiting.
+    `text`: the line, or a function that the background thread calls to make the line.
     """
-    _standard_error.put(text)
+    _stderr.put(text)
 
 
 def drain(seconds: float) -> None:
-    """Wait until all is written that was said, for so long at most."""
-    _standard_error.drain(seconds)
+    """Wait until every line given to `say` is written, for at most `seconds`."""
+    _stderr.drain(seconds)
 
 
-def _say(text: str | Callable[[], str]) -> None:
-    if sys.stderr is not None:  # None where the program was started without one
+def _write_stderr(text: str | Callable[[], str]) -> None:
+    if sys.stderr is not None:  # None if the program was started without one
         print(text if isinstance(text, str) else text(), file=sys.stderr, flush=True)
 
 
-_standard_error: BackgroundWriter[str | Callable[[], str]] = BackgroundWriter(
-    _say, lambda count: f"{count} lines were dropped: nobody read them in time"
+_stderr: BackgroundWriter[str | Callable[[], str]] = BackgroundWriter(
+    _write_stderr, lambda count: f"{count} lines were dropped because they were not read in time"
 )
 
 
-def terminal() -> TextIO | None:
-    """Where a progress bar can be drawn, if anywhere."""
-    return sys.stderr if _can_draw(sys.stderr) else None
-
-
-def shows_screens() -> bool:
-    """Whether standard output is a terminal that more than lines can be drawn on."""
+def can_draw_screens() -> bool:
+    """Return whether standard output is a terminal with cursor movement."""
     return _can_draw(sys.stdout)
 
 
@@ -81,16 +78,18 @@ def _can_draw(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
 
 
-def progress(args: argparse.Namespace, *, unasked: bool = False) -> Progress:
-    """What tells, on standard error, how far the command of `args` is: as its `quiet` and `progress` say.
+def progress(args: argparse.Namespace, *, bar_by_default: bool = False) -> Progress:
+    """Return the progress reporter that `--progress` and `--quiet` in `args` ask for. The reporter uses stderr.
 
-    `unasked`: a bar is drawn even where nobody asked for progress.
+    `bar_by_default`: draw a bar on a terminal even without `--progress`.
     """
     if args.quiet:
         return Progress()
     if args.progress == "json":
         return JsonProgress(args.command, say)
-    stream = terminal()
-    if stream is not None and (args.progress or unasked) and bar.available():
-        return bar.Bar(stream)
+    if (args.progress or bar_by_default) and sys.stderr is not None and _can_draw(sys.stderr):
+        from blockcopy.progress import bar  # not sent to source hosts
+
+        if bar.available():
+            return bar.Bar(sys.stderr)
     return LineProgress(args.command, say) if args.progress else Progress()

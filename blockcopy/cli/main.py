@@ -1,22 +1,20 @@
-"""The command line: reads it, runs the command, and exits; the only place that does.
+"""The installed program: every command that this copy of blockcopy has.
 
-Each layer has a module of its commands, named as they are typed. It is loaded by the command that needs
-it, because a source host has the stages only.
+Each layer has a module of commands, whose functions are named as users type them. Only the module that is needed is
+imported, because some hosts have a copy of the stages alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
-import logging
-import os
 import sys
+from collections.abc import Sequence
 from typing import Callable, NoReturn
 
-from blockcopy.cli import console, log, open_files, signals
+from blockcopy.cli import program
 from blockcopy.cli.parser import parser
-from blockcopy.errors import BlockcopyError, InternalError, Interrupted, UsageError, as_user_error
+from blockcopy.errors import UsageError
 
 _STAGES = "blockcopy.cli.commands"
 
@@ -40,36 +38,16 @@ _LAYERS = {
 }
 
 _OPEN_FILES = {"mount": 64, "sync": 64, "verify": 64, "doctor": 32}
-"""Files that a command may have open at once."""
-
-_FEW_FILES = 16
-"""The commands of all other layers."""
+"""Files that a command may have open at once, if these are more than usual."""
 
 
-def main(argv: list[str] | None = None) -> NoReturn:
-    """Run a command and exit with its status; by the signal where one ended it."""
-    gc.set_threshold(50_000)  # what starting up makes is no garbage, and need not be looked through again and again
-    console.fill_closed_streams()
-    args = parser().parse_args(argv)
-    signals.raise_on_signals()
-    try:
-        log.set_up(
-            verbose=bool(args.verbose or os.environ.get("BLOCKCOPY_DEBUG")),
-            quiet=getattr(args, "quiet", False),
-            file=getattr(args, "log_file", None),
-        )
-        open_files.check_open_files(_OPEN_FILES.get(args.command, _FEW_FILES))
-        _command(args.command)(args)
-    except Exception as error:  # whatever it is, a user is told one line
-        logging.getLogger(__name__).debug("failed", exc_info=True)
-        _exit_with(args.command, as_user_error(error))
-    except Interrupted as interrupted:
-        log.drain()
-        signals.die_of(interrupted.signum)
-    _end(0)
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command that `argv` names, and exit with its status. `argv`: sys.argv's arguments if None."""
+    program.run(parser(), _find, argv, _OPEN_FILES)
 
 
-def _command(name: str) -> Callable[[argparse.Namespace], None]:
+def _find(name: str) -> Callable[[argparse.Namespace], None]:
+    """Import the function of the command `name`."""
     module = next(each for each, commands in _LAYERS.items() if name in commands)
     if module != _STAGES and sys.version_info < (3, 11):
         raise UsageError(f"{name} needs Python 3.11 or newer; the copy stages work with this one")
@@ -77,18 +55,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
         command: Callable[[argparse.Namespace], None] = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"{name} is not in this copy of the stages: it is in what the checkout installs, see its README"
+            f"{name} is not part of this copy of blockcopy, which has the stages alone: install the checkout, "
+            "see its README"
         ) from error
     return command
-
-
-def _end(status: int) -> NoReturn:
-    """All is done, written and closed: to take the interpreter down in order as well would give nothing back
-    that the kernel does not, and takes a hundredth of the time of a copy of 2 GiB, at both of its ends."""
-    log.drain()
-    os._exit(status)
-
-
-def _exit_with(command: str, error: BlockcopyError) -> NoReturn:
-    console.say(log.last_words(f"ERROR ({command}): {error}", error if isinstance(error, InternalError) else None))
-    _end(error.exit_code)

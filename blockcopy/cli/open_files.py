@@ -1,4 +1,4 @@
-"""The limit on open files (RLIMIT_NOFILE, `ulimit -n`): raised as far as this user may, refused if too low."""
+"""The limit on open files: RLIMIT_NOFILE, `ulimit -n`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import resource
 
 from blockcopy.errors import OperatingSystemError
 
-_WISHED = 1024
-"""The default of most systems. It is enough for everything here."""
+_WANTED = 1024
+"""The default limit of most systems, enough for every command."""
 
 
-def check_open_files(needed: int) -> None:
-    """Raise the limit if it is low. Raises OperatingSystemError if fewer than `needed` files may be open."""
+def ensure_open_files(needed: int) -> None:
+    """Raise the soft limit to 1024 open files, or as far as this user may.
+
+    Raises OperatingSystemError if fewer than `needed` files may be open then.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= _WISHED:
+    if soft == resource.RLIM_INFINITY or soft >= _WANTED:
         return
-    allowed = _WISHED if hard == resource.RLIM_INFINITY else min(hard, _WISHED)
+    allowed = _WANTED if hard == resource.RLIM_INFINITY else min(hard, _WANTED)
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     if allowed < needed:
         raise OperatingSystemError(

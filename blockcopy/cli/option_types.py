@@ -1,4 +1,4 @@
-"""How the values of options are read: ArgumentTypeError, with what would do, for those that cannot be."""
+"""Types of option values for argparse. Each function raises ArgumentTypeError, which names what is valid."""
 
 from __future__ import annotations
 
@@ -10,33 +10,37 @@ from blockcopy.paths.places import holds_devices, names_folder
 from blockcopy.protocol import zstd
 from blockcopy.stage.compression import CompressionSpec
 
-DEFAULT_RSH = "ssh"
-
-DEFAULT_PYTHON = "python3"
-"""Options' values if nothing is said; of a host."""
-
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def size(text: str) -> int:
-    """Bytes, with K, M, G, T (binary)."""
+    """Return the bytes that `text` names, such as `4096`, `64K` or `1G`. K, M, G and T are binary units.
+
+    Raises ArgumentTypeError.
+    """
     found = re.fullmatch(r"(\d+)([KMGT]?)", text.upper())
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, as 4096, 64K or 1G")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes such as 4096, 64K or 1G")
     return int(found[1]) * _UNITS[found[2]]
 
 
 def file(text: str) -> str:
-    """Return the path of a file that is there, or can be made. Refuses folders, and new files below /dev."""
+    """Return `text` if it is the path of a file that exists or may be created.
+
+    Raises ArgumentTypeError for folders and for new files among devices.
+    """
     if names_folder(text) or os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no name of a file")
     if not os.path.exists(text) and holds_devices(os.path.dirname(os.path.realpath(text))):
-        raise argparse.ArgumentTypeError(f"{text!r} would be a file in memory: none is created among devices")
+        raise argparse.ArgumentTypeError(f"{text!r} would be a file in memory: no file is created among devices")
     return text
 
 
 def regular_file(text: str) -> str:
-    """Do as `file`, for a file that is replaced or removed in its folder: no device, pipe or link of /dev."""
+    """Return `text` if it is the path of a regular file, or of none yet, that may be replaced.
+
+    Raises ArgumentTypeError for folders, devices, pipes and names among devices, such as links below /dev.
+    """
     path = file(text)
     if os.path.exists(path) and not os.path.isfile(path):
         raise argparse.ArgumentTypeError(f"{path!r} is no regular file, and would be replaced")
@@ -46,7 +50,7 @@ def regular_file(text: str) -> str:
 
 
 def compression(text: str) -> CompressionSpec | None:
-    """None for `none`; also what a mount or a sync wishes for."""
+    """Parse `zstd`, `zstd:LEVEL`, `auto` or `none`. Returns None for `none`. Raises ArgumentTypeError."""
     if text == "none":
         return None
     if text == "auto":
@@ -60,17 +64,22 @@ def compression(text: str) -> CompressionSpec | None:
 
 
 def rate(text: str) -> int | None:
-    """Bytes a second; None for `none`."""
+    """Return the bytes per second that `text` names, as `size` parses it. Returns None for `none`.
+
+    Raises ArgumentTypeError, also for 0.
+    """
     if text == "none":
         return None
     count = size(text)
     if not 0 < count < 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text!r} is no rate; pause stops the pass, none lifts the limit")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no rate; `pause` stops background copying, and none lifts the limit"
+        )
     return count
 
 
 def extent(text: str) -> tuple[int, int]:
-    """OFFSET:LENGTH, as `size` reads each."""
+    """Return the offset and length in bytes that `OFFSET:LENGTH` names. Raises ArgumentTypeError."""
     offset, colon, length = text.partition(":")
     if not colon:
         raise argparse.ArgumentTypeError(f"{text!r} is not OFFSET:LENGTH")
@@ -78,7 +87,7 @@ def extent(text: str) -> tuple[int, int]:
 
 
 def seconds(text: str) -> float:
-    """Not below 0; fractions count."""
+    """Return `text` as seconds, 0 or more; fractions are allowed. Raises ArgumentTypeError."""
     try:
         count = float(text)
     except ValueError:
@@ -88,9 +97,9 @@ def seconds(text: str) -> float:
     return count
 
 
-def some_seconds(text: str) -> float:
-    """Above 0."""
+def positive_seconds(text: str) -> float:
+    """Return `text` as seconds, more than 0. Raises ArgumentTypeError."""
     count = seconds(text)
     if not count:
-        raise argparse.ArgumentTypeError("nothing answers in 0 seconds")
+        raise argparse.ArgumentTypeError("a timeout of 0 seconds is too short for any answer")
     return count

@@ -1,25 +1,46 @@
-"""What the command line takes: commands and options. Help, manual and completions are made from it too."""
+"""The whole command line: every command with its options. Help, manual and shell completions are made from it."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from typing import Any, Union
+from typing import Any
 
 from blockcopy import __version__
 from blockcopy.cli import option_types
-from blockcopy.cli.option_types import DEFAULT_PYTHON, DEFAULT_RSH
+from blockcopy.cli.stage_parser import (
+    HelpFormatter,
+    Options,
+    add_command,
+    add_compress,
+    add_force,
+    add_progress,
+    add_sparse,
+    add_stages,
+)
 from blockcopy.cli.suggestions import Parser, commands_of
-from blockcopy.protocol import digests
-
-Options = Union[argparse.ArgumentParser, "argparse._ArgumentGroup"]
-
 
 SHELLS = ("bash", "zsh", "fish")
 
 
+def parser() -> Parser:
+    """Return the parser of the whole command line. It stores the command's name as `command`."""
+    top = Parser(
+        prog="blockcopy",
+        description="Copy a disk over any pipe, and use it before the copy is complete.",
+        epilog="`blockcopy COMMAND --help` describes a command; `blockcopy manual` describes all of them.",
+        formatter_class=HelpFormatter,
+    )
+    top.add_argument("-v", "--verbose", action="store_true", help="log each step to standard error")
+    top.add_argument("--version", action="version", version=f"blockcopy {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_mount, _add_sync, _add_verify, _add_control, add_stages, _add_about):
+        add(commands)
+    return top
+
+
 def long_options(command: str) -> dict[str, bool]:
-    """The long options of a command, without their dashes; whether each takes a value."""
+    """Return the long options of `command` by name, without dashes. A value is True if the option takes a value."""
     return {
         name[2:]: action.nargs != 0
         for action in commands_of(parser())[command]._actions
@@ -28,82 +49,45 @@ def long_options(command: str) -> dict[str, bool]:
     }
 
 
-def parser() -> Parser:
-    """Of the whole command line; `command` is the name of the one that was given."""
-    top = Parser(
-        prog="blockcopy",
-        description="Copy a disk over any pipe, and use it before the copy is complete.",
-        epilog="`blockcopy COMMAND --help` tells more of each; `blockcopy manual` tells all.",
-        formatter_class=_Formatter,
-    )
-    top.add_argument("-v", "--verbose", action="store_true", help="log what is done to standard error")
-    top.add_argument("--version", action="version", version=f"blockcopy {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_mounting, _copying, _asking, _stages, _about):
-        add(commands)
-    return top
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Room for long options, and examples as they are."""
-
-    def __init__(self, prog: str, **more: Any) -> None:
-        super().__init__(prog, max_help_position=29, **more)
-
-
-def _command(commands: Any, name: str, text: str, arguments: str, example: str) -> Parser:
-    made: Parser = commands.add_parser(
-        name,
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}.",
-        usage=f"blockcopy {name} [OPTION]... {arguments}".rstrip(),
-        epilog=f"example: blockcopy {example}",
-        formatter_class=_Formatter,
-    )
-    return made
-
-
 # The lazy replica
 
 
-def _mounting(commands: Any) -> None:
-    mount = _command(
+def _add_mount(commands: Any) -> None:
+    mount = add_command(
         commands,
         "mount",
-        "show a remote device as a file while it is being copied",
+        "mount a remote device as a file while it is being copied",
         "SOURCE DESTINATION MOUNTPOINT",
         "mount root@host:/dev/vg/disk /dev/vg/copy /mnt/disk",
     )
     _add_both_ends(mount)
-    mount.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing folder, or a file")
-    shown = mount.add_argument_group("the mount")
-    shown.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground, show progress")
-    shown.add_argument(
+    mount.add_argument("mountpoint", metavar="MOUNTPOINT", help="existing folder or file to mount on")
+    group = mount.add_argument_group("mount options")
+    group.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground and show progress")
+    group.add_argument(
         "-o",
         dest="options",
         metavar="OPTIONS",
         action="append",
         default=[],
-        help="of FUSE, with commas; allow_other: all may read",
+        help="set FUSE options, separated by commas, such as allow_other",
     )
-    shown.add_argument("--name", help="name of the file (default: DESTINATION's)")
-    shown.add_argument(
+    group.add_argument("--name", help="name the file NAME (default: as DESTINATION)")
+    group.add_argument(
         "--pid-file",
         metavar="FILE",
         type=option_types.regular_file,
-        help="write the id of the mount's process here",
+        help="write the process id of the mount to FILE",
     )
-    shown.add_argument("--replace", action="store_true", help="clear a dead mount there, of a killed blockcopy")
-    shown.add_argument("--no-background", action="store_true", help="copy only what is read")
+    group.add_argument("--replace", action="store_true", help="first clear the dead mount of a killed blockcopy")
+    group.add_argument("--no-background", action="store_true", help="copy only what is read")
     _add_copy_options(mount)
     _add_source_options(mount, reconnect_timeout=60)
-    told = _add_progress(mount)
-    _add_metrics(told)
-    _add_log_file(told)
+    _add_output_options(mount)
 
 
-def _copying(commands: Any) -> None:
-    sync = _command(
+def _add_sync(commands: Any) -> None:
+    sync = add_command(
         commands,
         "sync",
         "make the destination a copy of the source",
@@ -113,240 +97,161 @@ def _copying(commands: Any) -> None:
     _add_both_ends(sync)
     _add_copy_options(sync)
     _add_source_options(sync, reconnect_timeout=math.inf)
-    told = _add_progress(sync)
-    _add_metrics(told)
-    _add_log_file(told)
+    _add_output_options(sync)
 
-    verify = _command(
+
+def _add_verify(commands: Any) -> None:
+    verify = add_command(
         commands,
         "verify",
-        "tell where the destination differs from the source",
+        "list where the destination differs from the source",
         "SOURCE DESTINATION",
         "verify root@host:/dev/vg/disk /dev/vg/copy",
     )
-    _add_both_ends(verify, "device or file that is to be a copy; only read")
-    verify.add_argument("--json", action="store_true", help="as JSON, instead of lines of OFFSET:LENGTH")
+    _add_both_ends(verify, "device or file to compare; only read")
+    verify.add_argument("--json", action="store_true", help="print JSON instead of lines of OFFSET:LENGTH")
     _add_source_options(verify, reconnect_timeout=math.inf)
-    _add_progress(verify)
+    add_progress(verify)
 
 
-def _asking(commands: Any) -> None:
-    def of_mount(name: str, text: str, more: str = "", example: str = "") -> Parser:
-        made = _command(commands, name, text, f"MOUNTPOINT {more}", f"{name} /mnt/disk {example}".rstrip())
-        made.add_argument("mountpoint", metavar="MOUNTPOINT")
-        return made
-
-    status = of_mount("status", "tell how a mount is doing")
-    how = status.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
-    how.add_argument(
-        "--watch",
-        action="store_true",
-        help="go on telling: on the whole terminal until q, or a line for each change",
-    )
-    listing = _command(commands, "list", "tell of all mounts of this machine", "", "list")
-    listing.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
-    _add_progress(of_mount("wait", "return when the copy is complete"))
-    of_mount("umount", "unmount, and return when the destination is synced")
-    of_mount("pause", "stop the pass in the background; reads go on")
-    of_mount("resume", "let the pass in the background go on")
-    limit = of_mount("limit", "limit the pass in the background", "RATE", "20M")
-    limit.add_argument("rate", metavar="RATE", type=option_types.rate, help="bytes a second, with K, M, G; or none")
-    prefetch = of_mount(
-        "prefetch", "bring parts first; return when they are here", "OFFSET:LENGTH...", "0:64M 1G:128K"
-    )
-    prefetch.add_argument(
-        "extents", metavar="OFFSET:LENGTH", type=option_types.extent, nargs="+", help="bytes, with K, M, G, T"
-    )
-
-
-def _add_both_ends(parser: Options, destination: str = "device or file that is overwritten with the copy") -> None:
+def _add_both_ends(
+    parser: argparse.ArgumentParser, destination: str = "device or file to overwrite with the copy"
+) -> None:
     parser.add_argument("source", metavar="SOURCE", help="[user@]host:/path or a local path; only read")
     parser.add_argument("destination", metavar="DESTINATION", help=destination)
 
 
-def _add_copy_options(parser: Parser) -> None:
-    copy = parser.add_argument_group("the copy")
-    _add_force(copy)
+def _add_copy_options(parser: argparse.ArgumentParser) -> None:
+    copy = parser.add_argument_group("copy options")
+    add_force(copy)
     copy.add_argument(
-        "--limit", metavar="RATE", type=option_types.rate, help="bytes a second of the pass, with K, M, G"
+        "--limit",
+        metavar="RATE",
+        type=option_types.rate,
+        help="copy at most RATE bytes per second in the background, such as 20M (default: no limit)",
     )
     copy.add_argument("--verify", action="store_true", help="compare both ends when the copy is complete")
-    _add_sparse(copy)
-    _add_compress(copy, "source compresses (default: auto from a host)", default=argparse.SUPPRESS)
-    copy.add_argument("--on-complete", metavar="COMMAND", help="what the shell runs when it is complete")
-    record = parser.add_argument_group("the record of what is here")
-    record.add_argument(
-        "--state", metavar="FILE", type=option_types.regular_file, help="where it is kept (default: see the manual)"
+    add_sparse(copy)
+    add_compress(copy, "compress on the source", "auto over a network", default=argparse.SUPPRESS)
+    copy.add_argument("--on-complete", metavar="COMMAND", help="run COMMAND in a shell when the copy is complete")
+    state = parser.add_argument_group("state options (which blocks are present)")
+    state.add_argument(
+        "--state",
+        metavar="FILE",
+        type=option_types.regular_file,
+        help="keep the state in FILE (default: see the manual)",
     )
-    record.add_argument("--no-state", action="store_true", help="keep none; a restart checks every block")
-    record.add_argument("--recheck", action="store_true", help="believe none; check every block")
+    state.add_argument("--no-state", action="store_true", help="keep no state; a restart checks every block")
+    state.add_argument("--recheck", action="store_true", help="ignore the state; check every block")
 
 
-def _add_source_options(parser: Parser, *, reconnect_timeout: float) -> None:
-    way = _add_way(parser)
-    way.add_argument(
+def _add_source_options(parser: argparse.ArgumentParser, *, reconnect_timeout: float) -> None:
+    connection = _add_connection_options(parser)
+    connection.add_argument(
         "--timeout",
         metavar="SECONDS",
-        type=option_types.some_seconds,
+        type=option_types.positive_seconds,
         default=30,
-        help="make a silent connection again after these (30)",
+        help="reconnect after SECONDS without data (default: 30)",
     )
     default = "for ever" if math.isinf(reconnect_timeout) else f"{reconnect_timeout:g}"
-    way.add_argument(
+    connection.add_argument(
         "--reconnect-timeout",
         metavar="SECONDS",
         type=option_types.seconds,
         default=reconnect_timeout,
-        help=f"wait for a source that is away ({default})",
+        help=f"keep reconnecting for SECONDS (default: {default})",
     )
 
 
-def _add_way(parser: Parser) -> Options:
-    way = parser.add_argument_group("the way to a host")
-    way.add_argument(
-        "-e", "--rsh", metavar="RSH", default=DEFAULT_RSH, help="how it is reached, as in: ssh -p 2222 (ssh)"
-    )
-    way.add_argument(
+def _add_connection_options(parser: argparse.ArgumentParser) -> Options:
+    connection = parser.add_argument_group("connection options")
+    connection.add_argument("-e", "--rsh", metavar="RSH", help="use RSH, such as `ssh -p 2222` (default: ssh)")
+    connection.add_argument(
         "--python",
         metavar="PYTHON",
-        default=DEFAULT_PYTHON,
-        help="what runs our stages there, as in: sudo -n python3",
+        help="run the stages with PYTHON there, such as `sudo -n python3` (default: python3)",
     )
-    way.add_argument("--blockcopy-path", metavar="PROGRAM", help="what is run there instead, as in: sudo blockcopy")
-    way.add_argument("--no-control-master", action="store_true", help="log in once for each connection")
-    return way
-
-
-# The stages
-
-
-def _stages(commands: Any) -> None:
-    checksum = _command(
-        commands,
-        "checksum",
-        "hash the destination's blocks: the hash stream",
-        "FILE",
-        "checksum /dev/copy | ssh host blockcopy retrieve /dev/disk | blockcopy save /dev/copy",
+    connection.add_argument(
+        "--blockcopy-path",
+        metavar="PROGRAM",
+        help="run PROGRAM, such as `sudo blockcopy`, there instead of sending the stages",
     )
-    checksum.add_argument("destination_file", metavar="FILE", help="file, device or pipe; - is standard input")
-    checksum.add_argument(
-        "--start", type=option_types.size, metavar="OFFSET", default=0, help="first byte (default 0)"
-    )
-    checksum.add_argument(
-        "--end", type=option_types.size, metavar="OFFSET", help="byte to stop before (default: end)"
-    )
-    checksum.add_argument(
-        "--digest",
-        metavar="NAME",
-        choices=[*digests.NAMES, "auto"],
-        help=f"hash with {', '.join(digests.NAMES)}, or auto, the fastest here; a retrieve of ours "
-        "understands it (default: as the original program)",
-    )
-    _add_progress(checksum)
-
-    retrieve = _command(
-        commands,
-        "retrieve",
-        "hash stream in, blocks that differ out",
-        "FILE",
-        "checksum /dev/copy | blockcopy retrieve /dev/disk >blocks",
-    )
-    retrieve.add_argument("source_file", metavar="FILE", help="file or device")
-    compression = retrieve.add_mutually_exclusive_group()
-    compression.add_argument(
-        "--lzma", action="store_true", help="compress with xz, for any save, where that makes blocks smaller"
-    )
-    _add_compress(compression, "compress, for a save of ours (default: none)")
-    _add_progress(retrieve)
-
-    save = _command(
-        commands, "save", "write the blocks to the destination, and sync it", "FILE", "save /dev/copy <blocks"
-    )
-    save.add_argument("destination_file", metavar="FILE", help="file or device; it must exist")
-    _add_sparse(save)
-    _add_force(save)
-    _add_progress(save)
-
-    receive = _command(
-        commands,
-        "receive",
-        "the destination's end of a push: asks, and writes what comes back",
-        "FILE",
-        "sync /dev/disk root@host:/dev/copy    # runs it there",
-    )
-    receive.add_argument("destination_file", metavar="FILE", help="file or device")
-    _add_sparse(receive)
-    _add_compress(receive, "what the source is to compress with (default: none)")
-    _add_force(receive)
+    connection.add_argument("--no-control-master", action="store_true", help="log in anew for each connection")
+    return connection
 
 
-def _add_progress(parser: Parser) -> Options:
-    told = parser.add_argument_group("what is told, on standard error")
-    how = told.add_mutually_exclusive_group()
-    how.add_argument(
-        "--progress", action="store_const", const="lines", help="how far it is: a bar on a terminal, else lines"
-    )
-    # An option by itself, because the value of one that may have none would be taken from what follows.
-    how.add_argument(
-        "--progress=json", dest="progress", action="store_const", const="json", help="a line of JSON each second"
-    )
-    how.add_argument("-q", "--quiet", action="store_true", help="nothing but errors")
-    return told
-
-
-def _add_log_file(parser: Options) -> None:
-    parser.add_argument("--log-file", metavar="FILE", type=option_types.file, help="log to the end of this file")
-
-
-def _add_metrics(parser: Options) -> None:
-    parser.add_argument(
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    output = add_progress(parser)
+    output.add_argument(
         "--metrics",
         metavar="FILE",
         type=option_types.regular_file,
-        help="for Prometheus, a file written each 10 seconds",
+        help="write Prometheus metrics to FILE every 10 seconds",
     )
+    output.add_argument("--log-file", metavar="FILE", type=option_types.file, help="append the log to FILE")
 
 
-def _add_force(parser: Options) -> None:
-    parser.add_argument("--force", action="store_true", help="write even to a destination that is in use")
+# Control of a mount
 
 
-def _add_sparse(parser: Options) -> None:
-    parser.add_argument("--no-sparse", action="store_true", help="write zeros out, rather than leave holes")
+def _add_control(commands: Any) -> None:
+    def add(name: str, summary: str, more: str = "", example: str = "") -> Any:
+        made = add_command(commands, name, summary, f"MOUNTPOINT {more}", f"{name} /mnt/disk {example}".rstrip())
+        made.add_argument("mountpoint", metavar="MOUNTPOINT", help="folder or file of the mount")
+        return made
 
-
-def _add_compress(parser: Options, text: str, *, default: Any = None) -> None:
-    parser.add_argument(
-        "--compress",
-        metavar="HOW",
-        type=option_types.compression,
-        default=default,
-        help=f"zstd[:LEVEL], auto or none: {text}",
+    status = add("status", "show the status of a mount")
+    choice = status.add_mutually_exclusive_group()
+    choice.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
+    choice.add_argument(
+        "--watch",
+        action="store_true",
+        help="keep updating: a full screen until q is pressed, or a line per change",
+    )
+    listing = add_command(commands, "list", "list all mounts of this machine", "", "list")
+    listing.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
+    add_progress(add("wait", "wait until the copy of a mount is complete"))
+    add("umount", "unmount, and return when the destination is synced")
+    add("pause", "pause background copying; reads go on")
+    add("resume", "resume background copying")
+    limit = add("limit", "limit background copying", "RATE", "20M")
+    limit.add_argument(
+        "rate",
+        metavar="RATE",
+        type=option_types.rate,
+        help="bytes per second, such as 20M; none lifts the limit",
+    )
+    prefetch = add("prefetch", "fetch ranges first, and wait for them", "OFFSET:LENGTH...", "0:64M 1G:128K")
+    prefetch.add_argument(
+        "extents",
+        metavar="OFFSET:LENGTH",
+        type=option_types.extent,
+        nargs="+",
+        help="range in bytes, with K, M, G or T",
     )
 
 
 # About this program
 
 
-def _about(commands: Any) -> None:
-    doctor = _command(
-        commands, "doctor", "tell what is missing here, and on a host", "[HOST]", "doctor root@host:/dev/vg/disk"
+def _add_about(commands: Any) -> None:
+    doctor = add_command(
+        commands,
+        "doctor",
+        "check what is missing on this host and on another",
+        "[HOST]",
+        "doctor root@host:/dev/vg/disk",
     )
-    doctor.add_argument("host", metavar="HOST", nargs="?", help="[user@]host, or HOST:/path of a source there")
-    _add_way(doctor)
+    doctor.add_argument("host", metavar="HOST", nargs="?", help="[user@]host, or host:/path to try to read there")
+    _add_connection_options(doctor)
 
-    _command(commands, "manual", "the manual page, for man", "", "manual | man -l -")
-    completion = _command(
+    add_command(commands, "manual", "print the manual page, for man", "", "manual | man -l -")
+    completion = add_command(
         commands,
         "completion",
-        "what completes commands and options, for a shell",
+        "print a script that completes commands and options in a shell",
         "SHELL",
         "completion bash | install -D -m 644 /dev/stdin ~/.local/share/bash-completion/completions/blockcopy",
     )
     completion.add_argument("shell", metavar="SHELL", choices=SHELLS, help="bash, zsh or fish")
-
-    facts = _command(
-        commands, "facts", "tell what this host can do for a copy, as JSON", "[FILE]", "facts /dev/vg/disk"
-    )
-    facts.add_argument("source_file", metavar="FILE", nargs="?", help="file or device that it is to read")

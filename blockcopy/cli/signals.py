@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM of a command without an event loop."""
+"""SIGINT and SIGTERM of commands without an event loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from blockcopy.errors import BlockcopyError, Interrupted
 
 
 def raise_on_signals() -> None:
-    """From now on SIGINT and SIGTERM raise Interrupted in the main thread, once; a second one kills."""
+    """Let the first SIGINT or SIGTERM raise Interrupted in the main thread. The second one kills the process.
+
+    A signal that is ignored, as under nohup, stays ignored.
+    """
 
     def interrupt(signum: int, _frame: FrameType | None) -> NoReturn:
         for each in (signal.SIGINT, signal.SIGTERM):
@@ -19,12 +22,15 @@ def raise_on_signals() -> None:
         raise Interrupted(signum)
 
     for each in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(each) != signal.SIG_IGN:  # started with nohup and the like
+        if signal.getsignal(each) != signal.SIG_IGN:
             signal.signal(each, interrupt)
 
 
 def die_of(signum: int) -> NoReturn:
-    """End as a program that the signal killed: what a shell and a parent expect to see."""
+    """Kill this process by the signal `signum`, so that its parent sees that cause.
+
+    Raises BlockcopyError if the signal is blocked.
+    """
     signal.signal(signum, signal.SIG_DFL)
     os.kill(os.getpid(), signum)
-    raise BlockcopyError(f"signal {signum} is blocked")  # cannot be reached unless it is
+    raise BlockcopyError(f"signal {signum} is blocked")

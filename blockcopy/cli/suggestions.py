@@ -1,4 +1,4 @@
-"""argparse that suggests what may have been meant, and writes its help as all output of the program is written."""
+"""Parsers of command lines that suggest the nearest option or command for a wrong one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from blockcopy.cli import console
 from blockcopy.errors import OutputError
 
 
-class PlainParser(argparse.ArgumentParser):
-    """A parser of command lines whose help is written as all output of the program is."""
+class ConsoleParser(argparse.ArgumentParser):
+    """A parser that writes its help as the program writes all output: in full, or with an error."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Write help to standard output in full. Exits with an error if nobody reads it."""
+        """Write `message` to `file`. Exits with an error if standard output cannot take all of it."""
         if file is None or file is not sys.stdout:
             super()._print_message(message, file)
             return
@@ -26,20 +26,20 @@ class PlainParser(argparse.ArgumentParser):
             self.exit(error.exit_code, f"ERROR ({self.prog}): {error}\n")
 
 
-class Parser(PlainParser):
-    """A parser that suggests what may have been meant."""
+class Parser(ConsoleParser):
+    """A parser that suggests what a wrong word may have meant."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse. An option that a command does not have is told with the usage of that command."""
+        """Parse `args`, or sys.argv. For an unknown option, exits with the usage of the command that it follows."""
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             command = commands_of(self)[found.command]
-            meant = _misplaced(unknown, self, found.command) or _meant(unknown, command)
-            command.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+            hint = _misplaced(unknown, self, found.command) or _similar_options(unknown, command)
+            command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return found
 
     def error(self, message: str) -> NoReturn:
-        """With what is nearest to a command that there is not."""
+        """Exit with the usage and `message`. For an unknown command, adds the nearest known one."""
         unknown = re.search(r"invalid choice: '([^']*)'", message)
         if unknown:
             known = [choice for action in self._actions for choice in action.choices or ()]
@@ -48,20 +48,21 @@ class Parser(PlainParser):
         super().error(message)
 
 
-def commands_of(parser: Parser) -> dict[str, Parser]:
-    """The commands of the whole, by name."""
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Return the parsers of the commands of `parser`, by name."""
     [commands] = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
     return dict(commands.choices)
 
 
 def _misplaced(unknown: Iterable[str], top: argparse.ArgumentParser, command: str) -> str:
-    """Return what to type for an option that stands behind the command and belongs before it."""
+    """Return what to type if one of the `unknown` options belongs before the command. Returns "" if none does."""
     known = {name for action in top._actions for name in action.option_strings}
     first = next((word for word in unknown if word in known), None)
     return f"; write {first} before the command: blockcopy {first} {command}" if first else ""
 
 
-def _meant(unknown: Iterable[str], command: argparse.ArgumentParser) -> str:
+def _similar_options(unknown: Iterable[str], command: argparse.ArgumentParser) -> str:
+    """Return a question that names the options of `command` nearest to `unknown` ones. Returns "" if none is."""
     known = [name for action in command._actions for name in action.option_strings]
     options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
     nearest = [found for word in options for found in _nearest(word, known)]

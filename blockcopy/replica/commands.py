@@ -144,7 +144,7 @@ def sync(args: argparse.Namespace) -> None:
             from blockcopy.replica.sync import sync as make_copy
             from blockcopy.replica.tasks import runner
         plan = plan_of(args, command, demand=False, started=started)
-        with console.progress(args, unasked=True) as progress:
+        with console.progress(args, bar_by_default=True) as progress:
             notifier = Notifier()
             run(lambda: runner.run_interruptible(lambda: make_copy(plan, progress, notifier)))
 
@@ -161,7 +161,7 @@ def _push(args: argparse.Namespace, destination: Location) -> None:
     wish = args.compress if "compress" in args else _default_wish(destination)
     command = command_for(args, destination, "receive", [*options, "--compress", compression.text_of(wish)])
     with logged_in(command), open_source(source) as device:
-        with console.progress(args, unasked=True) as progress:
+        with console.progress(args, bar_by_default=True) as progress:
             push(
                 command,
                 device,
@@ -229,7 +229,7 @@ def _compare(args: argparse.Namespace, command: Command, path: str, size: int | 
 
     as_json = getattr(args, "json", False)
     ranges = array.array("q")  # offset and length of each: there may be as many as half of the blocks
-    with logged_in(command), console.progress(args, unasked=True) as progress:
+    with logged_in(command), console.progress(args, bar_by_default=True) as progress:
         run_verify = functools.partial(
             compare,
             command,

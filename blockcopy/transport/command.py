@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from blockcopy.cli.option_types import DEFAULT_PYTHON, DEFAULT_RSH
 from blockcopy.errors import UsageError
 from blockcopy.paths.places import absolute, working_folder
 from blockcopy.transport import bootstrap, payload
 from blockcopy.transport.location import Location
+
+DEFAULT_RSH = "ssh"
+DEFAULT_PYTHON = "python3"
 
 MOST_NOISE = 64 * 1024
 """Bytes that a login may print before a stage begins."""
@@ -116,10 +118,10 @@ def _located(argv: Sequence[str]) -> list[str]:
 
 def stage_command(
     location: Location,
-    rsh: str = DEFAULT_RSH,
+    rsh: str | None = None,
     program: str | None = None,
     *,
-    python: str = DEFAULT_PYTHON,
+    python: str | None = None,
     control: str | None = None,
     stage: str = "retrieve",
     options: Sequence[str] = (),
@@ -132,7 +134,8 @@ def stage_command(
     """
     if location.host is None:
         return _local_command(location, program, [stage, *options])
-    way = _route_to(location, _words("-e", rsh), control)
+    way = _route_to(location, _words("-e", DEFAULT_RSH if rsh is None else rsh), control)
+    python = DEFAULT_PYTHON if python is None else python
     home, rest = location.under_home()
     path = [rest if home else _no_option(rest)] if location.path else []
     if program is not None:

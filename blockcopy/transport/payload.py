@@ -16,7 +16,7 @@ from pathlib import Path
 
 PACKAGE = "blockcopy"
 
-PROGRAM = f"{PACKAGE}.cli.main"
+PROGRAM = f"{PACKAGE}.cli.stage_main"
 
 TRAVELS = ("paths", "block", "protocol", "progress", "stage", "cli")
 """The rooms that go to a source host, with the modules of the package itself."""
@@ -69,7 +69,7 @@ def needed_by(stage: str) -> dict[str, str]:
     function does not count: it is for other commands, or for packages that a host may have.
     """
     texts = modules()
-    wanted = [PROGRAM, f"{PACKAGE}.cli.commands", f"{PACKAGE}.stage.{stage}"]
+    wanted = [PROGRAM, f"{PACKAGE}.stage.{stage}"]
     found: dict[str, str] = {}
     while wanted:
         name = wanted.pop()

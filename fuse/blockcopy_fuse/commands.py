@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from blockcopy.block.claim import check_destination
-from blockcopy.cli import console, log
+from blockcopy.cli import console, log_sinks
 from blockcopy.errors import IncompleteError, MissingRequirementError, RemoteError, UsageError
 from blockcopy.paths.places import absolute
 from blockcopy.progress.reporter import Progress
@@ -60,12 +60,12 @@ def mount(args: argparse.Namespace) -> None:
     notifier = Notifier()
 
     def serve(ready: Callable[[], None], progress: Progress) -> dict[str, Any]:
-        log.be_ready_for_syslog()
+        log_sinks.preload_syslog()
         with logged_in(command), progress:
             return run(lambda: mounting.serve(shown, ready, progress, notifier))
 
     if args.foreground:
-        _tell_if_incomplete("ended", serve(lambda: None, console.progress(args, unasked=True)))
+        _tell_if_incomplete("ended", serve(lambda: None, console.progress(args, bar_by_default=True)))
     elif daemon.run_in_background(lambda ready: serve(ready, Progress())):
         mounting.await_first_answer(shown)
 
@@ -102,9 +102,9 @@ def _name_in(mountpoint: str, args: argparse.Namespace) -> str | None:
 
 
 def status(args: argparse.Namespace) -> None:
-    if args.watch and not console.shows_screens():
+    if args.watch and not console.can_draw_screens():
         _watch_lines(args)
-    if args.watch or (console.shows_screens() and not args.json):
+    if args.watch or (console.can_draw_screens() and not args.json):
         with needs_extra():
             from blockcopy_fuse import watch
         (watch.watch if args.watch else watch.show)(args.mountpoint)
@@ -138,7 +138,7 @@ def list(args: argparse.Namespace) -> None:
 
 
 def wait(args: argparse.Namespace) -> None:
-    with console.progress(args, unasked=True) as progress:
+    with console.progress(args, bar_by_default=True) as progress:
         control_client.wait(args.mountpoint, progress)
 
 

@@ -14,7 +14,7 @@ import os
 import signal
 from collections.abc import Callable
 
-from blockcopy.cli import log
+from blockcopy.cli import log, log_sinks
 from blockcopy.errors import BlockcopyError, InternalError, Interrupted, MountError, as_user_error
 
 logger = logging.getLogger(__name__)
@@ -76,9 +76,9 @@ def _run_child(program: Callable[[Callable[[], None]], object], tell: int) -> No
             os.write(tell, json.dumps({"message": str(told), "exit_code": told.exit_code}).encode())
             logger.debug("failed", exc_info=True)
             if isinstance(told, InternalError):
-                log.last_words(str(told), told)
+                log.log_failure(str(told), told)
             _leave(0, 1, 2)
-            log.be_silent()
+            log_sinks.discard_log()
         raise told from told.__cause__
 
 
@@ -90,7 +90,7 @@ def _leave_terminal() -> None:
         _leave(0, 1)
     else:
         _leave(0, 1, 2)
-        log.leave_standard_error()
+        log_sinks.detach_from_stderr()
 
 
 def _leave(*streams: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import signal
 
@@ -10,7 +11,7 @@ from argparse_manpage.manpage import Manpage
 
 from blockcopy import __version__, errors
 from blockcopy.cli.parser import parser
-from blockcopy.cli.suggestions import Parser, commands_of
+from blockcopy.cli.suggestions import commands_of
 
 _FILES = """\
 .TP
@@ -64,7 +65,7 @@ def completion(shell: str) -> str:
     return str(shtab.complete(whole, shell))
 
 
-def _complete(command: Parser) -> None:
+def _complete(command: argparse.ArgumentParser) -> None:
     """With paths, where these are."""
     for action in command._actions:
         if action.metavar in ("FILE", "SOURCE", "DESTINATION"):

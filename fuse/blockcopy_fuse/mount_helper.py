@@ -12,7 +12,7 @@ import argparse
 
 from blockcopy.cli import main as cli
 from blockcopy.cli.parser import long_options
-from blockcopy.cli.suggestions import PlainParser
+from blockcopy.cli.suggestions import ConsoleParser
 from blockcopy_fuse import options
 
 _OF_OTHERS = {
@@ -31,8 +31,8 @@ def main() -> None:
         cli.main(command_line(args))
 
 
-def _parser() -> PlainParser:
-    parser = PlainParser(
+def _parser() -> ConsoleParser:
+    parser = ConsoleParser(
         prog="mount.blockcopy", description="For mount(8): mount -t blockcopy SOURCE MOUNTPOINT -o dest=DESTINATION"
     )
     parser.add_argument("source", metavar="SOURCE", help="[user@]host:/path or a local path; only read")
