@@ -1,7 +1,7 @@
-"""blockcopy: copy a disk over any pipe, and use it before the copy is complete.
+"""blockcopy: copies a disk through any pipe, and serves the copy before it is complete.
 
-The modules of this package itself are the copy stages. They travel to source hosts: standard
-library only, Python 3.9 or newer. `blockcopy.replica` is the lazy replica (trio, Python 3.11).
+The copy stages travel to source hosts: standard library only, Python 3.9 or newer. `blockcopy.replica` is the
+lazy replica and needs trio and Python 3.11.
 """
 
 __version__ = "0.0.2"

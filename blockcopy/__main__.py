@@ -1,4 +1,4 @@
-"""`python -m blockcopy`."""
+"""The program, as `python -m blockcopy` runs it."""
 
 from blockcopy.cli.main import main
 

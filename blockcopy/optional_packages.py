@@ -1,7 +1,8 @@
-"""The packages that are optional, and the command that installs them for the Python that runs.
+"""The optional packages, and the command that installs them for the running Python.
 
-No package index has blockcopy itself, and whoever registers the name there is a stranger: no text advises to
-install that from one. The packages below are what pyproject.toml has as `fuse` and `fast`.
+No package index has blockcopy itself. Anybody could register that name there.
+So no message may advise to install blockcopy from an index.
+The file pyproject.toml lists the packages below as the extras `fuse` and `fast`.
 """
 
 from __future__ import annotations
@@ -16,20 +17,23 @@ FUSE = ("pyfuse3>=3.4", "trio>=0.25", "rich>=13", "argparse-manpage>=4.5", "shta
 BLAKE3 = "blake3>=0.4"
 
 ZSTD = "backports.zstd>=1.0"
-"""Python 3.14 has it itself."""
+"""Python 3.14 includes zstd and needs no package."""
 
 
 def install_command(*requirements: str) -> str:
-    """Return the command that installs these for this very Python, or what to do if it takes no packages."""
+    """Return the shell command that installs `requirements` for the running Python.
+
+    Returns advice in words instead if this Python is externally managed.
+    """
     if is_externally_managed():
         return (
-            f"an environment of its own, as the README makes one (pipx), with {' '.join(requirements)}: "
-            f"{sys.executable} is the distribution's, and takes no packages"
+            f"install {' '.join(requirements)} in a virtual environment, as the README does with pipx; "
+            f"{sys.executable} is managed by its distribution, and takes no packages"
         )
     return shlex.join([sys.executable or "python3", "-m", "pip", "install", *requirements])
 
 
 def is_externally_managed() -> bool:
-    """Return whether this Python is one that its distribution keeps to itself (PEP 668)."""
+    """Return True if only the distribution may install packages for the running Python (PEP 668)."""
     marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
     return sys.prefix == sys.base_prefix and os.path.exists(marker)

@@ -1,6 +1,6 @@
-"""Words of others, for terminals and logs: in one line, without commands for a terminal, and bounded.
+"""Untrusted text made safe for terminals and logs: one line, no control characters, bounded.
 
-Foreign is all that another host, process or user chose: what a source says, paths, names, variables.
+Text is untrusted if another host, process or user chose it: output of a source, paths, names, variables.
 """
 
 from __future__ import annotations
@@ -10,32 +10,32 @@ import time
 from collections import deque
 from typing import Callable
 
-MOST_TEXT = 4096
-"""Characters of one text that are shown."""
+MAX_TEXT_LENGTH = 4096
+"""Characters shown of one text."""
 
-_MOST_LINE = 4096
-"""Bytes of a line that are kept; of a longer one the last."""
+_MAX_LINE_BYTES = 4096
+"""Bytes kept of a line. Of a longer line, the last bytes are kept."""
 
 _LAST_LINES = 5
 
-_AT_ONCE = 64 * 1024
-"""Bytes that are read at once."""
+_READ_BYTES = 64 * 1024
 
 _LINES = 200
 _SECONDS = 60
 
 
-def printable(text: str, most: int = MOST_TEXT) -> str:
-    """Return `text` as one line that every terminal can show, and none takes for a command.
+def printable(text: str, max_length: int = MAX_TEXT_LENGTH) -> str:
+    r"""Return `text` as one line of printable characters, cut to `max_length` characters.
 
-    All other characters are written as in Python: `\\x1b`, `\\n`, `\\u202e`. A byte that is no text is `\\xff`.
+    Other characters are escaped as in Python: `\x1b`, `\n`, `\u202e`. An undecodable byte becomes `\xff`.
+    A tab becomes a space.
     """
-    if len(text) > most:
-        text = f"{text[:most]}..."
-    return text if text.isprintable() else "".join(map(_shown, text))
+    if len(text) > max_length:
+        text = f"{text[:max_length]}..."
+    return text if text.isprintable() else "".join(map(_escape, text))
 
 
-def _shown(character: str) -> str:
+def _escape(character: str) -> str:
     if character.isprintable():
         return character
     if character == "\t":
@@ -46,7 +46,7 @@ def _shown(character: str) -> str:
 
 
 class LineBudget:
-    """Lines that may be logged: `lines` in any `seconds`, the first at once."""
+    """A rate limit for logged lines: `lines` within `seconds` seconds. Not thread-safe."""
 
     def __init__(self, lines: int = _LINES, seconds: float = _SECONDS) -> None:
         self._lines, self._seconds = lines, seconds
@@ -55,14 +55,14 @@ class LineBudget:
 
     @property
     def left(self) -> int:
-        """How many there may be now."""
+        """Number of lines that may be logged now."""
         now = time.monotonic()
         if now - self._began_at >= self._seconds:
             self._began_at, self._left = now, self._lines
         return self._left
 
     def take(self) -> bool:
-        """Whether there may be one more, which counts."""
+        """Count one line. Returns False if the line must not be logged; then it counts as dropped."""
         if not self.left:
             self._dropped += 1
             return False
@@ -70,11 +70,11 @@ class LineBudget:
         return True
 
     def drop(self, count: int) -> None:
-        """Note that so many were not even looked at."""
+        """Count `count` lines as dropped without examining them."""
         self._dropped += count
 
     def take_dropped(self) -> int:
-        """Return how many were dropped since this was last asked, once some may be logged again."""
+        """Return the number of lines dropped since the last call. Returns 0 if no line may be logged now."""
         if not self.left:
             return 0
         count, self._dropped = self._dropped, 0
@@ -82,47 +82,48 @@ class LineBudget:
 
 
 class StderrLines:
-    """The lines that a process elsewhere writes to standard error: each is `note`d, the `last` ones are kept.
+    """The standard error of another process, split into lines. Not thread-safe.
 
-    Not thread-safe. The `budget` is that of all connections to the same place.
+    Each line is logged within a rate limit. `last` has the last lines, oldest first.
     """
 
-    def __init__(self, note: Callable[[str], None], budget: LineBudget) -> None:
+    def __init__(self, log: Callable[[str], None], budget: LineBudget) -> None:
+        """Pass each line to `log`. All connections to one host share one `budget`."""
         self.last: deque[str] = deque(maxlen=_LAST_LINES)
-        self._note = note
+        self._log = log
         self._budget = budget
         self._rest = b""
 
     def feed(self, data: bytes) -> None:
-        """Take what was read. A line without an end is not waited for: the last of it is kept."""
+        """Take bytes that were read from standard error. Keeps only the end of an unfinished line."""
         *lines, self._rest = (self._rest + data).split(b"\n")
-        self._rest = self._rest[-_MOST_LINE:]
-        unseen = len(lines) - self._budget.left - _LAST_LINES
-        if unseen > 0:
-            first = len(lines) - _LAST_LINES - unseen
-            del lines[first : first + unseen]
+        self._rest = self._rest[-_MAX_LINE_BYTES:]
+        skipped = len(lines) - self._budget.left - _LAST_LINES
+        if skipped > 0:
+            first = len(lines) - _LAST_LINES - skipped
+            del lines[first : first + skipped]
         for line in lines:
             self._take(line)
-        self._budget.drop(max(0, unseen))
+        self._budget.drop(max(0, skipped))
 
     def read_to_end(self, fd: int) -> None:
-        """Take all that comes from a descriptor, to its end. Blocks; for a thread."""
-        while data := os.read(fd, _AT_ONCE):
+        """Read and feed everything from the file descriptor `fd` until its end. Blocks: call in a thread."""
+        while data := os.read(fd, _READ_BYTES):
             self.feed(data)
         self.finish()
 
     def finish(self) -> None:
-        """Take what is left without an end; there is no more."""
+        """Take an unfinished last line. Call when standard error has ended."""
         self._take(self._rest)
         self._rest = b""
 
     def _take(self, line: bytes) -> None:
-        # A terminal shows the last part only: a bar draws over what it drew before.
-        text = line[-_MOST_LINE:].decode(errors="replace").strip().rpartition("\r")[2].strip()
+        # A terminal shows only the last part: a progress bar overwrites its line.
+        text = line[-_MAX_LINE_BYTES:].decode(errors="replace").strip().rpartition("\r")[2].strip()
         if not text:
             return
         self.last.append(text)
         if dropped := self._budget.take_dropped():
-            self._note(f"{dropped} more lines were not logged")
+            self._log(f"{dropped} more lines were not logged")
         if self._budget.take():
-            self._note(text)
+            self._log(text)

@@ -197,7 +197,7 @@ def test_a_read_only_file_system_is_told(tmp_path: Path) -> None:
 
 def test_a_folder_of_the_kernel_is_told() -> None:
     for path in ("/proc/file", "/sys/file"):
-        with pytest.raises(DeviceError, match="is the kernel's"):
+        with pytest.raises(DeviceError, match="belongs to the kernel"):
             existing_destination(path, force=False)
 
 

@@ -63,10 +63,10 @@ def test_what_is_no_file_is_neither_written_nor_waited_for(tmp_path: Path, sourc
     if kind == "fifo":
         os.mkfifo(path)
     before = os.lstat(path)
-    with pytest.raises(OSError, match="it is no regular file"):
+    with pytest.raises(OSError, match="it is not a regular file"):
         safe_write.replace(path, b"new", 0o644)
     done = run("sync", "--log-file", path, source, tmp_path / "copy")
-    assert (done.returncode, b"it is no regular file" in done.stderr) == (1, True)
+    assert (done.returncode, b"it is not a regular file" in done.stderr) == (1, True)
     assert os.path.samestat(os.lstat(path), before)
 
 

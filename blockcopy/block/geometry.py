@@ -69,8 +69,8 @@ class ExtentJoiner:
     def __init__(self, emit: Callable[[Extent], object], *, gap: int = 0, max_length: int = MAX_POSITION) -> None:
         """Pass each joined range to `emit` when it is complete.
 
-        `gap`: bytes that may lie between two ranges that are joined; they become part of the joined range.
-        `max_length`: bytes from which on a joined range is not extended any more.
+        `gap`: bytes that may lie between two ranges that are joined. They become part of the joined range.
+        `max_length`: a joined range of so many bytes is not extended any more.
         """
         self._emit = emit
         self._gap = gap

@@ -22,9 +22,10 @@ class WriteBehind:
     """Write-back of a device in batches, and drop-behind if the device exceeds the page cache. Thread-safe."""
 
     def __init__(self, device: Device, *, sequential: bool = False) -> None:
-        """`sequential`: the writes ascend, and nobody reads the device; then all before a batch is dropped.
+        """Write back nothing yet.
 
-        Otherwise only the batch before is dropped. Most of that batch is on the disk by then.
+        `sequential`: the writes ascend and nobody reads the device, so everything before a batch is dropped.
+        Otherwise only the previous batch is dropped. Most of that batch is on the disk by then.
         """
         self._device = device
         self._sequential = sequential

@@ -1,4 +1,4 @@
-"""Paths, names and folders: what a path means, who may change it, and names that survive a power loss.
+"""Paths, names and folders: their meaning, their protection, and changes that survive a power loss.
 
-Has no block devices and no protocol. Every other room may import it. Travels to source hosts.
+This room knows no devices and no protocol. Every other room may import it. It travels to source hosts.
 """

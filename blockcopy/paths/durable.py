@@ -1,7 +1,7 @@
-"""Names that a loss of power does not bring back or take away: made, removed and renamed on the disk.
+"""Durable changes of file names: a power loss neither undoes nor revives one.
 
-A name is a part of its folder. What these functions did is durable when they return: whatever follows from it is
-never on the disk without it. All of them raise OSError.
+A file name is part of its folder, so each function syncs the folder. When a function returns, its change is on the
+disk. All functions raise OSError.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 
 
 def create(path: Path) -> None:
-    """Make an empty file, readable and writable by its owner. Raises FileExistsError if something is there."""
+    """Create an empty file with mode 0600. Raises FileExistsError if `path` exists."""
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     sync_folder(path.parent)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, of its owner alone, and the folders that it is in, unless they are there."""
+    """Create a folder with mode 0700, and all missing folders above it. Does nothing if `folder` exists."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -29,8 +29,11 @@ def make_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove what is at `path`, if anything. Its folder is synced in any case: the disk may still have the name."""
-    if os.path.lexists(path):  # else a file system that is read only refuses
+    """Remove the file at `path`, if any.
+
+    Its folder is synced even if there is no such file: the disk may still have the name.
+    """
+    if os.path.lexists(path):  # else a read-only file system refuses
         path.unlink(missing_ok=True)
     folder = path.parent
     while not folder.is_dir():
@@ -39,13 +42,13 @@ def remove(path: Path) -> None:
 
 
 def rename(path: Path, new: Path) -> None:
-    """Give a file another name in its folder, in place of whatever has it."""
+    """Rename a file to `new`, a path in the same folder. A file that has this name is replaced."""
     path.replace(new)
     sync_folder(new.parent)
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file with this text: all of it or, if the power is lost before, what was there."""
+    """Replace the content of the file at `path` by `text`, atomically. Creates the file with mode 0600."""
     new = path.with_name(f"{path.name}.new")
     with contextlib.suppress(FileNotFoundError):
         new.unlink()
@@ -58,10 +61,13 @@ def write(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Return when the names in a folder are on the disk as they are now, if it has a disk that is written."""
+    """Write the names in `folder` to the disk, and wait until the disk has them.
+
+    Does nothing on a file system that is read-only or cannot sync a folder.
+    """
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:  # who may write into it need not be allowed to read it
+    except PermissionError:  # a user may be allowed to write into a folder, and not to read it
         os.sync()
         return
     try:

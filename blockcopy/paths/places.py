@@ -1,4 +1,7 @@
-"""Paths as their users mean them, and the places where no file can or may be created."""
+"""The meaning of a user's path, and the places where a file must not be created.
+
+A device file system holds the nodes of devices, and a file created in it by mistake fills memory.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,18 @@ import os
 import stat
 from pathlib import Path
 
-_DEVICES = "/dev"
+_DEV = "/dev"
 
-_OF_DEVICES = ("devtmpfs", "devpts", "mqueue", "hugetlbfs")
-_OF_THE_KERNEL = ("proc", "sysfs", "cgroup", "cgroup2", "debugfs", "tracefs", "securityfs", "configfs", "efivarfs")
-"""Types of file systems that accept a new file, or seem to, and hold no data of users."""
+_DEVICE_TYPES = ("devtmpfs", "devpts", "mqueue", "hugetlbfs")
+_KERNEL_TYPES = ("proc", "sysfs", "cgroup", "cgroup2", "debugfs", "tracefs", "securityfs", "configfs", "efivarfs")
+"""Types of file systems that may accept a new file, and hold no data of users."""
 
 
 def absolute(path: str) -> str:
-    """Return `path` from the root on, meaning the same to the kernel.
+    """Return `path` as an absolute path that means the same to the kernel.
 
-    A trailing slash stays: it says that the path leads to a folder. Any `..` stays: it may follow a link.
-    Raises FileNotFoundError if the path is relative and the current folder was removed.
+    A trailing slash stays, because it says that the path leads to a folder. Any `..` stays, because it may follow
+    a symbolic link. Raises FileNotFoundError if `path` is relative and the current folder was removed.
     """
     if not path.startswith("/"):
         path = os.path.join(os.getcwd(), path)
@@ -28,15 +31,15 @@ def absolute(path: str) -> str:
 
 
 def names_folder(path: str) -> bool:
-    """Return whether `path` can only be that of a folder, whatever is there."""
+    """Return True if `path` can only name a folder: it is empty or ends in a slash, `.` or `..`."""
     return os.path.basename(path) in ("", ".", "..")
 
 
 def obstacle(path: str) -> str | None:
-    """Return the reason why no file can or may be created at `path`, in words. Returns None if one can."""
+    """Return in words why a file cannot or must not be created at `path`. Returns None if it can."""
     if names_folder(path):
         return "this is the name of a folder; name the file in it"
-    folder = os.path.dirname(os.path.realpath(path))  # a link that leads nowhere yet is followed
+    folder = os.path.dirname(os.path.realpath(path))  # follows a link to a missing file, too
     if holds_devices(folder):
         return (
             "there is no such device, and no file is created among devices. Is the name right (lsblk)? "
@@ -48,9 +51,9 @@ def obstacle(path: str) -> str | None:
         missing = isinstance(error, FileNotFoundError)
         return f"there is no folder {folder} to write into" if missing else f"{folder}: {error.strerror}"
     if not stat.S_ISDIR(mode):
-        return f"{folder} is no folder"
-    if _file_system_type(os.stat(folder).st_dev) in _OF_THE_KERNEL:
-        return f"{folder} is the kernel's, and holds no files of users"
+        return f"{folder} is not a folder"
+    if _file_system_type(os.stat(folder).st_dev) in _KERNEL_TYPES:
+        return f"{folder} belongs to the kernel, and holds no files of users"
     if os.statvfs(folder).f_flag & os.ST_RDONLY:
         return f"the file system of {folder} is mounted read-only"
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -59,25 +62,25 @@ def obstacle(path: str) -> str | None:
 
 
 def holds_devices(folder: str) -> bool:
-    """Return whether a file in `folder`, a path without links, lies in memory among the nodes of devices.
+    """Return True if `folder` is on a file system of device nodes, so that its regular files lie in memory.
 
-    A tmpfs of its own below /dev, such as /dev/shm, is a place for files. If `folder` is missing, the nearest
-    folder above it decides.
+    `folder`: a path without symbolic links. If it is missing, the nearest existing folder above it decides.
+    A separate tmpfs below /dev, such as /dev/shm, may hold files: returns False.
     """
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
     try:
-        device, devices, root = (os.stat(path).st_dev for path in (folder, _DEVICES, "/"))
+        device, devices, root = (os.stat(path).st_dev for path in (folder, _DEV, "/"))
     except OSError:
-        return False  # gone, or without /dev: whoever opens a file there is told why
-    is_below = folder == _DEVICES or folder.startswith(f"{_DEVICES}/")
+        return False  # removed, or there is no /dev: opening a file in `folder` reports the reason
+    is_below = folder == _DEV or folder.startswith(f"{_DEV}/")
     if device == devices and (is_below or devices != root):
         return True
-    return _file_system_type(device) in _OF_DEVICES
+    return _file_system_type(device) in _DEVICE_TYPES
 
 
 def _file_system_type(device: int) -> str:
-    """Return the type of a mounted file system with the number `device`, or "" if mountinfo shows none."""
+    """Return the type of the mounted file system with device number `device`. Returns "" if none is mounted."""
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
         lines = mountinfo()
@@ -91,16 +94,16 @@ def _file_system_type(device: int) -> str:
 
 
 def mountinfo() -> list[bytes]:
-    """Return the lines in which the kernel tells what is mounted. Raises OSError.
+    """Return the lines of /proc/self/mountinfo, without their newlines. Raises OSError if there is no /proc.
 
-    A newline alone ends a line: a source or a folder may have a carriage return in its name.
+    Only a newline ends a line: the name of a source or folder may contain a carriage return.
     """
     return [line for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n") if line]
 
 
 def working_folder() -> str:
-    """Return the current folder. Returns "/" if it was removed."""
+    """Return the path of the current folder. Returns "/" if that folder was removed."""
     try:
         return os.getcwd()
     except FileNotFoundError:
-        return "/"  # it was removed: a relative path means nothing there
+        return "/"  # a relative path has no meaning in a removed folder

@@ -1,4 +1,4 @@
-"""The folder of a user's sockets, for as long as the machine runs. It is nobody else's."""
+"""The runtime directory: a private folder for the sockets of one user, until the machine restarts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from blockcopy.errors import DeviceError
 
 
 def make_runtime_dir() -> Path:
-    """This user's, made where it is not there. DeviceError where it cannot be, or others can enter it, or no
-    socket can be made in it: it may be full, or read-only."""
+    """Return this user's runtime directory. Creates it with mode 0700 if it is missing.
+
+    Raises DeviceError if it cannot be created, if other users may enter it, or if it cannot hold a socket.
+    """
     folder = runtime_dir_candidates(os.geteuid())[0]
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -29,11 +31,11 @@ def make_runtime_dir() -> Path:
 
 
 def _try_socket(path: Path) -> None:
-    """Make a socket at `path`, and remove it. A second name is what ssh gives its own."""
+    """Create and remove a socket with two names, as ssh creates its own. Raises OSError if that fails."""
     second = path.with_suffix(".link")
-    with socket.socket(socket.AF_UNIX) as tried:
+    with socket.socket(socket.AF_UNIX) as probe:
         try:
-            tried.bind(str(path))
+            probe.bind(str(path))
             os.link(path, second)
         finally:
             for each in (path, second):
@@ -42,7 +44,10 @@ def _try_socket(path: Path) -> None:
 
 
 def runtime_dir_candidates(uid: int) -> list[Path]:
-    """Where it can be, of that user; for ourselves, the first is where it is made."""
+    """Return the paths where the runtime directory of user `uid` can be.
+
+    For our own user, `make_runtime_dir` uses the first one.
+    """
     if uid == 0:
         return [Path("/run/blockcopy")]
     folders = [Path(f"/tmp/blockcopy-{uid}"), Path(f"/run/user/{uid}/blockcopy")]
@@ -52,7 +57,7 @@ def runtime_dir_candidates(uid: int) -> list[Path]:
 
 
 def is_private(folder: Path, uid: int) -> bool:
-    """It is there, and that user's alone: what is in it is told by nobody else."""
+    """Return True if `folder` is an existing folder, not a link, that only user `uid` may enter."""
     try:
         status = folder.lstat()
     except OSError:

@@ -1,8 +1,8 @@
-"""Files that this program writes for a user, in folders that may be another's: nothing planted there is followed.
+"""Safe writing of files into folders of other users, who may have planted links or FIFOs there.
 
-A whole file is written under a name that nobody can guess, and renamed: a link of that name is replaced, and its
-target stays as it is. A log is opened as it is, so it must be a regular file, with one name, of ours or of root.
-On the way to the folder, links are followed that are ours or root's, and no others.
+`replace` writes a file under an unguessable name and renames it. So a link at the path is replaced, and its target
+stays as it is. `open_log` accepts only a regular file with one name that belongs to us or root. On the way to
+the folder, only links that belong to us or root are followed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Iterator
 
 from blockcopy.paths.places import absolute
 
-_NO_FILE = "it is no regular file"
+_NOT_REGULAR = "it is not a regular file"
 
-_MOST_LINKS = 40
-"""Links on the way to a folder, as the kernel has it."""
+_MAX_LINKS = 40
+"""Symbolic links followed on the way to a folder: the kernel's limit."""
 
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -26,9 +26,10 @@ _LOG = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | 
 
 
 def replace(path: str, data: bytes, mode: int) -> os.stat_result:
-    """Put a new regular file with `data` at `path`, all at once. Raises OSError.
+    """Write `data` to a new regular file at `path`, with permissions `mode`, atomically.
 
-    `path` must not be a folder, a device or a FIFO. Returns the status of the new file.
+    Returns the status of the new file, which `remove` needs. Raises OSError if `path` is a folder, a device or
+    a FIFO, or if it cannot be written.
     """
     temporary = f".{os.urandom(8).hex()}.new"
     with _folder_of(path) as (folder, name):
@@ -48,16 +49,23 @@ def replace(path: str, data: bytes, mode: int) -> os.stat_result:
     return status
 
 
-def remove(path: str, ours: os.stat_result) -> None:
-    """Remove the file that `replace` has made. What another process has put there, or cannot be removed, stays."""
+def remove(path: str, written: os.stat_result) -> None:
+    """Remove the file at `path` if it is the one that `replace` returned as `written`.
+
+    Does nothing if another process has replaced the file, or if it cannot be removed.
+    """
     with contextlib.suppress(OSError), _folder_of(path) as (folder, name):
         found = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        if os.path.samestat(found, ours) and found.st_mtime_ns == ours.st_mtime_ns:
+        if os.path.samestat(found, written) and found.st_mtime_ns == written.st_mtime_ns:
             os.unlink(name, dir_fd=folder)
 
 
 def open_log(path: str) -> int:
-    """Open a log file to append to, or create it. Raises OSError if it is anything but a file of ours."""
+    """Open or create a log file, and return a file descriptor that appends to it. The caller closes it.
+
+    Raises OSError if the file cannot be opened, is not regular, has a second name, or belongs to another user.
+    A symbolic link is refused as well.
+    """
     with _folder_of(path) as (folder, name):
         try:
             fd = os.open(name, _LOG, 0o644, dir_fd=folder)
@@ -65,7 +73,7 @@ def open_log(path: str) -> int:
             if error.errno == errno.ELOOP:
                 raise OSError(error.errno, "it is a symbolic link; name the file itself") from error
             if error.errno == errno.ENXIO:  # a FIFO that nobody reads
-                raise OSError(error.errno, _NO_FILE) from error
+                raise OSError(error.errno, _NOT_REGULAR) from error
             raise
     try:
         _refuse_foreign(os.fstat(fd))
@@ -77,9 +85,12 @@ def open_log(path: str) -> int:
 
 @contextlib.contextmanager
 def _folder_of(path: str) -> Iterator[tuple[int, str]]:
-    """Give a descriptor of the folder of `path`, and the name in it. Raises OSError, also for a link of others."""
+    """Open the folder of `path` without following links of other users. Raises OSError if there is one.
+
+    Yields a file descriptor of the folder, and the file name in it.
+    """
     parent, name = os.path.split(absolute(path))
-    parts = parent.split("/")[:0:-1]  # what is still to be gone through, the next one last
+    parts = parent.split("/")[:0:-1]  # names still to follow, the next one last
     links = 0
     folder = os.open("/", _FOLDER)
     try:
@@ -88,9 +99,9 @@ def _folder_of(path: str) -> Iterator[tuple[int, str]]:
             try:
                 step = os.open(part or ".", _FOLDER, dir_fd=folder)
             except OSError as error:
-                target = _link_of_ours(folder, part, error)
+                target = _trusted_link(folder, part, error)
                 links += 1
-                if links > _MOST_LINKS:
+                if links > _MAX_LINKS:
                     raise
                 parts += target.rstrip("/").split("/")[::-1]
                 if not target.startswith("/"):
@@ -103,23 +114,23 @@ def _folder_of(path: str) -> Iterator[tuple[int, str]]:
         os.close(folder)
 
 
-def _link_of_ours(folder: int, name: str, error: OSError) -> str:
-    """Return the target of a link on the way. Raises `error` if it is no link, OSError if it is another user's."""
+def _trusted_link(folder: int, name: str, error: OSError) -> str:
+    """Return the target of the link `name`. Raises `error` if it is not a link, OSError if another user owns it."""
     status = os.stat(name or ".", dir_fd=folder, follow_symlinks=False)
     if not stat.S_ISLNK(status.st_mode):
         raise error
     if status.st_uid not in (os.geteuid(), os.stat("/").st_uid):
-        raise OSError(errno.EPERM, f"the link {name} on the way there is another user's")
+        raise OSError(errno.EPERM, f"the link {name} in its path belongs to another user")
     return os.readlink(name, dir_fd=folder)
 
 
 def _refuse_foreign(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, _NO_FILE)
+        raise OSError(errno.EINVAL, _NOT_REGULAR)
     if status.st_nlink != 1:
-        raise OSError(errno.EINVAL, "the file has other names as well")
+        raise OSError(errno.EINVAL, "the file has more than one name")
     if status.st_uid not in (0, os.geteuid()):
-        raise OSError(errno.EPERM, "the file is another user's")
+        raise OSError(errno.EPERM, "the file belongs to another user")
 
 
 def _refuse_special(folder: int, name: str) -> None:
@@ -128,4 +139,4 @@ def _refuse_special(folder: int, name: str) -> None:
     except FileNotFoundError:
         return
     if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
-        raise OSError(errno.EINVAL, _NO_FILE)
+        raise OSError(errno.EINVAL, _NOT_REGULAR)

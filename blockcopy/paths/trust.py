@@ -1,7 +1,7 @@
-"""Folders in which nobody else decides what a name leads to.
+"""Trust in folders: only we and root may decide what a path leads to.
 
-Who may write to a folder can put a file of his own at each of its names. The sticky bit keeps him from taking away
-what is there, and not from adding what is missing.
+A user who may write to a folder can create any missing name in it. The sticky bit only keeps that user from
+removing or renaming files of others.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from pathlib import Path
 
 
 def distrust_reason(folder: Path) -> str | None:
-    """Say why others than us and root decide what is at a path in `folder`, which has no links in it.
+    """Return in words why another user may decide what a path in `folder` leads to. Returns None if none may.
 
-    Returns None if nobody else does. Raises OSError if there is no such folder.
+    `folder`: an absolute path without symbolic links. Raises OSError if it does not exist.
     """
     for each in (folder, *folder.parents):
         status = each.lstat()
         if status.st_uid not in (0, os.geteuid()):
             return f"{each} belongs to another user"
-        sticky = each != folder and status.st_mode & stat.S_ISVTX  # what is in it, is ours or root's
+        # In a sticky folder nobody else may rename the next folder below, which is ours or root's.
+        sticky = each != folder and status.st_mode & stat.S_ISVTX
         if _others_may_write(each, status) and not sticky:
             return f"others may write to {each}"
     return None
@@ -35,16 +36,16 @@ def _others_may_write(folder: Path, status: os.stat_result) -> bool:
 
 
 def _has_acl(folder: Path) -> bool:
-    """Whether the bits of the group stand for more users than its own."""
+    """Return True if an access control list lets more users in than the folder's group."""
     try:
         os.getxattr(folder, "system.posix_acl_access")
     except OSError:
-        return False  # none, or not on this file system
+        return False  # no list, or a file system without lists
     return True
 
 
 def _is_own_group(gid: int) -> bool:
-    """Whether it is a group of ours alone, as Debian and Fedora make one for each user."""
+    """Return True if the group has no member but us, such as the user private groups of Debian and Fedora."""
     try:
         group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid())
     except KeyError:
