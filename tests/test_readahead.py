@@ -21,7 +21,7 @@ def brought(reader: ReadAhead, starts: Iterable[int], *, length: int = 1, waits:
     """The blocks that are brought while these are read, in the order in which they are."""
     found: list[int] = []
     for start in starts:
-        for piece in reader.touch(range(start, start + length), waits=waits):
+        for piece in reader.record_read(range(start, start + length), waits=waits):
             found += piece
     return found
 

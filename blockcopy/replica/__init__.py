@@ -1,5 +1,5 @@
-"""The lazy replica: a destination that is right wherever it is read, and complete in the end.
+"""The lazy replica: a destination whose reads are right at once, and that becomes a complete copy.
 
-trio, no FUSE: `sync` is this package alone, `mount` is this package behind a file system. See
-`engine` for how the parts are put together.
+It needs trio but no FUSE: `sync` runs a replica alone, and `mount` runs it behind a file system.
+`engine` shows how the parts are put together.
 """

@@ -1,4 +1,4 @@
-"""What users read, and how long those of their reads took that had to wait for the source."""
+"""Statistics of the users' reads: how many, how many bytes, and how long reads waited for the source."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from typing import Any
 
 import trio
 
-_WINDOW = 1000
-"""Waits that are remembered."""
+_MAX_WAITS = 1000
+"""Most waits that are remembered."""
 
 
 class ReadStats:
-    """Counts; of the waits, the last _WINDOW."""
+    """Counters of reads, and the durations of the last _MAX_WAITS waits. Call from trio's thread only."""
 
     def __init__(self) -> None:
         self.reads = 0
+        """Number of reads so far."""
         self.bytes = 0
+        """Bytes read so far."""
         self.waiting = 0
-        """Reads that wait for the source now."""
-        self._waits: deque[float] = deque(maxlen=_WINDOW)  # seconds
+        """Number of reads that wait for the source now."""
+        self._waits: deque[float] = deque(maxlen=_MAX_WAITS)  # seconds
 
     @contextmanager
     def wait(self) -> Iterator[None]:
-        """Around a read that has to wait for the source."""
+        """Measure a wait for the source: use as a context manager around the wait."""
         self.waiting += 1
         since = trio.current_time()
         try:
@@ -35,7 +37,7 @@ class ReadStats:
             self._waits.append(trio.current_time() - since)
 
     def as_json(self) -> dict[str, Any]:
-        """Latencies are null where nobody had to wait."""
+        """Return the statistics as `status --json` has them. Latencies are None if no read has waited yet."""
         waits = sorted(self._waits)
 
         def at(fraction: float) -> float | None:

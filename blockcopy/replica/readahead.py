@@ -1,10 +1,10 @@
-"""What a reader is going to read next, for readers that go in order: forward, backward, or in strides.
+"""Read-ahead: predict what readers will read next. Sequential, reverse and strided reads count.
 
-    touch(blocks, waits) → the ranges to bring now, that nobody waits for yet
+    record_read(blocks, waits=…) → the ranges to fetch now, which nobody waits for yet
 
-Two reads side by side, or three at the same distance, are a stream, whatever others read meanwhile; the
-streams not heard of longest are forgotten. For a stream is read ahead, twice as far each time it had to
-wait, as far as the window of the link allows: enough to fill link × round trip, and no more.
+A stream is a reader in order. Two adjacent reads begin a stream, or three reads at equal distances. Reads between
+them do not matter. The streams that were read least recently are forgotten. A stream is read ahead, and twice as
+far after each read that had to wait. The window of the link bounds that: it is sized to keep the link busy.
 """
 
 from __future__ import annotations
@@ -13,60 +13,70 @@ from collections import deque
 
 from blockcopy.replica.source.window import Window
 
-_STREAMS = 16
-_LONE_READS = 32
-"""Reads of no stream that are remembered, since one may begin with them."""
+_MAX_STREAMS = 16
+_MAX_LONE_READS = 32
+"""Most reads outside of a stream that are remembered. A stream may begin with them."""
 
-_FIRST_AHEAD = 4
-"""Steps ahead for a stream that was just found."""
+_INITIAL_STEPS = 4
+"""Steps that a new stream is read ahead."""
 
-_SLACK = 16
-"""Blocks by which the kernel may send the requests of one reader out of order."""
+_SLACK_BLOCKS = 16
+"""Blocks by which the kernel may reorder the requests of one reader."""
 
-_LONGEST_STEP = 512
-"""Blocks: what lies farther apart than 64 MiB is no stride, but chance."""
+_MAX_STEP = 512
+"""Most blocks of a stride. Reads that are farther apart than 64 MiB are unrelated."""
 
 
 class _Stream:
-    """A reader: what it read last, and how far apart that was from what it read before."""
+    """A reader in order: its last read, and the distance from the read before."""
 
     def __init__(self, blocks: range, step: int) -> None:
+        """Begin a stream with its last read. `step`: blocks from one read to the next, negative if reverse."""
         self.last = blocks
-        self.step = step  # blocks, from one read to the next
-        self.ahead = _FIRST_AHEAD  # steps
-        self.brought: int | None = None  # where the last range that was brought ahead ends, or begins
+        self.step = step
+        self.steps_ahead = _INITIAL_STEPS
+        self.fetched_up_to: int | None = None
+        """The block at which the last read-ahead ends, or begins in strides. None before the first."""
 
     @property
-    def in_order(self) -> bool:
+    def is_sequential(self) -> bool:
         return 0 < self.step <= len(self.last)
 
     def expects(self, blocks: range) -> bool:
-        """Whether it is its next read, or the rest of one it is in already."""
-        if self.in_order:
-            return abs(blocks.start - self.last.stop) <= _SLACK
+        """Return whether `blocks` are the next read of the stream, or a part of the last read."""
+        if self.is_sequential:
+            return abs(blocks.start - self.last.stop) <= _SLACK_BLOCKS
         return blocks.start in (self.last.start, self.last.start + self.step)
 
     def advance(self, blocks: range) -> bool:
-        """Note the read; whether it went on with that."""
-        if blocks.start == self.last.start or (self.in_order and blocks.stop <= self.last.stop):
+        """Record a read that the stream expects. Returns False if it is a part of the last read."""
+        if blocks.start == self.last.start or (self.is_sequential and blocks.stop <= self.last.stop):
             return False
-        if self.in_order:
+        if self.is_sequential:
             self.step = len(blocks)
         self.last = blocks
         return True
 
 
 class ReadAhead:
-    """See the module. `blocks`: how many the device has; `window`: of the link."""
+    """A predictor of reads on one device. Call from trio's thread only."""
 
-    def __init__(self, blocks: int, window: Window) -> None:
-        self._blocks = blocks
+    def __init__(self, block_count: int, window: Window) -> None:
+        """Make a predictor without streams.
+
+        `block_count`: number of blocks of the device.
+        `window`: the window of the link, which bounds the read-ahead.
+        """
+        self._block_count = block_count
         self._window = window
-        self._streams: list[_Stream] = []  # the one read last is last
-        self._lone: deque[range] = deque(maxlen=_LONE_READS)
+        self._streams: list[_Stream] = []  # the most recently read is last
+        self._lone_reads: deque[range] = deque(maxlen=_MAX_LONE_READS)
 
-    def touch(self, blocks: range, *, waits: bool) -> list[range]:
-        """`blocks` are read now, and have to be waited for or not: what should be brought as well."""
+    def record_read(self, blocks: range, *, waits: bool) -> list[range]:
+        """Record a read of `blocks`. Returns the ranges of blocks to fetch ahead now.
+
+        `waits`: whether the read has to wait for the source. Then its stream is read ahead farther.
+        """
         stream = next((each for each in reversed(self._streams) if each.expects(blocks)), None)
         if stream is not None:
             self._streams.remove(stream)
@@ -74,47 +84,47 @@ class ReadAhead:
                 self._streams.append(stream)
                 return []
         else:
-            stream = self._begun_by(blocks)
+            stream = self._begin_stream(blocks)
             if stream is None:
-                if blocks not in self._lone:
-                    self._lone.append(blocks)
+                if blocks not in self._lone_reads:
+                    self._lone_reads.append(blocks)
                 return []
-        self._streams = [*self._streams[1 - _STREAMS :], stream]
+        self._streams = [*self._streams[1 - _MAX_STREAMS :], stream]
         if waits:
-            stream.ahead = min(stream.ahead * 2, self._window.blocks)
-        return self._ahead_in_order(stream) if stream.in_order else self._ahead_in_strides(stream)
+            stream.steps_ahead = min(stream.steps_ahead * 2, self._window.blocks)
+        return self._sequential_ahead(stream) if stream.is_sequential else self._strided_ahead(stream)
 
-    def _begun_by(self, blocks: range) -> _Stream | None:
-        """The stream that this read makes of one or two before it."""
-        for before in self._lone:
+    def _begin_stream(self, blocks: range) -> _Stream | None:
+        """Return the stream that this read makes of one or two reads before. Returns None if it makes none."""
+        for before in self._lone_reads:
             if 0 <= blocks.start - before.stop <= 1:
                 return _Stream(blocks, len(blocks))
-        starts = {before.start for before in self._lone}
+        starts = {before.start for before in self._lone_reads}
         for start in starts:
             step = blocks.start - start
-            if step and abs(step) <= _LONGEST_STEP and start - step in starts:
+            if step and abs(step) <= _MAX_STEP and start - step in starts:
                 return _Stream(blocks, step)
         return None
 
-    def _ahead_in_order(self, stream: _Stream) -> list[range]:
-        furthest = stream.last.stop + stream.ahead
-        start = stream.brought if stream.brought is not None else stream.last.stop
-        if not stream.last.stop <= start <= furthest:  # overtaken, or brought when there was more room
+    def _sequential_ahead(self, stream: _Stream) -> list[range]:
+        limit = stream.last.stop + stream.steps_ahead
+        start = stream.fetched_up_to if stream.fetched_up_to is not None else stream.last.stop
+        if not stream.last.stop <= start <= limit:  # the reader overtook it, or the window was larger then
             start = stream.last.stop
-        stop = min(furthest, self._blocks)
-        # In pieces of a quarter, so that asking ahead is as much in bulk as it may be.
-        if start >= stop or (stop - start < stream.ahead // 4 and stop < self._blocks):
+        stop = min(limit, self._block_count)
+        # In quarters of the distance, so that requests ahead are as large as they may be.
+        if start >= stop or (stop - start < stream.steps_ahead // 4 and stop < self._block_count):
             return []
-        stream.brought = stop
+        stream.fetched_up_to = stop
         return [range(start, stop)]
 
-    def _ahead_in_strides(self, stream: _Stream) -> list[range]:
+    def _strided_ahead(self, stream: _Stream) -> list[range]:
         length, step = len(stream.last), stream.step
-        steps = max(1, min(stream.ahead, self._window.blocks // length))
+        steps = max(1, min(stream.steps_ahead, self._window.blocks // length))
         firsts = [stream.last.start + step * index for index in range(1, steps + 1)]
-        if stream.brought is not None:  # those up to it were brought before
-            firsts = [first for first in firsts if (first - stream.brought) * step > 0]
-        firsts = [first for first in firsts if first >= 0 and first + length <= self._blocks]
+        if stream.fetched_up_to is not None:  # earlier calls returned all up to there
+            firsts = [first for first in firsts if (first - stream.fetched_up_to) * step > 0]
+        firsts = [first for first in firsts if first >= 0 and first + length <= self._block_count]
         if firsts:
-            stream.brought = firsts[-1]
+            stream.fetched_up_to = firsts[-1]
         return [range(first, first + length) for first in firsts]

@@ -1,4 +1,4 @@
-"""The file as its reader sees it: the source's size and the source's bytes, or an error."""
+"""The volume: the bytes of the source as a reader sees them, with the size of the source."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from blockcopy.replica.state.blockmap import BlockMap
 logger = logging.getLogger(__name__)
 
 _READ_THREADS = 8
+"""Most threads that read the destination at once."""
 
 
 class Volume:
-    """`read` may be called by any number of tasks at once."""
+    """A readable view of the source. Any number of trio tasks may call `read` at once."""
 
     def __init__(
         self,
@@ -34,7 +35,11 @@ class Volume:
         nursery: trio.Nursery,
         give_up_after: Callable[[int], float],
     ) -> None:
-        """`give_up_after`: the most seconds that a read of so many blocks may wait for them, whatever happens."""
+        """Make a volume that reads the destination `device`, and requests missing blocks on `lane`.
+
+        `nursery`: runs the read-ahead.
+        `give_up_after`: from a number of blocks, returns the seconds after which a read of them fails.
+        """
         self.size = geometry.size
         self._device = device
         self._geometry = geometry
@@ -44,13 +49,14 @@ class Volume:
         self._nursery = nursery
         self._give_up_after = give_up_after
         self._threads = trio.CapacityLimiter(_READ_THREADS)
-        self._ahead = ReadAhead(geometry.block_count, lane.window)
+        self._read_ahead = ReadAhead(geometry.block_count, lane.window)
         self.demand = ReadStats()
 
     async def read(self, offset: int, length: int) -> Buffer:
-        """The bytes from `offset` on: `length` of them, or up to the end. Raises BlockcopyError.
+        """Return `length` bytes at `offset`, or fewer at the end of the source.
 
-        They are good until the caller's task waits for anything: the buffer is used again.
+        The buffer is used again: it is valid until the task of the caller next awaits anything.
+        Raises BlockcopyError if the bytes cannot be had.
         """
         length = max(0, min(length, self.size - offset))
         self.demand.reads += 1
@@ -58,32 +64,35 @@ class Volume:
         while True:
             generation = self._blockmap.generation
             if not self._blockmap.complete and length:
-                await self._bring_all(self._geometry.span(offset, length))
+                await self._ensure(self._geometry.span(offset, length))
             data = self._device.read_cached(offset, length)
             if data is not None and self._blockmap.generation == generation:
                 return data
             read = await trio.to_thread.run_sync(self._device.read, offset, length, limiter=self._threads)
-            if self._blockmap.generation == generation:  # else a sync failed, and it was of what was written
+            if self._blockmap.generation == generation:  # else a sync failed, and these bytes may be old ones
                 return read
 
-    async def _bring_all(self, blocks: range) -> None:
+    async def _ensure(self, blocks: range) -> None:
+        """Make `blocks` present, and start the read-ahead."""
         missing = self._blockmap.any_missing(blocks)
-        for ahead in self._ahead.touch(blocks, waits=missing):
+        for ahead in self._read_ahead.record_read(blocks, waits=missing):
             if self._blockmap.any_missing(ahead):
-                self._nursery.start_soon(self._bring, ahead)
+                self._nursery.start_soon(self._fetch_ahead, ahead)
         if missing:
             with self.demand.wait():
-                await self._ensure(blocks)
+                await self._ensure_in_time(blocks)
 
-    async def _ensure(self, blocks: range) -> None:
+    async def _ensure_in_time(self, blocks: range) -> None:
         seconds = self._give_up_after(len(blocks))
         with trio.move_on_after(seconds):
             await self._hydrator.ensure(blocks, self._lane)
             return
-        raise SourceError(f"the source gave blocks {blocks.start} to {blocks.stop - 1} not in {seconds:g} s")
+        raise SourceError(
+            f"the source did not send blocks {blocks.start} to {blocks.stop - 1} within {seconds:g} s"
+        )
 
-    async def _bring(self, blocks: range) -> None:
+    async def _fetch_ahead(self, blocks: range) -> None:
         try:
             await self._hydrator.ensure(blocks, self._lane)
         except BlockcopyError as error:
-            logger.debug("read-ahead of blocks %d to %d: %s", blocks.start, blocks.stop - 1, error)
+            logger.debug("read-ahead of blocks %d to %d failed: %s", blocks.start, blocks.stop - 1, error)

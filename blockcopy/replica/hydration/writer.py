@@ -1,7 +1,6 @@
-"""Writes what the source has sent to the destination, and knows whether that is on the disk yet.
+"""The writer: write what the source has sent to the destination, and track whether it is durable.
 
-It is the sink of every flight: called in the threads that receive, one for each link. `sync` is for
-tasks. `unsynced` is set by the first write after a sync began.
+No other part of the replica writes to the destination.
 """
 
 from __future__ import annotations
@@ -21,40 +20,55 @@ from blockcopy.replica.state.blockmap import BlockMap
 
 
 class Writer:
-    """See the module."""
+    """The sink of all fetches.
+
+    The receiving thread of each link calls `data` and `zeros`. Trio tasks call `sync`.
+    """
 
     def __init__(self, device: Destination, geometry: Geometry, blockmap: BlockMap, *, sparse: bool) -> None:
+        """Make a writer for the destination `device`. Call from trio's thread.
+
+        `blockmap`: the present blocks, which are not written again.
+        `sparse`: write zeros as holes if the device can have holes.
+        """
         self._device = device
         self._geometry = geometry
         self._blockmap = blockmap
         self._sparse = sparse
         self._token = trio.lowlevel.current_trio_token()
-        self._lock = threading.Lock()  # of what follows
-        self._writing = 0
-        self._dirty = True  # by an earlier run, for all we know
         self._write_behind = WriteBehind(device)
+        self._lock = threading.Lock()  # of what follows
+        self._writes = 0  # under way
+        self._dirty = True  # an earlier run may have left unsynced writes
         self.unsynced = trio.Event()
+        """Set by the first write after a sync began. Replaced by a sync."""
         self.unsynced.set()
 
     def data(self, position: int, payload: Buffer) -> None:
-        """The source's bytes; those that are here already, by way of the other link, are dropped. DeviceError."""
-        if self._is_wanted(position, len(payload)):
-            with self._written(position, len(payload)):
+        """Write bytes of the source at `position`. Bytes of present blocks are dropped: another link brought them.
+
+        Thread-safe. Raises DeviceError if the write fails.
+        """
+        if self._is_missing(position, len(payload)):
+            with self._writing(position, len(payload)):
                 self._device.write(position, payload)
 
     def zeros(self, position: int, length: int) -> None:
-        """As `data`."""
-        if self._is_wanted(position, length):
-            with self._written(position, length):
+        """Write `length` zeros at `position`, unless their blocks are present.
+
+        Thread-safe. Raises DeviceError if the write fails.
+        """
+        if self._is_missing(position, length):
+            with self._writing(position, length):
                 self._device.write_zeros(position, length, sparse=self._sparse)
 
-    def _is_wanted(self, position: int, length: int) -> bool:
+    def _is_missing(self, position: int, length: int) -> bool:
         return self._blockmap.any_missing(self._geometry.span(position, length))
 
     @contextmanager
-    def _written(self, position: int, length: int) -> Iterator[None]:
+    def _writing(self, position: int, length: int) -> Iterator[None]:
         with self._lock:
-            self._writing += 1
+            self._writes += 1
             if not self._dirty:
                 self._dirty = True
                 self._token.run_sync_soon(self.unsynced.set)
@@ -62,17 +76,17 @@ class Writer:
             yield
         finally:
             with self._lock:
-                self._writing -= 1
+                self._writes -= 1
         self._write_behind.add(Extent(position, length))
 
     async def sync(self) -> bool:
-        """Return when all that was written before is durable. Returns False if it was before.
+        """Make all bytes durable whose write has returned. Returns False if they were durable before.
 
-        Raises DeviceError if the device cannot say so, or somebody else has written.
+        Raises DeviceError if the sync fails, or if another program has written to the destination.
         """
         with self._lock:
             was_dirty = self._dirty
-            self._dirty = self._writing > 0  # a sync need not have what is written while it runs
+            self._dirty = self._writes > 0  # the sync may miss what is written meanwhile
             if was_dirty and not self._dirty:
                 self.unsynced = trio.Event()
         try:
