@@ -107,14 +107,15 @@ def run(*args: object, input: bytes | None = None, **options: Any) -> subprocess
     )
 
 
-def succeeded(done: Finished, text: Text = "", *, stdout: Text | None = None) -> None:
+def succeeded(done: Finished, text: Text | None = "", *, stdout: Text | None = None) -> None:
     """Check that the command `done` ended with status 0 and has `text` in its standard error.
 
-    Without `text`, its standard error has to be empty. `stdout`: the whole of its standard output, if given.
+    Without `text`, its standard error must be empty; with None, it may say anything. `stdout`: the whole of
+    its standard output, if given.
     Raises AssertionError that shows status, standard output and standard error.
     """
-    _ended(done, 0, text, stdout)
-    assert text or not done.stderr, _report(done, "nothing in its standard error")
+    _ended(done, 0, text or "", stdout)
+    assert text != "" or not done.stderr, _report(done, "nothing in its standard error")
 
 
 def failed(done: Finished, status: int, text: Text = "", *, stdout: Text | None = None) -> None:

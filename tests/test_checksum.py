@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import BLOCKCOPY, noise, run, with_changes
+from support import BLOCKCOPY, failed, noise, run, succeeded, with_changes
 
 from blockcopy.block.device import open_source
 from blockcopy.block.geometry import BLOCK_SIZE, Extent
@@ -42,14 +42,14 @@ def file(tmp_path: Path) -> Callable[[bytes], Path]:
     return make
 
 
-def succeeded(done: subprocess.CompletedProcess[bytes]) -> bytes:
-    assert (done.returncode, done.stderr) == (0, b"")
+def stream_of(done: subprocess.CompletedProcess[bytes]) -> bytes:
+    succeeded(done)
     return done.stdout
 
 
-def failed(done: subprocess.CompletedProcess[bytes], *words: str) -> bytes:
+def refused(done: subprocess.CompletedProcess[bytes], *words: str) -> bytes:
     """One line that says what is wrong; the stream has no end."""
-    assert done.returncode == 1
+    failed(done, 1)
     message = done.stderr.decode()
     assert message.startswith("ERROR (checksum): ")
     assert message.count("\n") == 1
@@ -61,8 +61,8 @@ def failed(done: subprocess.CompletedProcess[bytes], *words: str) -> bytes:
 def test_the_test_vector(file: Callable[[bytes], Path]) -> None:
     digest = hashlib.sha3_512(HELLO).digest()
     stream = b"Hash" + bytes(8) + b"\0\0\0\x0c" + digest
-    assert succeeded(run("checksum", file(HELLO))) == stream + b"rest" + bytes(7) + b"\x0cdone"
-    assert succeeded(run("checksum", "-", input=HELLO)) == stream + b"done"
+    assert stream_of(run("checksum", file(HELLO))) == stream + b"rest" + bytes(7) + b"\x0cdone"
+    assert stream_of(run("checksum", "-", input=HELLO)) == stream + b"done"
 
 
 SIZES = [0, 1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 4 * BLOCK_SIZE, 9 * BLOCK_SIZE + 777]
@@ -70,12 +70,12 @@ SIZES = [0, 1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 4 * BLOCK_SIZE, 9 * B
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_block_of_a_file_is_hashed(file: Callable[[bytes], Path], size: int) -> None:
-    assert succeeded(run("checksum", file(noise(size)))) == hashes(noise(size))
+    assert stream_of(run("checksum", file(noise(size)))) == hashes(noise(size))
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_pipe_is_hashed_without_rest(size: int) -> None:
-    assert succeeded(run("checksum", "-", input=noise(size))) == hashes(noise(size), rest=False)
+    assert stream_of(run("checksum", "-", input=noise(size))) == hashes(noise(size), rest=False)
 
 
 def test_a_pipe_may_give_little_at_a_time() -> None:
@@ -92,7 +92,7 @@ def test_a_pipe_may_give_little_at_a_time() -> None:
 
 def test_standard_input_may_be_a_file(file: Callable[[bytes], Path]) -> None:
     with file(noise(1000)).open("rb") as opened:
-        assert succeeded(run("checksum", "-", stdin=opened)) == hashes(noise(1000))
+        assert stream_of(run("checksum", "-", stdin=opened)) == hashes(noise(1000))
 
 
 def test_a_named_pipe_is_hashed(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_named_pipe_is_hashed(tmp_path: Path) -> None:
 
 def test_a_device_is_hashed(file: Callable[[bytes], Path], loop_device: Callable[[Path], str]) -> None:
     data = noise(5 * BLOCK_SIZE + 512)
-    assert succeeded(run("checksum", loop_device(file(data)))) == hashes(data)
+    assert stream_of(run("checksum", loop_device(file(data)))) == hashes(data)
 
 
 # --start and --end
@@ -129,7 +129,7 @@ def test_a_part_is_hashed(file: Callable[[bytes], Path], start: int, end: int | 
     """In blocks that begin at --start; nothing beyond --end is asked for."""
     data = noise(5 * BLOCK_SIZE + 100)
     options = ["--start", start] + ([] if end is None else ["--end", end])
-    assert succeeded(run("checksum", file(data), *options)) == hashes(data, start, end)
+    assert stream_of(run("checksum", file(data), *options)) == hashes(data, start, end)
 
 
 def test_a_file_that_becomes_shorter_is_an_error(file: Callable[[bytes], Path]) -> None:
@@ -146,11 +146,11 @@ def test_a_file_that_becomes_shorter_is_an_error(file: Callable[[bytes], Path]) 
 
 def test_a_part_may_be_named_in_units(file: Callable[[bytes], Path]) -> None:
     data = noise(BLOCK_SIZE)
-    assert succeeded(run("checksum", file(data), "--start", "1K", "--end", "2k")) == hashes(data, 1024, 2048)
+    assert stream_of(run("checksum", file(data), "--start", "1K", "--end", "2k")) == hashes(data, 1024, 2048)
 
 
 def test_a_pipe_has_an_end(file: Callable[[bytes], Path]) -> None:
-    assert succeeded(run("checksum", "-", "--end", 100, input=noise(1000))) == hashes(noise(1000), 0, 100)
+    assert stream_of(run("checksum", "-", "--end", 100, input=noise(1000))) == hashes(noise(1000), 0, 100)
 
 
 @pytest.mark.parametrize("size", [0, 100, BLOCK_SIZE, 5 * BLOCK_SIZE])
@@ -160,24 +160,24 @@ def test_an_end_beyond_the_destination_is_an_error(file: Callable[[bytes], Path]
     done = (
         run("checksum", file(noise(size)), *end) if way == "file" else run("checksum", "-", *end, input=noise(size))
     )
-    assert failed(done, "--end", str(size)) == hashes(noise(size), rest=False).removesuffix(b"done")
+    assert refused(done, "--end", str(size)) == hashes(noise(size), rest=False).removesuffix(b"done")
 
 
 @pytest.mark.parametrize("options", [("--start", 5, "--end", 5), ("--start", 6, "--end", 5), ("--end", 0)])
 def test_an_empty_part_is_an_error(file: Callable[[bytes], Path], options: tuple[object, ...]) -> None:
-    assert failed(run("checksum", file(HELLO), *options)) == b""
+    assert refused(run("checksum", file(HELLO), *options)) == b""
 
 
 def test_a_pipe_has_no_other_start() -> None:
-    assert failed(run("checksum", "-", "--start", 5, input=HELLO), "-") == b""
+    assert refused(run("checksum", "-", "--start", 5, input=HELLO), "-") == b""
 
 
 # What cannot be read or written
 
 
 def test_what_cannot_be_opened_is_told_with_its_name(tmp_path: Path) -> None:
-    assert failed(run("checksum", tmp_path / "missing"), str(tmp_path / "missing"), "No such file") == b""
-    assert failed(run("checksum", tmp_path), str(tmp_path), "Is a directory") == b""
+    assert refused(run("checksum", tmp_path / "missing"), str(tmp_path / "missing"), "No such file") == b""
+    assert refused(run("checksum", tmp_path), str(tmp_path), "Is a directory") == b""
 
 
 @pytest.mark.parametrize("options", [[], ["--digest", "sha256"]], ids=["original", "extended"])
@@ -190,8 +190,7 @@ def test_what_cannot_be_read_is_asked_for_and_told(
     device = loop_device(path, "--direct-io=on")
     os.truncate(path, 8 * BLOCK_SIZE)
     hashing = run("checksum", *options, device)
-    assert hashing.returncode == 0
-    assert f"{8 * BLOCK_SIZE}:{24 * BLOCK_SIZE}): cannot read" in hashing.stderr.decode()
+    succeeded(hashing, f"{8 * BLOCK_SIZE}:{24 * BLOCK_SIZE}): cannot read")
     changed = with_changes(data, [3])
     source = path.with_name("source")
     source.write_bytes(changed)
@@ -208,7 +207,7 @@ def test_a_terminal_is_refused(file: Callable[[bytes], Path]) -> None:
         done = subprocess.run(
             [*BLOCKCOPY, "checksum", file(HELLO)], stdout=theirs, stderr=subprocess.PIPE, check=False
         )
-        assert done.returncode == 1
+        failed(done, 1)
         assert done.stderr.startswith(b"ERROR (checksum): ")
         assert b"terminal" in done.stderr
         os.set_blocking(ours, False)
@@ -236,7 +235,7 @@ def test_a_full_disk_is_told(file: Callable[[bytes], Path]) -> None:
 def test_progress_goes_to_standard_error(file: Callable[[bytes], Path]) -> None:
     data = noise(16 * BLOCK_SIZE)
     done = run("checksum", "--progress", file(data))
-    assert (done.returncode, done.stdout) == (0, hashes(data))
+    succeeded(done, None, stdout=hashes(data))
     *lines, last = done.stderr.decode().splitlines()
     assert lines
     assert all(line.startswith("Checksum progress: ") for line in lines)
@@ -254,5 +253,5 @@ def test_progress_knows_the_part(file: Callable[[bytes], Path], options: tuple[o
 
 def test_progress_of_a_pipe_does_without_percents() -> None:
     done = run("checksum", "--progress", "-", input=noise(1000))
-    assert (done.returncode, done.stdout) == (0, hashes(noise(1000), rest=False))
+    succeeded(done, None, stdout=hashes(noise(1000), rest=False))
     assert b"%" not in done.stderr

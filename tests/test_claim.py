@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import BLOCKCOPY, PYTHON, noise, output, require_root, run, written
+from support import BLOCKCOPY, PYTHON, failed, noise, output, require_root, run, succeeded, written
 
 from blockcopy.block.claim import existing_destination, open_destination
 from blockcopy.block.device import open_source
@@ -149,8 +149,7 @@ def test_a_read_only_device_is_refused_before_anything_is_asked(
 ) -> None:
     device = loop_device(written(tmp_path / "backing", bytes(MIB)), "--read-only")
     done = run(*(each.format(path=device, tmp=tmp_path, rsh=asked[0]) for each in command), input=b"")
-    assert (done.returncode, done.stdout) == (1, b"")
-    assert f"{device}: Operation not permitted: the device is read-only (blockdev" in done.stderr.decode()
+    failed(done, 1, f"{device}: Operation not permitted: the device is read-only (blockdev", stdout=b"")
     assert not asked[1].exists()
 
 
@@ -229,7 +228,7 @@ def test_the_name_of_a_folder_makes_no_file(tmp_path: Path, source: Path, place:
     for path in (place, f"{tmp_path}/{place}"):
         arguments = [source, path] if command == "sync" else [path]
         done = run(command, *arguments, input=b"", cwd=tmp_path)
-        assert (done.returncode, b"folder" in done.stderr) == (1, True), done.stderr
+        failed(done, 1, b"folder")
     assert not (tmp_path / "new").exists()
     assert (tmp_path / "file").read_bytes() == b"old"
 
@@ -237,14 +236,14 @@ def test_the_name_of_a_folder_makes_no_file(tmp_path: Path, source: Path, place:
 def test_a_source_with_the_name_of_a_folder_is_none(source: Path, tmp_path: Path) -> None:
     for command in ("sync", "verify"):
         done = run(command, f"{source}/", written(tmp_path / "copy", b""))
-        assert (done.returncode, b"Not a directory" in done.stderr) == (3, True), done.stderr
+        failed(done, 3, b"Not a directory")
 
 
 @pytest.mark.parametrize("option", ["--state", "--metrics", "--log-file"])
 @pytest.mark.parametrize("place", ["new/", "", "."])
 def test_a_file_of_ours_is_not_named_as_a_folder(tmp_path: Path, source: Path, option: str, place: str) -> None:
     done = run("sync", f"{option}={place}", source, tmp_path / "copy", cwd=tmp_path)
-    assert (done.returncode, b"is no name of a file" in done.stderr) == (2, True)
+    failed(done, 2, b"is no name of a file")
     assert not (tmp_path / "new").exists()
 
 
@@ -265,7 +264,7 @@ def test_a_file_of_ours_replaces_nothing_that_is_no_file(
     command = [*BLOCKCOPY, "mount", option, str(path), str(source), str(tmp_path / "copy"), str(tmp_path / "point")]
     with (tmp_path / "output").open("wb") as standard_output:
         done = subprocess.run(command, stdout=standard_output, stderr=subprocess.PIPE, check=False)
-    assert (done.returncode, b"would be replaced" in done.stderr) == (2, True), done.stderr
+    failed(done, 2, b"would be replaced")
     assert os.lstat(path).st_ino == before.st_ino
 
 
@@ -291,10 +290,7 @@ def test_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_missing_folder_is_told_before_anything_is_asked(tmp_path: Path, asked: tuple[str, Path]) -> None:
     missing = tmp_path / "no" / "file"
     done = run("sync", "-e", asked[0], "host:/source", missing)
-    assert (done.returncode, f"there is no folder {missing.parent} to write into" in done.stderr.decode()) == (
-        1,
-        True,
-    )
+    failed(done, 1, f"there is no folder {missing.parent} to write into")
     assert not asked[1].exists()
 
 
@@ -306,7 +302,6 @@ def test_a_longer_destination_is_told_of_and_keeps_its_tail(tmp_path: Path, sour
     link = f"{PYTHON} {Path(__file__).parent.parent / 'tools/standins/link'}"
     for way in (("sync", source, copy), ("sync", "-e", link, "--python", PYTHON, source, f"host:{copy}")):
         done = run(*way)
-        assert done.returncode == 0
-        assert f"{copy} is 4 bytes longer than the source: what it has from {MIB} on" in done.stderr.decode()
+        succeeded(done, f"{copy} is 4 bytes longer than the source: what it has from {MIB} on")
         assert copy.read_bytes() == source.read_bytes() + b"tail"
     assert run("sync", "-q", source, copy).stderr == b""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import support
-from support import BLOCKCOPY, PYTHON, run
+from support import BLOCKCOPY, PYTHON, failed, run, succeeded
 
 import blockcopy
 from blockcopy import errors
@@ -80,7 +80,7 @@ def copies(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_help_names_every_command() -> None:
     done = run("--help")
-    assert (done.returncode, done.stderr) == (0, b"")
+    succeeded(done)
     for word in (*OPTIONS, "--version", "--verbose"):
         assert word in done.stdout.decode()
 
@@ -88,14 +88,14 @@ def test_help_names_every_command() -> None:
 @pytest.mark.parametrize("command", OPTIONS)
 def test_help_of_a_command_names_its_options(command: str) -> None:
     done = run(command, "--help")
-    assert (done.returncode, done.stderr) == (0, b"")
+    succeeded(done)
     missing = [option for option in OPTIONS[command] if option not in done.stdout.decode()]
     assert missing == []
 
 
 def test_version_is_the_packages() -> None:
     done = run("--version")
-    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, f"blockcopy {blockcopy.__version__}\n", b"")
+    succeeded(done, stdout=f"blockcopy {blockcopy.__version__}\n")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_version_is_the_packages() -> None:
 )
 def test_what_cannot_be_meant_is_status_2(tmp_path: Path, arguments: list[str], told: str) -> None:
     done = run(*arguments, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, b"")
+    failed(done, 2, stdout=b"")
     assert told in done.stderr.decode().splitlines()[-1]
     assert "Traceback" not in done.stderr.decode()
     assert os.listdir(tmp_path) == []
@@ -138,7 +138,8 @@ def test_what_cannot_be_meant_is_status_2(tmp_path: Path, arguments: list[str], 
 
 def test_a_host_that_looks_like_an_option_is_refused(tmp_path: Path) -> None:
     done = run("sync", "--", "-oProxyCommand=touch:/path", "copy", cwd=tmp_path)
-    assert (done.returncode, os.listdir(tmp_path)) == (2, [])
+    failed(done, 2)
+    assert os.listdir(tmp_path) == []
 
 
 def test_the_program_is_a_module_and_a_script() -> None:
@@ -192,7 +193,7 @@ def test_an_error_is_one_line_with_the_command_and_the_path(
     tmp_path: Path, arguments: list[str], status: int
 ) -> None:
     done = run(*arguments, cwd=tmp_path, input=b"")
-    assert (done.returncode, done.stdout) == (status, b"")
+    failed(done, status, stdout=b"")
     last = done.stderr.decode().splitlines()[-1]
     assert last.startswith(f"ERROR ({arguments[0]}): ")
     assert "missing" in last
@@ -209,8 +210,7 @@ def test_an_error_is_told_once(tmp_path: Path, command: str) -> None:
 @pytest.mark.parametrize("command", ["retrieve", "save"])
 def test_standard_input_is_no_file_for_them(command: str) -> None:
     done = run(command, "-", input=b"")
-    assert (done.returncode, done.stdout) == (1, b"")
-    assert b"not `-`" in done.stderr
+    failed(done, 1, b"not `-`", stdout=b"")
 
 
 # Logging
@@ -219,7 +219,7 @@ def test_standard_input_is_no_file_for_them(command: str) -> None:
 def test_success_is_silent(tmp_path: Path) -> None:
     source, destination = copies(tmp_path)
     done = run("sync", source, destination, env=os.environ | {"DEBUG": "1"})  # which is other programs'
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    succeeded(done, stdout=b"")
     assert destination.read_bytes() == b"Hello World!"
 
 
@@ -231,8 +231,7 @@ def test_verbose_and_debug_log_to_standard_error(
 ) -> None:
     source, destination = copies(tmp_path)
     done = run(*options, "sync", source, destination, env=os.environ | environment)
-    assert (done.returncode, done.stdout) == (0, b"")
-    assert "complete copy" in done.stderr.decode()
+    succeeded(done, "complete copy", stdout=b"")
 
 
 @pytest.mark.parametrize("option", ["-v", "BLOCKCOPY_DEBUG"])
@@ -242,8 +241,7 @@ def test_a_verbose_error_says_where_it_came_from(tmp_path: Path, option: str) ->
         done = run("-v", "checksum", missing)
     else:
         done = run("checksum", missing, env=os.environ | {"BLOCKCOPY_DEBUG": "1"})
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr.decode()
+    failed(done, 1, "Traceback")
     assert done.stderr.decode().splitlines()[-1].startswith("ERROR (checksum): ")
 
 
@@ -272,7 +270,7 @@ def test_status_for_a_reader_that_went_away(mount: Mounter, tmp_path: Path) -> N
     mounted = mount(*copies(tmp_path))
     for options in ([], ["--json"]):
         done = run_with_output(nobody_reads(), "status", *options, mounted.point)
-        assert done.returncode == 1
+        failed(done, 1)
         assert done.stderr.decode() == "ERROR (status): whoever reads the output has gone away\n"
 
 
@@ -298,7 +296,7 @@ def test_words_for_a_reader_that_went_away_are_one_error(words: list[str], name:
 
 def test_help_of_the_mount_helper_for_a_reader_that_went_away() -> None:
     done = run_with_output(nobody_reads(), "--help", program=[PYTHON, "-P", "-m", "blockcopy_fuse.mount_helper"])
-    assert done.returncode == 1
+    failed(done, 1)
     assert done.stderr.decode() == "ERROR (mount.blockcopy): whoever reads the output has gone away\n"
 
 
@@ -307,8 +305,7 @@ def test_output_onto_a_full_disk(mount: Mounter, tmp_path: Path, command: str) -
     source, destination = copies(tmp_path)
     subject = source if command == "checksum" else mount(source, destination).point
     done = run_with_output(os.open("/dev/full", os.O_WRONLY), command, subject)
-    assert done.returncode == 1
-    assert "No space left" in done.stderr.decode()
+    failed(done, 1, "No space left")
     assert "Traceback" not in done.stderr.decode()
 
 
@@ -318,5 +315,5 @@ def test_a_closed_standard_stream_is_no_obstacle(tmp_path: Path, closed: str) ->
     source, destination = copies(tmp_path)
     command = ["sh", "-c", f'exec "$@" {closed}', "sh", *BLOCKCOPY, "sync", str(source), str(destination)]
     done = subprocess.run(command, capture_output=True, timeout=20, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    succeeded(done, stdout=b"")
     assert destination.read_bytes() == b"Hello World!"

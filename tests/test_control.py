@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import support
-from support import BLOCK_SIZE, Mount, noise, run, until, with_changes, written
+from support import BLOCK_SIZE, Mount, failed, noise, run, succeeded, until, with_changes, written
 
 Mounter = Callable[..., Mount]
 
@@ -44,13 +44,12 @@ def at(block: int) -> int:
 
 def obeyed(*command: object) -> None:
     done = run(*command)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    succeeded(done, stdout=b"")
 
 
 def refused(*command: object, status: int, told: str) -> None:
     done = run(*command)
-    assert done.returncode == status
-    assert told in done.stderr.decode()
+    failed(done, status, told)
     assert "Traceback" not in done.stderr.decode()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import support
-from support import BLOCK_SIZE, BLOCKCOPY, noise, run, until, written
+from support import BLOCK_SIZE, BLOCKCOPY, noise, run, succeeded, until, written
 
 from blockcopy.block.claim import open_destination
 from blockcopy.block.device import open_source
@@ -170,7 +170,7 @@ def test_a_file_that_is_written_keeps_its_record(disk: Disk, tmp_path: Path) -> 
         assert journal.record.chunks
     with disk.after_power_loss() as folder:
         done = run("sync", source, folder / "destination")
-        assert (done.returncode, done.stderr) == (0, b"")
+        succeeded(done)
         assert (folder / "destination").read_bytes() == DATA
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import support
-from support import PYTHON, output, until
+from support import PYTHON, failed, output, until
 
 FRESH = Path(__file__).resolve().parent.parent / "tools" / "fresh"
 MISSING = "tools/fresh: debootstrap is not installed here: apt-get install debootstrap\n"
@@ -46,7 +46,7 @@ def test_a_command_finds_a_clone_and_nothing_of_this_shell(cache: Path) -> None:
     for _ in range(2):
         command = fresh(cache, "trixie", "sh", "-c", f"[ ! -e /file ] && {script}")
         done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
-        assert (done.returncode, done.stdout) == (7, "/root\n"), done.stderr
+        failed(done, 7, stdout="/root\n")
     done = subprocess.run(
         fresh(cache, "env"),
         capture_output=True,

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from support import PYTHON
+from support import PYTHON, succeeded
 
 from blockcopy.cli import main
 from blockcopy.cli.parser import parser
@@ -157,7 +157,7 @@ def test_what_travels_loads_without_any_installed_package() -> None:
         capture_output=True,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, b"")
+    succeeded(done)
 
 
 def test_the_payload_is_made_of_what_travels() -> None:

@@ -30,6 +30,7 @@ from support import (
     QUEUEING,
     STANDINS,
     Mount,
+    failed,
     noise,
     run,
     until,
@@ -389,7 +390,7 @@ def test_a_mount_that_began_without_its_source_takes_no_other_one(
     until(lambda: mounted.status()["state"] == "failed", "the end of the pass")
     assert "source changed" in mounted.status()["error"]
     assert (read(mounted, 5), read(mounted, 6)) == (right(5), None)
-    assert run("umount", mounted.point).returncode == 75
+    failed(run("umount", mounted.point), 75)
     assert stored(destination) == {5}
 
 
@@ -415,8 +416,8 @@ def test_a_source_that_changed_is_not_mixed_in(
     for block in range(BLOCKS):
         assert read(mounted, block) == (right(block) if block in here else None)
     waiting = run("wait", mounted.point)
-    assert (waiting.returncode, b"source changed" in waiting.stderr) == (75, True)
-    assert run("umount", mounted.point).returncode == 75
+    failed(waiting, 75, b"source changed")
+    failed(run("umount", mounted.point), 75)
     assert stored(destination) == here
 
 
@@ -459,7 +460,7 @@ def test_a_source_that_changes_while_it_is_verified(
     until(lambda: mounted.status()["state"] == "verifying", "the comparison")
     replace(source)
     break_for_a_moment(mounted, slow)
-    assert run("wait", mounted.point).returncode == 75
+    failed(run("wait", mounted.point), 75)
     status = mounted.status()
     assert (status["state"], "source changed" in status["error"]) == ("failed", True)
     assert read(mounted, 3) == right(3)
@@ -476,7 +477,7 @@ def test_an_umount_while_it_is_verified_is_in_order(source: Path, tmp_path: Path
         try:
             until(lambda: b'"verifying"' in read_if_there(point / "status.json"), "the comparison")
             slow.frozen.touch()  # it has two round trips of 0.4 s to go, and does not end before the umount
-            assert run("umount", point).returncode == 75
+            failed(run("umount", point), 75)
             _, said = process.communicate(timeout=support.PATIENCE)
         finally:
             process.kill()
@@ -543,7 +544,7 @@ def small(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_a_source_that_always_garbles_ends_a_sync(small: tuple[Path, Path]) -> None:
     done = run("sync", "--blockcopy-path", faulty("--garble-at", 1), *small)
-    assert done.returncode == 3
+    failed(done, 3)
     assert "sent what was not asked for" in done.stderr.decode().splitlines()[-1]
     assert small[1].read_bytes() == OLD[: 8 * BLOCK_SIZE]
 
@@ -551,9 +552,9 @@ def test_a_source_that_always_garbles_ends_a_sync(small: tuple[Path, Path]) -> N
 def test_a_source_that_always_garbles_ends_the_pass_of_a_mount(mount: Mounter, small: tuple[Path, Path]) -> None:
     mounted = mount(*small, program=faulty("--garble-at", 1))
     waiting = run("wait", mounted.point)
-    assert (waiting.returncode, b"sent what was not asked for" in waiting.stderr) == (75, True)
+    failed(waiting, 75, b"sent what was not asked for")
     assert mounted.status()["state"] == "failed"
-    assert run("umount", mounted.point).returncode == 75
+    failed(run("umount", mounted.point), 75)
     assert small[1].read_bytes() == OLD[: 8 * BLOCK_SIZE]
 
 

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support import run
+from support import failed, run, succeeded
 
 from blockcopy import errors
 from blockcopy.cli.parser import SHELLS, parser
@@ -52,7 +52,7 @@ def test_the_options_of_an_example_are_those_of_the_command(command: str) -> Non
 )
 def test_wrong_input_suggests_the_right_one(arguments: list[str], meant: str) -> None:
     done = run(*arguments)
-    assert (done.returncode, meant in done.stderr.decode()) == (2, True), done.stderr
+    failed(done, 2, meant)
 
 
 def test_the_manual_has_every_command_option_and_exit_status() -> None:
@@ -90,7 +90,7 @@ def test_completions_are_scripts_of_the_shell(shell: str, tmp_path: Path) -> Non
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
     checked = subprocess.run([shell, "-n", tmp_path / "script"], capture_output=True, check=False)
-    assert (checked.returncode, checked.stderr) == (0, b"")
+    succeeded(checked)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")

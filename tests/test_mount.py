@@ -20,7 +20,21 @@ from pathlib import Path
 
 import pytest
 import support
-from support import BLOCK_SIZE, BLOCKCOPY, PYTHON, QUEUEING, Mount, noise, output, run, until, with_changes, written
+from support import (
+    BLOCK_SIZE,
+    BLOCKCOPY,
+    PYTHON,
+    QUEUEING,
+    Mount,
+    failed,
+    noise,
+    output,
+    run,
+    succeeded,
+    until,
+    with_changes,
+    written,
+)
 
 Mounter = Callable[..., Mount]
 LoopDevice = Callable[..., str]
@@ -487,7 +501,7 @@ def test_mounts_with_standard_streams_closed(tmp_path: Path, source: Path, desti
     command = [*BLOCKCOPY, "mount", str(source), str(destination), str(point)]
     closing = ["sh", "-c", f'exec "$@" {closed}', "sh"]
     done = subprocess.run([*closing, *command], capture_output=True, timeout=20, check=False)
-    assert (done.returncode, done.stderr) == (0, b"")
+    succeeded(done)
     assert (point / "replica.img").read_bytes() == DATA
     assert run("wait", point).returncode == 0
     assert run("umount", point).returncode == 0
@@ -499,7 +513,7 @@ def test_relative_paths_are_those_of_where_it_was_started(tmp_path: Path, source
     point = tmp_path / "here"
     point.mkdir()
     done = run("mount", "--pid-file", "pid", "--no-background", source.name, "copy", "here", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, b"")
+    succeeded(done)
     assert (point / "copy").read_bytes() == DATA
     assert run("wait", "here", cwd=tmp_path).returncode == 0
     assert run("umount", "here", cwd=tmp_path).returncode == 0
@@ -570,7 +584,7 @@ def test_an_ordinary_user_mounts_files_of_his_own() -> None:
     script = ORDINARY_USER.format(user=NOBODY, reach=reach, blockcopy=shlex.join(BLOCKCOPY))
     command = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{NOBODY} 400\n.state\n", "")
+    succeeded(done, stdout=f"{NOBODY} 400\n.state\n")
 
 
 # status, wait, umount
@@ -632,7 +646,7 @@ def test_what_is_no_mount_is_told(tmp_path: Path, command: str, point: str) -> N
     (tmp_path / "folder").mkdir()
     written(tmp_path / "file", b"")
     done = run(command, tmp_path / point)
-    assert done.returncode == 4
+    failed(done, 4)
     assert done.stderr.decode() == f"ERROR ({command}): no replica is mounted on {tmp_path / point}\n"
     assert done.stdout == b""
 
@@ -641,7 +655,7 @@ def test_a_file_named_status_json_is_no_mount(tmp_path: Path) -> None:
     written(tmp_path / "status.json", b"[1, 2]")
     for command in ("status", "wait", "umount"):
         done = run(command, tmp_path)
-        assert (done.returncode, b"no replica is mounted" in done.stderr) == (4, True)
+        failed(done, 4, b"no replica is mounted")
 
 
 def test_umount_returns_when_the_process_has_ended(mount: Mounter, source: Path, destination: Path) -> None:
@@ -649,7 +663,7 @@ def test_umount_returns_when_the_process_has_ended(mount: Mounter, source: Path,
     pid = mounted.status()["pid"]
     done = run("umount", mounted.point)
     assert not support.alive(pid)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    succeeded(done, stdout=b"")
     assert str(mounted.point) not in support.fuse_mounts()
 
 
@@ -660,7 +674,7 @@ def test_umount_tells_of_a_copy_that_is_not_complete(
     mounted = mount(source, destination, "--no-background", *([] if keeps else ["--no-state"]))
     children, state = mounted.retrievers(), mounted.status()["state_file"]
     done = run("umount", mounted.point)
-    assert done.returncode == 75
+    failed(done, 75)
     [said] = done.stderr.decode().splitlines()
     assert said.startswith("ERROR (umount): unmounted before the copy was complete; ")
     assert (f"recorded in {state}" if keeps else "no state is kept") in said
@@ -672,8 +686,7 @@ def test_a_busy_mount_is_told_and_stays(mount: Mounter, source: Path, destinatio
     mounted = mount(source, destination, "--no-background")
     with opened(mounted.file) as fd:
         refused = run("umount", mounted.point)
-        assert refused.returncode == 4
-        assert "busy" in refused.stderr.decode()
+        failed(refused, 4, "busy")
         assert "has a file open there: lsof, losetup" in refused.stderr.decode()
         assert os.pread(fd, 100, BLOCK_SIZE) == DATA[BLOCK_SIZE:][:100]
     mounted.umount()
@@ -687,5 +700,5 @@ def test_wait_tells_of_a_mount_that_went_away(mount: Mounter, source: Path, dest
         until(lambda: "nanosleep" in wchan.read_text(), "its first look")
         os.kill(pid, signal.SIGTERM)
         _, said = waiting.communicate(timeout=10)
-    assert waiting.returncode == 75
+    failed(waiting, 75)
     assert f"{mounted.point} went away before the copy was complete" in said.decode()

@@ -27,9 +27,11 @@ from support import (
     QUEUEING,
     STANDINS,
     Mount,
+    failed,
     noise,
     output,
     run,
+    succeeded,
     until,
     with_changes,
     written,
@@ -135,7 +137,7 @@ def refused(point: Path, *arguments: object, status: int, told: str) -> None:
     """`mount` with these arguments fails with the status and a reason, and leaves nothing."""
     done = run("mount", *arguments, point)
     said = done.stderr.decode()
-    assert done.returncode == status, said
+    failed(done, status)
     assert done.stdout == b""
     assert "Traceback" not in said
     assert said.splitlines()[-1].startswith("ERROR (mount): ")
@@ -261,7 +263,7 @@ def test_a_mountpoint_that_has_a_replica_is_refused(
 ) -> None:
     mounted = mount(source, destination, "--no-background")
     done = run("mount", source, tmp_path / "second", mounted.point)
-    assert (done.returncode, b"has a replica mounted already" in done.stderr) == (4, True)
+    failed(done, 4, b"has a replica mounted already")
     assert not (tmp_path / "second").exists()
     assert is_right(0, read(mounted.file, 0))
 
@@ -444,7 +446,7 @@ def test_a_source_that_garbles_again_and_again_ends_the_pass(
 ) -> None:
     mounted = mount(source, destination, program=faulty("garble", 3))
     failed = run("wait", mounted.point)
-    assert (failed.returncode, b"Last login" in failed.stderr) == (75, True)
+    failed(failed, 75, b"Last login")
     status = mounted.status()
     assert (status["state"], status["source_needed"]) == ("failed", True)
     assert "Last login" in status["error"]
@@ -492,8 +494,7 @@ def test_a_full_destination_refuses_what_finds_no_room(
 def test_a_full_destination_ends_the_pass(small_file_system: Path, mount: Mounter, source: Path) -> None:
     mounted = mount(source, small_file_system / "copy")
     failed = run("wait", mounted.point)
-    assert failed.returncode == 75
-    assert b"No space left" in failed.stderr
+    failed(failed, 75, b"No space left")
     survey(mounted)
     mounted.umount()
 
@@ -518,13 +519,12 @@ def test_a_destination_that_fails_to_sync_is_not_complete(
     os.truncate(backing, len(DATA))
     mounted = mount(source, loop_device(backing))
     failed = run("wait", mounted.point)
-    assert failed.returncode == 75
-    assert b"Input/output error" in failed.stderr
+    failed(failed, 75, b"Input/output error")
     status = mounted.status()
     assert (status["state"], status["source_needed"]) == ("failed", True)
     survey(mounted)
     told = run("umount", mounted.point)
-    assert (told.returncode, b"before the copy was complete" in told.stderr) == (75, True)
+    failed(told, 75, b"before the copy was complete")
 
 
 # Its end while reads are waiting
@@ -612,7 +612,7 @@ def test_a_mount_namespace_that_has_a_copy_does_not_hold_it(
 def test_the_umount_command_in_mid_pass(unfinished: Mount) -> None:
     processes = [unfinished.status()["pid"], *unfinished.retrievers()]
     done = run("umount", unfinished.point)
-    assert (done.returncode, b"before the copy was complete" in done.stderr) == (75, True)
+    failed(done, 75, b"before the copy was complete")
     assert [pid for pid in processes if support.alive(pid)] == []
 
 
@@ -661,14 +661,13 @@ def test_a_dead_mount_is_told_with_its_cure(dead: Mount, source: Path, tmp_path:
     assert told.value.errno == errno.ENOTCONN
     for command in (["status", dead.point], ["wait", dead.point], ["mount", source, tmp_path / "copy", dead.point]):
         done = run(*command)
-        assert done.returncode == 4
-        assert f"fusermount3 -uz {dead.point}" in done.stderr.decode()
+        failed(done, 4, f"fusermount3 -uz {dead.point}")
     assert not (tmp_path / "copy").exists()
 
 
 def test_umount_clears_a_dead_mount_and_the_next_one_works(dead: Mount, source: Path, destination: Path) -> None:
     done = run("umount", dead.point)
-    assert (done.returncode, done.stderr) == (0, b"")
+    succeeded(done)
     assert str(dead.point) not in support.fuse_mounts()
     again = run("mount", source, destination, dead.point)
     assert again.returncode == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import support
-from support import BLOCK_SIZE, noise, run, written
+from support import BLOCK_SIZE, failed, noise, run, succeeded, written
 
 from blockcopy.untrusted_text import printable
 from blockcopy_fuse import mountinfo
@@ -27,7 +27,7 @@ def test_a_name_of_any_bytes(tmp_path: Path, name: str) -> None:
     point.mkdir()
     written(source, DATA)
     done = run("mount", "--metrics", "metrics", source, copy, point, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, b"")
+    succeeded(done)
     try:
         assert Path(point, name).read_bytes() == DATA
         entry = mountinfo.at(str(point))
@@ -58,4 +58,4 @@ def test_a_file_and_a_source_are_called_as_is_wished(tmp_path: Path) -> None:
     finally:
         run("umount", point)
     done = run("mount", "-o", "subtype=ü", source, tmp_path / "copy", point)
-    assert (done.returncode, b"subtype" in done.stderr) == (2, True)
+    failed(done, 2, b"subtype")

@@ -15,7 +15,19 @@ from typing import Any
 
 import pytest
 import support
-from support import BLOCK_SIZE, BLOCKCOPY, Mount, noise, output, run, until, with_changes, written
+from support import (
+    BLOCK_SIZE,
+    BLOCKCOPY,
+    Mount,
+    failed,
+    noise,
+    output,
+    run,
+    succeeded,
+    until,
+    with_changes,
+    written,
+)
 
 from blockcopy.errors import UsageError
 from blockcopy_fuse import mountinfo, options
@@ -141,10 +153,10 @@ def test_replace_clears_a_dead_mount(mount: Mounter, source: Path, destination: 
     killed(mounted)
     ends = [source, destination, mounted.point]
     told = run("mount", "-o", "subtype=disk", *ends)
-    assert (told.returncode, b"fusermount3 -uz" in told.stderr) == (4, True)
-    assert run("mount", "--replace", *ends).returncode == 4  # not of a type of ours: whose is it?
+    failed(told, 4, b"fusermount3 -uz")
+    failed(run("mount", "--replace", *ends), 4)  # not of a type of ours: whose is it?
     done = run("mount", "--replace", "-o", "subtype=disk", *ends)
-    assert (done.returncode, done.stderr) == (0, b"")
+    succeeded(done)
     mounted.wait()
     assert output("grep", "-c", f" {mounted.point} ", "/proc/mounts") == "1\n"
     mounted.umount()
@@ -154,7 +166,7 @@ def test_replace_clears_a_dead_mount(mount: Mounter, source: Path, destination: 
 def test_replace_spares_a_living_mount(mount: Mounter, source: Path, destination: Path, tmp_path: Path) -> None:
     mounted = mount(source, destination, *SLOW)
     done = run("mount", "--replace", source, tmp_path / "second", mounted.point)
-    assert (done.returncode, b"has a replica mounted already" in done.stderr) == (4, True)
+    failed(done, 4, b"has a replica mounted already")
     assert mounted.file.read_bytes() == DATA
     mounted.umount()
 
@@ -213,7 +225,7 @@ def test_a_file_takes_every_command(on_file: Callable[..., FileMount], source: P
     mounted = on_file(source, destination, *SLOW)
     for command in (["pause"], ["limit", "1G"], ["prefetch", "0:1M"], ["resume"], ["wait"]):
         done = run(command[0], mounted.point, *command[1:])
-        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b""), command
+        succeeded(done, stdout=b"")
     status = mounted.status()
     assert (status["state"], status["mountpoint"]) == ("complete", str(mounted.point))
     pid = status["pid"]
@@ -235,7 +247,7 @@ def test_two_files_are_told_apart(
     assert first.status()["destination"] == str(destination)
     assert second.status()["destination"] == str(tmp_path / "third copy")
     for each in (folder, first, second):
-        assert run("umount", each.point).returncode == 75
+        failed(run("umount", each.point), 75)
 
 
 def test_a_file_without_a_control_socket_is_unmounted_all_the_same(
@@ -245,9 +257,9 @@ def test_a_file_without_a_control_socket_is_unmounted_all_the_same(
     status = mounted.status()
     Path(status["control_socket"]).unlink()
     done = run("status", mounted.point)
-    assert (done.returncode, b"has no control socket" in done.stderr) == (4, True)
+    failed(done, 4, b"has no control socket")
     done = run("umount", mounted.point)
-    assert (done.returncode, b"nobody tells when" in done.stderr) == (0, True), done.stderr
+    succeeded(done, b"nobody tells when")
     until(lambda: not support.alive(status["pid"]), "its end")
 
 
@@ -256,11 +268,11 @@ def test_a_file_whose_program_died(on_file: Callable[..., FileMount], source: Pa
     killed(mounted)
     for words in (["status"], ["pause"], ["mount", source, destination]):
         done = run(*words, mounted.point)
-        assert (done.returncode, f"fusermount3 -uz {mounted.point}" in done.stderr.decode()) == (4, True)
+        failed(done, 4, f"fusermount3 -uz {mounted.point}")
     again = on_file(source, destination, "--replace")
     again.wait()
     done = run("mount", "--replace", source, destination, mounted.point)
-    assert (done.returncode, b"has a replica mounted already" in done.stderr) == (4, True)
+    failed(done, 4, b"has a replica mounted already")
     again.umount()
     assert destination.read_bytes() == DATA
 
@@ -280,11 +292,11 @@ def test_a_file_that_is_one_of_the_ends_is_refused(point: Path, source: Path, tm
         (["--name", "disk", source, tmp_path / "copy", point], "is a file"),
     ):
         done = run("mount", *words)
-        assert (done.returncode, told in done.stderr.decode()) == (2, True), words
+        failed(done, 2, told)
     done = run("mount", source, tmp_path / "copy", "/dev/null")
-    assert (done.returncode, b"neither a folder nor a regular file" in done.stderr) == (4, True)
+    failed(done, 4, b"neither a folder nor a regular file")
     assert not (tmp_path / "copy").exists()
-    assert run("status", point).returncode == 4
+    failed(run("status", point), 4)
     assert point.read_bytes() == b"what was here before"
 
 
@@ -355,7 +367,7 @@ def test_an_ordinary_user_can_do_all_of_it() -> None:
         "500000 /mnt/home/disk",
         "old",
     ], done.stderr
-    assert (done.returncode, done.stderr) == (0, "")
+    succeeded(done)
 
 
 FUSE_CONF = {

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import support
 import trio
-from support import BLOCK_SIZE, Mount, noise, output, run, until, written
+from support import BLOCK_SIZE, Mount, failed, noise, output, run, until, written
 
 from blockcopy.block.geometry import Geometry
 from blockcopy.errors import StateError
@@ -93,14 +93,14 @@ def test_a_path_that_the_mount_would_hide_is_refused(point: Path, source: Path, 
     for path in point.iterdir():
         path.chmod(0o755)
     done = run("mount", *options, f"host:{source}", tmp_path / "copy", point)
-    assert (done.returncode, f"would hide the {what} {point}/" in done.stderr.decode()) == (2, True), done.stderr
+    failed(done, 2, f"would hide the {what} {point}/")
     assert not (tmp_path / "copy").exists()
 
 
 def test_a_folder_that_the_mount_would_hide_is_refused(point: Path, source: Path, tmp_path: Path) -> None:
     for options in ({"cwd": point}, {"env": {**os.environ, "PYTHONPATH": str(point)}}):
         done = run("mount", source, tmp_path / "copy", point, **options)
-        assert (done.returncode, b"would hide the folder" in done.stderr) == (2, True), done.stderr
+        failed(done, 2, b"would hide the folder")
 
 
 # That give no answer

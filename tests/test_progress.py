@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import BLOCK_SIZE, BLOCKCOPY, PYTHON, STANDINS, Mount, noise, run, with_changes, written
+from support import (
+    BLOCK_SIZE,
+    BLOCKCOPY,
+    PYTHON,
+    STANDINS,
+    Mount,
+    failed,
+    noise,
+    run,
+    succeeded,
+    with_changes,
+    written,
+)
 
 from blockcopy.progress.rate import RateMeter, eta, floored_percent, human_size, human_time
 from blockcopy.progress.reporter import Counts, LineProgress
@@ -103,7 +115,8 @@ def test_sync_as_lines_and_quiet(source: Path, destination: Path) -> None:
     faulty = f"{PYTHON} {STANDINS / 'faulty_retrieve'} --die-at 2 --once {source}.once"
     written(destination, bytes(SIZE))
     done = run("sync", "-q", "--recheck", "--blockcopy-path", faulty, source, destination)
-    assert (done.returncode, done.stderr, Path(f"{source}.once").exists()) == (0, b"", True)
+    succeeded(done)
+    assert Path(f"{source}.once").exists()
     assert run("sync", source, destination).stderr == b""
 
 
@@ -146,7 +159,7 @@ def test_the_stages_as_json(source: Path, destination: Path) -> None:
 
 def test_a_stage_whose_stdin_is_closed_early_tells_that_it_did_not_finish(source: Path) -> None:
     blocks = run("retrieve", "--progress=json", source, input=b"")
-    assert blocks.returncode == 1
+    failed(blocks, 1)
     assert json.loads(blocks.stderr.splitlines()[0])["finished"] is False
 
 

@@ -11,7 +11,20 @@ from pathlib import Path
 
 import pytest
 import support
-from support import BLOCK_SIZE, BLOCKCOPY, PYTHON, STANDINS, Sshd, noise, run, until, with_changes, written
+from support import (
+    BLOCK_SIZE,
+    BLOCKCOPY,
+    PYTHON,
+    STANDINS,
+    Sshd,
+    failed,
+    noise,
+    run,
+    succeeded,
+    until,
+    with_changes,
+    written,
+)
 
 from blockcopy.block import identity
 from blockcopy.block.device import open_source
@@ -54,7 +67,7 @@ def test_it_is_the_copy(source: Path, destination: Path, before: bytes | None, c
     if before is not None:
         written(destination, before)
     done = push(source, destination, "--compress", compress)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    succeeded(done, stdout=b"")
     assert destination.read_bytes() == DATA
 
 
@@ -111,7 +124,7 @@ def test_through_ssh_and_verified(sshd: Sshd, source: Path, destination: Path) -
     written(destination, with_changes(DATA, [3, 17]))
     there = f"{sshd.user}@{sshd.host}:{destination}"
     done = run("sync", "-e", sshd.rsh, "--python", PYTHON, "--verify", source, there)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    succeeded(done, stdout=b"")
     assert destination.read_bytes() == DATA
 
 
@@ -192,8 +205,7 @@ def test_a_device_that_is_too_small(source: Path, tmp_path: Path, loop_device: C
     before = noise(8 * BLOCK_SIZE, seed=4)
     device = loop_device(written(tmp_path / "backing", before))
     done = push(source, device)
-    assert done.returncode == 1
-    assert b"ERROR (sync): host: " in done.stderr
+    failed(done, 1, b"ERROR (sync): host: ")
     assert b"is too small" in done.stderr
     assert Path(device).read_bytes() == before
 
@@ -202,7 +214,7 @@ def test_a_destination_in_use_unless_forced(source: Path, destination: Path) -> 
     written(destination, bytes(SIZE))
     with support.held_by_another_process(destination):
         done = push(source, destination)
-        assert (done.returncode, b"is locked" in done.stderr) == (1, True)
+        failed(done, 1, b"is locked")
         assert destination.read_bytes() == bytes(SIZE)
         assert push(source, destination, "--force").returncode == 0
     assert destination.read_bytes() == DATA
@@ -214,17 +226,18 @@ def test_a_destination_in_use_unless_forced(source: Path, destination: Path) -> 
 )
 def test_what_cannot_be_a_destination(source: Path, place: str, told: str) -> None:
     done = push(source, place)
-    assert (done.returncode, told in done.stderr.decode()) == (1, True)
+    failed(done, 1, told)
 
 
 def test_a_program_that_knows_no_receive(source: Path, destination: Path) -> None:
     done = run("sync", "-e", LINK, "--blockcopy-path", "false", source, f"host:{destination}")
-    assert (done.returncode, b"exit status 1" in done.stderr) == (3, True)
+    failed(done, 3, b"exit status 1")
 
 
 def test_a_source_that_is_not_there(destination: Path, tmp_path: Path) -> None:
     done = push(tmp_path / "nowhere", destination)
-    assert (done.returncode, b"cannot open" in done.stderr, destination.exists()) == (1, True, False)
+    failed(done, 1, b"cannot open")
+    assert not destination.exists()
 
 
 @pytest.mark.parametrize(
@@ -239,7 +252,7 @@ def test_a_source_that_is_not_there(destination: Path, tmp_path: Path) -> None:
 )
 def test_what_cannot_be_meant(arguments: list[str], told: str) -> None:
     done = run(*arguments)
-    assert (done.returncode, told in done.stderr.decode()) == (2, True), done.stderr
+    failed(done, 2, told)
 
 
 # `receive`, asked to believe a source of our making

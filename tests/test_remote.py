@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import BLOCKCOPY, PYTHON
+from support import BLOCKCOPY, PYTHON, succeeded
 
 from blockcopy.errors import UsageError
 from blockcopy.protocol.wire import Data, Done, Rest, encode
@@ -300,7 +300,7 @@ def answer(command: Command, folder: Path) -> bytes:
         cwd=folder,
         env={**os.environ, **command.environment},
     )
-    assert (done.returncode, done.stderr) == (0, b"")
+    succeeded(done)
     return done.stdout
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import BLOCKCOPY, PYTHON, Mount, Sshd, noise, output, run, until, written
+from support import BLOCKCOPY, PYTHON, Mount, Sshd, failed, noise, output, run, succeeded, until, written
 
 from blockcopy.transport import payload
 
@@ -58,7 +58,7 @@ def test_the_stages_travel(rsh: Transport, tmp_path: Path, script: str, name: st
     source = written(tmp_path / name, DATA)
     destination = tmp_path / "destination"
     done = sync(source, destination, "-e", rsh(script), "--python", PYTHON)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    succeeded(done, stdout=b"")
     assert destination.read_bytes() == DATA
 
 
@@ -75,7 +75,7 @@ def test_nothing_of_ours_is_installed_there_and_nothing_is_left(
     destination = tmp_path / "destination"
     # -S: not even the packages that are installed for this interpreter.
     done = sync(source, destination, "-e", rsh(script), "--python", f"{PYTHON} -S")
-    assert (done.returncode, done.stderr) == (0, b"")
+    succeeded(done)
     assert destination.read_bytes() == DATA
     assert sorted(home.iterdir()) == before
 
@@ -90,8 +90,7 @@ def test_a_login_that_prints_does_not_break_it(rsh: Transport, source: Path, tmp
 
 def test_a_login_that_prints_for_ever_is_given_up(rsh: Transport, source: Path, tmp_path: Path) -> None:
     done = sync(source, tmp_path / "destination", "-e", rsh("yes"), "--timeout", "10")
-    assert done.returncode == 3
-    assert b"were printed before the stream began" in done.stderr
+    failed(done, 3, b"were printed before the stream began")
 
 
 def test_what_is_run_is_seen_in_the_list_of_processes(rsh: Transport, source: Path, tmp_path: Path) -> None:
@@ -105,7 +104,7 @@ def test_what_is_run_is_seen_in_the_list_of_processes(rsh: Transport, source: Pa
 def test_other_pythons(rsh: Transport, source: Path, tmp_path: Path, version: str) -> None:
     destination = tmp_path / "destination"
     done = sync(source, destination, "-e", rsh(SHELL), "--python", python_of(version))
-    assert (done.returncode, done.stderr) == (0, b"")
+    succeeded(done)
     assert destination.read_bytes() == DATA
 
 
@@ -141,7 +140,7 @@ def test_what_a_stage_loads_is_sent_and_nothing_else(stage: str) -> None:
 
 
 def refused(done: subprocess.CompletedProcess[bytes], *told: str) -> None:
-    assert done.returncode == 3
+    failed(done, 3)
     last = done.stderr.decode().splitlines()[-1]
     assert last.startswith("ERROR (sync): ")
     assert [each for each in told if each not in last] == []
@@ -209,7 +208,7 @@ def test_few_files_there(rsh: Transport, source: Path, tmp_path: Path, direction
 
 def test_a_full_disk_there(rsh: Transport, source: Path, tmp_path: Path) -> None:
     done = run("sync", "-e", rsh(f"ulimit -f 100; {SHELL}"), "--python", PYTHON, source, f"host:{tmp_path}/copy")
-    assert (done.returncode, b"ERROR (sync): host: cannot " in done.stderr) == (1, True)
+    failed(done, 1, b"ERROR (sync): host: cannot ")
     assert b"File too large" in done.stderr
 
 
@@ -263,8 +262,7 @@ def test_what_the_host_says_is_shown_with_its_name(rsh: Transport, source: Path,
     """And not lost once it works."""
     script = "shift; sh -c \"$*\"; echo 'the disk is on fire' >&2"
     done = sync(source, tmp_path / "copy", "-e", rsh(script), "--python", PYTHON)
-    assert done.returncode == 0
-    assert f"host:{source}: the disk is on fire" in done.stderr.decode()
+    succeeded(done, f"host:{source}: the disk is on fire")
 
 
 # Through a real ssh
@@ -285,7 +283,7 @@ def test_connections_share_a_login(sshd: Sshd, mount: Callable[..., Mount], sour
 
 def test_a_shared_login_ends_with_us(sshd: Sshd, source: Path, tmp_path: Path) -> None:
     done = run("sync", "-e", sshd.rsh, "--python", PYTHON, f"{sshd.host}:{source}", tmp_path / "copy")
-    assert (done.returncode, done.stderr) == (0, b"")
+    succeeded(done)
     assert (tmp_path / "copy").read_bytes() == DATA
     listed = subprocess.run(
         ["pgrep", "-f", f"ssh.*-p {sshd.port}.*ControlMaster"], capture_output=True, check=False

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support import BLOCKCOPY, PATIENCE, noise, run, with_changes
+from support import BLOCKCOPY, PATIENCE, failed, noise, run, succeeded, with_changes
 
 from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.protocol.decoder import Decoder
@@ -69,15 +69,15 @@ def messages_of(stream: bytes) -> list[Message]:
 def answers(path: object, *messages: Message, options: tuple[str, ...] = ()) -> list[Message]:
     """To a stream that is whole; `done` is left out."""
     done = run("retrieve", *options, path, input=stream_of(*messages, DONE))
-    assert (done.returncode, done.stderr) == (0, b"")
+    succeeded(done)
     *found, last = messages_of(done.stdout)
     assert last == DONE
     return found
 
 
-def failed(done: subprocess.CompletedProcess[bytes], *words: str) -> list[Message]:
+def refused(done: subprocess.CompletedProcess[bytes], *words: str) -> list[Message]:
     """One line that says what is wrong, after what was answered; the answers have no end."""
-    assert done.returncode == 1
+    failed(done, 1)
     message = done.stderr.decode()
     assert message.startswith("ERROR (retrieve): ")
     assert message.count("\n") == 1
@@ -93,7 +93,7 @@ def whole(data: bytes, start: int = 0) -> list[Message]:
 def test_the_test_vector(source: Callable[[bytes], Path]) -> None:
     stream = b"Hash" + bytes(8) + b"\0\0\0\x0c" + digest(b"-" * 12) + b"done"
     done = run("retrieve", source(HELLO), input=stream)
-    assert (done.returncode, done.stderr) == (0, b"")
+    succeeded(done)
     assert done.stdout == b"data" + bytes(8) + b"\0\0\0\x0c" + HELLO + b"done"
 
 
@@ -191,7 +191,7 @@ def test_the_old_form_goes_on_behind_an_equal_block(source: Callable[[bytes], Pa
 
 def test_the_old_form_beyond_the_end_is_an_error(source: Callable[[bytes], Path]) -> None:
     stream = stream_of(LegacyHash(12, NO_DIGEST), LegacyHash(1, NO_DIGEST), DONE)
-    assert failed(run("retrieve", source(HELLO), input=stream), "hash") == [Data(0, HELLO)]
+    assert refused(run("retrieve", source(HELLO), input=stream), "hash") == [Data(0, HELLO)]
 
 
 # Answers at once
@@ -246,14 +246,14 @@ def test_a_stream_that_is_cut_short_is_answered_and_then_an_error(source: Callab
     data = noise(40 * BLOCK_SIZE)
     stream = stream_of(*(Hash(at, BLOCK_SIZE, NO_DIGEST) for at in range(0, len(data), BLOCK_SIZE)))
     path = source(data)
-    assert failed(run("retrieve", path, input=stream), "without `done`") == whole(data)
-    assert failed(run("retrieve", path, input=stream[:-1]), "in the middle of a message") == whole(data)[:-1]
-    assert failed(run("retrieve", path, input=b""), "without `done`") == []
+    assert refused(run("retrieve", path, input=stream), "without `done`") == whole(data)
+    assert refused(run("retrieve", path, input=stream[:-1]), "in the middle of a message") == whole(data)[:-1]
+    assert refused(run("retrieve", path, input=b""), "without `done`") == []
 
 
 def test_an_unknown_command_is_an_error_after_the_answers_before(source: Callable[[bytes], Path]) -> None:
     stream = encode(Hash(0, 12, NO_DIGEST)) + b"Last login: never\n"
-    assert failed(run("retrieve", source(HELLO), input=stream), "Last login") == [Data(0, HELLO)]
+    assert refused(run("retrieve", source(HELLO), input=stream), "Last login") == [Data(0, HELLO)]
 
 
 @pytest.mark.parametrize(
@@ -266,12 +266,12 @@ def test_an_unknown_command_is_an_error_after_the_answers_before(source: Callabl
     ],
 )
 def test_questions_out_of_bounds_are_refused(source: Callable[[bytes], Path], bad: Message) -> None:
-    assert failed(run("retrieve", source(HELLO), input=stream_of(bad, DONE))) == []
+    assert refused(run("retrieve", source(HELLO), input=stream_of(bad, DONE))) == []
 
 
 def test_nothing_is_read_behind_done(source: Callable[[bytes], Path]) -> None:
     done = run("retrieve", source(HELLO), input=b"donejunk")
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"done", b"")
+    succeeded(done, stdout=b"done")
 
 
 # --lzma
@@ -317,7 +317,7 @@ def test_a_read_error_is_told_after_the_answers_before(
     path = source(data)
     device = loop_device(path, "--direct-io=on")
     os.truncate(path, 8 * BLOCK_SIZE)
-    answered = failed(run("retrieve", device, input=stream_of(Rest(0), DONE)), f"of {device}: Input/output error")
+    answered = refused(run("retrieve", device, input=stream_of(Rest(0), DONE)), f"of {device}: Input/output error")
     assert answered == whole(data)[: len(answered)]
     assert len(answered) <= 8
 
@@ -327,7 +327,7 @@ def test_what_is_no_source_is_refused(tmp_path: Path, kind: str) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()
     path = "-" if kind == "-" else tmp_path / kind
-    assert failed(run("retrieve", path, input=b"done"), str(path)) == []
+    assert refused(run("retrieve", path, input=b"done"), str(path)) == []
 
 
 def test_a_terminal_is_refused(source: Callable[[bytes], Path]) -> None:
@@ -343,7 +343,7 @@ def test_a_terminal_is_refused(source: Callable[[bytes], Path]) -> None:
     finally:
         os.close(ours)
         os.close(theirs)
-    assert done.returncode == 1
+    failed(done, 1)
     assert done.stderr.startswith(b"ERROR (retrieve): ")
     assert b"terminal" in done.stderr
 
@@ -387,16 +387,14 @@ def test_a_greeting_in_mid_stream_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "source"
     path.write_bytes(noise(1000))
     done = run("retrieve", path, input=stream_of(Rest(1000), Hello({})))
-    assert done.returncode == 1
-    assert "mid-stream" in done.stderr.decode()
+    failed(done, 1, "mid-stream")
 
 
 def test_a_fence_without_a_greeting_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "source"
     path.write_bytes(noise(1000))
     done = run("retrieve", path, input=stream_of(Fence(1), DONE))
-    assert (done.returncode, done.stdout) == (1, b"")
-    assert "before `helo`" in done.stderr.decode()
+    failed(done, 1, "before `helo`", stdout=b"")
 
 
 def agreed_messages_of(stream: bytes) -> list[Message]:

@@ -15,12 +15,14 @@ from support import (
     BLOCKCOPY,
     PATIENCE,
     PYTHON,
+    failed,
     held_by_another_process,
     mounted,
     noise,
     output,
     require_root,
     run,
+    succeeded,
     until,
 )
 
@@ -67,12 +69,12 @@ def stream_of(*messages: Message) -> bytes:
 def saved(path: object, *messages: Message, options: tuple[str, ...] = ()) -> None:
     """A stream that is whole."""
     done = run("save", *options, path, input=stream_of(*messages, DONE))
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    succeeded(done, stdout=b"")
 
 
-def failed(done: subprocess.CompletedProcess[bytes], *words: str) -> None:
+def refused(done: subprocess.CompletedProcess[bytes], *words: str) -> None:
     """With one line that says what is wrong."""
-    assert done.returncode == 1
+    failed(done, 1)
     message = done.stderr.decode()
     assert message.startswith("ERROR (save): ")
     assert message.count("\n") == 1
@@ -86,7 +88,7 @@ def failed(done: subprocess.CompletedProcess[bytes], *words: str) -> None:
 def test_the_test_vector(file: Callable[[bytes], Path]) -> None:
     path = file(b"-" * 12)
     done = run("save", path, input=b"data" + bytes(8) + b"\0\0\0\x0c" + HELLO + b"done")
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    succeeded(done, stdout=b"")
     assert path.read_bytes() == HELLO
 
 
@@ -131,7 +133,8 @@ def test_a_device_is_a_destination(file: Callable[[bytes], Path], loop_device: C
 def test_nothing_is_read_behind_done(file: Callable[[bytes], Path]) -> None:
     path = file(HELLO)
     done = run("save", path, input=b"donejunk")
-    assert (done.returncode, done.stderr, path.read_bytes()) == (0, b"", HELLO)
+    succeeded(done)
+    assert path.read_bytes() == HELLO
 
 
 # Zeros
@@ -174,12 +177,12 @@ def test_zeros_fit_on_a_device_or_are_refused(
     saved(device, Zero(512, MIB), Zero(2 * MIB, MIB), options=options)
     expected = noise(3 * MIB)[:512] + bytes(MIB) + noise(3 * MIB)[512 + MIB : 2 * MIB] + bytes(MIB)
     assert path.read_bytes() == expected
-    failed(run("save", device, input=stream_of(Zero(512, 3 * MIB), DONE)), device, "too small")
+    refused(run("save", device, input=stream_of(Zero(512, 3 * MIB), DONE)), device, "too small")
     assert path.read_bytes() == expected
 
 
 def test_a_file_that_cannot_be_so_long_is_told(file: Callable[[bytes], Path]) -> None:
-    failed(run("save", file(HELLO), input=stream_of(Zero(2**62, 2**62 - 1), DONE)), "cannot grow")
+    refused(run("save", file(HELLO), input=stream_of(Zero(2**62, 2**62 - 1), DONE)), "cannot grow")
 
 
 # zstd
@@ -247,14 +250,14 @@ def test_what_came_before_the_end_of_a_stream_without_done_is_kept(file: Callabl
         (18, b""),
     ):
         path = file(HELLO)
-        failed(run("save", path, input=stream[:cut]), "the stream ended")
+        refused(run("save", path, input=stream[:cut]), "the stream ended")
         assert path.read_bytes() == expected + HELLO[len(expected) :], cut
-    failed(run("save", file(HELLO), input=b""), "without `done`")
+    refused(run("save", file(HELLO), input=b""), "without `done`")
 
 
 def test_an_unknown_command_is_an_error_after_what_came_before(file: Callable[[bytes], Path]) -> None:
     path = file(HELLO)
-    failed(run("save", path, input=encode(Data(0, b"abc")) + b"Last login: never\n"), "Last login")
+    refused(run("save", path, input=encode(Data(0, b"abc")) + b"Last login: never\n"), "Last login")
     assert path.read_bytes() == b"abc" + HELLO[3:]
 
 
@@ -281,7 +284,7 @@ def test_a_damaged_xz_block_is_refused_and_nothing_of_it_is_written(
     file: Callable[[bytes], Path], payload: bytes
 ) -> None:
     path = file(HELLO)
-    failed(run("save", path, input=stream_of(Data(0, b"abc"), XzData(5, payload), DONE)), "xz", "position 5")
+    refused(run("save", path, input=stream_of(Data(0, b"abc"), XzData(5, payload), DONE)), "xz", "position 5")
     assert path.read_bytes() == b"abc" + HELLO[3:]
 
 
@@ -379,7 +382,8 @@ def test_a_pipe_takes_little_memory(large: Path) -> None:
         command = [PYTHON, "-I", "-S", "-c", MEASURE, *BLOCKCOPY, "checksum", "-"]
         with subprocess.Popen(["cat"], stdin=opened, stdout=subprocess.PIPE) as cat:
             done = subprocess.run(command, stdin=cat.stdout, capture_output=True, timeout=PATIENCE, check=False)
-    assert (done.returncode, len(done.stdout)) == (0, 2048 * 80 + 4)
+    succeeded(done, None)
+    assert len(done.stdout) == 2048 * 80 + 4
     assert int(done.stderr) <= PEAK
 
 
@@ -461,7 +465,7 @@ def test_a_device_that_is_too_small_is_told(
     path = file(noise(2 * BLOCK_SIZE))
     device = loop_device(path)
     stream = stream_of(Data(0, b"abc"), Data(2 * BLOCK_SIZE - 5, b"0123456789"), Data(5, b"no"), DONE)
-    failed(run("save", device, input=stream), device, "too small", str(2 * BLOCK_SIZE))
+    refused(run("save", device, input=stream), device, "too small", str(2 * BLOCK_SIZE))
     assert path.read_bytes() == b"abc" + noise(2 * BLOCK_SIZE)[3:]
 
 
@@ -474,18 +478,18 @@ def test_a_position_beyond_a_device_is_refused(
     kind: Callable[[int, bytes], Message],
 ) -> None:
     payload = lzma.compress(b"x") if kind is XzData else b"x"
-    failed(run("save", loop_device(file(noise(2 * BLOCK_SIZE))), input=stream_of(kind(position, payload), DONE)))
+    refused(run("save", loop_device(file(noise(2 * BLOCK_SIZE))), input=stream_of(kind(position, payload), DONE)))
 
 
 @pytest.mark.parametrize("position", [2**63 - 1, 2**63, 2**64 - 1])
 def test_a_position_that_no_file_has_is_refused(file: Callable[[bytes], Path], position: int) -> None:
     path = file(HELLO)
-    failed(run("save", path, input=stream_of(Data(position, b"x"), DONE)))
+    refused(run("save", path, input=stream_of(Data(position, b"x"), DONE)))
     assert path.read_bytes() == HELLO
 
 
 def test_a_position_that_the_file_system_refuses_is_told(file: Callable[[bytes], Path]) -> None:
-    failed(run("save", file(HELLO), input=stream_of(Data(2**63 - 2, b"x"), DONE)), "cannot write 1 bytes at")
+    refused(run("save", file(HELLO), input=stream_of(Data(2**63 - 2, b"x"), DONE)), "cannot write 1 bytes at")
 
 
 # Destinations that are refused
@@ -506,7 +510,7 @@ def test_what_is_no_destination_is_refused(tmp_path: Path, kind: str) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()
     path = "-" if kind == "-" else tmp_path / kind
-    failed(run("save", path, input=stream_of(Data(0, b"abc"), DONE)), str(path))
+    refused(run("save", path, input=stream_of(Data(0, b"abc"), DONE)), str(path))
     assert not (tmp_path / "missing").exists()
 
 
@@ -516,7 +520,7 @@ def test_a_mounted_device_is_refused(
     device = loop_device(file(bytes(4 * MIB)))
     harmless = Data(4 * MIB - 3, b"abc")
     with mounted(device, tmp_path / "mnt"):
-        failed(run("save", device, input=stream_of(harmless, DONE)), device, "in use", "--force")
+        refused(run("save", device, input=stream_of(harmless, DONE)), device, "in use", "--force")
         with open(device, "rb") as opened:
             assert opened.read()[-3:] == bytes(3)
         saved(device, harmless, options=("--force",))
@@ -527,7 +531,7 @@ def test_a_mounted_device_is_refused(
 def test_a_locked_file_is_refused(file: Callable[[bytes], Path]) -> None:
     path = file(HELLO)
     with held_by_another_process(path):
-        failed(run("save", path, input=stream_of(Data(0, b"abc"), DONE)), str(path), "locked", "--force")
+        refused(run("save", path, input=stream_of(Data(0, b"abc"), DONE)), str(path), "locked", "--force")
         assert path.read_bytes() == HELLO
         saved(path, Data(0, b"abc"), options=("--force",))
     assert path.read_bytes() == b"abc" + HELLO[3:]
@@ -544,7 +548,7 @@ def test_two_saves_do_not_share_a_destination(
         first.stdin.write(encode(Data(0, b"first")))
         with open(path, "rb", buffering=0) as opened:
             until(lambda: os.pread(opened.fileno(), 5, 0) == b"first")
-        failed(run("save", path, input=stream_of(Data(0, b"other"), DONE)), path)
+        refused(run("save", path, input=stream_of(Data(0, b"other"), DONE)), path)
         first.stdin.write(encode(DONE))
         assert first.wait(PATIENCE) == 0  # although its input stays open
     assert backing.read_bytes() == b"first" + bytes(MIB - 5)
@@ -567,7 +571,7 @@ def test_a_full_disk_is_told(small_file_system: Path) -> None:
     path = small_file_system / "file"
     path.touch()
     blocks = [Data(at * BLOCK_SIZE, noise(BLOCK_SIZE)) for at in range(10)]
-    failed(run("save", path, input=stream_of(*blocks, DONE)), f"of {path}: No space left")
+    refused(run("save", path, input=stream_of(*blocks, DONE)), f"of {path}: No space left")
     assert path.read_bytes()[:BLOCK_SIZE] == noise(BLOCK_SIZE)
 
 
@@ -579,7 +583,7 @@ def test_a_sync_that_fails_is_told(small_file_system: Path) -> None:
     device = output("losetup", "--find", "--show", path).strip()
     try:
         blocks = [Data(at * BLOCK_SIZE, noise(BLOCK_SIZE)) for at in range(24)]
-        failed(run("save", device, input=stream_of(*blocks, DONE)), f"cannot sync {device}")
+        refused(run("save", device, input=stream_of(*blocks, DONE)), f"cannot sync {device}")
     finally:
         output("losetup", "--detach", device)
         until(lambda: str(path) not in output("losetup", "--list", "--noheadings", "--output", "BACK-FILE"))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from support import BLOCKCOPY, PATIENCE, noise, until
+from support import BLOCKCOPY, PATIENCE, failed, noise, succeeded, until
 
 from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.errors import OutputError, StreamError
@@ -419,7 +419,7 @@ def test_save_does_not_take_the_destination_for_its_input(tmp_path: Path) -> Non
     path.write_bytes(content)
     done = run_without("0<&-", "save", path)
     assert path.read_bytes() == content
-    assert done.returncode == 1
+    failed(done, 1)
     assert done.stderr.startswith(b"ERROR (save): ")
 
 
@@ -427,13 +427,14 @@ def test_save_needs_no_output(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(5))
     done = run_without("1>&-", "save", path, input=encode(Data(0, b"abc")) + encode(Done()))
-    assert (done.returncode, done.stderr, path.read_bytes()) == (0, b"", b"abc\0\0")
+    succeeded(done)
+    assert path.read_bytes() == b"abc\0\0"
 
 
 @pytest.mark.parametrize("command", ["checksum", "retrieve"])
 def test_no_error_message_goes_into_the_stream(tmp_path: Path, command: str) -> None:
     done = run_without("2>&-", command, tmp_path / "missing")
-    assert (done.returncode, done.stdout) == (1, b"")
+    failed(done, 1, stdout=b"")
 
 
 @pytest.mark.parametrize("command", ["checksum", "retrieve"])
@@ -441,6 +442,6 @@ def test_a_closed_output_is_an_error(tmp_path: Path, command: str) -> None:
     path = tmp_path / "file"
     path.write_bytes(noise(BLOCK_SIZE))
     done = run_without("1>&-", command, path, input=encode(Rest(0)) + encode(Done()))
-    assert done.returncode == 1
+    failed(done, 1)
     assert done.stderr.startswith(f"ERROR ({command}): cannot write the output".encode())
     assert done.stderr.count(b"\n") == 1

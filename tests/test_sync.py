@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import support
+from support import failed, succeeded
 
 from blockcopy.block.geometry import BLOCK_SIZE
 
@@ -78,7 +79,7 @@ def until_some_is_stored(process: subprocess.Popen[bytes], path: Path) -> None:
 
 def assert_failed(done: subprocess.CompletedProcess[bytes], status: int, *reasons: str) -> None:
     said = done.stderr.decode()
-    assert done.returncode == status, said
+    failed(done, status)
     assert "ERROR (sync): " in said
     assert "Traceback" not in said
     for reason in reasons:
@@ -87,7 +88,7 @@ def assert_failed(done: subprocess.CompletedProcess[bytes], status: int, *reason
 
 
 def assert_silent_success(done: subprocess.CompletedProcess[bytes]) -> None:
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    succeeded(done, stdout=b"")
 
 
 # What it does
@@ -116,7 +117,7 @@ def test_a_file_becomes_the_copy_and_only_a_tail_is_told(
     options = ["--blockcopy-path", program] if program else []
     tail = (old or b"")[len(DATA) :]
     done = support.run("sync", *options, source, destination)
-    assert (done.returncode, done.stdout) == (0, b"")
+    succeeded(done, None, stdout=b"")
     assert (
         done.stderr.decode().count("\n") == done.stderr.decode().count("bytes longer than the source") == bool(tail)
     )
@@ -259,7 +260,7 @@ def test_the_source_itself(source: Path) -> None:
 @pytest.mark.parametrize("args", [[], ["only-one"], ["", "x"], ["host:", "x"], ["-e", "", "host:/x", "y"]])
 def test_a_command_line_that_cannot_be_meant(args: list[str], tmp_path: Path) -> None:
     done = support.run("sync", *args, cwd=tmp_path)
-    assert done.returncode == 2
+    failed(done, 2)
     assert b"Traceback" not in done.stderr
     assert done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -280,7 +281,7 @@ def test_a_source_that_fails_once_is_asked_again(
 ) -> None:
     program = f"{support.FAULTY} --{fault}-at 3 --once {tmp_path}/it-happened"
     done = support.run("sync", "--blockcopy-path", program, source, destination)
-    assert (done.returncode, done.stdout) == (0, b"")
+    succeeded(done, None, stdout=b"")
     lost, up = done.stderr.decode().splitlines()
     assert "the link is lost, and is made again" in lost
     assert REASONS[fault] in lost
@@ -418,8 +419,7 @@ def test_a_source_that_answers_with_nothing_at_all_is_no_empty_one(tmp_path: Pat
     program.write_text(ONLY_EMPTY_ANSWERS)
     destination.write_bytes(OLD)
     done = support.run("sync", "--blockcopy-path", f"{support.PYTHON} {program}", "/dev/null", destination)
-    assert done.returncode == 3
-    assert "not asked for" in done.stderr.decode()
+    failed(done, 3, "not asked for")
     assert destination.read_bytes() == OLD
 
 
@@ -448,7 +448,7 @@ def test_what_crosses_the_link_is_compressed_as_wished(wish: str | None, tmp_pat
 
 @pytest.mark.parametrize("wish", ["zstd:0", "zstd:20", "gzip", ""])
 def test_a_compression_that_cannot_be_meant(wish: str, source: Path, destination: Path) -> None:
-    assert support.run("sync", "--compress", wish, source, destination).returncode == 2
+    failed(support.run("sync", "--compress", wish, source, destination), 2)
 
 
 @pytest.mark.parametrize("sparse", [True, False])

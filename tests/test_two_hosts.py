@@ -19,9 +19,11 @@ from support import (
     STANDINS,
     Mount,
     Sshd,
+    failed,
     noise,
     output,
     run,
+    succeeded,
     until,
     with_changes,
     written,
@@ -73,7 +75,7 @@ def processes_of(source: Path) -> list[int]:
 def refused(sshd: Sshd, rsh: str, source: object, destination: Path, *, told: str, program: str = OURS) -> None:
     """`sync` fails for a fault of the source, with a reason on its last line, and writes nothing."""
     done = run("sync", "-e", rsh, "--blockcopy-path", program, f"{sshd.host}:{source}", destination)
-    assert (done.returncode, done.stdout) == (3, b"")
+    failed(done, 3, stdout=b"")
     last = done.stderr.decode().splitlines()[-1]
     assert last.startswith("ERROR (sync): ")
     assert re.search(told, last)
@@ -114,7 +116,7 @@ def test_a_read_before_the_copy_is_complete(mount: Mounter, sshd: Sshd, source: 
 
 def test_a_sync(sshd: Sshd, source: Path, destination: Path) -> None:
     done = run("sync", "-e", sshd.rsh, "--blockcopy-path", OURS, f"{sshd.host}:{source}", destination)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    succeeded(done, stdout=b"")
     assert destination.read_bytes() == DATA
     until(lambda: not processes_of(source), "the end at the source")
 
@@ -124,7 +126,7 @@ def test_a_url_names_the_port_and_a_home(sshd: Sshd, source: Path, destination: 
     for path in (source, f"/~/{os.path.relpath(source, Path.home())}"):
         url = f"ssh://{sshd.user}@{sshd.host}:{sshd.port}{path}"
         done = run("sync", "--no-state", "-e", rsh, "--python", PYTHON, url, destination)
-        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+        succeeded(done, stdout=b"")
         assert destination.read_bytes() == DATA
         destination.unlink()
     done = run("doctor", "-e", rsh, "--python", PYTHON, f"ssh://{sshd.host}:{sshd.port}")
@@ -195,7 +197,7 @@ def test_no_setting_of_ssh_changes_what_a_connection_is(
 ) -> None:
     rsh = configured(sshd, tmp_path, setting)
     done = run("sync", "-e", rsh, "--python", PYTHON, f"{sshd.host}:{source}", destination)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    succeeded(done, stdout=b"")
     assert destination.read_bytes() == DATA
 
 
@@ -212,7 +214,7 @@ def test_nor_do_all_of_them_with_any_command(
         ["doctor", *way, f"{sshd.host}:{source}"],
     ):
         done = run(*arguments)
-        assert (done.returncode, done.stderr) == (0, b""), arguments
+        succeeded(done)
     mounted = mount(f"{sshd.host}:{source}", tmp_path / "copy", *way, wait=True)
     assert mounted.file.read_bytes() == DATA
 
@@ -228,7 +230,7 @@ def test_a_shared_login_is_made_whatever_the_settings(sshd: Sshd, source: Path, 
 
 def test_what_e_says_wins(sshd: Sshd, source: Path, destination: Path) -> None:
     done = run("sync", "-e", f"{sshd.rsh} -o RemoteCommand=true", f"{sshd.host}:{source}", destination)
-    assert (done.returncode, b"Cannot execute command-line and remote command" in done.stderr) == (3, True)
+    failed(done, 3, b"Cannot execute command-line and remote command")
 
 
 # What is refused
@@ -266,7 +268,7 @@ def test_a_mount_that_is_refused_leaves_nothing(sshd: Sshd, tmp_path: Path, dest
     point.mkdir()
     missing = f"{sshd.host}:{tmp_path}/nowhere"
     done = run("mount", "-e", sshd.rsh, "--blockcopy-path", OURS, missing, destination, point)
-    assert done.returncode == 3
+    failed(done, 3)
     assert "nowhere: No such file or directory" in done.stderr.decode().splitlines()[-1]
     assert str(point) not in support.fuse_mounts()
     assert not destination.exists()

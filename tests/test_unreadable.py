@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import support
 import trio
-from support import BLOCK_SIZE, FAULTY, PYTHON, QUEUEING, STANDINS, Mount, noise, run, written
+from support import BLOCK_SIZE, FAULTY, PYTHON, QUEUEING, STANDINS, Mount, failed, noise, run, written
 
 from blockcopy.block.device import open_source
 from blockcopy.block.geometry import Extent, Geometry, join_extents
@@ -74,7 +74,7 @@ def destination(tmp_path: Path) -> Path:
 def told(done: subprocess.CompletedProcess[bytes], status: int) -> str:
     """Its last words. They name the ranges."""
     words = done.stderr.decode()
-    assert done.returncode == status, words
+    failed(done, status)
     last = words.splitlines()[-1]
     assert f"cannot read {len(BAD) * BLOCK_SIZE} bytes ({RANGES})" in last
     return words
@@ -144,10 +144,11 @@ def test_the_stages_copy_all_else(options: list[str], empty: bool, bad_disk: Pat
     asked = run("checksum", *options, destination)
     answers = run("retrieve", bad_disk, input=asked.stdout)
     words = answers.stderr.decode()
-    assert (answers.returncode, len(words.splitlines())) == (1, 1)
+    failed(answers, 1)
+    assert len(words.splitlines()) == 1
     assert f"{len(BAD) * BLOCK_SIZE} bytes ({RANGES}): cannot read" in words
     saved = run("save", destination, input=answers.stdout)
-    assert (saved.returncode, b"without `done`" in saved.stderr) == (1, True)
+    failed(saved, 1, b"without `done`")
     assert destination.read_bytes() == COPY
 
 
@@ -163,7 +164,7 @@ def test_the_last_block_is_told_as_long_as_it_is(host: str, tmp_path: Path) -> N
         os.truncate(tmp_path / "backing", size)
         done = run("sync", "-e", LINK, "--python", PYTHON, disk, f"{host}{tmp_path / 'destination'}")
     tail = BLOCK_SIZE - 1000
-    assert (done.returncode, f"{tail} bytes ({size - tail}:{tail})" in done.stderr.decode()) == (3, True)
+    failed(done, 3, f"{tail} bytes ({size - tail}:{tail})")
 
 
 def test_verify_compares_all_else(bad_disk: Path, tmp_path: Path) -> None:
@@ -194,13 +195,13 @@ def test_a_mount_serves_all_else(mount: Callable[..., Mount], bad_disk: Path, de
     mounted = mount(bad_disk, destination)
     for block in (*BAD, *range(BLOCKS)):
         assert read(mounted, block) == (None if block in BAD else DATA[block * BLOCK_SIZE :][:4096])
-    assert run("wait", mounted.point).returncode == 75
+    failed(run("wait", mounted.point), 75)
     status = mounted.status()
     assert (status["state"], status["unreadable_bytes"]) == ("failed", len(BAD) * BLOCK_SIZE)
     assert status["unreadable_ranges"] == [[block * BLOCK_SIZE, BLOCK_SIZE] for block in BAD]
     assert RANGES in status["error"]
     assert status["link"]["reconnects"] == 0
-    assert run("umount", mounted.point).returncode == 75
+    failed(run("umount", mounted.point), 75)
     assert destination.read_bytes() == COPY
 
 
@@ -212,7 +213,7 @@ def test_a_disk_that_is_bad_all_over_ends_soon_and_with_few_words(
     device = loop_device(backing, "--direct-io=on")
     os.truncate(backing, 0)
     done = run("sync", device, tmp_path / "destination")
-    assert done.returncode == 3
+    failed(done, 3)
     assert f"cannot read {len(DATA)} bytes (0:{len(DATA)})" in done.stderr.decode().splitlines()[-1]
     assert len(done.stderr.splitlines()) < 25
 
@@ -222,7 +223,7 @@ def test_a_source_that_is_always_shorter_than_it_says_is_given_up(tmp_path: Path
     source = Path("/sys/kernel/uevent_seqnum")
     assert source.stat().st_size > len(source.read_bytes())
     done = run("sync", source, tmp_path / "destination")
-    assert (done.returncode, b"it is shorter than it was" in done.stderr) == (3, True)
+    failed(done, 3, b"it is shorter than it was")
 
 
 # What is known of them
