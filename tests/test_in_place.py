@@ -21,7 +21,7 @@ from blockcopy.block.unreadable import UnreadableRanges
 from blockcopy.protocol import digests, wire
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.replica.hydration.signatures import read_signatures
-from blockcopy.stage.compression import Packing
+from blockcopy.stage.compressors import Compressor
 from blockcopy.stage.delta import Run, Terms
 from blockcopy.stage.streams import FromDevice, Output
 
@@ -76,7 +76,7 @@ def as_sent(frames: Sequence[Output]) -> list[tuple[str, int, bytearray]]:
 @pytest.mark.parametrize(("joined", "agreed"), [(False, False), (True, False), (True, True)])
 def test_the_answers_are_the_same(source: Device, joined: bool, agreed: bool, block_size: int) -> None:
     chance = random.Random(block_size)
-    terms = Terms(DIGEST, Packing(), UnreadableRanges(), joined=joined, agreed=agreed)
+    terms = Terms(DIGEST, Compressor(), UnreadableRanges(), joined=joined, agreed=agreed)
     size, room = source.size(), memoryview(bytearray(PIECE_SIZE))
     for position in (0, block_size, PIECE_SIZE):
         piece = PieceScanner(source).piece(position, min(PIECE_SIZE, size - position), block_size)
@@ -102,7 +102,7 @@ def test_the_questions_are_the_same(source: Device, block_size: int) -> None:
 @needs_views
 def test_what_is_sent_is_not_copied(tmp_path: Path) -> None:
     path = written(tmp_path / "source", noise(2 * BLOCK_SIZE))
-    terms = Terms(DIGEST, Packing(), UnreadableRanges(), joined=True, agreed=True)
+    terms = Terms(DIGEST, Compressor(), UnreadableRanges(), joined=True, agreed=True)
     with open_source(str(path)) as device:
         piece = PieceScanner(device).piece(0, 2 * BLOCK_SIZE, BLOCK_SIZE)
         frames = Run(piece, BLOCK_SIZE, bytes(2 * DIGEST.size), terms).answer(device, memoryview(b""))

@@ -26,14 +26,13 @@ from blockcopy.errors import SourceError, StreamError
 from blockcopy.progress.reporter import Progress
 from blockcopy.protocol import wire
 from blockcopy.protocol.decoder import Decoder
-from blockcopy.protocol.handshake import digest_for, read_source
+from blockcopy.protocol.handshake import Handshake, read_client
 from blockcopy.replica.monitor import prometheus
 from blockcopy.replica.monitor.sd_notify import Notifier
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.source.client import Client
 from blockcopy.replica.source.dialects import HoleQuery
 from blockcopy.replica.sync import sync
-from blockcopy.stage import compression
 from blockcopy.transport.command import stage_command
 from blockcopy.transport.location import Location
 from blockcopy.untrusted_text import LineBudget, StderrLines
@@ -92,12 +91,11 @@ def test_any_greeting_is_believed_or_a_stream_error(text: str) -> None:
         message = decoder.next()
         assert isinstance(message, wire.Hello)
         wire.encode(message)
-        compression.wish_of(message.facts.get("compress"))
-        digest_for(message.facts)
+        read_client(message)
     except StreamError:
         return
     try:
-        identity, name = read_source(message, ["sha256"])
+        identity, name = Handshake(digest="sha256").read(message)
     except StreamError:
         return
     assert name == "sha256"

@@ -62,22 +62,20 @@ def _checksum_input(path: str) -> Iterator[int]:
 def retrieve(args: argparse.Namespace) -> None:
     """Read hashes from standard input, and write the source's blocks that differ to standard output."""
     from blockcopy.block.device import open_source
-    from blockcopy.protocol import zstd
-    from blockcopy.stage import compression
+    from blockcopy.stage.compressors import XzCompressor, compressor_for
     from blockcopy.stage.retrieve import retrieve as answer
 
     _refuse_dash(args.source_file)
     streams.refuse_terminal(1)
     output = streams.OutputStream(1)
-    if args.compress and not args.compress.auto:
-        zstd.check_available()
-    chosen = compression.Xz() if args.lzma else compression.wished(args.compress, output)
+    args.compress.check_available()
+    compressor = XzCompressor() if args.lzma else compressor_for(args.compress, output)
     with (
         open_source(args.source_file) as source,
         streams.InputStream(0) as hashes,
         console.progress(args) as progress,
     ):
-        answer(source, hashes, output, packing=chosen, progress=progress)
+        answer(source, hashes, output, compressor=compressor, progress=progress)
 
 
 def save(args: argparse.Namespace) -> None:
@@ -98,7 +96,6 @@ def save(args: argparse.Namespace) -> None:
 
 def receive(args: argparse.Namespace) -> None:
     """Request blocks on standard output, and write what standard input answers to the destination."""
-    from blockcopy.stage.compression import fact_of
     from blockcopy.stage.receive import receive as write_answers
 
     _refuse_dash(args.destination_file)
@@ -110,7 +107,7 @@ def receive(args: argparse.Namespace) -> None:
             answers,
             force=args.force,
             sparse=not args.no_sparse,
-            compress=fact_of(args.compress),
+            compression=args.compress,
         )
 
 

@@ -7,8 +7,7 @@ import os
 import re
 
 from blockcopy.paths.places import holds_devices, names_folder
-from blockcopy.protocol import zstd
-from blockcopy.stage.compression import CompressionSpec
+from blockcopy.protocol.compression import CompressionSpec
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -49,18 +48,12 @@ def regular_file(text: str) -> str:
     return path
 
 
-def compression(text: str) -> CompressionSpec | None:
-    """Parse `zstd`, `zstd:LEVEL`, `auto` or `none`. Returns None for `none`. Raises ArgumentTypeError."""
-    if text == "none":
-        return None
-    if text == "auto":
-        return CompressionSpec(auto=True)
-    name, colon, level = text.partition(":")
-    if name != "zstd" or (colon and not (level.isdecimal() and int(level) in zstd.LEVELS)):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither zstd, zstd:{zstd.LEVELS[0]} to zstd:{zstd.LEVELS[-1]}, auto nor none"
-        )
-    return CompressionSpec(int(level)) if level else CompressionSpec()
+def compression(text: str) -> CompressionSpec:
+    """Parse `zstd`, `zstd:LEVEL`, `auto` or `none`. Raises ArgumentTypeError."""
+    try:
+        return CompressionSpec.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def rate(text: str) -> int | None:

@@ -7,6 +7,7 @@ from typing import Any, Union
 
 from blockcopy.cli import option_types
 from blockcopy.protocol import digests
+from blockcopy.protocol.compression import NO_COMPRESSION
 
 Options = Union[argparse.ArgumentParser, "argparse._ArgumentGroup"]
 """Whatever options can be added to."""
@@ -149,7 +150,7 @@ def add_sparse(parser: Options) -> None:
     parser.add_argument("--no-sparse", action="store_true", help="write zeros instead of leaving holes")
 
 
-def add_compress(parser: Options, purpose: str, default_text: str, *, default: Any = None) -> None:
+def add_compress(parser: Options, purpose: str, default_text: str, *, default: Any = NO_COMPRESSION) -> None:
     """Add `--compress` to `parser`. `purpose` and `default_text` are for its help."""
     parser.add_argument(
         "--compress",

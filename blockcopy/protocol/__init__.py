@@ -1,4 +1,4 @@
-"""The messages that both ends exchange: their bytes, digests, compression formats and the handshake.
+"""Messages, digests, compression formats and the handshake of both ends.
 
-Does no I/O and knows no device. Every later room may import it. Travels to source hosts.
+Does no I/O. Later rooms may import this room. Travels to source hosts.
 """

@@ -1,7 +1,7 @@
-"""The digests that blocks are compared by: which this host has, how fast, and which suits both ends.
+"""The digests that compare blocks: names, speeds on this host, and the choice between two ends.
 
-The original's streams know one, SHA3-512. Two of ours take the one that the slower end is fastest with.
-None has fewer than 256 bits. BLAKE3 is there where the package `blake3` is.
+The original's streams use SHA3-512 only. Two ends of this program use the digest that is fastest at the slower end.
+All digests have at least 256 bits. BLAKE3 needs the package `blake3`.
 """
 
 from __future__ import annotations
@@ -17,32 +17,35 @@ from blockcopy.block.buffers import Buffer
 from blockcopy.errors import BlockcopyError
 
 ORIGINAL = "sha3_512"
+"""Name of the original program's digest."""
 
 DIGEST_SIZE = 64
-"""Bytes of the original's, which is also the longest of them."""
+"""Bytes of the original's digest. No other digest here is longer."""
 
 NO_DIGEST = bytes(DIGEST_SIZE)
-"""A digest nothing has: asking with it is asking for the bytes whatever they are."""
+"""A value that is no block's digest: a request with it always gets the bytes."""
 
 
 def digest(data: Buffer) -> bytes:
-    """SHA3-512 of `data`: DIGEST_SIZE bytes. Lets other threads run while it works."""
+    """Return the SHA3-512 of `data`, DIGEST_SIZE bytes. Thread-safe; other threads run meanwhile."""
     return hashlib.sha3_512(data).digest()
 
 
 class Digest:
-    """One of `NAMES`: `size` bytes of `data` when called. Lets other threads run while it works."""
+    """A digest function with the `name` that both ends know. Thread-safe; other threads run during a call."""
 
     def __init__(self, name: str, function: Callable[[Buffer], bytes]) -> None:
         self.name = name
         self._function = function
         self.size = len(function(b""))
+        """Bytes of each digest."""
         self.impossible = bytes(self.size)
-        """A digest that no data has: who asks with it asks for the bytes, whatever they are."""
+        """A value that is no block's digest: a request with it always gets the bytes."""
         self.of_zeros = functools.lru_cache(maxsize=64)(self._of_zeros)
-        """The digest of so many zeros."""
+        """Returns the digest of a number of zero bytes. Remembers the results."""
 
     def __call__(self, data: Buffer) -> bytes:
+        """Return the digest of `data`."""
         return self._function(data)
 
     def _of_zeros(self, length: int) -> bytes:
@@ -63,13 +66,17 @@ _MAKERS: dict[str, Callable[[], Callable[[Buffer], bytes]]] = {
 }
 
 NAMES = tuple(_MAKERS)
+"""Names of all digests, which `--digest` and `helo` use."""
 
 
 @functools.cache
 def named(name: str) -> Digest:
-    """The digest of that name. BlockcopyError where there is none of it, or this host has it not."""
+    """Return the digest called `name`, one of NAMES.
+
+    Raises BlockcopyError if `name` is unknown, or if its package is missing on this host.
+    """
     if name not in _MAKERS:
-        raise BlockcopyError(f"there is no digest {name!r} here; there are {', '.join(NAMES)}")
+        raise BlockcopyError(f"there is no digest {name!r}; use one of {', '.join(NAMES)}")
     try:
         return Digest(name, _MAKERS[name]())
     except ImportError as error:
@@ -80,11 +87,15 @@ def named(name: str) -> Digest:
 
 
 _TRIAL_SIZE = 64 * 1024
+"""Bytes that one trial digests."""
 
 
 @functools.cache
 def speeds() -> dict[str, int]:
-    """The digests this host has, with MB/s of one core: the best of a few trials, a few milliseconds in all."""
+    """Measure the digests of this host. Returns name → MB/s of one core, the best of a few trials.
+
+    Takes a few milliseconds in the first call.
+    """
     found = {}
     for name in NAMES:
         try:
@@ -96,13 +107,17 @@ def speeds() -> dict[str, int]:
 
 
 def _trial(function: Digest) -> float:
+    """Return the seconds that one trial takes."""
     data = bytes(_TRIAL_SIZE)
     started = time.perf_counter()
     function(data)
     return max(time.perf_counter() - started, 1e-9)
 
 
-def choose(here: Mapping[str, int], there: Mapping[str, int]) -> str | None:
-    """The digest with which the slower end is fastest; None where they have none in common."""
-    common = [name for name in here if name in there]
-    return max(common, key=lambda name: min(here[name], there[name]), default=None)
+def choose(local: Mapping[str, float], remote: Mapping[str, float]) -> str | None:
+    """Return the name of the digest that is fastest at the slower end. Returns None if no name is common.
+
+    `local`, `remote`: each end's digests, name → MB/s.
+    """
+    common = [name for name in local if name in remote]
+    return max(common, key=lambda name: min(local[name], remote[name]), default=None)

@@ -1,24 +1,32 @@
-"""The greetings of the agreed form (see `wire`): how they are made, and the only place that believes them.
+"""The handshake of the negotiated form (see `wire`). Only this module makes and believes greetings.
 
-mount, sync, verify, receive  ── greeting_of_asker ──►  retrieve: `digest_for`, `compression.wish_of`
-                              ◄─ greeting_of_source ──
-`read_source`
+client                                                     source
+Handshake.greeting   ── digests, compress ──►              read_client
+Handshake.read       ◄── digest, compress, identity ──     source_greeting
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from blockcopy import __version__
 from blockcopy.block.identity import Identity, is_identity
 from blockcopy.errors import StreamError
 from blockcopy.protocol import digests, wire
+from blockcopy.protocol.compression import NO_COMPRESSION, CompressionSpec
 from blockcopy.protocol.digests import ORIGINAL
 
-_MOST_SHOWN = 500
+_MAX_SHOWN = 500
 """Characters of a greeting in a message."""
+
+
+class ClientGreeting(NamedTuple):
+    """What a source uses of a client's greeting: the name of the common `digest`, and the wanted `compression`."""
+
+    digest: str
+    compression: CompressionSpec
 
 
 class SourceGreeting(NamedTuple):
@@ -28,47 +36,60 @@ class SourceGreeting(NamedTuple):
     digest: str
 
 
-def greeting_of_asker(offered: Mapping[str, float], compress: Mapping[str, Any] | None) -> bytes:
-    """Return the greeting of the end that asks, which has the `offered` digests, with their speeds in MB/s."""
-    facts: dict[str, Any] = {"digests": dict(offered)}
-    if compress:
-        facts["compress"] = dict(compress)
-    return wire.encode(_greeting(facts))
+class Handshake:
+    """The client's side: offers digests and a compression, and believes the source's answers or refuses them."""
+
+    def __init__(self, compression: CompressionSpec = NO_COMPRESSION, *, digest: str | None = None) -> None:
+        """Offer all digests of this host, or only the one called `digest`. Ask for `compression`."""
+        self._offered: Mapping[str, float] = {digest: 1} if digest else digests.speeds()
+        facts: dict[str, Any] = {"digests": dict(self._offered)}
+        if fact := compression.to_greeting():
+            facts["compress"] = fact
+        self.greeting = _encode(facts)
+        """Bytes that open the hash stream. Sent again later, they make the source greet again."""
+
+    def read(self, message: wire.Message | None) -> SourceGreeting:
+        """Return the facts of a source's greeting. Every later greeting must choose the same digest.
+
+        `message`: first message of the source, or a later Hello. None if there is no message.
+
+        Raises StreamError if `message` is no greeting, has no valid identity, or chooses no offered digest.
+        """
+        facts = message.facts if isinstance(message, wire.Hello) else {}
+        identity, name = facts.get("identity"), facts.get("digest")
+        if isinstance(identity, dict) and is_identity(identity) and isinstance(name, str) and name in self._offered:
+            self._offered = {name: self._offered[name]}
+            return SourceGreeting(identity, name)
+        raise StreamError(f"no agreement with the source's greeting {json.dumps(facts)[:_MAX_SHOWN]}")
 
 
-def greeting_of_source(identity: Identity, digest: str, compress: str) -> bytes:
-    """Return the answer to a greeting."""
-    return wire.encode(_greeting({"digest": digest, "compress": compress, "identity": identity}))
+def read_client(hello: wire.Hello) -> ClientGreeting:
+    """Return what the source uses of a client's greeting. Raises StreamError if the ends share no digest."""
+    return ClientGreeting(
+        _common_digest(hello.facts.get("digests")), CompressionSpec.from_greeting(hello.facts.get("compress"))
+    )
 
 
-def _greeting(facts: dict[str, Any]) -> wire.Hello:
-    return wire.Hello({"protocol": wire.PROTOCOL, "program": f"blockcopy {__version__}", **facts})
-
-
-def read_source(message: wire.Message | None, offered: Collection[str]) -> SourceGreeting:
-    """Return the facts of a source's greeting. Raises StreamError if they cannot be agreed to.
-
-    `offered`: names of the digests that this end has offered.
-    """
-    facts = message.facts if isinstance(message, wire.Hello) else {}
-    identity, name = facts.get("identity"), facts.get("digest")
-    if isinstance(identity, dict) and is_identity(identity) and isinstance(name, str) and name in offered:
-        return SourceGreeting(identity, name)
-    raise StreamError(f"no agreement with the source's {json.dumps(facts)[:_MOST_SHOWN]}")
-
-
-def digest_for(facts: Mapping[str, Any]) -> str:
-    """Return the name of the digest that suits both ends, of those that an asker offers in its greeting.
-
-    Raises StreamError if there is none in common.
-    """
-    offered = facts.get("digests")
+def _common_digest(offered: object) -> str:
     if offered is None:
         return ORIGINAL
-    there = offered if isinstance(offered, dict) else {}
-    usable = {name: speed for name, speed in there.items() if type(speed) in (int, float) and speed > 0}
+    remote = offered if isinstance(offered, dict) else {}
+    usable = {name: speed for name, speed in remote.items() if type(speed) in (int, float) and speed > 0}
     name = digests.choose(digests.speeds(), usable)
     if name is None:
         has = ", ".join(digests.speeds())
         raise StreamError(f"`helo` without a digest that both ends have; this one has {has}")
     return name
+
+
+def source_greeting(identity: Identity, digest: str, compression: str) -> bytes:
+    """Return the source's answer to a greeting, as bytes for the block stream.
+
+    `identity`: facts that tell this source from others. `digest`: name of the chosen digest. `compression`: "zstd"
+    or "none".
+    """
+    return _encode({"digest": digest, "compress": compression, "identity": identity})
+
+
+def _encode(facts: dict[str, Any]) -> bytes:
+    return wire.encode(wire.Hello({"protocol": wire.PROTOCOL, "program": f"blockcopy {__version__}", **facts}))

@@ -1,6 +1,6 @@
-"""JSON that another process wrote → plain values, whose depth, numbers and text are bounded.
+"""JSON of another process → plain values of bounded depth, numbers and text.
 
-The caller bounds the bytes. Whatever passes can be compared, shown, encoded again and stored without an error.
+The caller bounds the bytes. Accepted values can be compared, printed, encoded and stored without an error.
 """
 
 from __future__ import annotations
@@ -8,19 +8,19 @@ from __future__ import annotations
 import json
 from typing import Any, NoReturn
 
-_MOST_DEPTH = 16
+_MAX_DEPTH = 16
 
-_LARGEST = 1 << 64
-"""Numbers lie between this and its negative: sizes, times and inode numbers do."""
+_NUMBER_BOUND = 1 << 64
+"""Numbers lie between this bound and its negative. Sizes, times and inode numbers fit."""
 
 
 def parse_object(data: bytes, *, errors: str = "strict") -> dict[str, Any]:
-    """Return the object that `data` is. Raises ValueError if it is no object of plain JSON.
+    """Parse `data` as one JSON object.
 
-    `errors`: `surrogateescape` if text may be a path of any bytes.
+    `errors`: how `str.encode` treats lone surrogates in text. Use "surrogateescape" if text may be any path.
 
-    Refused are names that stand twice, nesting deeper than 16, NaN, infinities, numbers beyond 64 bits, and text
-    that UTF-8 cannot have.
+    Raises ValueError if `data` is no object in UTF-8 JSON. Also refused are duplicate names, nesting deeper than
+    16, NaN, infinities, numbers beyond 64 bits, and text that UTF-8 cannot encode.
     """
     try:
         value = json.loads(data.decode(), object_pairs_hook=_object, parse_constant=_refuse)
@@ -28,14 +28,14 @@ def parse_object(data: bytes, *, errors: str = "strict") -> dict[str, Any]:
         raise ValueError("nested too deep") from error
     if not isinstance(value, dict):
         raise ValueError("no object")  # noqa: TRY004  (of data, not of an argument)
-    _check(value, _MOST_DEPTH, errors)
+    _check(value, _MAX_DEPTH, errors)
     return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands twice in one object")
+        raise ValueError("duplicate name in an object")
     return found
 
 
@@ -44,6 +44,7 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _check(value: object, depth: int, errors: str) -> None:
+    """Raise ValueError if `value` is nested deeper than `depth`, or holds a bad number or text."""
     if isinstance(value, (dict, list)):
         if not depth:
             raise ValueError("nested too deep")
@@ -53,6 +54,6 @@ def _check(value: object, depth: int, errors: str) -> None:
             for each in value.values():
                 _check(each, depth - 1, errors)
     elif isinstance(value, str):
-        value.encode(errors=errors)  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
-    elif isinstance(value, (int, float)) and not abs(value) < _LARGEST:
+        value.encode(errors=errors)  # UnicodeEncodeError, a ValueError, if it has a lone surrogate
+    elif isinstance(value, (int, float)) and not abs(value) < _NUMBER_BOUND:
         raise ValueError("a number beyond 64 bits")

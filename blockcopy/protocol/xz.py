@@ -1,6 +1,6 @@
-"""The compression of `dlzm` blocks: one xz stream a block, bounded on expanding.
+"""xz compression of `dlzm` frames: one xz stream a frame, expanded in bounded memory.
 
-The module `lzma` is loaded when first needed: a Python built without it still serves the rest.
+The module `lzma` is imported at the first use. A Python without `lzma` can do all else.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from blockcopy.errors import BlockcopyError, StreamError
 from blockcopy.protocol.wire import MAX_BLOCK_SIZE, XzData
 
 _MEMORY = 32 * 1024 * 1024
-"""What expanding a block may take: xz's default preset needs 9 MiB."""
+"""Bytes of memory for expanding a frame. The default preset of xz needs 9 MiB."""
 
 
 def check_available() -> None:
-    """BlockcopyError where this Python has no xz."""
+    """Raise BlockcopyError if this Python has no xz."""
     try:
         import lzma  # noqa: F401
     except ImportError as error:
@@ -24,26 +24,29 @@ def check_available() -> None:
 
 
 def compress(data: Buffer) -> bytes:
-    """`data` as one xz stream (which may be the larger of the two)."""
+    """Compress `data` to one xz stream, which can be longer than `data`."""
     import lzma
 
     return lzma.compress(data)
 
 
 def expand(message: XzData) -> bytes:
-    """The bytes of an xz block, at most MAX_BLOCK_SIZE. StreamError for anything else."""
+    """Expand the payload of a `dlzm` frame. Returns at most MAX_BLOCK_SIZE bytes.
+
+    Raises StreamError if the payload is not one whole xz stream, or if it expands to more. Raises BlockcopyError
+    if this Python has no xz.
+    """
     check_available()
     import lzma
 
+    place = f"the xz block for position {message.position}"
     try:
         expander = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MEMORY)
         data = expander.decompress(message.payload, MAX_BLOCK_SIZE + 1)
     except lzma.LZMAError as error:
-        raise StreamError(f"the xz block for position {message.position} is damaged: {error}") from error
+        raise StreamError(f"{place} is damaged: {error}") from error
     if len(data) > MAX_BLOCK_SIZE:
-        raise StreamError(
-            f"the xz block for position {message.position} expands to more than {MAX_BLOCK_SIZE} bytes"
-        )
+        raise StreamError(f"{place} expands to more than {MAX_BLOCK_SIZE} bytes")
     if not expander.eof or expander.unused_data:
-        raise StreamError(f"the xz block for position {message.position} is not one whole xz stream")
+        raise StreamError(f"{place} is not one whole xz stream")
     return data

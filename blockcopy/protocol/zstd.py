@@ -1,7 +1,7 @@
-"""The compression of `dzst` frames: one zstd frame each, bounded on expanding.
+"""zstd compression of `dzst` frames: one zstd frame each, expanded in bounded memory.
 
-The module is of Python 3.14, or the package `backports.zstd`, loaded when first needed: a host with
-neither serves the rest.
+Needs Python 3.14, or the package `backports.zstd`. The module is imported at the first use. A host without zstd
+can do all else.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from blockcopy.errors import BlockcopyError, StreamError
 from blockcopy.protocol.wire import MAX_BLOCK_SIZE, ZstdData
 
 LEVELS = range(1, 20)
-"""Those above need much memory on either side."""
+"""Levels that a user may choose. Higher levels need much memory at both ends."""
 
 DEFAULT_LEVEL = 3
 
 _WINDOW_LOG = 23
-"""What expanding may take: 8 MiB. Ours need no more than a block's 1 MiB."""
+"""Binary logarithm of the bytes of memory for expanding: 8 MiB. Our frames need at most a block's 1 MiB."""
 
 
 @functools.cache
@@ -32,7 +32,7 @@ def _module() -> Any:
 
 
 def available() -> bool:
-    """Whether this host can compress and expand."""
+    """Return whether this host has zstd."""
     try:
         _module()
     except ImportError:
@@ -41,7 +41,7 @@ def available() -> bool:
 
 
 def check_available() -> None:
-    """BlockcopyError where this host has no zstd."""
+    """Raise BlockcopyError if this host has no zstd."""
     if not available():
         raise BlockcopyError(
             "zstd needs Python 3.14, or the package `backports.zstd`, on this host: "
@@ -50,20 +50,27 @@ def check_available() -> None:
 
 
 def compress(data: Buffer, level: int) -> bytes:
-    """`data` as one zstd frame, with a check sum (which may be the larger of the two)."""
+    """Compress `data` to one zstd frame with a checksum, which can be longer than `data`.
+
+    `level`: one of LEVELS. Call only if `available()`.
+    """
     parameter = _module().CompressionParameter
     options = {parameter.compression_level: level, parameter.checksum_flag: 1}
-    packed: bytes = _module().compress(data, options=options)
-    return packed
+    compressed: bytes = _module().compress(data, options=options)
+    return compressed
 
 
 def expand(message: ZstdData) -> bytes:
-    """The bytes of a zstd frame, at most MAX_BLOCK_SIZE. StreamError for anything else."""
+    """Expand the payload of a `dzst` frame. Returns at most MAX_BLOCK_SIZE bytes.
+
+    Raises StreamError if the payload is not one whole zstd frame, or if it expands to more. Raises BlockcopyError
+    if this host has no zstd.
+    """
     check_available()
     zstd = _module()
     place = f"the zstd frame for position {message.position}"
     try:
-        size = zstd.get_frame_info(message.payload).decompressed_size or 0  # None where it does not tell
+        size = zstd.get_frame_info(message.payload).decompressed_size or 0  # None if the frame does not say
         if size <= MAX_BLOCK_SIZE:
             expander = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _WINDOW_LOG})
             data: bytes = expander.decompress(message.payload, MAX_BLOCK_SIZE + 1)

@@ -22,8 +22,7 @@ from blockcopy.block.device import open_source
 from blockcopy.cli import console
 from blockcopy.errors import DeviceError, MismatchError, SourceReadError, UsageError
 from blockcopy.paths.places import absolute
-from blockcopy.protocol import zstd
-from blockcopy.stage import compression
+from blockcopy.protocol.compression import CompressionSpec
 from blockcopy.transport.command import Command, stage_command
 from blockcopy.transport.control_master import control_path, logged_in
 from blockcopy.transport.location import Location, parse_location
@@ -88,6 +87,8 @@ def plan_of(args: argparse.Namespace, command: Command, **more: Any) -> Plan:
     destination = parse_location(args.destination, "DESTINATION")
     if destination.host is not None:
         raise UsageError(f"DESTINATION {args.destination} has to be here: blocks of it are what a mount reads")
+    compression = _compression(args, parse_location(args.source))
+    compression.check_available()
     return Plan(
         command,
         absolute(destination.path),
@@ -100,7 +101,7 @@ def plan_of(args: argparse.Namespace, command: Command, **more: Any) -> Plan:
         prompts=prompts(command.location),
         limit=args.limit,
         verify=args.verify,
-        compress=_wish(args),
+        compression=compression,
         sparse=not args.no_sparse,
         on_complete=args.on_complete,
         metrics=absolute(args.metrics) if args.metrics else None,
@@ -108,16 +109,11 @@ def plan_of(args: argparse.Namespace, command: Command, **more: Any) -> Plan:
     )
 
 
-def _wish(args: argparse.Namespace) -> dict[str, Any] | None:
-    """What the source is asked to compress with: `auto` over a network, if nothing is said."""
-    wish = args.compress if "compress" in args else _default_wish(parse_location(args.source))
-    if wish is not None and not wish.auto:
-        zstd.check_available()
-    return compression.fact_of(wish) if zstd.available() else None
-
-
-def _default_wish(location: Location) -> compression.CompressionSpec | None:
-    return compression.CompressionSpec(auto=True) if location.host else None
+def _compression(args: argparse.Namespace, location: Location) -> CompressionSpec:
+    """Return what `--compress` says. The default is "auto" if `location`, the other end, is another host."""
+    default = CompressionSpec("auto" if location.host else "none")
+    spec: CompressionSpec = getattr(args, "compress", default)
+    return spec
 
 
 def prompts(location: Location) -> bool:
@@ -158,8 +154,8 @@ def _push(args: argparse.Namespace, destination: Location) -> None:
     if args.on_complete or args.metrics:
         raise UsageError("a push has no --on-complete and no --metrics: it ends when it is complete")
     options = [name for name, given in (("--force", args.force), ("--no-sparse", args.no_sparse)) if given]
-    wish = args.compress if "compress" in args else _default_wish(destination)
-    command = command_for(args, destination, "receive", [*options, "--compress", compression.text_of(wish)])
+    compression = _compression(args, destination)
+    command = command_for(args, destination, "receive", [*options, "--compress", str(compression)])
     with logged_in(command), open_source(source) as device:
         with console.progress(args, bar_by_default=True) as progress:
             push(

@@ -72,7 +72,7 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
                     guess=guess,
                     timeout=plan.timeout,
                     prompts=plan.prompts,
-                    compress=plan.compress,
+                    compression=plan.compression,
                     started=plan.started,
                 )
                 links = [

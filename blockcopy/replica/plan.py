@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from subprocess import Popen
-from typing import Any
 
+from blockcopy.protocol.compression import NO_COMPRESSION, CompressionSpec
 from blockcopy.transport.command import Command
 
 
@@ -40,7 +39,7 @@ class Plan:
     """There is a terminal, where ssh may ask for a password: once at a time, and without haste."""
     limit: int | None = None
     verify: bool = False
-    compress: Mapping[str, Any] | None = None
+    compression: CompressionSpec = NO_COMPRESSION
     """The compression that the source is asked for, as in `wire`."""
     sparse: bool = True
     """Zeros are written as holes where that can be."""

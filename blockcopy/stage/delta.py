@@ -19,7 +19,7 @@ from blockcopy.block.unreadable import UnreadableRanges
 from blockcopy.errors import DeviceError
 from blockcopy.protocol import wire
 from blockcopy.protocol.digests import Digest
-from blockcopy.stage.compression import Packing
+from blockcopy.stage.compressors import Compressor
 from blockcopy.stage.streams import FromDevice, Output
 
 
@@ -27,7 +27,7 @@ class Terms(NamedTuple):
     """How is answered what is asked from now on."""
 
     digest: Digest
-    packing: Packing
+    compressor: Compressor
     unreadable: UnreadableRanges
     """Gets what cannot be read where nothing can be said of it."""
     joined: bool = False
@@ -95,7 +95,7 @@ class _Answers:
         return frames + self._say(kind, start, self._piece.length)
 
     def _read(self) -> None:
-        if self._terms.packing.takes_unread:
+        if self._terms.compressor.sends_unread:
             self._unread = self._find_unread()
         read = self._piece.without(self._unread, self._block_size)
         self._available, self._failures = read.read_skipping_errors(self._source, self._room, self._block_size)
@@ -169,7 +169,7 @@ class _Answers:
         for at in range(start, end, step):
             size = min(step, end - at)
             data = memoryview(ZEROS)[:size] if kind is _ZEROS else self._room[at : at + size]
-            packed = self._terms.packing.frame(position + at, data)
+            packed = self._terms.compressor.frame(position + at, data)
             # The kernel sends by itself a block that goes out as it is.
             in_place = self._in_place and kind is _DATA and packed[-1] is data
             frames += [self._say_from_device(at, size)] if in_place else packed

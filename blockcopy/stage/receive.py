@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from blockcopy.block.claim import existing_destination, make_room, open_destination
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import BLOCK_SIZE, Extent
-from blockcopy.block.identity import Identity, differences, is_identity
+from blockcopy.block.identity import Identity, differences
 from blockcopy.block.records import invalidate_records
 from blockcopy.block.unreadable import UnreadableRanges
 from blockcopy.errors import BlockcopyError, SourceChangedError, SourceReadError, StreamError
 from blockcopy.progress.reporter import Progress
-from blockcopy.protocol import digests, wire, zstd
+from blockcopy.protocol import digests, wire
+from blockcopy.protocol.compression import NO_COMPRESSION, CompressionSpec
 from blockcopy.protocol.decoder import Decoder
-from blockcopy.protocol.handshake import greeting_of_asker, read_source
+from blockcopy.protocol.handshake import Handshake
 from blockcopy.stage.checksum import ask_about
 from blockcopy.stage.save import Writer
 from blockcopy.stage.streams import InputStream, OutputStream
@@ -37,11 +37,11 @@ def receive(
     *,
     force: bool = False,
     sparse: bool = True,
-    compress: Mapping[str, Any] | None = None,
+    compression: CompressionSpec = NO_COMPRESSION,
 ) -> None:
     """Make `path` a copy of what answers; synced when it returns, or raises.
 
-    `compress` is what is wished for, as in `wire`. Errors: DestinationRefusedError, DeviceError, StreamError,
+    `compression`: what the source is asked for. Errors: DestinationRefusedError, DeviceError, StreamError,
     OutputError; SourceError where the source cannot read some of its blocks, and SourceChangedError where it
     is not what it was; then all else was written.
     """
@@ -49,9 +49,9 @@ def receive(
         existing = existing_destination(path, force=force)
         if existing is not None:
             stack.enter_context(existing)
-        greeting = greeting_of_asker(digests.speeds(), compress if zstd.available() else None)
-        questions.write([greeting])
-        source = _Source(answers)
+        handshake = Handshake(compression)
+        questions.write([handshake.greeting])
+        source = _Source(answers, handshake)
         identity, name = source.greeting()
         destination = existing or stack.enter_context(open_destination(path, force=force, create=True))
         size = identity["size"]
@@ -59,7 +59,7 @@ def receive(
         make_room(destination, size)
         with (
             Writer(destination, sparse, Progress(), size=size) as writer,
-            _asking(destination, size, name, questions, answers, greeting),
+            _asking(destination, size, name, questions, answers, handshake.greeting),
         ):
             source.write_all(writer, size)
         source.check(identity)
@@ -68,7 +68,8 @@ def receive(
 class _Source:
     """What the other end says."""
 
-    def __init__(self, answers: InputStream) -> None:
+    def __init__(self, answers: InputStream, handshake: Handshake) -> None:
+        self._handshake = handshake
         self._answers = answers
         self._decoder = Decoder(wire.NEGOTIATED_BLOCK_STREAM)
         self._last: Identity | None = None
@@ -76,7 +77,7 @@ class _Source:
 
     def greeting(self) -> tuple[Identity, str]:
         """What it is, and the digest that suits both ends. StreamError where that cannot be agreed to."""
-        identity, name = read_source(next(self._messages(), None), digests.speeds())
+        identity, name = self._handshake.read(next(self._messages(), None))
         self._last = identity
         return identity, name
 
@@ -90,8 +91,7 @@ class _Source:
                     raise StreamError(f"the source cannot read bytes at {message.position}, and has {size} bytes")
                 self._unreadable.add(Extent(message.position, length), message.reason)
             elif isinstance(message, wire.Hello):
-                found = message.facts.get("identity")
-                self._last = found if is_identity(found) else None
+                self._last = self._handshake.read(message).identity
             else:
                 writer.take(message)
 

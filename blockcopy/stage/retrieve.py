@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any, Callable, NamedTuple, Union
+from typing import Callable, NamedTuple, Union
 
 from blockcopy.block import identity
 from blockcopy.block.buffers import Buffers
@@ -27,9 +27,8 @@ from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.protocol import digests, wire
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.digests import ORIGINAL
-from blockcopy.protocol.handshake import digest_for, greeting_of_source
-from blockcopy.stage import compression
-from blockcopy.stage.compression import Packing
+from blockcopy.protocol.handshake import read_client, source_greeting
+from blockcopy.stage.compressors import Compressor, compressor_for
 from blockcopy.stage.delta import Run, Terms
 from blockcopy.stage.pipeline import run_ordered
 from blockcopy.stage.streams import InputStream, Output, OutputStream
@@ -63,7 +62,7 @@ def retrieve(
     hashes: InputStream,
     output: OutputStream,
     *,
-    packing: Packing | None = None,
+    compressor: Compressor | None = None,
     progress: Progress | None = None,
     working: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> None:
@@ -107,7 +106,7 @@ def retrieve(
         progress.update(Counts(done, size, {"sent": sent}, skipped=max(0, done - read)))
 
     unreadable = UnreadableRanges()
-    questions = _Questions(source, output, packing or Packing(), unreadable)
+    questions = _Questions(source, output, compressor or Compressor(), unreadable)
     try:
         run_ordered(_batches(_items(hashes, questions)), answer, send, wake=hashes.wake)
     finally:
@@ -152,14 +151,14 @@ class _Questions:
     """Messages of the hash stream → what is to be answered. Knows what was agreed on so far."""
 
     def __init__(
-        self, source: Device, output: OutputStream, packing: Packing, unreadable: UnreadableRanges
+        self, source: Device, output: OutputStream, compressor: Compressor, unreadable: UnreadableRanges
     ) -> None:
         """`unreadable` gets the blocks that cannot be read, where the asker has no word for them."""
         self._source = source
         self._output = output
         self._pieces = PieceScanner(source)
-        self._packing = packing  # unless the asker wishes for another
-        self._original = self._terms = Terms(digests.named(ORIGINAL), packing, unreadable)
+        self._compressor = compressor  # unless the asker wishes for another
+        self._original = self._terms = Terms(digests.named(ORIGINAL), compressor, unreadable)
         self._first = True
         self._position = 0  # where the last read of the source ended, for `hash`
 
@@ -184,7 +183,7 @@ class _Questions:
             return self._rest(message)
         if isinstance(message, wire.Hello):
             self._need(first or self._terms.agreed, "`helo` in mid-stream")
-            return [_Say(self._agree(message.facts))]
+            return [_Say(self._agree(message))]
         if isinstance(message, wire.DigestName):
             self._need(first, "`dgst` in mid-stream")
             self._terms = self._terms._replace(digest=digests.named(message.name), joined=True)
@@ -194,14 +193,13 @@ class _Questions:
         if not condition:
             raise StreamError(otherwise)
 
-    def _agree(self, facts: dict[str, Any]) -> bytes:
-        """Answer in the way that a greeting asks for from now on; return the greeting that says so."""
-        name = digest_for(facts)
-        wish = compression.wish_of(facts.get("compress"))
-        pack = compression.wished(wish, self._output) if wish else self._packing
-        self._original = self._original._replace(packing=pack, agreed=True)
+    def _agree(self, hello: wire.Hello) -> bytes:
+        """Adopt the terms of a client's greeting from now on. Returns the greeting that answers."""
+        name, spec = read_client(hello)
+        compressor = self._compressor if spec.method == "none" else compressor_for(spec, self._output)
+        self._original = self._original._replace(compressor=compressor, agreed=True)
         self._terms = self._original._replace(digest=digests.named(name), joined=True)
-        return greeting_of_source(identity.source_identity(self._source), name, pack.name)
+        return source_greeting(identity.source_identity(self._source), name, compressor.name)
 
     def _hash(self, asked: wire.Hash) -> Iterable[_Item]:
         position, size, digest = asked

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from copy import copy
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import trio
 
@@ -31,9 +31,10 @@ from blockcopy.errors import (
     describe_exit,
 )
 from blockcopy.protocol import digests, wire
+from blockcopy.protocol.compression import NO_COMPRESSION, CompressionSpec
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.digests import Digest
-from blockcopy.protocol.handshake import greeting_of_asker, read_source
+from blockcopy.protocol.handshake import Handshake
 from blockcopy.replica.source.dialects import (
     Answer,
     Batch,
@@ -75,13 +76,13 @@ class Client:
         original: bool = False,
         timeout: float = math.inf,
         digest: Digest | None = None,
-        compress: Mapping[str, Any] | None = None,
+        compression: CompressionSpec = NO_COMPRESSION,
         started: Process | None = None,
         budget: LineBudget | None = None,
     ) -> None:
         """Kill the process if it makes no progress for `timeout` seconds while it is asked something.
 
-        `digest`: the only one that will do; any if None. `compress`: what is wished for, as in `wire`.
+        `digest`: the only one that will do; any if None. `compression`: what the source is asked for.
         `started`: the process, where it was started already. `budget`: of what it says, for the log.
         """
         self._command = command
@@ -112,12 +113,11 @@ class Client:
         """What it says is logged for developers only: as long as somebody else tells it."""
         self.sent_bytes = 0
         self.received_bytes = 0
+        self._handshake = Handshake(compression, digest=self.digest.name if self.digest else None)
         if original:
-            self._greeting = b""
-            self._greeted.set()  # it does not know how
+            self._greeted.set()  # the original has no greeting
         else:  # before anything else, and without waiting for whoever asks
-            self._greeting = greeting_of_asker({digest.name: 1} if digest else digests.speeds(), compress)
-            self._transmit(command.opening + self._greeting)
+            self._transmit(command.opening + self._handshake.greeting)
 
     @property
     def answered_at(self) -> float | None:
@@ -142,7 +142,7 @@ class Client:
                 raise OriginalProgramError(str(failure))
             raise copy(failure)
         try:
-            identity, name = read_source(self._hello, [self.digest.name] if self.digest else digests.speeds())
+            identity, name = self._handshake.read(self._hello)
         except StreamError as error:
             raise SourceError(f"{self._command.location}: {error}") from error
         self.digest = digests.named(name)
@@ -152,7 +152,7 @@ class Client:
         """What the source says of itself by now; in the agreed form. SourceError."""
         self._check_open()
         self._hello, self._greeted = None, trio.Event()
-        self._transmit(self._greeting)
+        self._transmit(self._handshake.greeting)
         return await self.greet()
 
     async def ask(self, questions: Sequence[Signatures], sink: Sink) -> Answer:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from subprocess import Popen
-from typing import Any
 
 import trio
 
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.identity import Identity, differences, sample_extents, sample_of
 from blockcopy.errors import OriginalProgramError, SourceChangedError, SourceError
+from blockcopy.protocol.compression import NO_COMPRESSION, CompressionSpec
 from blockcopy.protocol.digests import Digest
 from blockcopy.replica.source.client import Client
 from blockcopy.replica.source.dialects import unconditional
@@ -41,10 +41,10 @@ class Connector:
         guess: int,
         timeout: float = math.inf,
         prompts: bool = False,
-        compress: Mapping[str, Any] | None = None,
+        compression: CompressionSpec = NO_COMPRESSION,
         started: list[Popen[bytes]] | None = None,
     ) -> None:
-        """`guess` is the size in bytes that a search tries first; `compress` what is wished for, as in `wire`.
+        """`guess` is the size in bytes that a search tries first; `compression` what the source is asked for.
         `started`: a process that was started already, taken out of the list when it is put to use.
 
         `timeout`: seconds without a sign of life after which a connection that was asked something is
@@ -64,7 +64,7 @@ class Connector:
         self._guess = guess
         self._timeout = timeout
         self._prompts = prompts
-        self._compress = compress
+        self._compression = compression
         self._started = started if started is not None else []
         self._budget = LineBudget()  # for the log, of what all connections say
         self._original = False
@@ -94,7 +94,7 @@ class Connector:
             original=original,
             timeout=self._timeout,
             digest=self.digest,
-            compress=self._compress,
+            compression=self._compression,
             started=Process(self._started.pop()) if self._started else None,
             budget=self._budget,
         )
