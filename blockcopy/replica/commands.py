@@ -203,9 +203,12 @@ def verify(args: argparse.Namespace) -> None:
         source = _local(args)
         with open_source(source) as device:
             verdict = _compare(args, command_for(args, destination, "retrieve"), source, device.size())
-    if verdict.tail:
+    if verdict.tail_bytes:
         logger.warning(
-            "%s is %d bytes longer than %s: its tail was not compared", args.destination, verdict.tail, args.source
+            "%s is %d bytes longer than %s: its tail was not compared",
+            args.destination,
+            verdict.tail_bytes,
+            args.source,
         )
     _refuse_differing(args, verdict)
 
@@ -232,9 +235,9 @@ def _compare(args: argparse.Namespace, command: Command, path: str, size: int | 
             path,
             report,
             timeout=args.timeout,
-            patience=args.reconnect_timeout,
+            give_up_after=args.reconnect_timeout,
             prompts=prompts(command.location),
-            size=size,
+            source_size=size,
             progress=progress,
         )
         verdict = run(lambda: runner.run_interruptible(run_verify))
@@ -245,12 +248,14 @@ def _compare(args: argparse.Namespace, command: Command, path: str, size: int | 
 
 def _write_json(verdict: Verdict, ranges: array.array[int]) -> None:
     """Write one object, with one range on each line."""
-    unread = [extent._asdict() for each in (verdict.there, verdict.here) for extent in each.ranges]
+    unread = [
+        extent._asdict() for each in (verdict.remote_unreadable, verdict.local_unreadable) for extent in each.ranges
+    ]
     figures = {
         "size": verdict.size,
-        "differing_bytes": verdict.differing,
-        "tail_bytes": verdict.tail,
-        "unreadable_bytes": verdict.there.bytes + verdict.here.bytes,
+        "differing_bytes": verdict.differing_bytes,
+        "tail_bytes": verdict.tail_bytes,
+        "unreadable_bytes": verdict.remote_unreadable.bytes + verdict.local_unreadable.bytes,
         "unreadable_ranges": unread,
     }
     console.write(f'{json.dumps(figures)[:-1]}, "ranges": [')
@@ -265,16 +270,16 @@ def _write_json(verdict: Verdict, ranges: array.array[int]) -> None:
 
 def _refuse_differing(args: argparse.Namespace, verdict: Verdict) -> None:
     """Raises MismatchError if the ends differ, else SourceReadError or DeviceError if blocks were not compared."""
-    ends = (verdict.there, verdict.here)
+    ends = (verdict.remote_unreadable, verdict.local_unreadable)
     source, destination = ends if parse_location(args.destination).host is None else reversed(ends)
     uncompared = [
         f"of {path}, cannot read {found}"
         for path, found in ((args.source, source), (args.destination, destination))
         if found
     ]
-    if verdict.differing:
+    if verdict.differing_bytes:
         differing = (
-            f"{args.destination} is not a copy of {args.source}: {verdict.differing} of {verdict.size} bytes "
+            f"{args.destination} is not a copy of {args.source}: {verdict.differing_bytes} of {verdict.size} bytes "
             "lie in blocks that differ"
         )
         raise MismatchError("; ".join([differing, *uncompared]))

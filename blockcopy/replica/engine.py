@@ -5,7 +5,7 @@
 Failure table: what can go wrong, what a read of a missing block gets, what becomes of the replica.
 
     the source cannot be reached at first   –                     open_replica raises; with a state and
-                                                                  `may_be_away` it begins, reconnecting
+                                                                  `resume_offline` it begins, reconnecting
     the destination is refused, too small   –                     open_replica raises, nothing written
     a link breaks, stalls, garbles          waits, then           started again, for ever; what was in
                                             SourceError           flight is asked again
@@ -155,7 +155,7 @@ async def _connect(
                 await link.open()
         return True
     except SourceError as error:
-        if record is None or not plan.may_be_away:
+        if record is None or not plan.resume_offline:
             raise
         logger.warning("%s; what is here is served, and the rest when it is back", error)
         is_there = connector.identity is not None

@@ -1,4 +1,4 @@
-"""A plan of a replica: what is copied, to where, and how long anybody waits."""
+"""The plan of a replica: what is copied, to where, and how long anybody waits."""
 
 from __future__ import annotations
 
@@ -12,45 +12,52 @@ from blockcopy.transport.command import Command
 
 @dataclass(frozen=True)
 class Plan:
-    """A copy to be made: with `read_stats` it is read meanwhile, with `hydrate` the full pass runs.
-
-    Times are in seconds. `timeout`: a connection that makes no progress for so long, while it is asked, is
-    started again. `reconnect_timeout`: who reads, or who is there for the pass alone, waits so long
-    for the source. `read_timeout`: no read may take longer, whatever happens.
-    """
+    """A copy to make, with all options of `mount` or `sync`. Times are in seconds."""
 
     command: Command
+    """The command that runs `retrieve` at the source."""
     destination: str
+    """The path of the destination, absolute."""
     started: list[Popen[bytes]] = field(default_factory=list)
-    """A process of `command` that was started already, if any; out of the list once it is put to use."""
+    """A process of `command` that was started early, or none. Whoever uses the process removes it from the list."""
     demand: bool = True
+    """Serve reads during the copy, over a link of their own."""
     hydrate: bool = True
+    """Run background hydration."""
     force: bool = False
+    """Use the destination even if it cannot be claimed: it may be mounted, in use or locked."""
     keep_state: bool = True
+    """Write a state file, so that a later run can resume."""
     state: str | None = None
-    """The state file; where it belongs if None."""
+    """The path of the state file. None: its default place."""
     recheck: bool = False
-    may_be_away: bool = False
-    """Begin with what is recorded where the source cannot be reached."""
+    """Ignore what an earlier run has recorded, and check every block."""
+    resume_offline: bool = False
+    """Start from the state file if the source cannot be reached."""
     timeout: float = 30
+    """A connection is replaced if it makes no progress for so long while a request is open."""
     reconnect_timeout: float = 60
+    """A read fails if the source is away for so long. `sync` fails too."""
     read_timeout: float = math.inf
+    """No read takes longer, whatever happens."""
     prompts: bool = False
-    """There is a terminal, where ssh may ask for a password: once at a time, and without haste."""
+    """Whether ssh may ask for a password at a terminal. Then connections open one by one, and without haste."""
     limit: int | None = None
+    """The rate limit of background hydration in bytes per second, or None."""
     verify: bool = False
+    """Compare all blocks once more before the copy counts as complete."""
     compression: CompressionSpec = NO_COMPRESSION
-    """The compression that the source is asked for, as in `wire`."""
+    """The compression to request from the source."""
     sparse: bool = True
-    """Zeros are written as holes where that can be."""
+    """Write zeros as holes if the destination can have holes."""
     metrics: str | None = None
-    """The file that Prometheus is told by."""
+    """The path of the file for Prometheus, or None."""
     on_complete: str | None = None
-    """A command line for the shell, once the copy is complete."""
+    """The shell command to run once the copy is complete, or None."""
 
     def max_wait(self, blocks: int) -> float:
-        """Return the most seconds that a read waits for so many blocks, whatever the source does meanwhile.
+        """Return the most seconds that a read of so many blocks waits, whatever the source does.
 
-        Each block has the time in which a slow link must make progress.
+        Each block gets the time in which a slow link must make progress.
         """
         return min(self.read_timeout, self.reconnect_timeout + self.timeout * blocks)

@@ -239,12 +239,12 @@ class Replica:
             await self._committer.forget()
             raise MismatchError(
                 f"{self._plan.destination} is not a copy of {self._plan.command.location}: "
-                f"{verdict.differing} bytes in {count} ranges differ, the first at {first.offset}"
+                f"{verdict.differing_bytes} bytes in {count} ranges differ, the first at {first.offset}"
             )
-        if verdict.here:
-            raise DeviceError(f"of {self._plan.destination}, cannot read {verdict.here}")
-        if verdict.there:
-            raise SourceReadError(f"{self._plan.command.location} can no longer read {verdict.there}")
+        if verdict.local_unreadable:
+            raise DeviceError(f"of {self._plan.destination}, cannot read {verdict.local_unreadable}")
+        if verdict.remote_unreadable:
+            raise SourceReadError(f"{self._plan.command.location} can no longer read {verdict.remote_unreadable}")
 
     def _note_verified(self, count: int) -> None:
         self._verified = count

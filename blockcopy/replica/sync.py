@@ -1,4 +1,4 @@
-"""`blockcopy sync`: a replica without a mount."""
+"""The `sync` command: a replica without a mount."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from blockcopy.replica.tasks.runner import run_optional
 
 
 async def sync(plan: Plan, progress: Progress, notifier: Notifier) -> None:
-    """Make the destination the source's copy. `progress` is told how far it is, and `notifier` too.
+    """Make the destination a complete copy of the source, then run `plan.on_complete`.
 
-    SourceError, DeviceError, DestinationRefusedError, in exception groups.
+    `progress` and `notifier` get the status meanwhile.
+    Raises SourceError, DeviceError or DestinationRefusedError, in exception groups.
     """
     async with open_replica(plan) as replica:
         async with trio.open_nursery() as nursery:
@@ -31,7 +32,7 @@ async def sync(plan: Plan, progress: Progress, notifier: Notifier) -> None:
             await replica.wait_complete()
             nursery.cancel_scope.cancel()
         snapshot = replica.snapshot()
-    if plan.on_complete:  # the destination is nobody's any more
+    if plan.on_complete:  # the destination is closed by now
         await run_optional(
             "--on-complete", partial(on_complete.run, plan.on_complete, snapshot, plan.command.folder)
         )

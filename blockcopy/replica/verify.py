@@ -1,12 +1,12 @@
-"""`blockcopy verify`: which parts of the destination differ from the source. Writes nothing.
+"""The comparison of two ends, for `verify` and for the end of a copy with --verify. It writes nothing.
 
-The same questions as when copying; what comes back is counted and thrown away.
+It sends the same signatures as a copy does, counts the answers, and discards their bytes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -25,81 +25,82 @@ from blockcopy.replica.source.connector import Connector
 from blockcopy.replica.source.link import Link
 from blockcopy.transport.command import Command
 
-_ROUND = 16
-"""Batches asked for at a time: 128 MiB."""
+_ROUND_BLOCKS = 16 * BATCH_BLOCKS
+"""Blocks that are compared at once: 512 MiB. Their differences are reported in order."""
 
 
 @dataclass
 class Verdict:
-    """`differing` bytes, in whole blocks, of the `size` bytes of the source; `tail`: bytes of the copy beyond."""
+    """The result of a comparison."""
 
     size: int
-    differing: int = 0
-    tail: int = 0
-    here: UnreadableRanges = field(default_factory=UnreadableRanges)
-    """Blocks that cannot be read at this end, and were not compared."""
-    there: UnreadableRanges = field(default_factory=UnreadableRanges)
-    """And at the other one."""
+    """Bytes of the source."""
+    differing_bytes: int = 0
+    """Bytes of the blocks that differ."""
+    tail_bytes: int = 0
+    """Bytes of the copy beyond the size of the source. They are not compared."""
+    local_unreadable: UnreadableRanges = field(default_factory=UnreadableRanges)
+    """Blocks that cannot be read on this host, and were not compared."""
+    remote_unreadable: UnreadableRanges = field(default_factory=UnreadableRanges)
+    """Blocks that cannot be read at the other end, and were not compared."""
 
 
 async def verify(
     command: Command,
-    destination: str,
+    path: str,
     report: Callable[[Extent], None],
     *,
     timeout: float,
-    patience: float,
+    give_up_after: float,
     prompts: bool,
-    size: int | None = None,
+    source_size: int | None = None,
     progress: Progress,
 ) -> Verdict:
-    """Compare every block; `report` gets each range that differs, in order, neighbours as one.
+    """Compare every block of the device at `path` with the other end.
 
-    Blocks that one of the ends cannot read are in the verdict, and all others are compared.
-    Where the destination is shorter, all that it lacks differs; what it has beyond does not count. With `size`
-    it is the other end that is the copy, of so many bytes. `progress` is told what was compared. `timeout` and
-    `prompts` as for a Connector, `patience` as for a Link. SourceError, DeviceError, in exception groups.
-    Ends that are equal were so at one moment: SourceChangedError or DeviceError if one of them changed meanwhile.
+    Blocks that one end cannot read are in the verdict, and all others are compared. Bytes that the copy lacks
+    differ. Equal ends were equal at one moment.
+
+    `command`: runs `retrieve` at the other end.
+    `report`: gets each range that differs, ascending. Adjacent ranges are joined.
+    `timeout`: seconds without progress after which a connection is replaced.
+    `give_up_after`: seconds without an answer after which the comparison fails.
+    `prompts`: whether ssh may ask for a password.
+    `source_size`: None if the other end is the source. Else `path` is a source of so many bytes.
+    `progress`: gets the bytes compared so far.
+    Raises SourceError or DeviceError, in exception groups.
+    Raises SourceChangedError or DeviceError if one of two equal ends changed meanwhile.
     """
-    with open_source(destination) as device:
+    with open_source(path) as device:
         before = await trio.to_thread.run_sync(source_identity, device)
         async with trio.open_nursery() as nursery:
-            own = device.size()
-            connector = Connector(command, guess=own, timeout=timeout, prompts=prompts)
-            link = Link(connector, nursery, give_up_after=patience)
+            local_size = device.size()
+            connector = Connector(command, guess=local_size, timeout=timeout, prompts=prompts)
+            link = Link(connector, nursery, give_up_after=give_up_after)
             await link.open()
             nursery.start_soon(link.run)
-            there = connector.identity["size"] if connector.identity else 0
-            total = there if size is None else size
+            remote_size = connector.identity["size"] if connector.identity else 0
+            total = remote_size if source_size is None else source_size
+            copy_size = local_size if source_size is None else remote_size
 
             def completed(count: int) -> None:
                 progress.update(Counts(count, total))
 
-            verdict = await _compare_ends(device, there, size, link, report, completed)
-            if not verdict.differing:
+            verdict = await compare(device, Geometry(min(total, remote_size)), link, report, completed)
+            if total > remote_size:
+                report(Extent(remote_size, total - remote_size))
+                verdict = replace(
+                    verdict, size=total, differing_bytes=verdict.differing_bytes + total - remote_size
+                )
+            if not verdict.differing_bytes:
                 await trio.to_thread.run_sync(device.check_in_place, abandon_on_cancel=True)
                 await link.check()
                 changes = differences(before, await trio.to_thread.run_sync(source_identity, device))
                 if changes:
-                    raise DeviceError(f"{destination} changed while it was compared: {'; '.join(changes)}")
-            verdict.tail = max(0, own - there if size is None else there - size)
+                    raise DeviceError(f"{path} changed during the comparison: {'; '.join(changes)}")
+            verdict.tail_bytes = max(0, copy_size - total)
             await link.close()
     return verdict
-
-
-async def _compare_ends(
-    device: Device,
-    there: int,
-    size: int | None,
-    link: Link,
-    report: Callable[[Extent], None],
-    completed: Callable[[int], None],
-) -> Verdict:
-    if size is None or size <= there:
-        return await compare(device, Geometry(there if size is None else size), link, report, completed)
-    verdict = await compare(device, Geometry(there), link, report, completed)
-    report(Extent(there, size - there))
-    return replace(verdict, size=size, differing=verdict.differing + size - there)
 
 
 async def compare(
@@ -109,81 +110,86 @@ async def compare(
     report: Callable[[Extent], None],
     completed: Callable[[int], None],
 ) -> Verdict:
-    """As `verify`, over a link that is up, for a source of that geometry. SourceError, DeviceError.
+    """Compare every block of `device` with the other end of `link`, which has this `geometry`.
 
-    `completed` is told how many bytes have been compared, as often as there is news.
+    Bytes that `device` lacks differ. `link` must be connected.
+
+    `report`: gets each range that differs, ascending. Adjacent ranges are joined.
+    `completed`: gets the number of bytes compared so far, again and again.
+    Raises SourceError or DeviceError.
     """
     verdict = Verdict(geometry.size)
 
     def differs(extent: Extent) -> None:
-        verdict.differing += extent.length
+        verdict.differing_bytes += extent.length
         report(extent)
 
     ranges = ExtentJoiner(differs)
-    own = min(device.size(), geometry.size)
-    await _compare(device, Geometry(own, geometry.block_size), link, ranges, verdict, completed)
+    local = Geometry(min(device.size(), geometry.size), geometry.block_size)
+    comparison = _Comparison(device, local, link, verdict)
+    for start in range(0, local.block_count, _ROUND_BLOCKS):
+        blocks = range(start, min(start + _ROUND_BLOCKS, local.block_count))
+        for extent in await comparison.differences(blocks):
+            ranges.add(extent)
+        completed(min(blocks.stop * local.block_size, local.size))
     completed(geometry.size)
-    if geometry.size > own:
-        ranges.add(Extent(own, geometry.size - own))
+    if geometry.size > local.size:
+        ranges.add(Extent(local.size, geometry.size - local.size))
     ranges.flush()
     return verdict
 
 
-async def _compare(
-    device: Device,
-    geometry: Geometry,
-    link: Link,
-    ranges: ExtentJoiner,
-    verdict: Verdict,
-    completed: Callable[[int], None],
-) -> None:
-    """In rounds of _ROUND batches, so that what differs is told in order."""
-    threads = trio.CapacityLimiter(len(os.sched_getaffinity(0)))
-    step = _ROUND * BATCH_BLOCKS
-    for start in range(0, geometry.block_count, step):
-        stop = min(start + step, geometry.block_count)
+class _Comparison:
+    """A comparison of blocks that both ends have. It adds unreadable blocks to `verdict`."""
+
+    def __init__(self, device: Device, geometry: Geometry, link: Link, verdict: Verdict) -> None:
+        self._device = device
+        self._geometry = geometry
+        self._link = link
+        self._verdict = verdict
+        self._threads = trio.CapacityLimiter(len(os.sched_getaffinity(0)))
+
+    async def differences(self, blocks: range) -> list[Extent]:
+        """Return the extents that differ among `blocks`, ascending. Raises SourceError or DeviceError."""
         found: list[Extent] = []
         errors: list[BlockcopyError] = []
 
-        async def ask(batch: range, found: list[Extent] = found, errors: list[BlockcopyError] = errors) -> None:
+        async def ask(batch: range) -> None:
             try:
-                since = trio.current_time()
-                digest = await link.digest(since)
-                here = UnreadableRanges()
-                read = partial(read_signatures, device, geometry, batch, digest, here)
-                asked = await trio.to_thread.run_sync(read, limiter=threads)
-                answer = await link.ask(asked, _IGNORE, since)
+                found.extend(await self._ask(batch))
             except BlockcopyError as error:
                 errors.append(error)
-                return
-            for each in answer.unreadable:
-                verdict.there.add(*each)
-            extents = [*answer.data, *answer.zeros]
-            if here:
-                unread = {at for each in asked for at, own in each.blocks() if own == digest.impossible}
-                for at in sorted(unread):
-                    verdict.here.add(at, here.reason)
-                extents = [at for each in extents for at in _blocks(each, geometry) if at not in unread]
-            found += extents
 
         async with trio.open_nursery() as nursery:
-            for first in range(start, stop, BATCH_BLOCKS):
-                nursery.start_soon(ask, range(first, min(first + BATCH_BLOCKS, stop)))
+            for first in range(blocks.start, blocks.stop, BATCH_BLOCKS):
+                nursery.start_soon(ask, range(first, min(first + BATCH_BLOCKS, blocks.stop)))
         if errors:
             raise errors[0]
-        for extent in sorted(found):
-            ranges.add(extent)
-        completed(min(stop * geometry.block_size, geometry.size))
+        return sorted(found)
+
+    async def _ask(self, batch: range) -> list[Extent]:
+        since = trio.current_time()
+        digest = await self._link.digest(since)
+        local_unreadable = UnreadableRanges()
+        read = partial(read_signatures, self._device, self._geometry, batch, digest, local_unreadable)
+        signatures = await trio.to_thread.run_sync(read, limiter=self._threads)
+        answer = await self._link.ask(signatures, _Discard(), since)
+        for each in answer.unreadable:
+            self._verdict.remote_unreadable.add(*each)
+        extents = [*answer.data, *answer.zeros]
+        if not local_unreadable:
+            return extents
+        # The source sends each block that is unreadable here. Such blocks are no differences.
+        unread = {extent for each in signatures for extent, own in each.blocks() if own == digest.impossible}
+        for extent in sorted(unread):
+            self._verdict.local_unreadable.add(extent, local_unreadable.reason)
+        blocks = (self._geometry.extent(block) for each in extents for block in self._geometry.span(*each))
+        return [extent for extent in blocks if extent not in unread]
 
 
-def _blocks(extent: Extent, geometry: Geometry) -> Iterator[Extent]:
-    return map(geometry.extent, geometry.span(*extent))
+class _Discard:
+    """A sink that discards all answers."""
 
-
-class _Ignore:
     def data(self, position: int, payload: Buffer) -> None: ...
 
     def zeros(self, position: int, length: int) -> None: ...
-
-
-_IGNORE = _Ignore()

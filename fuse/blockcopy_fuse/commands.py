@@ -39,7 +39,7 @@ def mount(args: argparse.Namespace) -> None:
         args,
         command,
         hydrate=not args.no_background,
-        may_be_away=True,
+        resume_offline=True,
         read_timeout=mounting.longest_request(),
     )
     fuse_options = options.parse(args.options)
