@@ -15,7 +15,7 @@ from support import PYTHON, failed, output, until
 
 FRESH = Path(__file__).resolve().parent.parent / "tools" / "fresh"
 MISSING = "tools/fresh: debootstrap is not installed here: apt-get install debootstrap\n"
-NOT_ROOT = "tools/fresh: only root can make a Debian: sudo tools/fresh …\n"
+NOT_ROOT = "tools/fresh: only root can do this: sudo tools/fresh …\n"
 PROGRAMS = ("sh", "env", "losetup", "sleep", "truncate")
 
 
