@@ -399,7 +399,7 @@ def take_down(process: subprocess.Popen[bytes], point: Path) -> None:
 
 def is_mounted(point: Path) -> bool:
     """Also where nobody serves it any more."""
-    return f" {point} " in Path("/proc/mounts").read_text()
+    return f" {point} " in os.fsdecode(Path("/proc/mounts").read_bytes())  # others mount names of any bytes
 
 
 @contextlib.contextmanager
