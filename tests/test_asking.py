@@ -6,6 +6,7 @@ Every command comes to its end, with a status and words; no other user's word is
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import threading
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,16 +26,15 @@ from support import BLOCK_SIZE, PYTHON, Mount, noise, run, until, written
 
 from blockcopy.errors import MountError
 from blockcopy.paths import places
-from blockcopy.replica.monitor.status import one_line
-from blockcopy_fuse import control_client, listing, mountinfo, probe, status_schema
-from blockcopy_fuse.probe import Place
+from blockcopy.replica.monitor import status as replica_status
+from blockcopy.replica.monitor.status import LinkState, ReadStatus, State, Status, summary
+from blockcopy_fuse import control_client, listing, mountinfo, probe
+from blockcopy_fuse.mountinfo import Mount as MountEntry
 from blockcopy_fuse.screen import screen
 
 Mounter = Callable[..., Mount]
 
 DATA = noise(8 * BLOCK_SIZE)
-
-FUSE = frozenset([f"user_id={os.geteuid()}"])
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def stopped(tmp_path: Path, mount: Mounter) -> Iterator[Mount]:
     mounted = mount(
         written(tmp_path / "source", DATA), tmp_path / "copy", "--no-background", "--pid-file", pid_file
     )
-    entry, pid = mountinfo.at(str(mounted.point)), int(pid_file.read_text())
+    entry, pid = mountinfo.mount_at(str(mounted.point)), int(pid_file.read_text())
     assert entry is not None
     Path("/run/blockcopy" if os.geteuid() == 0 else "", probe.socket_name(entry.device, pid)).unlink()
     os.kill(pid, signal.SIGSTOP)
@@ -65,7 +66,7 @@ def test_whoever_asks_each_second_gathers_no_processes() -> None:
 
     before = children()
     for _ in range(50):
-        probe.Child(lambda: bytes(signal.pause() or 0)).close()
+        probe.ForkedCall(lambda: bytes(signal.pause() or 0)).close()
     assert children() <= before
 
 
@@ -114,11 +115,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made
 
 
-def place(tmp_path: Path) -> Place:
-    """A folder in place of a mount: all that is looked at is what is in it."""
+def folder_as_mount(tmp_path: Path) -> MountEntry:
+    """A folder in place of a mount: only its content is read."""
     (tmp_path / "mnt").mkdir(exist_ok=True)
-    entry = mountinfo.Entry("0:4095", control_client.KIND, "source", FUSE)
-    return Place(str(tmp_path / "mnt"), entry, os.geteuid())
+    return MountEntry(str(tmp_path / "mnt"), "0:4095", control_client.KIND, "source", os.geteuid())
 
 
 @contextlib.contextmanager
@@ -173,63 +173,92 @@ BAD: dict[str, object] = {
 def test_what_is_no_status_is_one_bad_row(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, way: str
 ) -> None:
-    told = place(tmp_path)
+    told = folder_as_mount(tmp_path)
     text = json.dumps(BAD[name] if way == "file" else {"ok": True, "status": BAD[name]}).encode()
-    monkeypatch.setattr(mountinfo, "everywhere", lambda: [(told.mountpoint, told.entry)])
+    monkeypatch.setattr(mountinfo, "mounts", lambda: [told])
     with saying(folder / "0:4095-1.sock", text) if way == "socket" else contextlib.nullcontext():
         written(Path(told.mountpoint, "status.json"), text)
         [row] = listing.replicas()
-    assert "is not a replica's" in row["error"]
+    assert "is not a replica's" in row.error
     assert listing.table([row])
 
 
 @pytest.mark.parametrize("way", ["socket", "file"])
 def test_a_flood_is_cut_off(folder: Path, tmp_path: Path, way: str) -> None:
-    told = place(tmp_path)
+    told = folder_as_mount(tmp_path)
     flood = b" " * (1 << 20)
     with saying(folder / "0:4095-1.sock", flood, without_end=True) if way == "socket" else contextlib.nullcontext():
-        os.symlink("/dev/zero", f"{told.mountpoint}/status.json")
+        written(Path(told.mountpoint, "status.json"), flood + b" ")
         with (
-            contextlib.closing(control_client.AskingStatus(told)) as asked,
+            contextlib.closing(control_client.StatusRequest(told)) as request,
             pytest.raises(MountError, match="more than"),
         ):
-            asked.answer(10)
+            request.status(10)
 
 
 def test_what_is_not_told_has_a_default_and_can_be_shown(tmp_path: Path, folder: Path) -> None:
-    told = place(tmp_path)
+    told = folder_as_mount(tmp_path)
     written(Path(told.mountpoint, "status.json"), json.dumps(GOOD).encode())
-    with contextlib.closing(control_client.AskingStatus(told)) as asked:
-        snapshot = asked.answer(10)
-    assert snapshot is not None
-    assert listing.table([{**snapshot, "mountpoint": "m"}])
+    with contextlib.closing(control_client.StatusRequest(told)) as request:
+        status = request.status(10)
+    assert status == Status(state=State.HYDRATING, size=5, source_needed=True, pid=status.pid)
+    assert listing.table([listing.ListedMount(told, status)])
 
 
 @pytest.mark.parametrize("numbers", [0, 1 << 62])
-def test_any_field_of_a_status_can_be_missing_beside_others_that_are_told(numbers: int) -> None:
-    told = {name: 1 << 62 for name, (check, _) in status_schema.FIELDS.items() if check(1)}
-    demand = dict.fromkeys(status_schema.NESTED["demand"], numbers)
-    full = {**GOOD, **told, "size": numbers, "demand": demand}
-    missing = [{name: value for name, value in full.items() if name != each} for each in told]
+def test_any_field_of_a_status_can_be_missing_beside_others_that_are_told(tmp_path: Path, numbers: int) -> None:
+    mounted = folder_as_mount(tmp_path)
+    counts = [name for name, hint in typing.get_type_hints(Status).items() if hint in (int, int | None)]
+    demand = dict.fromkeys([field.name for field in dataclasses.fields(ReadStatus)], numbers)
+    full = {**GOOD, **dict.fromkeys(counts, 1 << 62), "size": numbers, "demand": demand}
+    missing = [{name: value for name, value in full.items() if name != each} for each in counts if each != "size"]
     missing += [{**full, "demand": {name: demand[name] for name in demand if name != each}} for each in demand]
-    for each in map(status_schema.checked, missing):
-        assert one_line(each)
-        assert listing.table([{**each, "mountpoint": "m"}])
-        Console(file=io.StringIO()).print(screen(each, []))
+    for status in map(replica_status.parse, missing):
+        assert summary(status)
+        assert listing.table([listing.ListedMount(mounted, status)])
+        Console(file=io.StringIO()).print(screen(status, []))
 
 
+def test_a_newer_mount_may_tell_more() -> None:
+    newer = {**GOOD, "state": "resting", "link": {"state": "sleeping", "colour": 5}, "moon": {"phase": [1]}}
+    status = replica_status.parse(newer)
+    assert (status.state, status.link.state) == (State.UNKNOWN, LinkState.UNKNOWN)
+    assert status.as_dict().keys() == {field.name for field in dataclasses.fields(Status)}
+    Console(file=io.StringIO()).print(screen(status, []))
+
+
+@pytest.mark.parametrize(("owner", "bound"), [(0, "_LAST_SYNC_SECONDS"), (65534, "_UNTRUSTED_SYNC_SECONDS")])
 def test_a_mount_that_never_comes_to_rest_is_unmounted_all_the_same(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: int, bound: str
 ) -> None:
-    told = place(tmp_path)
-    monkeypatch.setattr(control_client, "_LAST_SYNC_SECONDS", 0.01)
+    """Another user's is waited for by seconds, and ours by minutes."""
+    told = folder_as_mount(tmp_path)._replace(owner=owner or os.geteuid())
+    monkeypatch.setattr(control_client, bound, 0.01)
     monkeypatch.setattr(control_client, "_unmount", lambda *_: None)
-    monkeypatch.setattr(control_client, "locate", lambda _: told)
+    monkeypatch.setattr(control_client, "find_mount", lambda _: told)
     restless = {**GOOD, "hydrated_bytes": 5, "pid": 0}
     written(Path(told.mountpoint, "status.json"), json.dumps(restless).encode())
-    snapshot = control_client.umount(told.mountpoint)
-    assert snapshot is not None
-    assert snapshot["state"] == "hydrating"
+    status = control_client.umount(told.mountpoint)
+    assert status is not None
+    assert status.state is State.HYDRATING
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
+def test_a_status_file_is_a_regular_file_or_none(folder: Path, tmp_path: Path, kind: str) -> None:
+    """Another user may plant a link to what only root can read, or a FIFO that keeps the reader waiting."""
+    told = folder_as_mount(tmp_path)
+    status = Path(told.mountpoint, "status.json")
+    if kind == "link":
+        status.symlink_to(written(tmp_path / "secret", json.dumps(GOOD).encode()))
+    elif kind == "fifo":
+        os.mkfifo(status)
+    else:
+        status.mkdir()
+    with (
+        contextlib.closing(control_client.StatusRequest(told)) as request,
+        pytest.raises(MountError, match=r"status\.json is not a replica's"),
+    ):
+        request.status(10)
 
 
 def test_a_name_of_any_characters_hides_no_other_mount(tmp_path: Path) -> None:
@@ -239,7 +268,7 @@ def test_a_name_of_any_characters_hides_no_other_mount(tmp_path: Path) -> None:
     point.mkdir()
     support.output("mount", "-t", "tmpfs", "c\rd\x0b", point)
     try:
-        entry = mountinfo.at(str(point))
+        entry = mountinfo.mount_at(str(point))
         assert entry is not None
         assert (entry.kind, entry.source) == ("tmpfs", "c\rd\x0b")
         assert not places.holds_devices(str(point))
@@ -247,16 +276,9 @@ def test_a_name_of_any_characters_hides_no_other_mount(tmp_path: Path) -> None:
         support.output("umount", point)
 
 
-def test_each_field_of_a_status_is_checked(mount: Mounter, tmp_path: Path) -> None:
-    """A field that is new is one that `status_schema` has to know."""
+def test_a_status_survives_json(mount: Mounter, tmp_path: Path) -> None:
     status = mount(written(tmp_path / "source", DATA), tmp_path / "copy").status()
-    assert (
-        status.keys() == status_schema.REQUIRED.keys() | status_schema.FIELDS.keys() | status_schema.NESTED.keys()
-    )
-    assert {name: status[name].keys() for name in status_schema.NESTED} == {
-        name: fields.keys() for name, fields in status_schema.NESTED.items()
-    }
-    assert status_schema.checked(status) == status
+    assert json.loads(replica_status.parse(status).as_json()) == status
 
 
 OF_ANOTHER = """
@@ -274,13 +296,13 @@ print(connection.recv(100), flush=True)
 
 def test_a_socket_of_another_user_is_told_nothing(folder: Path, tmp_path: Path) -> None:
     support.require_root()
-    told = place(tmp_path)
+    told = folder_as_mount(tmp_path)
     command = [PYTHON, "-I", "-S", "-c", OF_ANOTHER, str(folder / "0:4095-1.sock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with contextlib.closing(control_client.AskingStatus(told)) as asked, pytest.raises(MountError):
-            asked.answer(10)
+        with contextlib.closing(control_client.StatusRequest(told)) as request, pytest.raises(MountError):
+            request.status(10)
         assert other.stdout.readline() == b"b''\n"
 
 
@@ -288,12 +310,14 @@ def test_a_socket_of_another_user_is_told_nothing(folder: Path, tmp_path: Path) 
 def test_a_mount_that_tells_its_status_and_does_nothing_keeps_no_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    told = place(tmp_path)
-    monkeypatch.setattr(control_client, "locate", lambda _: told)
-    monkeypatch.setattr(control_client, "_status_of", lambda _: GOOD)
+    told = folder_as_mount(tmp_path)
+    monkeypatch.setattr(control_client, "find_mount", lambda _: told)
+    monkeypatch.setattr(control_client, "_status_of", lambda _: replica_status.parse(GOOD))
     monkeypatch.setattr(control_client, "ANSWER_SECONDS", 0.01)
     monkeypatch.setattr(control_client, "_LAST_SYNC_SECONDS", 0.01)
-    monkeypatch.setattr(control_client.Asking, "answer", lambda _, seconds: threading.Event().wait(seconds) or None)
+    monkeypatch.setattr(
+        control_client.MountRequest, "reply", lambda _, seconds: threading.Event().wait(seconds) or None
+    )
     with pytest.raises(MountError, match="did not do that within"):
         control_client.command(told.mountpoint, {"command": name})
 
@@ -301,18 +325,18 @@ def test_a_mount_that_tells_its_status_and_does_nothing_keeps_no_command(
 def test_a_process_that_a_mount_names_is_never_signalled(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = place(tmp_path)
-    monkeypatch.setattr(control_client, "_FAREWELL_SECONDS", 0.01)
+    told = folder_as_mount(tmp_path)
+    monkeypatch.setattr(control_client, "_OWN_END_SECONDS", 0.01)
     monkeypatch.setattr(control_client, "_LAST_SYNC_SECONDS", 0.01)
     monkeypatch.setattr(control_client, "_unmount", lambda *_: None)
-    monkeypatch.setattr(control_client, "locate", lambda _: told)
+    monkeypatch.setattr(control_client, "find_mount", lambda _: told)
     with subprocess.Popen(["sleep", "100"]) as innocent:
         status = {**GOOD, "pid": innocent.pid, "state": "paused"}
         written(Path(told.mountpoint, "status.json"), json.dumps(status).encode())
         with pytest.raises(MountError, match="has not ended"):
             control_client.umount(told.mountpoint)
         told = told._replace(owner=65534)  # then it is not that user's at all, and nobody waits for it
-        monkeypatch.setattr(control_client, "_FAREWELL_SECONDS", 100)
+        monkeypatch.setattr(control_client, "_OWN_END_SECONDS", 100)
         control_client.umount(told.mountpoint)
         assert innocent.poll() is None
         innocent.kill()

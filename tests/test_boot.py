@@ -190,7 +190,7 @@ def test_a_command_may_unmount_and_go_on(tmp_path: Path, point: Path, source: Pa
     assert done.returncode == 0
     until((tmp_path / "done").exists, "the command's end")
     assert str(point) not in support.fuse_mounts()
-    assert "is left to itself" in log.read_text()
+    assert "continues after this program" in log.read_text()
 
 
 # The log

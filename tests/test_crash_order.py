@@ -432,7 +432,7 @@ def run_once(source: Path, destination: Path, chance: random.Random) -> int:
     async def main() -> None:
         nonlocal resumed
         async with replica_of(source, destination) as replica:
-            resumed = replica.snapshot()["resumed_bytes"]
+            resumed = replica.status().resumed_bytes
             await use(replica, chance, reads=chance.choice([1, 4, 12]))
             if chance.random() < 0.5:
                 with contextlib.suppress(BlockcopyError):

@@ -454,7 +454,7 @@ def test_foreground_serves_until_a_signal_and_ends_well(
         out, err = process.communicate(timeout=10)
         assert (process.returncode, out) == (0 if complete else 75, b"")
         assert complete == (not err)
-        assert complete or b"before the copy was complete; what is here is recorded in" in err
+        assert complete or b"before the copy was complete; the progress is recorded in" in err
         assert str(point) not in support.fuse_mounts()
         assert os.listdir(point) == []
 

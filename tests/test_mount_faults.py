@@ -384,7 +384,7 @@ def test_what_is_here_is_served_while_the_source_is_away(
     until(lambda: mounted.status()["state"] == "reconnecting", "the end of the link")
     assert survey(mounted) == ({0}, set(range(1, BLOCKS)))
     assert f"there:{source} has been away for 0 seconds" in mounted.status()["error"]
-    assert b"the link is down" in run("status", mounted.point).stdout
+    assert b"connection lost, reconnecting" in run("status", mounted.point).stdout
     away.unlink()
     until(lambda: mounted.status()["state"] == "paused", "another link")
     assert survey(mounted) == (set(range(BLOCKS)), set())

@@ -30,7 +30,7 @@ def test_a_name_of_any_bytes(tmp_path: Path, name: str) -> None:
     succeeded(done)
     try:
         assert Path(point, name).read_bytes() == DATA
-        entry = mountinfo.at(str(point))
+        entry = mountinfo.mount_at(str(point))
         assert entry is not None
         assert entry.source == str(source)  # as `mount` and `findmnt` show it
         assert run("wait", point).returncode == 0
@@ -52,7 +52,7 @@ def test_a_file_and_a_source_are_called_as_is_wished(tmp_path: Path) -> None:
     assert run("mount", *options, source, tmp_path / "copy", point).returncode == 0
     try:
         assert Path(point, name).read_bytes() == DATA
-        entry = mountinfo.at(str(point))
+        entry = mountinfo.mount_at(str(point))
         assert entry is not None
         assert entry.source == os.fsdecode(b"d\xfc,x")
     finally:

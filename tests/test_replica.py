@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -18,7 +19,7 @@ import trio
 import trio.testing
 
 from blockcopy.block.device import Device
-from blockcopy.block.geometry import BLOCK_SIZE, Geometry
+from blockcopy.block.geometry import BLOCK_SIZE, Extent, Geometry
 from blockcopy.block.identity import Times
 from blockcopy.errors import (
     BlockcopyError,
@@ -31,6 +32,8 @@ from blockcopy.progress.rate import floored_percent
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.hydration import committer, source_faults
 from blockcopy.replica.hydration.background import BackgroundHydration
+from blockcopy.replica.monitor import typed_json
+from blockcopy.replica.monitor.status import LinkState, LinkStatus, State, Status
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.replica import Replica
 from blockcopy.replica.source import link
@@ -191,7 +194,7 @@ def test_reads_are_the_source_before_during_and_after(
         path = file_of(tmp_path, "source", source)
         async with replica_of(plan_of(path, destination, program, hydrate=hydrate)) as replica:
             assert replica.volume.size == len(source)
-            assert replica.snapshot()["hydrated_bytes"] == 0
+            assert replica.status().hydrated_bytes == 0
             await read_at_random(replica, source, seed=0, count=1)
             async with trio.open_nursery() as nursery:
                 for seed in range(4):
@@ -199,7 +202,7 @@ def test_reads_are_the_source_before_during_and_after(
             assert await replica.volume.read(0, len(source) + 1) == source
             await replica.wait_complete()
             await read_at_random(replica, source, seed=9, count=10)
-            assert replica.snapshot()["state"] == "complete"
+            assert replica.status().state == "complete"
 
     trio.run(main)
     assert destination.read_bytes() == source + (old or b"")[len(source) :]
@@ -217,12 +220,12 @@ def test_only_what_differs_is_fetched(tmp_path: Path, program: str | None) -> No
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
         async with replica_of(plan_of(source, destination, program)) as replica:
             await replica.wait_complete()
-            snapshot = replica.snapshot()
-            assert snapshot["fetched_bytes"] == differing
-            assert snapshot["same_bytes"] == len(DATA) - differing
+            status = replica.status()
+            assert status.fetched_bytes == differing
+            assert status.same_bytes == len(DATA) - differing
             # One a connection, and one at the end.
             samples = 0 if program is None else 3 * support.sample_answers(len(DATA)) * 4200
-            assert differing < snapshot["received_bytes"] < differing + samples + 50_000
+            assert differing < status.received_bytes < differing + samples + 50_000
 
     trio.run(main)
 
@@ -233,7 +236,7 @@ def test_one_byte_that_is_equal_is_not_fetched(tmp_path: Path, program: str | No
         source, destination = file_of(tmp_path, "source", data), file_of(tmp_path, "destination", data)
         async with replica_of(plan_of(source, destination, program)) as replica:
             await replica.wait_complete()
-            assert replica.snapshot()["fetched_bytes"] == 0
+            assert replica.status().fetched_bytes == 0
 
     trio.run(main)
 
@@ -332,14 +335,14 @@ def test_many_readers_of_a_block_cause_one_fetch(tmp_path: Path, program: str | 
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", b"")
         async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
-            before = replica.snapshot()
+            before = replica.status()
             async with trio.open_nursery() as nursery:
                 for _ in range(30):
                     nursery.start_soon(read_block, replica, 20)
-            after = replica.snapshot()
-            assert after["fetched_bytes"] == BLOCK_SIZE
-            assert after["sent_bytes"] - before["sent_bytes"] == cost_of(1, program)
-            assert BLOCK_SIZE < after["received_bytes"] - before["received_bytes"] < BLOCK_SIZE + 1000
+            after = replica.status()
+            assert after.fetched_bytes == BLOCK_SIZE
+            assert after.sent_bytes - before.sent_bytes == cost_of(1, program)
+            assert BLOCK_SIZE < after.received_bytes - before.received_bytes < BLOCK_SIZE + 1000
 
     trio.run(main)
 
@@ -348,10 +351,10 @@ def test_one_request_of_nine_blocks_is_one_batch(tmp_path: Path, program: str | 
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
         async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
-            before = replica.snapshot()["sent_bytes"]
+            before = replica.status().sent_bytes
             offset = 10 * BLOCK_SIZE + 4096
             assert await replica.volume.read(offset, 2**20) == DATA[offset : offset + 2**20]
-            assert replica.snapshot()["sent_bytes"] - before == cost_of(9, program)
+            assert replica.status().sent_bytes - before == cost_of(9, program)
             assert present(replica) == set(range(10, 19))
 
     trio.run(main)
@@ -398,7 +401,7 @@ def test_without_a_pass_only_what_is_read_is_copied(tmp_path: Path, program: str
             for block in (30, 3, 21, 12):
                 assert await read_block(replica, block)
             assert present(replica) == {3, 12, 21, 30}
-            assert replica.snapshot()["state"] == "paused"
+            assert replica.status().state == "paused"
         assert_destination_is_sound(replica, destination, DATA, OLD)
         assert destination.read_bytes()[: 3 * BLOCK_SIZE] == OLD[: 3 * BLOCK_SIZE]
 
@@ -412,7 +415,7 @@ def test_without_a_pass_it_is_complete_once_everything_was_read(tmp_path: Path, 
             for block in random.Random(3).sample(range(BLOCKS), BLOCKS):
                 assert await read_block(replica, block)
             await replica.wait_complete()
-            assert replica.snapshot()["state"] == "complete"
+            assert replica.status().state == "complete"
             assert not retrieve_processes()
         assert destination.read_bytes() == DATA
 
@@ -436,7 +439,7 @@ def test_a_reader_that_goes_away_strands_nobody(tmp_path: Path, program: str | N
                 assert not got
                 os.kill(process, signal.SIGCONT)
             assert got == [True]
-            assert replica.snapshot()["fetched_bytes"] == BLOCK_SIZE
+            assert replica.status().fetched_bytes == BLOCK_SIZE
 
     async def read_cancellably(
         replica: Replica, task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED
@@ -485,19 +488,19 @@ def test_a_read_that_joined_a_fetch_of_the_pass_does_not_wait_for_its_link(
             os.kill(bulk, signal.SIGSTOP)
             replica.throttle.limit = None
             await trio.testing.wait_all_tasks_blocked(0.1)
-            asked = replica.snapshot()["sent_bytes"]
+            asked = replica.status().sent_bytes
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(fail_after_joining, replica, bulk, asked)
                 assert await read_block(replica, 1)
             for block in range(BLOCKS):
                 assert await read_block(replica, block)
             await replica.wait_complete()  # the readers have brought it all
-            assert replica.snapshot()["link"]["reconnects"] == 0
+            assert replica.status().link.reconnects == 0
         assert destination.read_bytes() == DATA
 
     async def fail_after_joining(replica: Replica, bulk: int, asked: int) -> None:
         await trio.testing.wait_all_tasks_blocked(0.01)  # before the reader's patience ends
-        assert replica.snapshot()["sent_bytes"] == asked
+        assert replica.status().sent_bytes == asked
         os.kill(bulk, signal.SIGKILL)
 
     trio.run(main)
@@ -574,10 +577,10 @@ def test_killed_processes_are_started_again_and_what_they_were_asked_is_asked_ag
                 for pid in retrieve_processes():
                     os.kill(pid, signal.SIGKILL)
             await replica.wait_complete()
-            snapshot = replica.snapshot()
+            status = replica.status()
             # One of them serves both until the other is there again, which may be after the end.
-            assert (snapshot["link"]["reconnects"] > 0, snapshot["error"]) == (True, None)
-            assert "SIGKILL" in snapshot["link"]["last_error"]
+            assert (status.link.reconnects > 0, status.error) == (True, None)
+            assert "SIGKILL" in status.link.last_error
         assert destination.read_bytes() == DATA
 
     trio.run(main)
@@ -634,9 +637,9 @@ def test_present_blocks_are_read_without_any_process(tmp_path: Path, program: st
             with pytest.raises(SourceError, match="SIGKILL"):
                 await replica.volume.read(30 * BLOCK_SIZE, 1)
             assert await read_block(replica, 6)
-            snapshot = replica.snapshot()
-            assert (snapshot["state"], snapshot["source_needed"]) == ("reconnecting", True)
-            assert "SIGKILL" in snapshot["error"]
+            status = replica.status()
+            assert (status.state, status.source_needed) == ("reconnecting", True)
+            assert "SIGKILL" in status.error
 
     trio.run(main)
 
@@ -680,10 +683,10 @@ def test_a_fault_is_made_good_by_another_connection(fault: str, answer: int, hyd
             for block in range(BLOCKS):
                 assert await read_block(replica, block)
             await replica.wait_complete()
-            snapshot = replica.snapshot()
-            assert snapshot["error"] is None
+            status = replica.status()
+            assert status.error is None
             # Where the readers have brought all that was left meanwhile, the pass is not connected again.
-            assert snapshot["link"]["reconnects"] == 1 or hydrate
+            assert status.link.reconnects == 1 or hydrate
 
     trio.run(main)
     assert (tmp_path / "it-happened").exists()
@@ -742,9 +745,9 @@ def test_garbled_answers_on_three_connections_are_the_sources_fault(tmp_path: Pa
             async with replica_of(plan) as replica:
                 with pytest.raises(ProtocolViolationError, match="Last login"):
                     await (replica.wait_complete() if hydrate else replica.volume.read(0, 1))
-                snapshot = replica.snapshot()
-                assert snapshot["state"] == "failed" if hydrate else snapshot["link"]["reconnects"] == 2
-                assert "Last login" in snapshot["error"]
+                status = replica.status()
+                assert status.state == "failed" if hydrate else status.link.reconnects == 2
+                assert "Last login" in status.error
         assert destination.read_bytes() == OLD
 
     trio.run(main)
@@ -758,13 +761,13 @@ def test_a_block_that_the_source_cannot_read_is_no_matter_of_the_link(
         program = f"{support.FAULTY} --fail-at 1 --once {tmp_path}/it-happened"
         async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
             assert await read_block(replica, 3) is False
-            assert "cannot be read, on request" in replica.snapshot()["error"]
-            assert replica.snapshot()["unreadable_ranges"] == [[3 * BLOCK_SIZE, BLOCK_SIZE]]
+            assert "cannot be read, on request" in replica.status().error
+            assert replica.status().unreadable_ranges == (Extent(3 * BLOCK_SIZE, BLOCK_SIZE),)
             assert await read_block(replica, 3) is False  # not asked again at once
             monkeypatch.setattr(source_faults, "RETRY_SECONDS", 0)
             assert await read_block(replica, 3) is True
-            assert replica.snapshot()["link"]["reconnects"] == 0
-            assert replica.snapshot()["unreadable_bytes"] == 0
+            assert replica.status().link.reconnects == 0
+            assert replica.status().unreadable_bytes == 0
 
     trio.run(main)
 
@@ -815,7 +818,7 @@ def test_a_sync_that_fails_in_mid_pass_makes_it_check_again(
             assert replica.hydrated_bytes == 0
             replica.throttle.limit = None
             await replica.wait_complete()
-            assert replica.snapshot()["state"] == "complete"
+            assert replica.status().state == "complete"
         assert destination.read_bytes() == DATA
 
     monkeypatch.setattr(Device, "sync", fail_once)
@@ -902,9 +905,9 @@ def test_a_full_destination_fails_the_pass_and_not_the_reads_of_what_is_there(
             assert all([await read_block(replica, block) for block in (3, 1)])
             with pytest.raises(DeviceError, match="No space left on device"):
                 await replica.wait_complete()
-            snapshot = replica.snapshot()
-            assert (snapshot["state"], snapshot["source_needed"]) == ("failed", True)
-            assert "No space left on device" in snapshot["error"]
+            status = replica.status()
+            assert (status.state, status.source_needed) == ("failed", True)
+            assert "No space left on device" in status.error
             results = {block: await read_block(replica, block) for block in range(BLOCKS)}
             assert all(results[block] for block in range(4))
             assert not all(results.values())
@@ -938,7 +941,7 @@ def test_a_destination_that_fills_up_while_it_is_read(small_tmpfs: Path, tmp_pat
             assert 4 <= len(good) <= 8
             assert present(replica) >= set(good)
             assert all([await read_block(replica, block) for block in good])
-            assert "No space left" in replica.snapshot()["error"]
+            assert "No space left" in replica.status().error
         assert_destination_is_sound(replica, destination, DATA, b"")
 
     trio.run(main)
@@ -961,7 +964,7 @@ def test_what_cannot_be_read_of_a_destination_is_fetched(
                 await replica.wait_complete()
             for block in random.Random(6).sample(range(32), 32):
                 assert await read_block(replica, block, of=data)
-            assert replica.snapshot()["fetched_bytes"] == len(changed | set(range(8, 32))) * BLOCK_SIZE
+            assert replica.status().fetched_bytes == len(changed | set(range(8, 32))) * BLOCK_SIZE
 
     trio.run(main)
     assert backing.read_bytes() == data  # written anew, it can be read
@@ -982,10 +985,10 @@ def test_a_final_sync_that_fails_completes_nothing(
             async with replica_of(plan_of(source, device)) as replica:
                 with pytest.raises(DeviceError, match="cannot sync"):
                     await replica.wait_complete()
-                snapshot = replica.snapshot()
-                assert (snapshot["state"], snapshot["source_needed"]) == ("failed", True)
-                assert "cannot sync" in snapshot["error"]
-                assert snapshot["hydrated_bytes"] == 0
+                status = replica.status()
+                assert (status.state, status.source_needed) == ("failed", True)
+                assert "cannot sync" in status.error
+                assert status.hydrated_bytes == 0
                 assert len(retrieve_processes()) == 2
                 for block in range(32):
                     assert await read_block(replica, block, of=data)
@@ -1010,13 +1013,13 @@ def test_a_last_sync_that_fails_drops_the_cache_and_the_record(
         async with replica_of(plan) as replica:
             with pytest.raises(DeviceError, match="last write-back"):
                 await replica.wait_complete()
-            snapshot = replica.snapshot()
-            assert (snapshot["state"], snapshot["hydrated_bytes"]) == ("failed", 0)
+            status = replica.status()
+            assert (status.state, status.hydrated_bytes) == ("failed", 0)
             assert await read_block(replica, 0)
 
     async def again() -> None:
         async with replica_of(plan) as replica:
-            assert replica.snapshot()["resumed_bytes"] == 0
+            assert replica.status().resumed_bytes == 0
             await replica.wait_complete()
 
     with monkeypatch.context() as patch:
@@ -1053,56 +1056,24 @@ def test_the_cache_is_not_dropped_in_the_thread_of_the_reads(
     assert threading.main_thread() not in threads
 
 
-def test_the_snapshot_has_all_fields_with_their_types(tmp_path: Path) -> None:
-    number = (int,)
-    types: dict[str, tuple[type, ...]] = {
-        "state": (str,),
-        "source": (str,),
-        "destination": (str,),
-        "pid": number,
-        "size": number,
-        "hydrated_bytes": number,
-        "hydrated_percent": (float,),
-        "resumed_bytes": number,
-        "same_bytes": number,
-        "fetched_bytes": number,
-        "zero_bytes": number,
-        "hole_bytes": number,
-        "unreadable_bytes": number,
-        "unreadable_ranges": {list},
-        "verified_bytes": number,
-        "verified_percent": (float, type(None)),
-        "elapsed_seconds": (float,),
-        "demand": (dict,),
-        "sent_bytes": number,
-        "received_bytes": number,
-        "rate_bytes_per_s": number,
-        "limit_bytes_per_s": (int, type(None)),
-        "eta_seconds": (int, type(None)),
-        "source_needed": (bool,),
-        "link": (dict,),
-        "state_file": (str,),
-        "error": (str, type(None)),
-    }
-
+def test_the_status_tells_the_truth_at_the_start_and_at_the_end(tmp_path: Path) -> None:
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
         async with replica_of(plan_of(source, destination, demand=False)) as replica:
-            before = replica.snapshot()
+            before = replica.status()
             await replica.wait_complete()
-            after = replica.snapshot()
-        for snapshot in (before, after):
-            assert {name for name, kinds in types.items() if type(snapshot[name]) not in kinds} == set()
-            assert snapshot.keys() == types.keys()
-            assert snapshot["size"] == len(DATA)
-            assert (snapshot["source"], snapshot["destination"]) == (str(source), str(destination))
-            assert snapshot["pid"] == os.getpid()
-            assert snapshot["error"] is None
-        assert (before["state"], before["hydrated_percent"], before["source_needed"]) == ("hydrating", 0.0, True)
-        assert (after["state"], after["hydrated_percent"], after["source_needed"]) == ("complete", 100.0, False)
-        assert after["same_bytes"] + after["fetched_bytes"] == after["hydrated_bytes"] == len(DATA)
-        link = {"state": "connected", "reconnects": 0, "last_error": None}
-        assert (before["link"], after["link"]) == (link, link | {"state": "closed"})
+            after = replica.status()
+        for status in (before, after):
+            assert typed_json.parse(Status, json.loads(status.as_json())) == status  # each field has its type
+            assert status.size == len(DATA)
+            assert (status.source, status.destination) == (str(source), str(destination))
+            assert status.pid == os.getpid()
+            assert status.error is None
+        assert (before.state, before.hydrated_percent, before.source_needed) == (State.HYDRATING, 0.0, True)
+        assert (after.state, after.hydrated_percent, after.source_needed) == (State.COMPLETE, 100.0, False)
+        assert after.same_bytes + after.fetched_bytes == after.hydrated_bytes == len(DATA)
+        assert before.link == LinkStatus(state=LinkState.CONNECTED)
+        assert after.link == LinkStatus(state=LinkState.CLOSED)
 
     trio.run(main)
 
@@ -1115,7 +1086,7 @@ def test_hydrated_percent_is_floored(tmp_path: Path) -> None:
             percents = []
             for block in (2, 0, 1):
                 await replica.volume.read(block * BLOCK_SIZE, 1)
-                percents.append(replica.snapshot()["hydrated_percent"])
+                percents.append(replica.status().hydrated_percent)
             assert percents == [33.33, 66.66, 100.0]
 
     trio.run(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pty
@@ -31,11 +32,20 @@ from support import (
     written,
 )
 
-from blockcopy.block.geometry import Geometry
+from blockcopy.block.geometry import Extent, Geometry
 from blockcopy.replica.monitor import prometheus
-from blockcopy.replica.monitor.status import one_line
+from blockcopy.replica.monitor.status import (
+    LinkState,
+    LinkStatus,
+    MapCell,
+    ReadStatus,
+    State,
+    Status,
+    short_summary,
+    summary,
+)
 from blockcopy.replica.state.blockmap import BlockMap
-from blockcopy_fuse.screen import KINDS, Map, kind_of, screen
+from blockcopy_fuse.screen import CELL_KINDS, DeviceMap, cell_kind, screen
 
 Mounter = Callable[..., Mount]
 
@@ -43,40 +53,57 @@ BLOCKS = 32
 DATA = noise(BLOCKS * BLOCK_SIZE)
 HOLES = DATA[: 8 * BLOCK_SIZE] + bytes(24 * BLOCK_SIZE)
 
-SNAPSHOT: dict[str, Any] = {
-    "state": "hydrating",
-    "source": "root@host:/dev/vg/disk",
-    "destination": "/dev/vg/copy",
-    "mountpoint": "/mnt/disk",
-    "size": 1 << 30,
-    "hydrated_bytes": 1 << 29,
-    "hydrated_percent": 50.0,
-    "resumed_bytes": 0,
-    "same_bytes": 1 << 28,
-    "fetched_bytes": 1 << 28,
-    "zero_bytes": 0,
-    "sent_bytes": 1000,
-    "received_bytes": 1 << 28,
-    "rate_bytes_per_s": 20 << 20,
-    "limit_bytes_per_s": None,
-    "eta_seconds": 26,
-    "elapsed_seconds": 30.0,
-    "source_needed": True,
-    "demand": {
-        "reads": 5,
-        "bytes": 20480,
-        "waiting": 1,
-        "latency_p50_seconds": 0.012,
-        "latency_p99_seconds": 0.04,
-        "latency_max_seconds": 0.05,
-    },
-    "link": {"state": "connected", "reconnects": 0, "last_error": None},
-    "error": None,
-}
+STATUS = Status(
+    state=State.HYDRATING,
+    source="root@host:/dev/vg/disk",
+    destination="/dev/vg/copy",
+    mountpoint="/mnt/disk",
+    size=1 << 30,
+    hydrated_bytes=1 << 29,
+    hydrated_percent=50.0,
+    same_bytes=1 << 28,
+    fetched_bytes=1 << 28,
+    sent_bytes=1000,
+    received_bytes=1 << 28,
+    rate_bytes_per_s=20 << 20,
+    eta_seconds=26,
+    elapsed_seconds=30.0,
+    source_needed=True,
+    demand=ReadStatus(
+        reads=5,
+        bytes=20480,
+        waiting=1,
+        latency_p50_seconds=0.012,
+        latency_p99_seconds=0.04,
+        latency_max_seconds=0.05,
+    ),
+    link=LinkStatus(state=LinkState.CONNECTED),
+)
+
+NAMES = """
+    state source destination pid size hydrated_bytes hydrated_percent resumed_bytes same_bytes fetched_bytes
+    zero_bytes hole_bytes unreadable_bytes unreadable_ranges verified_bytes verified_percent sent_bytes
+    received_bytes
+    rate_bytes_per_s limit_bytes_per_s eta_seconds elapsed_seconds source_needed demand link state_file error
+    mountpoint control_socket
+"""
 
 
-def cell(present: int = 0, zero: int = 0, in_flight: int = 0, reading: int = 0) -> dict[str, int]:
-    return {"blocks": 4, "present": present, "zero": zero, "in_flight": in_flight, "reading": reading}
+def test_the_json_of_a_status_is_what_programs_rely_on() -> None:
+    shown = json.loads(dataclasses.replace(STATUS, unreadable_ranges=(Extent(5, 7),)).as_json())
+    assert list(shown) == NAMES.split()
+    assert list(shown["demand"]) == [field.name for field in dataclasses.fields(ReadStatus)]
+    assert shown["link"] == {"state": "connected", "reconnects": 0, "last_error": None}
+    assert (shown["state"], shown["unreadable_ranges"], shown["error"]) == ("hydrating", [[5, 7]], None)
+
+
+def test_each_field_has_a_help_text() -> None:
+    for kind in (Status, ReadStatus, LinkStatus):
+        assert all(field.metadata["help"].endswith(".") for field in dataclasses.fields(kind))
+
+
+def cell(present: int = 0, zero: int = 0, in_flight: int = 0, reading: int = 0) -> MapCell:
+    return MapCell(4, present, zero, in_flight, reading)
 
 
 def drawn(what: object, *, width: int = 80, encoding: str = "utf-8", **options: Any) -> str:
@@ -104,21 +131,27 @@ def drawn(what: object, *, width: int = 80, encoding: str = "utf-8", **options: 
     ],
 )
 def test_what_a_cell_is_shown_as(counts: dict[str, int], kind: str) -> None:
-    assert kind_of(cell(**counts)) == kind
+    assert cell_kind(cell(**counts)) == kind
 
 
 def test_the_map_fills_the_width_and_says_what_it_means() -> None:
-    *rows, legend = drawn(Map([cell(present=4)] * 50 + [cell()] * 49 + [cell(reading=1)]), width=40).splitlines()
+    *rows, legend = drawn(
+        DeviceMap([cell(present=4)] * 50 + [cell()] * 49 + [cell(reading=1)]), width=40
+    ).splitlines()
     assert "".join(rows[:3]) == "█" * 50 + "·" * 49 + "◆"
     assert len(rows[0]) == 40
-    assert all(meaning in " ".join([*rows, legend]) for _, _, _, meaning in KINDS.values())
+    assert all(meaning in " ".join([*rows, legend]) for _, _, _, meaning in CELL_KINDS.values())
 
 
 def test_the_map_reads_without_colour_and_without_unicode() -> None:
-    shown = drawn(Map([cell(present=4), cell(), cell(in_flight=1)]), no_color=True, encoding="ascii")
+    shown = drawn(DeviceMap([cell(present=4), cell(), cell(in_flight=1)]), no_color=True, encoding="ascii")
     assert shown.splitlines()[0] == "#.>"
     assert shown.isascii()
-    assert len({signs[1] for signs in KINDS.values()}) == len({signs[0] for signs in KINDS.values()}) == len(KINDS)
+    assert (
+        len({signs[1] for signs in CELL_KINDS.values()})
+        == len({signs[0] for signs in CELL_KINDS.values()})
+        == len(CELL_KINDS)
+    )
 
 
 def test_counts_of_a_range_are_those_of_its_blocks() -> None:
@@ -152,9 +185,9 @@ def test_the_map_of_a_mount(mount: Mounter, tmp_path: Path) -> None:
     from blockcopy_fuse.control_client import read_map
 
     cells = read_map(str(mounted.point), BLOCKS)
-    assert [number for number, each in enumerate(cells) if each["present"]] == [3, 20]
-    assert [kind_of(each) for each in (cells[3], cells[4])] == ["present", "missing"]
-    assert sum(each["blocks"] for each in read_map(str(mounted.point), 5)) == BLOCKS
+    assert [number for number, each in enumerate(cells) if each.present] == [3, 20]
+    assert [cell_kind(each) for each in (cells[3], cells[4])] == ["present", "missing"]
+    assert sum(each.blocks for each in read_map(str(mounted.point), 5)) == BLOCKS
 
 
 # The screen
@@ -162,7 +195,7 @@ def test_the_map_of_a_mount(mount: Mounter, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [80, 200])
 def test_the_screen_fits_and_says_what_counts(width: int) -> None:
-    lines = drawn(screen(SNAPSHOT, [cell(present=4)] * 2 * width), width=width).splitlines()
+    lines = drawn(screen(STATUS, [cell(present=4)] * 2 * width), width=width).splitlines()
     assert len(lines) <= 23
     assert max(map(len, lines)) <= width
     assert lines[0].startswith("HYDRATING 50.00 %")
@@ -173,29 +206,28 @@ def test_the_screen_fits_and_says_what_counts(width: int) -> None:
 
 
 def test_the_screen_of_a_copy_that_is_complete_or_in_trouble() -> None:
-    complete = {**SNAPSHOT, "state": "complete", "source_needed": False, "hydrated_percent": 100.0}
+    complete = dataclasses.replace(STATUS, state=State.COMPLETE, source_needed=False, hydrated_percent=100.0)
     assert "The source is no longer needed" in drawn(screen(complete, []))
-    link = {"state": "reconnecting", "reconnects": 2, "last_error": "host is away"}
-    shown = drawn(screen({**SNAPSHOT, "state": "failed", "link": link, "error": "a bad sector"}, []))
-    for told in ("FAILED", "made again 2 times", "host is away", "a bad sector"):
+    link = LinkStatus(state=LinkState.RECONNECTING, reconnects=2, last_error="host is away")
+    failed = dataclasses.replace(STATUS, state=State.FAILED, link=link, error="a bad sector")
+    shown = drawn(screen(failed, []))
+    for told in ("FAILED", "reconnected 2 times", "host is away", "a bad sector"):
         assert told in shown
 
 
 def test_the_screen_of_what_is_compared_once_more() -> None:
-    verifying = {
-        **SNAPSHOT,
-        **{"state": "verifying", "hydrated_bytes": 1 << 30, "hydrated_percent": 100.0},
-        **{"verified_bytes": 1 << 28, "verified_percent": 25.0},
-    }
+    hydrated = dataclasses.replace(STATUS, hydrated_bytes=1 << 30, hydrated_percent=100.0)
+    verifying = dataclasses.replace(hydrated, state=State.VERIFYING, verified_bytes=1 << 28, verified_percent=25.0)
     shown = drawn(screen(verifying, []))
     assert shown.startswith("VERIFYING 25.00 %")
     assert "1.0 GiB of 1.0 GiB, 256.0 MiB of them compared once more" in shown
-    assert one_line(verifying).startswith("verifying: 25.00 % of 1.0 GiB; 20.0 MiB/s")
+    assert summary(verifying).startswith("verifying: 25.00 % of 1.0 GiB; 20.0 MiB/s")
+    assert short_summary(verifying) == "verifying: 25.00 % of 1.0 GiB, 20.0 MiB/s, 0:26 to go"
 
 
 def test_what_a_source_says_is_no_command_to_the_terminal() -> None:
-    link = {"state": "reconnecting", "reconnects": 1, "last_error": "sorry \x1b[2J\r\udcff"}
-    shown = drawn(screen({**SNAPSHOT, "link": link, "error": "bad\x1b]0;title\x07"}, []))
+    link = LinkStatus(state=LinkState.RECONNECTING, reconnects=1, last_error="sorry \x1b[2J\r\udcff")
+    shown = drawn(screen(dataclasses.replace(STATUS, link=link, error="bad\x1b]0;title\x07"), []))
     assert r"sorry \x1b[2J" in shown
     assert not set(shown) & set("\x1b\r\x07\udcff")
 
@@ -353,8 +385,8 @@ def test_list_tells_of_all_and_waits_for_none(mount: Mounter, tmp_path: Path) ->
 
 
 def test_metrics_are_in_the_format_of_prometheus() -> None:
-    odd = {**SNAPSHOT, "source": 'a "b"\\c\nd', "eta_seconds": None}
-    lines = prometheus.text(odd).splitlines()
+    odd = dataclasses.replace(STATUS, source='a "b"\\c\nd', eta_seconds=None)
+    lines = prometheus.exposition(odd).splitlines()
     assert len(lines) == len(set(lines))
     typed = {line.split()[2] for line in lines if line.startswith("# TYPE ")}
     for line in lines:
@@ -393,7 +425,7 @@ def test_metrics_of_a_source_whose_name_is_no_text(tmp_path: Path) -> None:
     source = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
     Path(source).write_bytes(DATA)
     assert run("sync", "--metrics", tmp_path / "m.prom", source, tmp_path / "copy").returncode == 0
-    assert (tmp_path / "m.prom").read_text(encoding="utf-8").startswith("# HELP blockcopy_size_bytes")
+    assert (tmp_path / "m.prom").read_text(encoding="utf-8").startswith("# HELP blockcopy_")
 
 
 # What reads wait for

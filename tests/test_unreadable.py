@@ -106,8 +106,8 @@ def test_a_program_that_ends_at_a_bad_block_is_started_again_for_all_else(
             async with open_replica(plan) as replica:
                 with pytest.raises(SourceReadError, match="ended with exit status 1"):
                     await replica.wait_complete()
-                ranges = replica.snapshot()["unreadable_ranges"]
-                assert ranges == [[block * BLOCK_SIZE, BLOCK_SIZE] for block in bad]
+                ranges = replica.status().unreadable_ranges
+                assert ranges == tuple(Extent(block * BLOCK_SIZE, BLOCK_SIZE) for block in bad)
 
     trio.run(main)
     for block in range(BLOCKS):
@@ -128,7 +128,7 @@ def test_the_original_may_end_at_the_sample(
             async with open_replica(plan) as replica:
                 with pytest.raises(SourceReadError):
                     await replica.wait_complete()
-                assert replica.snapshot()["unreadable_ranges"] == [[block * BLOCK_SIZE, BLOCK_SIZE]]
+                assert replica.status().unreadable_ranges == (Extent(block * BLOCK_SIZE, BLOCK_SIZE),)
 
     with disk_of(tmp_path, position) as disk:
         trio.run(main, disk)

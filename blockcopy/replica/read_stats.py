@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import trio
+
+from blockcopy.replica.monitor.status import ReadStatus
 
 _MAX_WAITS = 1000
 """Most waits that are remembered."""
@@ -36,18 +37,18 @@ class ReadStats:
             self.waiting -= 1
             self._waits.append(trio.current_time() - since)
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the statistics as `status --json` has them. Latencies are None if no read has waited yet."""
+    def status(self) -> ReadStatus:
+        """Return the counts and the latencies as fields of the status. Call from trio's thread only."""
         waits = sorted(self._waits)
 
         def at(fraction: float) -> float | None:
             return round(waits[min(int(fraction * len(waits)), len(waits) - 1)], 6) if waits else None
 
-        return {
-            "reads": self.reads,
-            "bytes": self.bytes,
-            "waiting": self.waiting,
-            "latency_p50_seconds": at(0.5),
-            "latency_p99_seconds": at(0.99),
-            "latency_max_seconds": at(1),
-        }
+        return ReadStatus(
+            reads=self.reads,
+            bytes=self.bytes,
+            waiting=self.waiting,
+            latency_p50_seconds=at(0.5),
+            latency_p99_seconds=at(0.99),
+            latency_max_seconds=at(1),
+        )

@@ -25,6 +25,7 @@ from blockcopy.replica.hydration.background import BackgroundHydration
 from blockcopy.replica.hydration.committer import Committer
 from blockcopy.replica.hydration.hydrator import Hydrator, Lane
 from blockcopy.replica.hydration.throttle import BATCH_BLOCKS, Throttle
+from blockcopy.replica.monitor.status import LinkState, LinkStatus, MapCell, State, Status
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.source.link import Link
 from blockcopy.replica.source.window import Window
@@ -307,90 +308,89 @@ class Replica:
         return self._complete and not self._device.lost
 
     @property
-    def state(self) -> str:
-        """The state of the copy, in the words of `status`."""
+    def state(self) -> State:
+        """The state of the copy. Call from trio's thread only."""
         if self._is_copy:
-            return "complete"
+            return State.COMPLETE
         if self._device.lost or self._failure or self._links[0].changed:
-            return "failed"
+            return State.FAILED
         if self._verifying:
-            return "verifying"
+            return State.VERIFYING
         if self.throttle.paused:
-            return "paused"
+            return State.PAUSED
         if not self._links[-1].is_connected:
-            return "reconnecting" if self._link_error else "starting"
-        return "hydrating" if self._plan.hydrate else "paused"
+            return State.RECONNECTING if self._link_error else State.STARTING
+        return State.HYDRATING if self._plan.hydrate else State.PAUSED
 
-    def snapshot(self) -> dict[str, Any]:
-        """What `status --json` says. All sizes in bytes."""
-        size, hydrated = self._geometry.size, self.hydrated_bytes
+    def status(self) -> Status:
+        """Return the status of this moment. Call from trio's thread only."""
+        size, hydrated, state = self._geometry.size, self.hydrated_bytes, self.state
         progress, skipped = self._progress
-        rate = self._meter.rate(progress - skipped) if self.state in ("hydrating", "verifying") else 0
+        rate = self._meter.rate(progress - skipped) if state in (State.HYDRATING, State.VERIFYING) else 0
         error = self._device.lost or self._links[0].changed or self._failure or self._hydrator.last_error
         unreadable = self._blockmap.unreadable_ranges()
-        return {
-            "state": self.state,
-            "source": str(self._plan.command.location),
-            "destination": self._plan.destination,
-            "pid": os.getpid(),
-            "size": size,
-            "hydrated_bytes": hydrated,
-            "hydrated_percent": floored_percent(hydrated, size),
-            "resumed_bytes": self._blockmap.resumed_bytes,
-            "same_bytes": self._blockmap.same_bytes,
-            "fetched_bytes": self._blockmap.fetched_bytes,
-            "zero_bytes": self._blockmap.zero_bytes,
-            "hole_bytes": self._hydrator.hole_bytes,
-            "unreadable_bytes": unreadable.bytes,
-            "unreadable_ranges": [list(extent) for extent in unreadable.ranges],
-            "verified_bytes": self._verified,
-            "verified_percent": floored_percent(self._verified, size) if self._plan.verify else None,
-            "sent_bytes": sum(link.sent_bytes for link in self._links),
-            "received_bytes": sum(link.received_bytes for link in self._links),
-            "rate_bytes_per_s": rate,
-            "limit_bytes_per_s": self.throttle.limit,
-            "eta_seconds": eta(progress, size, rate),
-            "elapsed_seconds": round(trio.current_time() - self._started_at, 1),
-            "source_needed": not self._is_copy,
-            "demand": self.volume.demand.as_json(),
-            "link": self._link_status(),
-            "state_file": self._state_file,
-            "error": str(error) if error and not self._is_copy else None,
-        }
+        return Status(
+            state=state,
+            source=str(self._plan.command.location),
+            destination=self._plan.destination,
+            pid=os.getpid(),
+            size=size,
+            hydrated_bytes=hydrated,
+            hydrated_percent=floored_percent(hydrated, size),
+            resumed_bytes=self._blockmap.resumed_bytes,
+            same_bytes=self._blockmap.same_bytes,
+            fetched_bytes=self._blockmap.fetched_bytes,
+            zero_bytes=self._blockmap.zero_bytes,
+            hole_bytes=self._hydrator.hole_bytes,
+            unreadable_bytes=unreadable.bytes,
+            unreadable_ranges=tuple(unreadable.ranges),
+            verified_bytes=self._verified,
+            verified_percent=floored_percent(self._verified, size) if self._plan.verify else None,
+            sent_bytes=sum(link.sent_bytes for link in self._links),
+            received_bytes=sum(link.received_bytes for link in self._links),
+            rate_bytes_per_s=rate,
+            limit_bytes_per_s=self.throttle.limit,
+            eta_seconds=eta(progress, size, rate),
+            elapsed_seconds=round(trio.current_time() - self._started_at, 1),
+            source_needed=not self._is_copy,
+            demand=self.volume.demand.status(),
+            link=self._link_status(),
+            state_file=self._state_file,
+            error=str(error) if error and not self._is_copy else None,
+        )
 
-    def map(self, cells: int) -> list[dict[str, int]]:
-        """Count the blocks of each of at most `cells` ranges of the device, in order.
+    def map(self, max_cells: int) -> list[MapCell]:
+        """Divide the device into at most `max_cells` cells, and count the blocks of each.
 
-        The ranges have equal lengths, but the last may be shorter. Each is a dict of block counts:
-        `blocks`, `present`, `zero` (present zeros that were not sent), `in_flight` (on the bulk lane),
-        and `reading` (on the demand lane). `zero` counts only blocks that this run has found.
+        Returns cells in device order. All cover the same number of blocks, but the last cell may cover fewer.
+        Call from trio's thread only.
         """
-        size = max(1, -(-self._geometry.block_count // max(1, cells)))
-        found = []
-        for start in range(0, self._geometry.block_count, size):
-            blocks = range(start, min(start + size, self._geometry.block_count))
-            present, zero = self._blockmap.count(blocks)
-            found.append({"blocks": len(blocks), "present": present, "zero": zero, "in_flight": 0, "reading": 0})
-        for lane, name in ((self._bulk, "in_flight"), (self._demand, "reading")):
-            for block in lane.in_flight:
-                found[block // size][name] += 1
-        return found
+        blocks_per_cell = max(1, -(-self._geometry.block_count // max(1, max_cells)))
+        cells = []
+        for start in range(0, self._geometry.block_count, blocks_per_cell):
+            blocks = range(start, min(start + blocks_per_cell, self._geometry.block_count))
+            cells.append(MapCell(len(blocks), *self._blockmap.count(blocks)))
+        for block in self._bulk.in_flight:
+            cells[block // blocks_per_cell].in_flight += 1
+        for block in self._demand.in_flight:
+            cells[block // blocks_per_cell].reading += 1
+        return cells
 
     @property
     def _link_error(self) -> SourceError | None:
         """The last error of a link to the source. None if no link has failed."""
         return next((link.last_error for link in self._links if link.last_error), None)
 
-    def _link_status(self) -> dict[str, Any]:
+    def _link_status(self) -> LinkStatus:
         last_error = self._link_error
         if self._closing:
-            state = "closed"
+            state = LinkState.CLOSED
         elif all(link.is_connected for link in self._links):
-            state = "connected"
-        else:  # a link that was up before has an error
-            state = "reconnecting" if last_error else "connecting"
-        return {
-            "state": state,
-            "reconnects": sum(link.reconnects for link in self._links),
-            "last_error": str(last_error) if last_error else None,
-        }
+            state = LinkState.CONNECTED
+        else:  # a connection that was up and is not has an error
+            state = LinkState.RECONNECTING if last_error else LinkState.CONNECTING
+        return LinkStatus(
+            state=state,
+            reconnects=sum(link.reconnects for link in self._links),
+            last_error=str(last_error) if last_error else None,
+        )

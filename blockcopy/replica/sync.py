@@ -24,15 +24,13 @@ async def sync(plan: Plan, progress: Progress, notifier: Notifier) -> None:
     async with open_replica(plan) as replica:
         async with trio.open_nursery() as nursery:
             for name, part in (
-                ("sd_notify", partial(notifier.keep_telling, replica)),
-                ("--metrics", partial(prometheus.keep_writing, plan.metrics, replica.snapshot)),
+                ("sd_notify", partial(notifier.keep_notifying, replica)),
+                ("--metrics", partial(prometheus.keep_writing, plan.metrics, replica.status)),
                 ("the progress", partial(report, replica, progress)),
             ):
                 nursery.start_soon(run_optional, name, part)
             await replica.wait_complete()
             nursery.cancel_scope.cancel()
-        snapshot = replica.snapshot()
+        status = replica.status()
     if plan.on_complete:  # the destination is closed by now
-        await run_optional(
-            "--on-complete", partial(on_complete.run, plan.on_complete, snapshot, plan.command.folder)
-        )
+        await run_optional("--on-complete", partial(on_complete.run, plan.on_complete, status, plan.command.folder))

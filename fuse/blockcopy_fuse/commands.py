@@ -1,4 +1,7 @@
-"""`mount` as a command, and what is asked of a mount from outside. pyfuse3 and trio are loaded by `mount` alone."""
+"""The commands of the mount: `mount`, and requests to a mount from outside. Only `mount` loads pyfuse3 and trio.
+
+Each public function runs the command of its name with the parsed arguments, and raises a BlockcopyError.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,10 +21,10 @@ from blockcopy.errors import IncompleteError, MissingRequirementError, RemoteErr
 from blockcopy.paths.places import absolute
 from blockcopy.progress.reporter import Progress
 from blockcopy.replica.commands import command_for, needs_extra, plan_of, prompts, run, source_command
-from blockcopy.replica.monitor.status import one_line
+from blockcopy.replica.monitor.status import Status, summary
 from blockcopy.transport.control_master import log_in, logged_in
 from blockcopy.transport.location import parse_location
-from blockcopy_fuse import control_client, options
+from blockcopy_fuse import control_client, fuse_host, options
 from blockcopy_fuse.probe import MountUnresponsiveError
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def mount(args: argparse.Namespace) -> None:
+    """Mount the replica, and serve it in the foreground or in the background."""
     with needs_extra():
         from blockcopy.replica.monitor.sd_notify import Notifier
         from blockcopy_fuse import daemon, mounting
@@ -40,12 +44,12 @@ def mount(args: argparse.Namespace) -> None:
         command,
         hydrate=not args.no_background,
         resume_offline=True,
-        read_timeout=mounting.longest_request(),
+        read_timeout=fuse_host.longest_read(),
     )
     fuse_options = options.parse(args.options)
     mountpoint = absolute(args.mountpoint)
-    control_client.make_way(mountpoint, replace=args.replace, kind=f"fuse.{fuse_options.subtype}")
-    shown = mounting.MountPlan(
+    control_client.clear_dead_mount(mountpoint, replace=args.replace, kind=f"fuse.{fuse_options.subtype}")
+    mount_plan = mounting.MountPlan(
         plan=plan,
         mountpoint=mountpoint,
         name=_name_in(mountpoint, args),
@@ -53,55 +57,57 @@ def mount(args: argparse.Namespace) -> None:
         pid_file=absolute(args.pid_file) if args.pid_file else None,
         log_file=absolute(args.log_file) if args.log_file else None,
     )
-    mounting.check(shown)
+    mounting.check(mount_plan)
     check_destination(plan.destination, force=plan.force)  # before ssh asks for a password
     if plan.prompts and not args.foreground:
-        shown = dataclasses.replace(shown, plan=_asked_beforehand(plan))
+        mount_plan = dataclasses.replace(mount_plan, plan=_logged_in_now(plan))
     notifier = Notifier()
 
-    def serve(ready: Callable[[], None], progress: Progress) -> dict[str, Any]:
+    def serve(ready: Callable[[], None], progress: Progress) -> Status:
         log_sinks.preload_syslog()
         with logged_in(command), progress:
-            return run(lambda: mounting.serve(shown, ready, progress, notifier))
+            return run(lambda: mounting.serve(mount_plan, ready, progress, notifier))
 
     if args.foreground:
-        _tell_if_incomplete("ended", serve(lambda: None, console.progress(args, bar_by_default=True)))
+        _raise_if_incomplete("ended", serve(lambda: None, console.progress(args, bar_by_default=True)))
     elif daemon.run_in_background(lambda ready: serve(ready, Progress())):
-        mounting.await_first_answer(shown)
+        mounting.await_first_answer(mount_plan)
 
 
-def _tell_if_incomplete(what: str, snapshot: dict[str, Any]) -> None:
-    """Raises IncompleteError if the copy is not complete."""
-    if snapshot["source_needed"]:
-        kept = (
-            f"what is here is recorded in {snapshot['state_file']}"
-            if snapshot["state_file"]
-            else "no state is kept"
-        )
-        raise IncompleteError(f"{what} before the copy was complete; {kept} ({one_line(snapshot)})")
+def _raise_if_incomplete(what: str, status: Status) -> None:
+    """Raise IncompleteError if the copy is not complete. `what`: what happened to the mount."""
+    if status.source_needed:
+        kept = f"the progress is recorded in {status.state_file}" if status.state_file else "no state is kept"
+        raise IncompleteError(f"{what} before the copy was complete; {kept} ({summary(status)})")
 
 
-def _asked_beforehand(plan: Plan) -> Plan:
-    """The same for processes that will outlive the terminal, at which a password may be asked for now."""
+def _logged_in_now(plan: Plan) -> Plan:
+    """Return `plan` for processes that outlive the terminal. Asks for a password now if ssh needs one."""
     if plan.command.way.log_in:
         try:
             return dataclasses.replace(plan, command=log_in(plan.command), prompts=False)
         except RemoteError as error:
-            logger.info("%s", error)  # a mount may begin without its source; where not, that is told again
+            logger.info("%s", error)  # a mount may begin without its source; else this error comes again
     return dataclasses.replace(plan, command=plan.command.outliving_terminal())
 
 
 def _name_in(mountpoint: str, args: argparse.Namespace) -> str | None:
-    """Of the file in the folder; None where the mountpoint is a file."""
+    """Return the name of the file in the mounted folder. Returns None if the mountpoint is a file.
+
+    Raises UsageError if --name was given for a mountpoint that is a file.
+    """
     if not os.path.isfile(mountpoint):
         name: str = args.name or Path(args.destination).name
         return name
     if args.name:
-        raise UsageError(f"--name {args.name!r} cannot be: {mountpoint} is a file, and will be the replica itself")
+        raise UsageError(
+            f"--name {args.name!r} is not possible: {mountpoint} is a file, and will be the replica itself"
+        )
     return None
 
 
 def status(args: argparse.Namespace) -> None:
+    """Show the status as a screen, a line or JSON, once or live."""
     if args.watch and not console.can_draw_screens():
         _watch_lines(args)
     if args.watch or (console.can_draw_screens() and not args.json):
@@ -109,19 +115,19 @@ def status(args: argparse.Namespace) -> None:
             from blockcopy_fuse import watch
         (watch.watch if args.watch else watch.show)(args.mountpoint)
         return
-    snapshot = control_client.read_status(args.mountpoint)
+    found = control_client.read_status(args.mountpoint)
     if args.json:
-        console.write(json.dumps(snapshot, indent=2))
+        console.write(json.dumps(found.as_dict(), indent=2))
     else:
-        console.write_line(one_line(snapshot))
+        console.write_line(summary(found))
 
 
 def _watch_lines(args: argparse.Namespace) -> NoReturn:
-    """Write the status as a line, each second if it changed, until the mount goes. Raises MountError then."""
+    """Write the status as a line, each second if it changed. Raises MountError when the mount goes away."""
     last = None
     while True:
         try:
-            line = one_line(control_client.read_status(args.mountpoint))
+            line = summary(control_client.read_status(args.mountpoint))
         except MountUnresponsiveError as error:
             line = str(error)
         if line != last:
@@ -131,66 +137,77 @@ def _watch_lines(args: argparse.Namespace) -> NoReturn:
 
 
 def list(args: argparse.Namespace) -> None:
+    """List all mounted replicas as a table or JSON."""
     from blockcopy_fuse import listing
 
     found = listing.replicas()
-    console.write(json.dumps(found, indent=2) if args.json else listing.table(found))
+    console.write(json.dumps([each.as_dict() for each in found], indent=2) if args.json else listing.table(found))
 
 
 def wait(args: argparse.Namespace) -> None:
+    """Wait until the copy is complete."""
     with console.progress(args, bar_by_default=True) as progress:
         control_client.wait(args.mountpoint, progress)
 
 
 def umount(args: argparse.Namespace) -> None:
-    snapshot = control_client.umount(args.mountpoint)
-    if snapshot is not None:
-        _tell_if_incomplete("unmounted", snapshot)
+    """Unmount a replica. Raises IncompleteError if its copy is not complete."""
+    last = control_client.umount(args.mountpoint)
+    if last is not None:
+        _raise_if_incomplete("unmounted", last)
 
 
 def pause(args: argparse.Namespace) -> None:
-    _tell(args)
+    """Pause background hydration."""
+    _request(args)
 
 
 def resume(args: argparse.Namespace) -> None:
-    _tell(args)
+    """Resume background hydration."""
+    _request(args)
 
 
 def limit(args: argparse.Namespace) -> None:
-    _tell(args, rate=args.rate)
+    """Set or lift the rate limit of background hydration."""
+    _request(args, rate=args.rate)
 
 
 def prefetch(args: argparse.Namespace) -> None:
-    _tell(args, extents=args.extents)
+    """Fetch some byte ranges first, and return when they are present."""
+    _request(args, extents=args.extents)
 
 
 def doctor(args: argparse.Namespace) -> None:
-    from blockcopy_fuse.doctor import examine, examine_host
+    """Check this host and perhaps a source host. Raises MissingRequirementError if a check fails."""
+    from blockcopy_fuse.doctor import CheckResult, examine, examine_host
 
-    findings = examine()
+    results: Iterable[CheckResult] = examine()
     if args.host is not None:
         location = parse_location(args.host, "HOST", needs_path=False)
         command = command_for(args, location, "facts")
-        findings = itertools.chain(findings, examine_host(command, prompts=prompts(location)))
+        results = itertools.chain(results, examine_host(command, prompts=prompts(location)))
     failures = 0
-    for verdict, words in findings:
-        console.write_line(f"{verdict:5} {words}")
+    for verdict, message in results:
+        console.write_line(f"{verdict:5} {message}")
         failures += verdict == "FAIL"
     if failures:
-        raise MissingRequirementError(f"{failures} of these have to be mended first")
+        raise MissingRequirementError(f"{failures} of these checks failed: fix them first")
 
 
 def manual(args: argparse.Namespace) -> None:
+    """Write the manual page."""
     with needs_extra():
         from blockcopy_fuse.manual import page
     console.write(page().rstrip())
 
 
 def completion(args: argparse.Namespace) -> None:
+    """Write the completion script for a shell."""
     with needs_extra():
         from blockcopy_fuse.manual import completion as script
     console.write(script(args.shell).rstrip())
 
 
-def _tell(args: argparse.Namespace, **more: Any) -> None:
-    control_client.command(args.mountpoint, {"command": args.command, **more})
+def _request(args: argparse.Namespace, **arguments: Any) -> None:
+    """Send the command and its arguments to the mount."""
+    control_client.command(args.mountpoint, {"command": args.command, **arguments})

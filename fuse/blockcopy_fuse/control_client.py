@@ -1,156 +1,177 @@
-"""A mount from outside: status, wait, umount, and what its control socket takes. Needs no pyfuse3."""
+"""Commands to a mount from outside: status, wait, umount, and requests to its control socket. Without pyfuse3."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import select
-import shutil
 import subprocess
 import time
 from typing import Any
 
 from blockcopy.errors import BlockcopyError, IncompleteError, MountError
 from blockcopy.progress.reporter import Progress
-from blockcopy.replica.monitor.status import counts_of
-from blockcopy_fuse import status_schema
+from blockcopy.replica.monitor import status as replica_status
+from blockcopy.replica.monitor.status import MapCell, State, Status
+from blockcopy_fuse import fuse_host
+from blockcopy_fuse.mountinfo import Mount
 from blockcopy_fuse.probe import (
     ANSWER_SECONDS,
-    Asking,
+    MountRequest,
     MountUnresponsiveError,
-    Place,
-    dead_mount,
+    dead_mount_message,
+    find_mount,
+    invalid_reply,
     is_dead,
-    locate,
-    not_a_replicas,
 )
 
 logger = logging.getLogger(__name__)
 
 KIND = "fuse.blockcopy"
-"""Of our mounts, unless the user says otherwise."""
-
-_STATUS = {"command": "status"}
+"""File system type of a replica's mount, unless the user chose another."""
 
 _POLL_SECONDS = 0.2
 
 _MAP_SECONDS = 1
-"""How long it may take to tell its map."""
+"""How long a mount may take to report its map."""
 
-_FAREWELL_SECONDS = 3
-"""How long a mount's program may take to see by itself that it was unmounted."""
+_OWN_END_SECONDS = 3
+"""How long a mount's program may take to notice by itself that it was unmounted."""
 
 _LAST_SYNC_SECONDS = 600
-"""How long a mount's program may take to sync the destination and to end."""
+"""How long a mount's program may take to sync the destination, and to end."""
+
+_UNTRUSTED_SYNC_SECONDS = 15
+"""The same for another user's mount, which may hold up root's `umount` on purpose."""
 
 _UNMOUNT_SECONDS = 10
 """How long fusermount3 may take, which waits for nobody."""
 
 
-class AskingStatus:
-    """The status of a mount, asked for by those who have something else to do until it answers."""
+class StatusRequest:
+    """A request for a mount's status, under way. Call `close` in the end."""
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
-        self._asking = Asking(place, _STATUS)
+    def __init__(self, mount: Mount) -> None:
+        """Ask `mount` for its status."""
+        self._mount = mount
+        self._request = MountRequest(mount, {"command": "status"})
 
-    def answer(self, seconds: float) -> dict[str, Any] | None:
-        """Return the snapshot, once; None if there is none so far. MountError if there will be none."""
-        reply = self._asking.answer(seconds)
+    def status(self, seconds: float) -> Status | None:
+        """Wait at most `seconds` for the status. Returns None if there is none yet.
+
+        Raises MountError if the mount cannot be asked, or if its reply is no status.
+        """
+        reply = self._request.reply(seconds)
         if reply is None:
             return None
         try:
-            snapshot = status_schema.checked(reply.get("status"))
+            status = replica_status.parse(reply.get("status"))
         except ValueError as error:
-            raise not_a_replicas(self._place, error) from error
-        return {**snapshot, "pid": reply.get("pid", snapshot["pid"])}  # the kernel knows better
+            raise invalid_reply(self._mount, error) from error
+        return dataclasses.replace(status, pid=reply.get("pid", status.pid))  # the kernel knows better
 
     def close(self) -> None:
-        self._asking.close()
+        """End the request. May be called more than once."""
+        self._request.close()
 
 
-def _place(mountpoint: str) -> Place:
-    place = locate(mountpoint)
-    if place is None:
+def _mount_at(mountpoint: str) -> Mount:
+    """Return the FUSE mount on `mountpoint`. Raises MountError if there is none."""
+    mount = find_mount(mountpoint)
+    if mount is None:
         raise MountError(f"no replica is mounted on {mountpoint}")
-    return place
+    return mount
 
 
-def read_status(mountpoint: str) -> dict[str, Any]:
-    """Return the status of the mount at `mountpoint`.
+def read_status(mountpoint: str) -> Status:
+    """Return the status of the mount on `mountpoint`.
 
-    Raises MountError if there is none, MountUnresponsiveError if it does not answer in time.
+    Raises MountError if there is none, MountUnresponsiveError if it does not answer within 5 seconds.
     """
-    return _status_of(_place(mountpoint))
+    return _status_of(_mount_at(mountpoint))
 
 
-def _status_of(place: Place) -> dict[str, Any]:
-    with contextlib.closing(AskingStatus(place)) as asking:
-        snapshot = asking.answer(ANSWER_SECONDS)
-    if snapshot is None:
-        raise MountUnresponsiveError(place.mountpoint)
-    return snapshot
+def _status_of(mount: Mount) -> Status:
+    with contextlib.closing(StatusRequest(mount)) as request:
+        status = request.status(ANSWER_SECONDS)
+    if status is None:
+        raise MountUnresponsiveError(mount.mountpoint)
+    return status
 
 
-def asked_for_status(mountpoint: str) -> AskingStatus:
-    """For those who have something else to do until it answers; as `read_status` does."""
-    return AskingStatus(_place(mountpoint))
+def request_status(mountpoint: str) -> StatusRequest:
+    """Ask the mount on `mountpoint` for its status, without waiting for the reply.
 
-
-def wait(mountpoint: str, progress: Progress) -> dict[str, Any]:
-    """Return the snapshot when the copy is complete. IncompleteError where it will not be.
-
-    A mount that stands still is waited for: it may go on again.
+    Raises MountError if nothing is mounted there.
     """
-    snapshot = _status_at_last(mountpoint)
-    while snapshot["state"] != "complete":
-        progress.update(counts_of(snapshot))
-        if snapshot["state"] == "failed":
-            raise IncompleteError(f"the copy on {mountpoint} cannot be completed: {snapshot['error']}")
+    return StatusRequest(_mount_at(mountpoint))
+
+
+def wait(mountpoint: str, progress: Progress) -> Status:
+    """Wait until the copy on `mountpoint` is complete, and report to `progress`. Returns the last status.
+
+    An unresponsive mount is waited for without end, because it may continue.
+    Raises IncompleteError if the copy failed or the mount went away, MountError if nothing is mounted there.
+    """
+    status = _await_status(mountpoint)
+    while status.state is not State.COMPLETE:
+        progress.update(status.counts)
+        if status.state is State.FAILED:
+            raise IncompleteError(f"the copy on {mountpoint} cannot be completed: {status.error}")
         time.sleep(_POLL_SECONDS)
         try:
-            snapshot = _status_at_last(mountpoint)
+            status = _await_status(mountpoint)
         except MountError as error:
             raise IncompleteError(f"{mountpoint} went away before the copy was complete: {error}") from error
-    progress.update(counts_of(snapshot))
+    progress.update(status.counts)
     progress.finish()
-    return snapshot
+    return status
 
 
-def _status_at_last(mountpoint: str) -> dict[str, Any]:
-    """As `read_status`, whenever it is that the mount answers."""
-    with contextlib.closing(asked_for_status(mountpoint)) as asking:
-        snapshot = asking.answer(ANSWER_SECONDS)
-        if snapshot is None:
+def _await_status(mountpoint: str) -> Status:
+    """Return the status, however long the mount takes to answer. A warning tells of an unresponsive mount."""
+    with contextlib.closing(request_status(mountpoint)) as request:
+        status = request.status(ANSWER_SECONDS)
+        if status is None:
             logger.warning("%s; waiting for it", MountUnresponsiveError(mountpoint))
-        while snapshot is None:
-            snapshot = asking.answer(ANSWER_SECONDS)
-    return snapshot
+        while status is None:
+            status = request.status(ANSWER_SECONDS)
+    return status
 
 
-def read_map(mountpoint: str, cells: int) -> list[dict[str, int]]:
-    """Return what `Replica.map` does, of at most `cells`. Empty if the mount does not tell."""
+def read_map(mountpoint: str, max_cells: int) -> list[MapCell]:
+    """Return the map of the mount on `mountpoint`, in at most `max_cells` cells.
+
+    Returns an empty list if the mount does not report a map within a second.
+    """
     try:
-        with contextlib.closing(Asking(_place(mountpoint), {"command": "map", "cells": cells})) as asking:
-            reply = asking.answer(_MAP_SECONDS)
+        with contextlib.closing(
+            MountRequest(_mount_at(mountpoint), {"command": "map", "cells": max_cells})
+        ) as request:
+            reply = request.reply(_MAP_SECONDS)
     except MountError:
         return []
-    return status_schema.cells((reply or {}).get("cells"), cells)
+    return replica_status.parse_cells((reply or {}).get("cells"), max_cells)
 
 
 def _seconds_for(command: str) -> float | None:
-    """Return how long a command may take. None: as long as the source takes."""
+    """Return how long `command` may take. Returns None if the source decides how long."""
     return {"pause": _LAST_SYNC_SECONDS, "prefetch": None}.get(command, ANSWER_SECONDS)
 
 
 def command(mountpoint: str, request: dict[str, Any]) -> None:
-    """Have the mount do it, and return when it is done. MountError, or what it failed with."""
-    place = _place(mountpoint)
-    _status_of(place)
-    with contextlib.closing(Asking(place, request)) as asking:
+    """Send `request` to the mount on `mountpoint`, and return when the mount has done it.
+
+    Raises MountError if the mount cannot be asked or takes too long.
+    Raises BlockcopyError with the mount's message and exit status if the mount reports an error.
+    """
+    mount = _mount_at(mountpoint)
+    _status_of(mount)
+    with contextlib.closing(MountRequest(mount, request)) as sent:
         seconds = _seconds_for(str(request.get("command")))
-        reply = asking.answer(seconds)
+        reply = sent.reply(seconds)
     if reply is None:
         raise MountError(f"the mount on {mountpoint} did not do that within {seconds} s: see `blockcopy status`")
     error, exit_code = reply.get("error"), reply.get("exit_code")
@@ -158,104 +179,125 @@ def command(mountpoint: str, request: dict[str, Any]) -> None:
         raise BlockcopyError.relayed(error, exit_code if type(exit_code) is int and 0 < exit_code < 256 else 1)
 
 
-def umount(mountpoint: str) -> dict[str, Any] | None:
-    """Unmount, and return when the mount's program has synced the destination and ended.
+def umount(mountpoint: str) -> Status | None:
+    """Unmount `mountpoint`, and return when its program has synced the destination and ended.
 
-    The last snapshot; None where there is none to be had. MountError where it cannot be unmounted.
+    Returns the last status, or None if the mount has none. Another user's mount is waited for only for seconds.
+    Raises MountError if nothing is mounted there, if it cannot be unmounted, or if its program does not end.
     """
-    place = _place(mountpoint)
+    mount = _mount_at(mountpoint)
     try:
-        snapshot = None if is_dead(place) else _settled_status(place)
+        status = None if is_dead(mount) else _settled_status(mount)
     except MountUnresponsiveError as error:
-        number = place.entry.device.partition(":")[2]
         raise MountError(
-            f"{error}. To take it away all the same: fusermount3 -uz {place.mountpoint}; where programs still wait "
-            f"for it, as root: echo 1 >/sys/fs/fuse/connections/{number}/abort"
+            f"{error}. To remove it all the same: fusermount3 -uz {mount.mountpoint}; if programs still wait "
+            f"for it, as root: echo 1 >{fuse_host.CONNECTIONS}/{mount.connection}/abort"
         ) from error
     except MountError:
-        if place.entry.kind != KIND:
+        if mount.kind != KIND:
             raise
-        logger.warning("%s: nobody tells when its program has synced the destination", place.mountpoint)
-        snapshot = None
+        logger.warning("%s: cannot tell when its program has synced the destination", mount.mountpoint)
+        status = None
     with contextlib.ExitStack() as stack:
-        process = _process_of(snapshot, place, stack) if snapshot else None
-        _unmount(place.mountpoint)
-        if snapshot and process is not None:
-            _await_end(process, place, snapshot["pid"])
-    return snapshot
+        process = _process_of(status, mount, stack) if status else None
+        _unmount(mount.mountpoint)
+        if status and process is not None:
+            _await_end(process, mount, status.pid)
+    return status
 
 
-def _settled_status(place: Place) -> dict[str, Any]:
-    """Return the status after the last sync, or after _LAST_SYNC_SECONDS: its end is waited for anyhow."""
-    end = time.monotonic() + _LAST_SYNC_SECONDS
-    snapshot = _status_of(place)
-    while snapshot["state"] in ("hydrating", "verifying") and counts_of(snapshot).done == snapshot["size"]:
+def _sync_seconds(mount: Mount) -> float:
+    """Return how long the last sync of `mount` may take. Another user may delay root only shortly."""
+    return _LAST_SYNC_SECONDS if mount.owner in (0, os.geteuid()) else _UNTRUSTED_SYNC_SECONDS
+
+
+def _settled_status(mount: Mount) -> Status:
+    """Return the status after the last sync, or when the time for it is over."""
+    end = time.monotonic() + _sync_seconds(mount)
+    status = _status_of(mount)
+    while status.state in (State.HYDRATING, State.VERIFYING) and status.counts.done == status.size:
         if time.monotonic() >= end:
-            break
+            break  # the end of the program is waited for anyhow
         time.sleep(_POLL_SECONDS)
-        snapshot = _status_of(place)
-    return snapshot
+        status = _status_of(mount)
+    return status
 
 
-def _process_of(snapshot: dict[str, Any], place: Place, stack: contextlib.ExitStack) -> int | None:
-    """Return a descriptor of the mount's process; None if there is none of its owner with that number."""
+def _process_of(status: Status, mount: Mount, stack: contextlib.ExitStack) -> int | None:
+    """Return a descriptor of the mount's process, which `stack` closes. Returns None if it is not the owner's."""
     try:
-        process = os.pidfd_open(snapshot["pid"])
+        process = os.pidfd_open(status.pid)
         stack.callback(os.close, process)
-        owner = os.stat(f"/proc/{snapshot['pid']}").st_uid
+        owner = os.stat(f"/proc/{status.pid}").st_uid
     except (OSError, OverflowError):
         return None
-    return process if owner == place.owner else None
+    return process if owner == mount.owner else None
 
 
-def _await_end(process: int, place: Place, pid: int) -> None:
-    """Return when the process has ended. No signal is sent: it is another user's word that names it."""
+def _await_end(process: int, mount: Mount, pid: int) -> None:
+    """Return when the process has ended. No signal is sent, because another user may have named the process.
+
+    Raises MountError if the process does not end in time.
+    """
     poll = select.poll()
     poll.register(process, select.POLLIN)
-    if poll.poll(_FAREWELL_SECONDS * 1000):
+    if poll.poll(_OWN_END_SECONDS * 1000):
         return
-    # The kernel keeps the mount for another mount namespace, say; it is to end all the same.
-    with contextlib.closing(Asking(place, {"command": "end"}, pid)) as asking, contextlib.suppress(MountError):
-        asking.answer(ANSWER_SECONDS)
-    if not poll.poll(_LAST_SYNC_SECONDS * 1000):
+    # Another mount namespace, say, keeps the mount alive in the kernel. Its program has to end all the same.
+    with (
+        contextlib.closing(MountRequest(mount, {"command": "end"}, pid)) as request,
+        contextlib.suppress(MountError),
+    ):
+        request.reply(ANSWER_SECONDS)
+    seconds = _sync_seconds(mount)
+    if not poll.poll(seconds * 1000):
         raise MountError(
-            f"{place.mountpoint} is unmounted, but its program (process {pid}) has not ended within "
-            f"{_LAST_SYNC_SECONDS} s: the destination may not be synced yet"
+            f"{mount.mountpoint} is unmounted, but its program (process {pid}) has not ended within "
+            f"{seconds} s: the destination may not be synced yet"
         )
 
 
 def is_replica(mountpoint: str) -> bool:
-    """Return whether a replica is mounted there, and lives."""
-    place = locate(mountpoint)
-    if place is None:
+    """Return whether a replica is mounted on `mountpoint`, and its program lives.
+
+    Raises MountUnresponsiveError if `mountpoint` cannot be resolved in time.
+    """
+    mount = find_mount(mountpoint)
+    if mount is None:
         return False
     with contextlib.suppress(MountError):
-        return bool(_status_of(place))
-    return place.entry.kind == KIND  # of another user, say
+        return bool(_status_of(mount))
+    return mount.kind == KIND  # another user's, for example
 
 
-def make_way(mountpoint: str, *, replace: bool, kind: str = KIND) -> None:
-    """Have no dead mount there. MountError where there is one, and it is not a replica's or not to be replaced."""
-    place = locate(mountpoint)
-    if place is None or not is_dead(place):
-        return  # and not looked at: an automount would wait for what we are about to mount
-    if not replace or place.entry.kind not in (KIND, kind):
-        raise MountError(dead_mount(mountpoint))
-    _unmount(place.mountpoint, "-z")
+def clear_dead_mount(mountpoint: str, *, replace: bool, kind: str = KIND) -> None:
+    """Remove a dead mount from `mountpoint` if `replace` is true. Does nothing if no dead mount is there.
+
+    `kind`: the file system type that may be replaced, beside the usual one.
+    Raises MountError if a dead mount is there that must not be replaced, or cannot be unmounted.
+    """
+    mount = find_mount(mountpoint)
+    # No other mount is touched: an automount would wait for the mount that is about to be made.
+    if mount is None or not is_dead(mount):
+        return
+    if not replace or mount.kind not in (KIND, kind):
+        raise MountError(dead_mount_message(mountpoint))
+    _unmount(mount.mountpoint, "-z")
 
 
 def _unmount(mountpoint: str, *options: str) -> None:
-    program = shutil.which("fusermount3")
+    """Unmount by fusermount3. Raises MountError if that fails."""
+    program = fuse_host.fusermount()
     if program is None:
-        raise MountError("fusermount3 is not installed (Debian: apt install fuse3)")
-    words = [program, "-u", *options, "--", mountpoint]
+        raise MountError(fuse_host.FUSERMOUNT_MISSING)
+    command_line = [program, "-u", *options, "--", mountpoint]
     try:
-        ended = subprocess.run(words, capture_output=True, text=True, check=False, timeout=_UNMOUNT_SECONDS)
+        ended = subprocess.run(command_line, capture_output=True, text=True, check=False, timeout=_UNMOUNT_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise MountError(f"cannot unmount {mountpoint}: fusermount3 does not end") from error
     if ended.returncode:
-        said = " | ".join(ended.stderr.strip().splitlines()) or f"fusermount3 ended with {ended.returncode}"
+        reason = " | ".join(ended.stderr.strip().splitlines()) or f"fusermount3 ended with {ended.returncode}"
         raise MountError(
-            f"cannot unmount {mountpoint}: {said}"
-            + (" (a program or a loop device has a file open there: lsof, losetup -l)" if "busy" in said else "")
+            f"cannot unmount {mountpoint}: {reason}"
+            + (" (a program or a loop device has a file open there: lsof, losetup -l)" if "busy" in reason else "")
         )

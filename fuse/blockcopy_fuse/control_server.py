@@ -1,15 +1,15 @@
-"""The control socket of a mount: a line of JSON in, the deed done, a line of JSON back.
+"""The control socket of a mount: one line of JSON is the request, one line of JSON is the reply.
 
     {"command": "pause"}                                     {"ok": true}
     {"command": "resume"}                                    {"error": "…", "exit_code": 3}
-    {"command": "limit", "rate": bytes a second, or null}
-    {"command": "prefetch", "extents": [[offset, length], …]}     answered when they are here
-    {"command": "end"}                                       as SIGTERM does; answered before
+    {"command": "limit", "rate": bytes per second, or null}
+    {"command": "prefetch", "extents": [[offset, length], …]}     the reply comes when the bytes are present
+    {"command": "end"}                                       the same as SIGTERM; the reply comes first
     {"command": "status"}                                    {"ok": true, "status": {…}}
-    {"command": "map", "cells": most of them}                {"ok": true, "cells": [{…}, …]}, as `Replica.map`
+    {"command": "map", "cells": at most this many}           {"ok": true, "cells": [{…}, …]}, as `MapCell`
 
-It lies in a folder that only the mounting user, and root, can enter, and has the mount's device number in
-its name: so it is found where the mount has no status file, because it is a file itself.
+The socket lies in a folder that only the mounting user and root can enter. Its name has the mount's device number.
+So a client finds the socket also if the mount itself is a file, which has no status file beside it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from blockcopy.block.geometry import MAX_POSITION, Extent
 from blockcopy.errors import BlockcopyError, DeviceError, UsageError
 from blockcopy.paths.runtime_dir import make_runtime_dir
 from blockcopy.protocol.strict_json import parse_object
+from blockcopy.replica.monitor.status import Status
 from blockcopy.replica.replica import Replica
 from blockcopy.replica.tasks import abandonable
 from blockcopy_fuse import probe
@@ -37,32 +38,36 @@ from blockcopy_fuse import probe
 logger = logging.getLogger(__name__)
 
 _MAX_REQUEST = 64 * 1024
+"""Bytes of a request."""
 
-_MOST_CELLS = 65536
+_MAX_CELLS = 65536
+"""Cells of a map."""
 
-_PATIENCE_SECONDS = 5
-"""How long the folder of the socket may take to answer."""
-
-Snapshot = Callable[[], dict[str, Any]]
+_FOLDER_SECONDS = 5
+"""How long the socket's folder may take to answer."""
 
 
 class ControlServer:
-    """A listening socket at `path`."""
+    """The control socket of this process, at `path`."""
 
     def __init__(self, path: str, listener: socket.socket) -> None:
+        """Take over `listener`, which listens at `path`."""
         self.path = path
         self.listener = listener
 
-    async def serve(self, replica: Replica, snapshot: Snapshot, end: Callable[[], None]) -> None:
-        """Until cancelled. `end` ends the mount."""
+    async def serve(self, replica: Replica, status: Callable[[], Status], end: Callable[[], None]) -> None:
+        """Answer requests about `replica` until cancelled. `end`: called to end the mount.
+
+        Call from trio's thread only.
+        """
 
         async def answer(stream: trio.SocketStream) -> None:
             try:
-                await stream.send_all(json.dumps(await _reply(stream, replica, snapshot, end)).encode() + b"\n")
+                await stream.send_all(json.dumps(await _reply(stream, replica, status, end)).encode() + b"\n")
             except trio.BrokenResourceError:
-                logger.debug("who asked has gone away")
+                logger.debug("the client of the control socket has gone away")
             except Exception as error:
-                logger.error("a request met a fault of blockcopy's; the control socket goes on", exc_info=error)
+                logger.error("a fault of blockcopy in a control request; the socket still works", exc_info=error)
 
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(self.listener))
         await trio.serve_listeners(answer, [listener])
@@ -70,25 +75,28 @@ class ControlServer:
 
 @asynccontextmanager
 async def opened(device: str) -> AsyncIterator[ControlServer | None]:
-    """The socket of the mount of that number, gone at the end; None, with a warning, where none can be made."""
+    """Open the control socket of the mount with the number `device`, MAJOR:MINOR, and remove it in the end.
+
+    Yields None, after a warning, if the socket cannot be made. Call from trio's thread only.
+    """
     try:
-        made = await abandonable.run_within(partial(_listen, device), _PATIENCE_SECONDS)
+        server = await abandonable.run_within(partial(_listen, device), _FOLDER_SECONDS)
     except (OSError, DeviceError) as error:
         logger.warning("pause, resume, limit and prefetch will not work: %s", error)
         yield None
         return
-    with made.listener:
+    with server.listener:
         try:
-            yield made
+            yield server
         finally:
-            with suppress(TimeoutError, OSError):  # what is left of it, the next one sweeps
-                await abandonable.run_within(partial(Path(made.path).unlink, missing_ok=True), _PATIENCE_SECONDS)
+            with suppress(TimeoutError, OSError):  # the next mount removes what is left
+                await abandonable.run_within(partial(Path(server.path).unlink, missing_ok=True), _FOLDER_SECONDS)
 
 
 def _listen(device: str) -> ControlServer:
     """Make the socket. Raises OSError or DeviceError if it cannot be made."""
     path = make_runtime_dir() / probe.socket_name(device, os.getpid())
-    _sweep(path.parent)
+    _remove_dead_sockets(path.parent)
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     try:
@@ -101,38 +109,40 @@ def _listen(device: str) -> ControlServer:
     return ControlServer(str(path), listener)
 
 
-def _sweep(folder: Path) -> None:
-    """Sockets that nobody listens at any more: of mounts that were killed."""
+def _remove_dead_sockets(folder: Path) -> None:
+    """Remove the sockets of mounts that were killed: nobody listens at these any more."""
     for path in folder.glob("*.sock"):
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.setblocking(False)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.setblocking(False)
             try:
-                probe.connect(str(path))
+                client.connect(str(path))
             except ConnectionRefusedError:
                 path.unlink(missing_ok=True)
             except OSError:
-                continue  # busy, or gone by now: not ours to take away
+                continue  # busy, or gone by now
 
 
 async def _reply(
-    stream: trio.SocketStream, replica: Replica, snapshot: Snapshot, end: Callable[[], None]
+    stream: trio.SocketStream, replica: Replica, status: Callable[[], Status], end: Callable[[], None]
 ) -> dict[str, Any]:
     try:
         request = await _request(stream)
-        if request.get("command") == "status":
-            return {"ok": True, "status": snapshot()}
-        if request.get("command") == "map" and _is_count(request.get("cells")):
-            return {"ok": True, "cells": replica.map(request["cells"])}
-        if request.get("command") == "end":
+        command = request.get("command")
+        if command == "status":
+            return {"ok": True, "status": status().as_dict()}
+        if command == "map" and _is_cell_count(request.get("cells")):
+            return {"ok": True, "cells": [cell.as_dict() for cell in replica.map(request["cells"])]}
+        if command == "end":
             end()
-            return {"ok": True}
-        await _obey(request, replica)
+        else:
+            await _change(replica, request)
     except BlockcopyError as error:
         return {"error": str(error), "exit_code": error.exit_code}
     return {"ok": True}
 
 
 async def _request(stream: trio.SocketStream) -> dict[str, Any]:
+    """Receive one request. Raises UsageError if it is malformed or too long."""
     line = b""
     while not line.endswith(b"\n"):
         data = await stream.receive_some(_MAX_REQUEST)
@@ -145,7 +155,8 @@ async def _request(stream: trio.SocketStream) -> dict[str, Any]:
         raise UsageError(f"the request is not JSON: {error}") from error
 
 
-async def _obey(request: dict[str, Any], replica: Replica) -> None:
+async def _change(replica: Replica, request: dict[str, Any]) -> None:
+    """Do what `request` asks for. Raises UsageError if it is unknown or malformed, BlockcopyError if it fails."""
     command = request.get("command")
     if command in ("pause", "resume", "limit") and not replica.hydrates:
         raise UsageError(f"there is nothing to {command}: it was mounted with --no-background")
@@ -156,21 +167,21 @@ async def _obey(request: dict[str, Any], replica: Replica) -> None:
     elif command == "limit" and _is_rate(request.get("rate")):
         replica.throttle.limit = request["rate"]
     elif command == "prefetch" and _are_extents(request.get("extents")):
-        await replica.prefetch(_existing(request["extents"], replica.volume.size))
+        await replica.prefetch(_extents(request["extents"], replica.volume.size))
     else:
         raise UsageError(f"the mount does not understand {json.dumps(request)[:200]}")
 
 
-def _existing(ranges: list[list[int]], size: int) -> list[Extent]:
-    """Raises UsageError if one of the ranges begins behind the end of a source of `size` bytes."""
+def _extents(ranges: list[list[int]], size: int) -> list[Extent]:
+    """Convert `ranges`, each [offset, length]. Raises UsageError if one begins beyond the source's `size`."""
     for offset, _ in ranges:
         if offset >= size:
             raise UsageError(f"there is nothing at {offset}: the source has {size} bytes")
     return [Extent(*each) for each in ranges]
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 < value <= _MOST_CELLS
+def _is_cell_count(value: object) -> bool:
+    return type(value) is int and 0 < value <= _MAX_CELLS
 
 
 def _is_rate(value: object) -> bool:

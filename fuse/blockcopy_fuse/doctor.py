@@ -1,4 +1,4 @@
-"""`blockcopy doctor`: what this host, and another, have of what a mount needs; and what to do about the rest."""
+"""`blockcopy doctor`: checks whether this host, and a source host, have what a mount needs, and says what to do."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import importlib.metadata
 import os
 import platform
 import re
-import shutil
+import stat
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from blockcopy.block.records import default_folder
@@ -24,66 +23,63 @@ from blockcopy.stage.streams import InputStream
 from blockcopy.transport.command import Command
 from blockcopy.transport.hints import advice
 from blockcopy.transport.session import Session
-from blockcopy_fuse.kernel_readahead import CONNECTIONS
-from blockcopy_fuse.options import users_may_share
+from blockcopy_fuse import fuse_host
 
 _HOST_SECONDS = 30
+"""How long a host may take to answer."""
 
-_MOST_FACTS = 64 * 1024
-"""Bytes of an answer."""
+_MAX_FACTS = 64 * 1024
+"""Bytes of an answer of `facts`."""
 
-_REQUIRED = {"pyfuse3": (3, 4), "trio": (0, 25)}
+_MIN_VERSIONS = {"pyfuse3": (3, 4), "trio": (0, 25)}
 
 
-class Finding(NamedTuple):
-    """`ok`; `note` for what is slower or less, but works; `FAIL` for what a mount or sync cannot do without."""
+class CheckResult(NamedTuple):
+    """The result of one check. `message`: what was found and, if that is bad, what to do.
+
+    `note`: a mount works without it, but slower or with less. `FAIL`: a mount or sync is not possible.
+    """
 
     verdict: Literal["ok", "note", "FAIL"]
-    words: str
+    message: str
 
 
-def examine() -> Iterator[Finding]:
-    """This host, point by point."""
-    yield Finding("ok", f"Python {platform.python_version()} ({sys.executable})")
-    for name, least in _REQUIRED.items():
-        yield _package(name, least)
+def examine() -> Iterator[CheckResult]:
+    """Check this host. Yields a result for each point."""
+    yield CheckResult("ok", f"Python {platform.python_version()} ({sys.executable})")
+    for name, minimum in _MIN_VERSIONS.items():
+        yield _package(name, minimum)
     yield from _fuse()
     yield from _limits()
     yield from _folders()
-    yield Finding("ok", f"digests: {_speeds(digests.speeds())}")
+    yield CheckResult("ok", f"digests: {_speeds(digests.speeds())}")
     if "blake3" not in digests.speeds():
-        yield Finding(
-            "note",
-            f"BLAKE3, the fastest digest, is not here: {install_command(BLAKE3)}",
-        )
+        yield CheckResult("note", f"the fastest digest, BLAKE3, is not installed: {install_command(BLAKE3)}")
     if not zstd.available():
-        yield Finding(
-            "note",
-            f"zstd is not here, so nothing is compressed: {install_command(ZSTD)}",
-        )
+        yield CheckResult("note", f"zstd is not installed, so nothing is compressed: {install_command(ZSTD)}")
 
 
-def examine_host(command: Command, *, prompts: bool = False) -> Iterator[Finding]:
-    """Yield what there is to say of the host that runs `facts` by this command.
+def examine_host(command: Command, *, prompts: bool = False) -> Iterator[CheckResult]:
+    """Check the host on which `command` runs `facts`. Yields a result for each point.
 
-    `prompts`: a password may be asked for at a terminal.
+    `prompts`: whether ssh may ask for a password at the terminal.
     """
     host = command.location.host_shown
     started = time.monotonic()
     try:
         found = _facts(command, prompts=prompts)
     except BlockcopyError as error:
-        yield Finding("FAIL", str(error))
+        yield CheckResult("FAIL", str(error))
         return
-    yield Finding("ok", f"{host}: reached in {time.monotonic() - started:.1f} s as {found['user']}")
-    yield Finding("ok", f"{host}: Python {found['python']}, which runs {found['program']}")
-    yield from _pair(host, found)
+    yield CheckResult("ok", f"{host}: reached in {time.monotonic() - started:.1f} s as {found['user']}")
+    yield CheckResult("ok", f"{host}: Python {found['python']}, which runs {found['program']}")
+    yield from _both_hosts(host, found)
     if "size" in found:
-        yield Finding("ok", f"{command.location} can be read: {found['size']} bytes")
+        yield CheckResult("ok", f"{command.location} can be read: {found['size']} bytes")
 
 
 def _facts(command: Command, *, prompts: bool) -> dict[str, Any]:
-    """Return what `facts` says. Raises RemoteError if it does not come to that, with what to do."""
+    """Run `facts`, and return its fields. Raises RemoteError, with what to do, if there is no valid answer."""
     host = command.location.host_shown
     session = Session(command, timeout=_HOST_SECONDS, prompts=prompts)
     answer = b""
@@ -93,7 +89,7 @@ def _facts(command: Command, *, prompts: bool) -> dict[str, Any]:
     if session.given_up is not None:
         raise RemoteError(session.given_up)
     said = session.said()
-    text = answer[answer.find(b"{") :]  # a program that is there already begins after what its login prints
+    text = answer[answer.find(b"{") :]  # without bootstrap, the login may print text first
     with contextlib.suppress(ValueError):
         found = parse_object(text)
         if session.status == 0 and _is_facts(found):
@@ -104,18 +100,18 @@ def _facts(command: Command, *, prompts: bool) -> dict[str, Any]:
 
 
 def _read(stream: InputStream, host: str) -> bytes:
-    """Return all that comes. Raises RemoteError for more than facts can be."""
-    room = memoryview(bytearray(_MOST_FACTS))
+    """Read to the end of `stream`. Raises RemoteError if there are more bytes than `facts` writes."""
+    room = memoryview(bytearray(_MAX_FACTS))
     length = 0
     while count := stream.read_into(room[length:]):
         length += count
         if length == len(room):
-            raise RemoteError(f"{host} says what cannot be facts: {bytes(room[:100])!r} …")
+            raise RemoteError(f"{host} sent no facts: {bytes(room[:100])!r} …")
     return bytes(room[:length])
 
 
 def _is_facts(found: dict[str, Any]) -> bool:
-    """Return whether this has all that is told of a host."""
+    """Return whether `found` has the required fields, each of its type."""
     if not isinstance(found.get("digests"), dict):
         return False
     speeds = found["digests"].values()
@@ -123,17 +119,18 @@ def _is_facts(found: dict[str, Any]) -> bool:
     return all(isinstance(word, str) for word in words) and all(type(each) is int and each > 0 for each in speeds)
 
 
-def _pair(host: str, found: dict[str, Any]) -> Iterator[Finding]:
-    yield Finding("ok", f"{host}: digests: {_speeds(found['digests'])}")
+def _both_hosts(host: str, found: dict[str, Any]) -> Iterator[CheckResult]:
+    """Check what depends on this host and on `host`. `found`: the facts of `host`."""
+    yield CheckResult("ok", f"{host}: digests: {_speeds(found['digests'])}")
     chosen = digests.choose(digests.speeds(), found["digests"])
-    yield Finding("ok", f"{host}: blocks would be compared by {chosen}")
+    yield CheckResult("ok", f"{host}: blocks would be compared by {chosen}")
     if chosen != "blake3":
-        yield Finding("note", f"{host}: with the package blake3 on both hosts it would be faster")
+        yield CheckResult("note", f"{host}: the package blake3 on both hosts would make it faster")
     if not found.get("zstd"):
-        yield Finding(
+        yield CheckResult(
             "note",
-            f"{host}: it has no zstd, so nothing would be compressed; Python 3.14 has it, or the package "
-            "backports.zstd for the python there",
+            f"{host}: zstd is missing, so nothing would be compressed; Python 3.14 has it, and so has the package "
+            "backports.zstd",
         )
 
 
@@ -141,73 +138,61 @@ def _speeds(speeds: dict[str, int]) -> str:
     return ", ".join(f"{name} {speed} MB/s" for name, speed in speeds.items())
 
 
-def _package(name: str, least: tuple[int, int]) -> Finding:
+def _package(name: str, minimum: tuple[int, int]) -> CheckResult:
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return Finding(
-            "FAIL",
-            f"the package {name} is not installed: {install_command(*FUSE)}",
-        )
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < least:
-        return Finding(
-            "FAIL",
-            f"{name} {version} is too old: {install_command(f'{name}>={least[0]}.{least[1]}')}",
-        )
-    return Finding("ok", f"{name} {version}")
+        return CheckResult("FAIL", f"the package {name} is not installed: {install_command(*FUSE)}")
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < minimum:
+        required = f"{name}>={minimum[0]}.{minimum[1]}"
+        return CheckResult("FAIL", f"{name} {version} is too old: {install_command(required)}")
+    return CheckResult("ok", f"{name} {version}")
 
 
-def _fuse() -> Iterator[Finding]:
-    if not os.path.exists("/dev/fuse"):
-        yield Finding("FAIL", "there is no /dev/fuse: modprobe fuse, or have the container given it")
-    elif not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        yield Finding("FAIL", "this user may not use /dev/fuse: chmod 666 /dev/fuse, as distributions have it")
-    else:
-        yield Finding("ok", "/dev/fuse can be used")
-    program = shutil.which("fusermount3")
+def _fuse() -> Iterator[CheckResult]:
+    """Check the device and the programs that mounting needs."""
+    problem = fuse_host.device_problem()
+    yield CheckResult("FAIL", problem) if problem else CheckResult("ok", "/dev/fuse can be used")
+    program = fuse_host.fusermount()
     if program is None:
-        yield Finding("FAIL", "fusermount3 is not installed: apt install fuse3")
-    elif os.geteuid() and not os.stat(program).st_mode & 0o4000:
-        yield Finding("FAIL", f"{program} is not set-user-id root, so only root can mount")
+        yield CheckResult("FAIL", fuse_host.FUSERMOUNT_MISSING)
+    elif os.geteuid() and not os.stat(program).st_mode & stat.S_ISUID:
+        yield CheckResult("FAIL", f"{program} is not set-user-id root, so only root can mount")
     else:
-        yield Finding("ok", program)
-    if os.geteuid() and not users_may_share():
-        yield Finding("note", "-o allow_other is root's alone: user_allow_other is not in /etc/fuse.conf")
+        yield CheckResult("ok", program)
+    if os.geteuid() and not fuse_host.users_may_share():
+        yield CheckResult("note", f"only root may use -o allow_other: no user_allow_other in {fuse_host.FUSE_CONF}")
 
 
-def _limits() -> Iterator[Finding]:
-    if not os.path.ismount(CONNECTIONS):
-        yield Finding(
-            "note",
-            f"12 reads that wait for the source keep all others waiting: mount -t fusectl none {CONNECTIONS}",
+def _limits() -> Iterator[CheckResult]:
+    """Check the kernel's limits. Yields only those that matter here."""
+    if not fuse_host.has_fusectl():
+        fix = f"mount -t fusectl none {fuse_host.CONNECTIONS}"
+        yield CheckResult("note", f"12 reads that wait for the source block all others: {fix}")
+    for name, seconds in fuse_host.request_timeouts().items():
+        yield CheckResult("note", f"the kernel ends a mount if a read takes {seconds} s ({name})")
+    size = fuse_host.max_pipe_size()
+    if size is not None and size < 1 << 20 and os.geteuid():
+        yield CheckResult(
+            "note", f"pipes have at most {size} bytes, which is slower: sysctl fs.pipe-max-size=1048576"
         )
-    for name in ("default_request_timeout", "max_request_timeout"):
-        try:
-            seconds = int(Path("/proc/sys/fs/fuse", name).read_text())
-        except (OSError, ValueError):
-            continue  # kernels before 6.14 have no such limit
-        if seconds:
-            yield Finding("note", f"the kernel ends a mount whose reads take {seconds} s (fs.fuse.{name})")
-    try:
-        largest = int(Path("/proc/sys/fs/pipe-max-size").read_text())
-    except (OSError, ValueError):
-        return
-    if largest < 1 << 20 and os.geteuid():
-        yield Finding("note", f"pipes of {largest} bytes at most: slower; sysctl fs.pipe-max-size=1048576")
 
 
-def _folders() -> Iterator[Finding]:
+def _folders() -> Iterator[CheckResult]:
+    """Check the folders of sockets and of state files."""
     try:
-        yield Finding("ok", f"sockets are in {make_runtime_dir()}")
+        yield CheckResult("ok", f"sockets are in {make_runtime_dir()}")
     except BlockcopyError as error:
-        yield Finding("note", f"pause, resume, limit and shared logins will not work: {error}")
+        yield CheckResult("note", f"pause, resume, limit and shared logins will not work: {error}")
     try:
         folder = default_folder()
     except BlockcopyError as error:
-        yield Finding("FAIL", str(error))
+        yield CheckResult("FAIL", str(error))
         return
     existing = next(each for each in (folder, *folder.parents) if each.exists())
     if os.access(existing, os.W_OK | os.X_OK):
-        yield Finding("ok", f"states are kept in {folder}")
+        yield CheckResult("ok", f"state files are kept in {folder}")
     else:
-        yield Finding("FAIL", f"states cannot be kept in {folder}: {existing} is not writable; see --state")
+        yield CheckResult(
+            "FAIL", f"state files cannot be kept in {folder}: {existing} is not writable; see --state"
+        )

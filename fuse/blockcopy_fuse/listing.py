@@ -1,66 +1,78 @@
-"""`list`: all replicas that are mounted on this machine. None of them is waited for for long."""
+"""`list`: all replicas that are mounted on this machine. An unresponsive mount is waited for only for a second."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from blockcopy.errors import MountError
 from blockcopy.progress.rate import human_size, human_time
+from blockcopy.replica.monitor.status import Status
 from blockcopy.untrusted_text import printable
-from blockcopy_fuse import control_client, mountinfo
-from blockcopy_fuse.probe import Place
+from blockcopy_fuse import mountinfo
+from blockcopy_fuse.control_client import KIND, StatusRequest
+from blockcopy_fuse.mountinfo import NO_FUSE, Mount
 
 _SECONDS = 1.0
 """How long all mounts together may take to answer."""
 
-_HEAD = ["MOUNTPOINT", "SOURCE", "STATE", "HERE", "RATE", "TO GO", "SOURCE IS"]
+_HEADINGS = ["MOUNTPOINT", "SOURCE", "STATE", "HERE", "RATE", "TO GO", "SOURCE IS"]
 
 
-def replicas() -> list[dict[str, Any]]:
-    """The snapshots of all, with `mountpoint`; where there is none, `mountpoint`, `source` and `error`."""
-    found = [
-        Place(mountpoint, entry, entry.owner)
-        for mountpoint, entry in mountinfo.everywhere()
-        if entry.kind == control_client.KIND and entry.owner is not None
-    ]
-    asked = [(place, control_client.AskingStatus(place)) for place in found]
+@dataclass(frozen=True)
+class ListedMount:
+    """A mounted replica, and its status or the reason why there is no status."""
+
+    mount: Mount
+    status: Status | None
+    error: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON: the status or, if there is none, `source`, `error` and `mountpoint`."""
+        found = self.status.as_dict() if self.status else {"error": self.error}
+        return {"source": self.mount.source, **found, "mountpoint": self.mount.mountpoint}
+
+    def cells(self) -> list[str]:
+        """Return the texts of a table's row. The last one is an error if there is no status."""
+        status = self.status
+        if status is None:
+            return [self.mount.mountpoint, self.mount.source, self.error]
+        grows = status.eta_seconds is not None
+        return [
+            self.mount.mountpoint,
+            status.source,
+            status.state,
+            f"{status.hydrated_percent:.2f} %",
+            f"{human_size(status.rate_bytes_per_s)}/s" if grows else "-",
+            "-" if status.eta_seconds is None else human_time(status.eta_seconds),
+            "needed" if status.source_needed else "not needed",
+        ]
+
+
+def replicas() -> list[ListedMount]:
+    """Ask all mounted replicas for their status, side by side, and return them within about a second."""
+    found = [mount for mount in mountinfo.mounts() if mount.kind == KIND and mount.owner != NO_FUSE]
+    requests = [StatusRequest(mount) for mount in found]
     end = time.monotonic() + _SECONDS
-    return [
-        {"source": place.entry.source, **_answer(asking, end), "mountpoint": place.mountpoint}
-        for place, asking in asked
-    ]
+    return [_listed(mount, request, end) for mount, request in zip(found, requests, strict=True)]
 
 
-def _answer(asking: control_client.AskingStatus, end: float) -> dict[str, Any]:
-    with contextlib.closing(asking):
+def _listed(mount: Mount, request: StatusRequest, end: float) -> ListedMount:
+    """Wait for the status until `end`, a time of the monotonic clock."""
+    with contextlib.closing(request):
         try:
-            answer = asking.answer(max(0, end - time.monotonic()))
+            status = request.status(max(0, end - time.monotonic()))
         except MountError as error:
-            return {"error": str(error)}
-    return answer or {"error": f"no answer within {_SECONDS:g} s"}
+            return ListedMount(mount, None, str(error))
+    return ListedMount(mount, status, "" if status else f"no answer within {_SECONDS:g} s")
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """In columns, for people; what cannot be told of a mount, at the end of its line."""
-    rows = [_HEAD, *([printable(text) for text in _row(each)] for each in found)]
-    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(_HEAD))]
-    widths[2] = max(len(row[2]) for row in rows if len(row) == len(_HEAD))  # not of an error, which is the last
+def table(found: list[ListedMount]) -> str:
+    """Return a table for people, with a line for each mount. An error may be longer than its column."""
+    rows = [_HEADINGS, *([printable(text) for text in each.cells()] for each in found)]
+    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(_HEADINGS))]
+    widths[2] = max(len(row[2]) for row in rows if len(row) == len(_HEADINGS))  # without the errors
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=False)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _row(snapshot: dict[str, Any]) -> list[str]:
-    if "state" not in snapshot:
-        return [snapshot["mountpoint"], snapshot["source"], snapshot["error"]]
-    moves = snapshot["eta_seconds"] is not None
-    return [
-        snapshot["mountpoint"],
-        snapshot["source"],
-        snapshot["state"],
-        f"{snapshot['hydrated_percent']:.2f} %",
-        f"{human_size(snapshot['rate_bytes_per_s'])}/s" if moves else "-",
-        human_time(snapshot["eta_seconds"]) if moves else "-",
-        "needed" if snapshot["source_needed"] else "not needed",
-    ]

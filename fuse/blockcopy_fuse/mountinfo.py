@@ -1,4 +1,7 @@
-"""What is mounted, as the kernel tells it: without a look at the mount itself, which may be dead or our own."""
+"""The mounts of this mount namespace, read from /proc/self/mountinfo.
+
+No mount itself is touched: its program may be dead, unresponsive, or this very process.
+"""
 
 from __future__ import annotations
 
@@ -8,43 +11,51 @@ from typing import NamedTuple
 
 from blockcopy.paths.places import mountinfo
 
+NO_FUSE = -1
+"""Owner of a mount that is no FUSE mount."""
 
-class Entry(NamedTuple):
-    """A mount that is there. `device` is MAJOR:MINOR, `kind` as in fuse.blockcopy."""
 
+class Mount(NamedTuple):
+    """A mounted file system.
+
+    `device`: MAJOR:MINOR. `kind`: the type, as in fuse.blockcopy. `owner`: id of the user who mounted a FUSE mount.
+    """
+
+    mountpoint: str
     device: str
     kind: str
     source: str
-    options: frozenset[str]
+    owner: int
 
     @property
-    def owner(self) -> int | None:
-        """The id of the user who mounted; None where it is no FUSE."""
-        found = [each.partition("=")[2] for each in self.options if each.startswith("user_id=")]
-        return int(found[0]) if found else None
+    def connection(self) -> str:
+        """Number of the FUSE connection, as in /sys/fs/fuse/connections."""
+        return self.device.partition(":")[2]
 
 
-def at(mountpoint: str) -> Entry | None:
-    """What is mounted last on this very path, which is absolute and has no symbolic links."""
-    return dict(everywhere()).get(mountpoint)
+def mount_at(mountpoint: str) -> Mount | None:
+    """Find the mount that was made last on `mountpoint`, an absolute path without symbolic links.
+
+    Returns None if nothing is mounted there.
+    """
+    return {mount.mountpoint: mount for mount in mounts()}.get(mountpoint)
 
 
-def everywhere() -> Iterator[tuple[str, Entry]]:
-    """All that is mounted, with its mountpoint, in the order in which it was."""
+def mounts() -> Iterator[Mount]:
+    """Yield all mounts in the order in which they were made."""
     for line in mountinfo():
         fields = line.split(b" ")
         kind, source, options = fields[fields.index(b"-") + 1 :]
-        yield (
-            os.fsdecode(_unescaped(fields[4])),
-            Entry(
-                fields[2].decode(),
-                os.fsdecode(_unescaped(kind)),
-                os.fsdecode(_unescaped(source)),
-                frozenset(os.fsdecode(options).split(",")),
-            ),
+        owners = [each[8:] for each in options.split(b",") if each.startswith(b"user_id=")]
+        yield Mount(
+            mountpoint=_text(fields[4]),
+            device=fields[2].decode(),
+            kind=_text(kind),
+            source=_text(source),
+            owner=int(owners[0]) if owners else NO_FUSE,
         )
 
 
-def _unescaped(field: bytes) -> bytes:
-    """proc(5): \\040 for a blank."""
-    return field.decode("unicode_escape").encode("latin-1")
+def _text(field: bytes) -> str:
+    """Decode a field of mountinfo, in which \\040 is a blank (proc(5))."""
+    return os.fsdecode(field.decode("unicode_escape").encode("latin-1"))

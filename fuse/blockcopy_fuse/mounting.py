@@ -1,18 +1,18 @@
-"""`blockcopy mount`: checks, the replica, the file system over it, and their end in order.
+"""`blockcopy mount`: checks, the replica, the file system that shows it, and their orderly end.
 
-    checks → open_replica → pyfuse3.init → serve … a signal, or the mount is taken away …
+    checks → open_replica → pyfuse3.init → serve … a signal, or the mount was removed from outside …
            → waiters get EIO → terminate → close (unmounts) → destination synced, processes reaped
 
-Whichever way it ends, nothing stays mounted, no child is left, and the destination is synced. Only
-a death by SIGKILL leaves the mountpoint behind: then readers get ENOTCONN rather than an empty
-folder, and the next mount says how to clear it.
+However it ends, nothing stays mounted, no child process is left, and the destination is synced.
+Only SIGKILL leaves the mountpoint behind. Readers then get ENOTCONN rather than an empty folder,
+and the next mount says how to clear it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import logging
-import math
 import os
 import select
 import shlex
@@ -24,7 +24,6 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyfuse3
 import trio
@@ -39,35 +38,32 @@ from blockcopy.replica.engine import open_replica
 from blockcopy.replica.monitor import on_complete, prometheus
 from blockcopy.replica.monitor.progress import report
 from blockcopy.replica.monitor.sd_notify import Notifier
+from blockcopy.replica.monitor.status import Status
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.replica import Replica
 from blockcopy.replica.tasks import abandonable
 from blockcopy.replica.tasks.runner import receive_signals, run_optional
-from blockcopy_fuse import STATUS_NAME, control_client, control_server, mountinfo
+from blockcopy_fuse import STATUS_NAME, control_client, control_server, fuse_host, mountinfo
 from blockcopy_fuse.control_server import ControlServer
-from blockcopy_fuse.kernel_readahead import MAX_BACKGROUND, tune
 from blockcopy_fuse.operations import Operations
 from blockcopy_fuse.options import MountOptions, quoted
-from blockcopy_fuse.probe import await_answer
+from blockcopy_fuse.probe import await_file
 
 logger = logging.getLogger(__name__)
 
 _TERMINATE_SECONDS = 5
-"""How long handlers in flight may take to end, once their waits have failed, before they are cancelled."""
+"""How long the running handlers may take to end after their waits have failed. Then they are cancelled."""
 
-_MAX_HANDLERS = MAX_BACKGROUND + 64
-"""Requests being handled at once: all reads that may wait, and lookups and the like beside them."""
+_MAX_HANDLERS = fuse_host.MAX_BACKGROUND + 64
+"""Requests that are handled at once: all reads that may wait, and lookups and the like."""
 
 _FILE_SECONDS = 2
-"""How long a file of the user's may take to be written, or removed, before it is left."""
-
-_REQUEST_MARGIN = 20
-"""The kernel looks each 15 seconds for requests that took too long."""
+"""How long writing or removing the pid file may take before it is abandoned."""
 
 
 @dataclass(frozen=True)
 class MountPlan:
-    """Where and how the replica of `plan` is shown: as `name` in a folder, or, None, as the mountpoint itself."""
+    """A replica, and how it is mounted: as the file `name` in a folder or, if `name` is None, as the mountpoint."""
 
     plan: Plan
     mountpoint: str
@@ -78,11 +74,15 @@ class MountPlan:
 
     @property
     def file(self) -> Path:
+        """The path by which the replica is read."""
         return Path(self.mountpoint) / (self.name or "")
 
 
 def check(mount: MountPlan) -> None:
-    """Before anything is started: can it be mounted there, like this? MountError or UsageError."""
+    """Check, before anything is started, that `mount` is possible.
+
+    Raises MountError if the mountpoint or FUSE cannot be used, UsageError if the mount would hide a path in use.
+    """
     mountpoint = Path(mount.mountpoint)
     if control_client.is_replica(mount.mountpoint):
         raise MountError(f"{mountpoint} has a replica mounted already (see: blockcopy status {mountpoint})")
@@ -95,34 +95,17 @@ def check(mount: MountPlan) -> None:
         raise MountError(f"cannot mount on {mountpoint}: {error.strerror}") from error
     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
         raise MountError(f"cannot mount on {mountpoint}: it is neither a folder nor a regular file")
-    for path, what in _not_to_be_hidden(mount):
+    for path, what in _paths_in_use(mount):
         if _hides(mountpoint, Path(path)):
             raise UsageError(f"the mount on {mountpoint} would hide the {what} {path}")
     if mount.name is not None and ("/" in mount.name or mount.name in ("", ".", "..", STATUS_NAME)):
         raise UsageError(f"--name {mount.name!r} cannot be the name of the file")
-    if not os.path.exists("/dev/fuse"):
-        raise MountError("there is no /dev/fuse: load it (modprobe fuse), or have the container given it")
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        raise MountError(
-            "this user may not use /dev/fuse; where all users may mount it is readable and writable by all"
-        )
+    if problem := fuse_host.device_problem():
+        raise MountError(problem)
 
 
-def longest_request() -> float:
-    """Seconds that a request may take before the kernel gives the whole mount up; inf where it never does."""
-    limits = [math.inf]
-    for name in ("default_request_timeout", "max_request_timeout"):
-        try:
-            seconds = int(Path("/proc/sys/fs/fuse", name).read_text())
-        except (OSError, ValueError):
-            continue  # kernels before 6.14 have no such limit
-        if seconds:
-            limits.append(max(1, seconds - _REQUEST_MARGIN))
-    return min(limits)
-
-
-def _not_to_be_hidden(mount: MountPlan) -> Iterator[tuple[str, str]]:
-    """Yield each path that is used while the mount is there, and its name for a message."""
+def _paths_in_use(mount: MountPlan) -> Iterator[tuple[str, str]]:
+    """Yield each path that is used while the mount exists, and a name of it for a message."""
     plan = mount.plan
     yield plan.destination, "destination"
     if plan.command.location.host is None:
@@ -138,25 +121,22 @@ def _not_to_be_hidden(mount: MountPlan) -> Iterator[tuple[str, str]]:
 
 
 def _hides(mountpoint: Path, path: Path) -> bool:
-    """Whether the mount will hide `path`, by whichever name."""
+    """Return whether a mount on `mountpoint` will hide `path`, under any name."""
     if path.resolve().is_relative_to(mountpoint.resolve()):
         return True
     return path.exists() and path.samefile(mountpoint)
 
 
-async def serve(
-    mount: MountPlan, ready: Callable[[], None], progress: Progress, notifier: Notifier
-) -> dict[str, Any]:
-    """Mount and serve until a signal or an unmount. `ready` is called once, when it is mounted.
+async def serve(mount: MountPlan, ready: Callable[[], None], progress: Progress, notifier: Notifier) -> Status:
+    """Mount and serve until a signal or an unmount. Returns the last status. Call from trio's thread only.
 
-    Returns the last snapshot.
-
-    `progress` and `notifier` are told how it goes. Raises, in exception groups, what `open_replica` does,
-    MountError, and Interrupted for a signal that came before it was mounted.
+    `ready`: called once, when the mount is there. `progress`, `notifier`: get reports meanwhile.
+    Raises, in exception groups, what `open_replica` raises, and MountError if FUSE refuses the mount.
+    Raises Interrupted if a signal came before the mount was there.
     """
     stop = trio.Event()
     mounted = False
-    mountpoint = os.path.realpath(mount.mountpoint)  # not to be looked at once it is ours to answer for
+    mountpoint = os.path.realpath(mount.mountpoint)  # resolved now: later it would be a request to this process
     socket: ControlServer | None = None
 
     async def watch_signals() -> None:
@@ -170,11 +150,11 @@ async def serve(
         nursery.start_soon(watch_signals)
         async with open_replica(mount.plan) as replica:
 
-            def snapshot() -> dict[str, Any]:
+            def status() -> Status:
                 path = socket.path if socket else None
-                return {**replica.snapshot(), "mountpoint": mountpoint, "control_socket": path}
+                return dataclasses.replace(replica.status(), mountpoint=mountpoint, control_socket=path)
 
-            _init(mount, mountpoint, replica, snapshot)
+            _init(mount, mountpoint, replica, status)
             mounted = True
             try:
                 with _released_before_helper(mount.options):
@@ -184,13 +164,13 @@ async def serve(
                         trio.open_nursery() as helpers,
                     ):
                         parts = {
-                            "sd_notify": partial(notifier.keep_telling, replica),
-                            "--metrics": partial(prometheus.keep_writing, mount.plan.metrics, snapshot),
+                            "sd_notify": partial(notifier.keep_notifying, replica),
+                            "--metrics": partial(prometheus.keep_writing, mount.plan.metrics, status),
                             "the progress": partial(report, replica, progress),
-                            "--on-complete": partial(_on_complete, mount.plan, replica, snapshot),
+                            "--on-complete": partial(_on_complete, mount.plan, replica, status),
                         }
                         if socket is not None:
-                            parts["the control socket"] = partial(socket.serve, replica, snapshot, stop.set)
+                            parts["the control socket"] = partial(socket.serve, replica, status, stop.set)
                         for name, part in parts.items():
                             helpers.start_soon(run_optional, name, part)
                         await _serve(replica, stop, ready, notifier)
@@ -198,24 +178,24 @@ async def serve(
             finally:
                 pyfuse3.close(unmount=True)
         nursery.cancel_scope.cancel()
-    return snapshot()
+    return status()
 
 
 def _device_of(mountpoint: str) -> str:
-    entry = mountinfo.at(mountpoint)
-    return entry.device if entry else str(os.getpid())  # it was taken away already
+    found = mountinfo.mount_at(mountpoint)
+    return found.device if found else str(os.getpid())  # the mount was removed already
 
 
-async def _on_complete(plan: Plan, replica: Replica, snapshot: Callable[[], dict[str, Any]]) -> None:
+async def _on_complete(plan: Plan, replica: Replica, status: Callable[[], Status]) -> None:
     await replica.settled.wait()
-    facts = snapshot()
-    if plan.on_complete and not facts["source_needed"]:
-        await on_complete.run(plan.on_complete, facts, plan.command.folder)
+    final = status()
+    if plan.on_complete and not final.source_needed:
+        await on_complete.run(plan.on_complete, final, plan.command.folder)
 
 
 @asynccontextmanager
 async def _pid_file(path: str | None) -> AsyncIterator[None]:
-    """Keep our process id in the file for as long as we serve. Raises MountError if it cannot be written."""
+    """Keep this process's id in the file `path` inside the `with`. Raises MountError if it cannot be written."""
     if path is None:
         yield
         return
@@ -232,11 +212,15 @@ async def _pid_file(path: str | None) -> AsyncIterator[None]:
 
 
 def await_first_answer(mount: MountPlan) -> None:
-    """Return when the mount answers. For another process than the one that serves it."""
-    await_answer(str(mount.file), mount.mountpoint)
+    """Return when `mount` answers. Call from another process than the one that serves it.
+
+    Raises MountError if the mount cannot be read, MountUnresponsiveError if it does not answer.
+    """
+    await_file(str(mount.file), mount.mountpoint)
 
 
-def _init(mount: MountPlan, mountpoint: str, replica: Replica, snapshot: Callable[[], dict[str, Any]]) -> None:
+def _init(mount: MountPlan, mountpoint: str, replica: Replica, status: Callable[[], Status]) -> None:
+    """Make the mount. Raises MountError if libfuse cannot."""
     name = mount.options.fsname or str(mount.plan.command.location)
     options = {
         *pyfuse3.default_options,
@@ -246,7 +230,7 @@ def _init(mount: MountPlan, mountpoint: str, replica: Replica, snapshot: Callabl
         *mount.options.fuse,
     }
     operations = Operations(
-        replica, mount.name, snapshot, options=mount.options, before_first_open=lambda: tune(mountpoint)
+        replica, mount.name, status, options=mount.options, before_first_open=lambda: fuse_host.tune(mountpoint)
     )
     try:
         pyfuse3.init(operations, mountpoint, options)
@@ -256,12 +240,12 @@ def _init(mount: MountPlan, mountpoint: str, replica: Replica, snapshot: Callabl
 
 @contextmanager
 def _released_before_helper(options: MountOptions) -> Iterator[None]:
-    """With `auto_unmount`: have the kernel end the connection before libfuse's helper hears of our death.
+    """With `auto_unmount`, make the kernel end the connection before libfuse's helper notices our death.
 
-    The helper unmounts only what answers ENOTCONN; a connection that still stands, or falls just then,
-    says something else, and the dead mount stays. At the end of a process its descriptors are closed from
-    the lowest on, and let go of in the opposite order, as task works are: a duplicate of /dev/fuse above
-    the helper's socket goes first.
+    The helper unmounts only a mount that answers ENOTCONN. A connection that still exists, or is just ending,
+    answers something else, and the dead mount would stay. When a process ends, the kernel closes its descriptors
+    from the lowest on, but releases the files in the opposite order, as task works. So a duplicate of /dev/fuse
+    with a number above the helper's socket is released first.
     """
     if "auto_unmount" not in options.fuse:
         yield
@@ -280,17 +264,17 @@ def _fuse_descriptors() -> list[int]:
 
 
 async def _watch_connection(stop: trio.Event) -> None:
-    """Set `stop` when the kernel has taken the mount down.
+    """Set `stop` when the kernel has ended the FUSE connection.
 
-    pyfuse3.main() notices as well, but returns only after every handler did, and one that waits for
-    a source that stands still does not. A connection that is gone is an error condition of its
-    descriptor, which an epoll that asks for nothing else reports, and trio can wait for that epoll.
+    pyfuse3.main() notices that as well, but returns only after all handlers have returned. A handler that waits
+    for an unresponsive source does not return. An ended connection is an error condition of its descriptor.
+    An epoll that asks for no events reports just this, and trio can wait for the epoll.
     """
     with select.epoll() as errors:
         for descriptor in _fuse_descriptors():
             errors.register(descriptor, 0)
         await trio.lowlevel.wait_readable(errors.fileno())
-        logger.debug("the kernel has taken the mount down")
+        logger.debug("the kernel has ended the connection")
         stop.set()
 
 
@@ -298,26 +282,26 @@ def _is_fuse(entry: Path) -> bool:
     try:
         return os.readlink(entry) == "/dev/fuse"
     except OSError:
-        return False  # the descriptor that lists them is gone again
+        return False  # the descriptor that listed the folder is closed again
 
 
 async def _serve(replica: Replica, stop: trio.Event, ready: Callable[[], None], notifier: Notifier) -> None:
-    """Take requests until `stop` is set or the mount is taken away."""
+    """Serve requests until `stop` is set or the mount is removed from outside."""
 
     async def take_requests() -> None:
         await pyfuse3.main(max_tasks=_MAX_HANDLERS)
         ended.set()
-        stop.set()  # unmounted from outside, where nobody asked for it here
+        stop.set()  # if it was unmounted from outside
 
     ended = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(take_requests)
         nursery.start_soon(_watch_connection, stop)
         ready()
-        notifier.tell(READY=1, MAINPID=os.getpid())
+        notifier.notify(READY=1, MAINPID=os.getpid())
         await stop.wait()
-        notifier.tell(STOPPING=1)
-        # A handler that waits for the source would keep terminate() waiting for ever: fail it first.
+        notifier.notify(STOPPING=1)
+        # Fail the handlers that wait for the source first: terminate() would wait for them without end.
         await replica.disconnect()
         if not ended.is_set():
             pyfuse3.terminate()

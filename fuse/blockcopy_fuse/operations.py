@@ -1,9 +1,9 @@
-"""What the kernel asks: a folder with two files in it, the replica and status.json; or the replica alone, where
-the mountpoint is a file.
+"""The handlers of the kernel's FUSE requests.
 
-The replica's logical content never changes while it is mounted, fetched or not: attributes are
-constant, the kernel may cache everything, and nothing is ever invalidated. Handlers run in trio's
-one thread and never block in it. An error of ours becomes an errno here, and nowhere else.
+The mount is a folder with two files, the replica and status.json. If the mountpoint is a file, it is the replica.
+The logical content of a replica never changes while it is mounted. So attributes are constant, the kernel may
+cache everything, and nothing is ever invalidated. Handlers run in trio's thread, and must not block it.
+An error of blockcopy becomes an errno in this module only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FlagT, FU
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.errors import BlockcopyError, SourceReadError
-from blockcopy.replica.monitor.status import to_json
+from blockcopy.replica.monitor.status import Status
 from blockcopy.replica.replica import Replica
 from blockcopy_fuse import STATUS_NAME
 from blockcopy_fuse.options import MountOptions
@@ -33,17 +33,20 @@ logger = logging.getLogger(__name__)
 _ROOT, _REPLICA, _STATUS = pyfuse3.ROOT_INODE, InodeT(2), InodeT(3)
 
 _FOREVER = 86400.0
-"""Seconds for which the kernel may keep names and attributes: they do not change."""
+"""How long the kernel may cache names and attributes, in seconds. They do not change."""
 
 _STATUS_HANDLES = 1 << 32
-"""File handles from here on are opened status files; below, the handle is the inode."""
+"""First file handle of an opened status file. The handle of any other file is its inode."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def handler(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
-    """Answer every error with an errno. What is not a FUSEError would end the whole mount."""
+    """Make `method` a handler that answers each error with an errno.
+
+    Any other exception than FUSEError would end the whole mount.
+    """
 
     @functools.wraps(method)
     async def answer(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -51,7 +54,7 @@ def handler(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutin
             return await method(*args, **kwargs)
         except FUSEError:
             raise
-        except SourceReadError as error:  # logged when it was found
+        except SourceReadError as error:  # logged when the block was found
             logger.debug("%s: %s", method.__name__, error)
             raise FUSEError(errno.EIO) from error
         except BlockcopyError as error:
@@ -65,25 +68,27 @@ def handler(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutin
 
 
 class Operations(pyfuse3.Operations):
-    """See the module. `name` is the file's; None where it is the root itself. `options` tell whose it is.
-
-    `snapshot` tells what is in the status file.
-    """
+    """The file system of one replica."""
 
     def __init__(
         self,
         replica: Replica,
         name: str | None,
-        snapshot: Callable[[], dict[str, Any]],
+        status: Callable[[], Status],
         *,
         options: MountOptions,
         before_first_open: Callable[[], None],
     ) -> None:
+        """Show `replica` as the file `name`, or as the root itself if `name` is None.
+
+        `status`: returns the content of the status file. `options`: owner and mode of the files.
+        `before_first_open`: called once, before the replica is opened.
+        """
         super().__init__()
         self._before_first_open: Callable[[], None] | None = before_first_open
         self._replica = replica
         self._volume = replica.volume
-        self._snapshot = snapshot
+        self._status = status
         self._options = options
         self._mounted_ns = time.time_ns()
         self._file = _ROOT if name is None else _REPLICA
@@ -107,7 +112,7 @@ class Operations(pyfuse3.Operations):
             entry.st_mode = stat.S_IFREG | self._options.mode(0o444)
             entry.st_nlink = 1
             entry.attr_timeout = 0
-            entry.st_size = len(to_json(self._snapshot()))
+            entry.st_size = len(self._status().as_json())
         else:
             raise FUSEError(errno.ENOENT)
         entry.st_uid, entry.st_gid = self._options.uid, self._options.gid
@@ -118,10 +123,12 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def getattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> EntryAttributes:
+        """Return the attributes of `inode`."""
         return self._attributes(inode)
 
     @handler
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext) -> EntryAttributes:
+        """Return the attributes of the file `name` in the folder `parent_inode`."""
         if name in (b".", b".."):
             return self._attributes(_ROOT)
         if parent_inode != _ROOT or name not in self._entries:
@@ -129,16 +136,18 @@ class Operations(pyfuse3.Operations):
         return self._attributes(self._entries[name])
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
-        """The inodes are there as long as the mount is."""
+        """Do nothing: the inodes exist as long as the mount."""
 
     @handler
     async def opendir(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileHandleT:
+        """Open the folder `inode`, and return its handle."""
         if inode != _ROOT:
             raise FUSEError(errno.ENOTDIR)
         return FileHandleT(inode)
 
     @handler
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """List the folder from entry number `start_id` on, through `token`."""
         for index, (name, inode) in enumerate(self._entries.items()):
             more = index < start_id or pyfuse3.readdir_reply(token, name, self._attributes(inode), index + 1)
             if not more:
@@ -146,10 +155,11 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def releasedir(self, fh: FileHandleT) -> None:
-        return None
+        """Close a folder."""
 
     @handler
     async def open(self, inode: InodeT, flags: FlagT, ctx: pyfuse3.RequestContext) -> FileInfo:
+        """Open the file `inode` for reading, and return its handle. `flags`: as for open(2)."""
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EROFS)
         if inode == self._file:
@@ -158,14 +168,15 @@ class Operations(pyfuse3.Operations):
                 self._before_first_open = None
             return FileInfo(fh=FileHandleT(inode), keep_cache=True)
         if inode == _STATUS:
-            # The text is made once an open file, so that its reader sees one moment.
+            # The text is made when the file is opened, so that its reader sees one moment.
             handle, self._next_handle = FileHandleT(self._next_handle), self._next_handle + 1
-            self._statuses[handle] = to_json(self._snapshot())
+            self._statuses[handle] = self._status().as_json()
             return FileInfo(fh=handle, direct_io=True)
         raise FUSEError(errno.EISDIR)
 
     @handler
     async def read(self, fh: FileHandleT, off: int, size: int) -> Buffer:  # type: ignore[override]  # pyfuse3 takes any buffer
+        """Return `size` bytes of an open file from offset `off` on, fewer only at its end."""
         text = self._statuses.get(fh)
         if text is not None:
             return text[off : off + size]
@@ -173,19 +184,21 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def flush(self, fh: FileHandleT) -> None:
-        return None
+        """Do nothing: nothing is written through the mount."""
 
     @handler
     async def release(self, fh: FileHandleT) -> None:
+        """Close a file."""
         self._statuses.pop(fh, None)
 
     @handler
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
-        """What was read so far, and therefore stored, is durable on the destination."""
+        """Make durable on the destination what was read, and therefore stored, so far."""
         await self._replica.commit()
 
     @handler
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """Return sizes and counts of the file system: it is full, and has the size of the replica."""
         data = pyfuse3.StatvfsData()
         data.f_bsize = data.f_frsize = 4096
         data.f_blocks = -(-self._volume.size // data.f_frsize)

@@ -1,7 +1,7 @@
-"""`-o`: what may be said of a mount, as sshfs and mount(8) say it. UsageError for what cannot work.
+"""The options of `-o`, as of sshfs and mount(8).
 
-Some of it is libfuse's and the kernel's; `uid`, `gid` and `umask` are what the files show; some that others
-have is refused with a reason.
+Some options are for libfuse and the kernel. `uid`, `gid` and `umask` decide what the files show.
+An option of other programs that cannot work here is refused with a reason.
 """
 
 from __future__ import annotations
@@ -12,26 +12,21 @@ import pwd
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from blockcopy.errors import UsageError
-
-_FUSE_CONF = "/etc/fuse.conf"
-
-_LONGEST_LINE = 256
-"""Bytes of libfuse's buffer for a line, with the end of the text."""
+from blockcopy_fuse import fuse_host
 
 FLAGS = {
     *("allow_other", "allow_root", "auto_unmount", "default_permissions", "debug", "ro", "exec", "noexec"),
     *("suid", "nosuid", "dev", "nodev", "sync", "async", "dirsync", "atime", "noatime"),
 }
-"""Those that libfuse takes, and whose use is no harm here."""
+"""Options without a value, which libfuse takes and which do no harm here."""
 
 _DEFAULTS = {"atime"}
-"""Flags that change nothing. libfuse 3.17 refuses them, so they stay here."""
+"""Flags that change nothing. They are not passed on, because libfuse 3.17 refuses them."""
 
 VALUES = {"fsname", "subtype", "uid", "gid", "umask"}
-"""Those that need a value."""
+"""Options that need a value."""
 
 REFUSED = {
     "max_read": "it makes the mount vanish at once (a fault of libfuse's bindings)",
@@ -39,11 +34,15 @@ REFUSED = {
     "rw": "the replica is read-only",
     "remount": "a replica is what it was mounted as; unmount it, and mount it again",
 }
+"""Options that cannot work, and why."""
 
 
 @dataclass(frozen=True)
 class MountOptions:
-    """`fuse` is for libfuse, as it reads them; the rest is what a file and a folder of the mount show."""
+    """The parsed options. `fuse`: flags for libfuse. `uid`, `gid`, `umask`: owner and mode of the files.
+
+    `fsname`: the source that `mount` and `df` show, or None for the real one. `subtype`: as in fuse.SUBTYPE.
+    """
 
     fuse: frozenset[str]
     uid: int
@@ -53,37 +52,32 @@ class MountOptions:
     subtype: str = "blockcopy"
 
     def mode(self, all_bits: int) -> int:
-        """0o444 or 0o555, less what the umask takes."""
+        """Return `all_bits`, such as 0o444 or 0o555, without the bits of the umask."""
         return all_bits & ~self.umask
 
 
 def split(text: str) -> Iterator[str]:
-    """a,b="c,d",e=f\\,g → a, b=c,d and e=f,g; as mount(8) and libfuse quote."""
+    """Split the text of an `-o` at its commas, and remove quotes as mount(8) and libfuse do.
+
+    For example, a,b="c,d",e=f\\,g gives a, b=c,d and e=f,g.
+    """
     for found in re.finditer(r'((?:"[^"]*"|\\.|[^,"]|")+)', text):
         yield re.sub(r'"([^"]*)"|\\([,\\])', lambda each: each[1] or each[2] or "", found[1])
 
 
 def quoted(name: str) -> str:
-    """Return a value of an option as libfuse takes it, in ASCII: \\NNN for each byte that is not plain."""
+    """Quote the value of an option for libfuse, in ASCII: \\NNN for each byte that is not plain."""
     return "".join(
         chr(byte) if (chr(byte).isalnum() and byte < 128) or byte in b"/:@._-+=~" else f"\\{byte:03o}"
         for byte in os.fsencode(name)
     )
 
 
-def users_may_share() -> bool:
-    """Whether fusermount3 will find `user_allow_other`, as it reads its file (libfuse, util/fusermount.c)."""
-    try:
-        lines = Path(_FUSE_CONF).read_text(errors="replace").splitlines(keepends=True)
-    except OSError:
-        return False  # fusermount3 takes one that it cannot read for one that is empty
-    # A `#` begins a comment. A line that is too long, or has no end, is passed over.
-    whole = (line for line in lines if line.endswith("\n") and len(line) < _LONGEST_LINE)
-    return any(line.partition("#")[0].strip() == "user_allow_other" for line in whole)
-
-
 def parse(texts: list[str]) -> MountOptions:
-    """Of each `-o`. Nothing is asked of libfuse, whose own words come too late."""
+    """Parse the texts of all `-o`. libfuse is not asked, because its own messages come too late.
+
+    Raises UsageError if an option is unknown, has a wrong value, or is not allowed.
+    """
     flags: set[str] = set()
     values: dict[str, str] = {}
     for option in (each for text in texts for each in split(text)):
@@ -121,17 +115,19 @@ def _why_not(name: str) -> str:
 
 
 def _check_sharing(flags: set[str]) -> None:
+    """Raise UsageError if other users cannot be allowed to read the mount."""
     shared = flags & {"allow_other", "allow_root"}
     if len(shared) > 1:
         raise UsageError("-o allow_other and -o allow_root exclude each other: the first is for root as well")
-    if shared and os.geteuid() != 0 and not users_may_share():
+    if shared and os.geteuid() != 0 and not fuse_host.users_may_share():
         raise UsageError(
             f"-o {shared.pop()} is not possible: only root may, unless there is a line `user_allow_other` "
-            f"in {_FUSE_CONF}"
+            f"in {fuse_host.FUSE_CONF}"
         )
 
 
 def _id(option: str, text: str) -> int:
+    """Return the number of a user or group, given by name or number. `option`: uid or gid."""
     if text.isdecimal():
         number = int(text)
         if number < 2**32 - 1:

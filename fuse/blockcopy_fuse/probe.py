@@ -1,10 +1,10 @@
-"""Asking a mount, by a child process that can be left behind.
+"""Requests to a mount from outside, made by a child process that can be left behind.
 
-    Place ── child: control socket of the mount's owner … else MOUNTPOINT/status.json ──► bytes, bounded
+    Mount ── child: control socket of the mount's owner … else MOUNTPOINT/status.json ──► bytes, bounded
 
-Whoever touches a mount that stands still may wait in the kernel, where not even SIGKILL ends it. So the parent
-touches nothing but mountinfo. The mount's owner is another user perhaps: the socket is believed to be the
-mount's only where the kernel says that its process is that user's.
+Whoever touches an unresponsive mount may wait in the kernel, where not even SIGKILL ends the wait.
+So the parent touches nothing but mountinfo. The owner of a mount may be another user, who is not trusted.
+A socket is believed only if the kernel says that its process belongs to that owner.
 """
 
 from __future__ import annotations
@@ -21,80 +21,83 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from blockcopy.errors import MountError
 from blockcopy.paths.runtime_dir import is_private, runtime_dir_candidates
 from blockcopy.protocol.strict_json import parse_object
-from blockcopy_fuse import STATUS_NAME, mountinfo, status_schema
+from blockcopy_fuse import STATUS_NAME, mountinfo
+from blockcopy_fuse.mountinfo import NO_FUSE, Mount
 
 ANSWER_SECONDS = 5
-"""How long a mount may take to tell its status, which waits for nobody."""
+"""How long a mount may take to report its status, for which it waits for nobody."""
 
-_SOCKETS = 8
-"""Sockets of one mount's name that are tried, at most."""
+_MAX_REPLY = 1 << 20
+"""Bytes of a reply."""
+
+_MAX_SOCKETS = 8
+"""Sockets of one mount that are tried."""
+
+_END_SECONDS = 0.2
+"""How long a killed process may take to end before it is left. If it waits for a dead disk, it may never end."""
+
+_left: set[int] = set()
+"""Processes that were left, or whose exit status was not collected yet."""
 
 
 class MountUnresponsiveError(MountError):
-    """A mount that gives no answer."""
+    """A mount does not answer."""
 
     def __init__(self, mountpoint: str) -> None:
+        """Make the error for the mount on `mountpoint`."""
         super().__init__(
-            f"the mount on {mountpoint} gave no answer within {ANSWER_SECONDS} s: its program stands still, or "
-            "all that it can do at once is waiting for the source"
+            f"the mount on {mountpoint} gave no answer within {ANSWER_SECONDS} s: its program is stopped, or "
+            "all of its requests wait for the source"
         )
 
 
-_ENDING_SECONDS = 0.2
-"""How long a process that is killed may take to end. It is left then: one that waits for a dead disk may never."""
+class ForkedCall:
+    """A function that runs in a child process. Call `close` in the end."""
 
-_left: set[int] = set()
-"""Processes that were left, or whose end was not collected yet."""
-
-
-class Child:
-    """A process that runs `work` and tells what it returns. To be closed."""
-
-    def __init__(self, work: Callable[[], bytes], most: int = status_schema.MOST_BYTES) -> None:
-        """`most`: bytes of an answer that are taken."""
-        self._most = most
-        self._said = bytearray()
-        self._pipe, theirs = os.pipe()
+    def __init__(self, work: Callable[[], bytes]) -> None:
+        """Fork a child that calls `work` and sends back what it returns, at most 1 MiB."""
+        self._received = bytearray()
+        self._pipe, child_end = os.pipe()
         self._pid = os.fork()
         if not self._pid:
             try:
-                _leave_all_but(theirs)
-                _write(theirs, work()[: most + 1])
+                _leave_all_but(child_end)
+                _write(child_end, work()[: _MAX_REPLY + 1])
             finally:
                 os._exit(0)
-        os.close(theirs)
+        os.close(child_end)
 
-    def answer(self, seconds: float | None) -> bytes | None:
-        """Return all that was said, or None if that did not end within `seconds`; None: wait for ever.
+    def result(self, seconds: float | None) -> bytes | None:
+        """Wait at most `seconds` for the result; without end if `seconds` is None.
 
-        Raises ValueError if it is too much.
+        Returns None if there is no result yet. Raises ValueError if the result is longer than 1 MiB.
         """
         end = None if seconds is None else time.monotonic() + seconds
-        while len(self._said) <= self._most:
+        while len(self._received) <= _MAX_REPLY:
             left = None if end is None else max(0, end - time.monotonic())
             if not select.select([self._pipe], [], [], left)[0]:
                 return None
             data = os.read(self._pipe, 1 << 16)
             if not data:
-                return bytes(self._said)
-            self._said += data
-        raise ValueError(f"it said more than {self._most} bytes")
+                return bytes(self._received)
+            self._received += data
+        raise ValueError(f"it is more than {_MAX_REPLY} bytes")
 
     def close(self) -> None:
-        """End it, and leave it if it cannot be ended now."""
+        """Kill the child. A child that does not end within 0.2 s is left behind."""
         os.close(self._pipe)
-        with contextlib.suppress(ProcessLookupError):  # where SIGCHLD is ignored, ended ones are gone at once
+        with contextlib.suppress(ProcessLookupError):  # if SIGCHLD is ignored, an ended child is gone at once
             os.kill(self._pid, signal.SIGKILL)
             process = os.pidfd_open(self._pid)
-            select.select([process], [], [], _ENDING_SECONDS)
+            select.select([process], [], [], _END_SECONDS)
             os.close(process)
         _left.add(self._pid)
-        for pid in list(_left):  # those before it, too: who asks each second must not gather them
+        for pid in list(_left):  # earlier ones too: repeated calls must not gather processes
             with contextlib.suppress(ChildProcessError):
                 if not os.waitpid(pid, os.WNOHANG)[0]:
                     continue
@@ -102,7 +105,7 @@ class Child:
 
 
 def _leave_all_but(kept: int) -> None:
-    """Hold nothing of the parent's that others wait for: its streams, its session, its folder."""
+    """Release everything of the parent's that others may wait for: streams, session, folder, descriptors."""
     os.setsid()
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
@@ -110,7 +113,7 @@ def _leave_all_but(kept: int) -> None:
         os.dup2(null, stream)
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2 and int(name) != kept:
-            with contextlib.suppress(OSError):  # the one that lists them
+            with contextlib.suppress(OSError):  # the descriptor that lists the folder
                 os.close(int(name))
 
 
@@ -119,37 +122,29 @@ def _write(fd: int, data: bytes) -> None:
         data = data[os.write(fd, data) :]
 
 
-class Place(NamedTuple):
-    """A FUSE mount that is there, of the user `owner`."""
+def find_mount(path: str) -> Mount | None:
+    """Find the FUSE mount at `path` without touching it. Returns None if no FUSE mount is there.
 
-    mountpoint: str
-    entry: mountinfo.Entry
-    owner: int
-
-
-def locate(mountpoint: str) -> Place | None:
-    """Return the FUSE mount at a path, without touching it. Returns None if there is none.
-
-    Raises MountUnresponsiveError if the path itself gives no answer.
+    Raises MountUnresponsiveError if `path` itself cannot be resolved in time.
     """
-    path = os.path.abspath(mountpoint)
-    entry = mountinfo.at(path)
-    if entry is None:
-        real = _in_child(partial(_realpath, path), mountpoint)
-        path = os.fsdecode(real)
-        entry = mountinfo.at(path)
-    if entry is None or entry.owner is None:
-        return None
-    return Place(path, entry, entry.owner)
+    absolute = os.path.abspath(path)
+    mount = mountinfo.mount_at(absolute)
+    if mount is None:
+        resolved = _call_in_child(partial(_realpath, absolute), path)
+        mount = mountinfo.mount_at(os.fsdecode(resolved))
+    return None if mount is None or mount.owner == NO_FUSE else mount
 
 
 def _realpath(path: str) -> bytes:
     return os.fsencode(os.path.realpath(path))
 
 
-def await_answer(path: str, mountpoint: str) -> None:
-    """Return when a file of a mount is there. MountError if it cannot be had; MountUnresponsiveError."""
-    found = int(_in_child(partial(_errno_of, path), mountpoint) or errno.EIO)  # nothing, of a child that was killed
+def await_file(path: str, mountpoint: str) -> None:
+    """Return when the file `path` of the mount on `mountpoint` exists.
+
+    Raises MountError if the file cannot be found, MountUnresponsiveError if the mount does not answer.
+    """
+    found = int(_call_in_child(partial(_errno_of, path), mountpoint) or errno.EIO)  # nothing, if it was killed
     if found:
         raise MountError(f"the mount on {mountpoint} does not answer: {os.strerror(found)}")
 
@@ -162,137 +157,165 @@ def _errno_of(path: str) -> bytes:
     return b"0"
 
 
-def is_dead(place: Place) -> bool:
-    """Whether nobody serves the mount any more. MountUnresponsiveError."""
-    return _in_child(partial(_dead, place.mountpoint), place.mountpoint) == b"dead"
+def is_dead(mount: Mount) -> bool:
+    """Return whether the mount's program has died.
+
+    Raises MountUnresponsiveError if the mount does not answer.
+    """
+    return _call_in_child(partial(_dead, mount.mountpoint), mount.mountpoint) == b"dead"
 
 
 def _dead(mountpoint: str) -> bytes:
     try:
-        os.statvfs(mountpoint)  # not stat: the kernel answers that from what it remembers
+        os.statvfs(mountpoint)  # not stat, which the kernel answers from its cache
     except OSError as error:
         return b"dead" if error.errno == errno.ENOTCONN else b""
     return b""
 
 
-def _in_child(work: Callable[[], bytes], mountpoint: str) -> bytes:
-    child = Child(work)
-    try:
-        said = child.answer(ANSWER_SECONDS)
-    finally:
-        child.close()
-    if said is None:
+def _call_in_child(work: Callable[[], bytes], mountpoint: str) -> bytes:
+    with contextlib.closing(ForkedCall(work)) as call:
+        result = call.result(ANSWER_SECONDS)
+    if result is None:
         raise MountUnresponsiveError(mountpoint)
-    return said
+    return result
 
 
-class Asking:
-    """A request to a mount, under way. To be closed, or asked until it is answered."""
+class MountRequest:
+    """A request to a mount, under way. Call `close` in the end, or `reply` until it returns a reply."""
 
-    def __init__(self, place: Place, request: dict[str, Any], pid: int | None = None) -> None:
-        """`pid`: the one process that may answer; whichever it is, if None."""
-        self._place = place
-        self._child: Child | None = Child(partial(_ask, place, request, pid))
+    def __init__(self, mount: Mount, request: dict[str, Any], pid: int | None = None) -> None:
+        """Send `request` to `mount`. `pid`: the only process that may answer, or None for any of the owner's."""
+        self._mount = mount
+        self._call: ForkedCall | None = ForkedCall(partial(_request_in_child, mount, request, pid))
 
-    def answer(self, seconds: float | None) -> dict[str, Any] | None:
-        """Return the reply, once; None if there is none so far. MountError if there will be none."""
-        if self._child is None:
-            raise MountError(f"the mount on {self._place.mountpoint} was asked once, and answered")
+    def reply(self, seconds: float | None) -> dict[str, Any] | None:
+        """Wait at most `seconds` for the reply; without end if `seconds` is None.
+
+        Returns None if there is no reply yet. Raises MountError if there will be none.
+        """
+        if self._call is None:
+            raise MountError(f"the mount on {self._mount.mountpoint} has answered this request already")
         try:
-            said = self._child.answer(seconds)
-            if said is None:
+            result = self._call.result(seconds)
+            if result is None:
                 return None
-            head, _, text = said.partition(b"\n")
+            head, _, text = result.partition(b"\n")
             found = parse_object(text, errors="surrogateescape") if text else None
         except ValueError as error:
             self.close()
-            raise MountError(
-                f"what the mount on {self._place.mountpoint} says is not a replica's: {error}"
-            ) from error
+            raise invalid_reply(self._mount, error) from error
         self.close()
-        return _reply(self._place, head.decode(), found)
+        return _reply(self._mount, head.decode(), found)
 
     def close(self) -> None:
-        if self._child is not None:
-            self._child.close()
-            self._child = None
+        """End the request. May be called more than once."""
+        if self._call is not None:
+            self._call.close()
+            self._call = None
 
 
-def _reply(place: Place, how: str, found: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what the child found out as a reply of a control socket."""
-    kind, _, number = how.partition(" ")
+def _reply(mount: Mount, head: str, found: dict[str, Any] | None) -> dict[str, Any]:
+    """Convert the result of the child into the reply of a control socket. `head`: the first line of the result."""
+    kind, _, number = head.partition(" ")
     if found is not None and kind == "socket":
         return {**found, "pid": int(number)}
     if found is not None and kind == "file":
         return {"status": found}
     if kind == "errno" and int(number) == errno.ENOTCONN:
-        raise MountError(dead_mount(place.mountpoint))
+        raise MountError(dead_mount_message(mount.mountpoint))
     if kind == "errno" and int(number) == errno.ENOENT:
-        raise MountError(f"no replica is mounted on {place.mountpoint}")
+        raise MountError(f"no replica is mounted on {mount.mountpoint}")
     if kind == "errno":
-        raise MountError(f"cannot ask the mount on {place.mountpoint}: {os.strerror(int(number))}")
+        raise MountError(f"cannot ask the mount on {mount.mountpoint}: {os.strerror(int(number))}")
     if kind == "file":
-        raise MountError(f"{place.mountpoint}/{STATUS_NAME} is not a replica's")
-    if os.geteuid() not in (0, place.owner):
-        raise MountError(f"cannot ask the mount on {place.mountpoint}: only the user who mounted it may, and root")
+        raise MountError(f"{mount.mountpoint}/{STATUS_NAME} is not a replica's")
+    if os.geteuid() not in (0, mount.owner):
+        raise MountError(f"cannot ask the mount on {mount.mountpoint}: only the user who mounted it may, and root")
     raise MountError(
-        f"no replica answers for the mount on {place.mountpoint}, which is of the type {place.entry.kind}: "
+        f"no replica answers for the mount on {mount.mountpoint}, which is of the type {mount.kind}: "
         "it has no control socket; its log says why"
     )
 
 
-def not_a_replicas(place: Place, why: ValueError) -> MountError:
-    """Return the error for an answer that cannot be believed."""
-    return MountError(f"what the mount on {place.mountpoint} says is not a replica's: {why}")
+def invalid_reply(mount: Mount, reason: ValueError) -> MountError:
+    """Return the error for a reply that is malformed, and why it is."""
+    return MountError(f"the reply of the mount on {mount.mountpoint} is not a replica's: {reason}")
 
 
-def dead_mount(mountpoint: str) -> str:
-    """Return what to say of one."""
+def dead_mount_message(mountpoint: str) -> str:
+    """Return the message for a mount whose program died, with the command that removes the mount."""
     return f"{mountpoint} is a mount whose program died; clear it with: fusermount3 -uz {mountpoint}"
 
 
 # In the child
 
 
-def _ask(place: Place, request: dict[str, Any], pid: int | None) -> bytes:
-    for path in _sockets(place):
+def _request_in_child(mount: Mount, request: dict[str, Any], pid: int | None) -> bytes:
+    """Return a line that says who answered (`socket PID`, `file`, `errno NUMBER` or `nobody`), and the answer."""
+    for path in _sockets(mount):
         with contextlib.suppress(OSError):
-            peer, reply = _exchange(path, place.owner, request, pid)
+            peer, reply = _exchange(path, mount.owner, request, pid)
             if reply:
                 return b"socket %d\n%s" % (peer, reply)
-    if _dead(place.mountpoint):
+    if _dead(mount.mountpoint):
         return b"errno %d\n" % errno.ENOTCONN
     if request != {"command": "status"}:
         return b"nobody\n"
     try:
-        with open(f"{place.mountpoint}/{STATUS_NAME}", "rb", buffering=0) as file:
-            return b"file\n" + _read(partial(os.read, file.fileno()))
+        return b"file\n" + _read_status_file(f"{mount.mountpoint}/{STATUS_NAME}")
     except NotADirectoryError:
         return b"nobody\n"
     except OSError as error:
         return b"errno %d\n" % (error.errno or errno.EIO)
 
 
-def _sockets(place: Place) -> list[str]:
-    """Return the sockets of the mount's name, latest first: one that is ending may have the same number."""
+def _read_status_file(path: str) -> bytes:
+    """Return the bytes of a regular file, and none of anything else: another user's mount may have a link there.
+
+    Raises OSError if the file cannot be opened or read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return b""
+        raise
+    try:
+        return _read(partial(os.read, descriptor)) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
+    finally:
+        os.close(descriptor)
+
+
+def _sockets(mount: Mount) -> list[str]:
+    """Return the paths of the sockets with the mount's name, the newest first.
+
+    A mount that is ending may have the same name.
+    """
     found = []
-    for folder in runtime_dir_candidates(place.owner):
-        if is_private(folder, place.owner):
-            for path in folder.glob(socket_name(place.entry.device, "*")):
+    for folder in runtime_dir_candidates(mount.owner):
+        if is_private(folder, mount.owner):
+            for path in folder.glob(socket_name(mount.device, "*")):
                 with contextlib.suppress(OSError):
                     status = path.lstat()
                     if stat.S_ISSOCK(status.st_mode):
                         found.append((status.st_ctime_ns, str(path)))
-    return [path for _, path in sorted(found, reverse=True)[:_SOCKETS]]
+    return [path for _, path in sorted(found, reverse=True)[:_MAX_SOCKETS]]
 
 
 def socket_name(device: str, pid: int | str) -> str:
-    """Return the name of the socket of a mount. `device`: its number, MAJOR:MINOR; an ending one may share it."""
+    """Return the name of a mount's control socket. `device`: MAJOR:MINOR. `pid`: the process, or * for a pattern.
+
+    The process id is in the name because a mount that is ending may have the same device number.
+    """
     return f"{device}-{pid}.sock"
 
 
 def _exchange(path: str, owner: int, request: dict[str, Any], pid: int | None) -> tuple[int, bytes]:
-    """Return who serves a socket, as the kernel says, and the reply. OSError if it is not the owner's process."""
+    """Return the process id of the server of a socket, as the kernel reports it, and the reply.
+
+    Raises OSError if the server is not the owner's process, or not process `pid`.
+    """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
         peer, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
@@ -302,12 +325,12 @@ def _exchange(path: str, owner: int, request: dict[str, Any], pid: int | None) -
         return peer, _read(connection.recv)
 
 
-def _read(take: Callable[[int], bytes]) -> bytes:
-    """Read to the end, or to the bound."""
+def _read(read_some: Callable[[int], bytes]) -> bytes:
+    """Read to the end, or to one byte more than a reply may have. `read_some`: returns at most that many bytes."""
 
     def pieces() -> Iterator[bytes]:
-        left = status_schema.MOST_BYTES + 1
-        while left > 0 and (data := take(min(left, 1 << 16))):
+        left = _MAX_REPLY + 1
+        while left > 0 and (data := read_some(min(left, 1 << 16))):
             left -= len(data)
             yield data
 

@@ -1,4 +1,4 @@
-"""`status` on a terminal: once, or `--watch`, live on the whole of it until `q`."""
+"""`status` on a terminal: shown once, or live on the whole terminal with `--watch`, until `q`."""
 
 from __future__ import annotations
 
@@ -20,54 +20,62 @@ from blockcopy_fuse import control_client
 from blockcopy_fuse.screen import screen
 
 _SECONDS = 0.5
+"""Interval between two looks at the mount."""
 
-_ROWS = 2
-"""Of the map, where the status is shown once."""
+_MIN_ROWS = 2
+"""Rows of the map at least, and if the status is shown once."""
 
-_OTHERS = 14
-"""Rows of the whole terminal that are not the map's."""
+_OTHER_ROWS = 14
+"""Rows of a whole terminal that the map leaves to the rest."""
 
-_MOST_CELLS = 4096
-"""Of the map: the mount counts them between the reads that it serves, and must not keep those waiting."""
+_MAX_CELLS = 4096
+"""Cells of the map. The mount counts them between two reads that it serves, and reads must not wait."""
 
 
 def show(mountpoint: str) -> None:
-    """The status, once. MountError."""
+    """Show the status of the mount on `mountpoint` once.
+
+    Raises MountError if no replica is mounted there, or if the mount does not answer.
+    """
     console = Console(highlight=False)
-    snapshot = control_client.read_status(mountpoint)
-    console.print(screen(snapshot, control_client.read_map(mountpoint, _ROWS * console.width)))
+    status = control_client.read_status(mountpoint)
+    console.print(screen(status, control_client.read_map(mountpoint, _MIN_ROWS * console.width)))
 
 
 def watch(mountpoint: str) -> None:
-    """Until `q`, SIGINT, or the mount goes, which is a MountError. One that stands still may go on again."""
+    """Show the status of the mount on `mountpoint` live, until `q` or SIGINT.
+
+    An unresponsive mount is shown with its last status, because it may continue.
+    Raises MountError when the mount goes away.
+    """
     console = Console(highlight=False)
-    snapshot = control_client.read_status(mountpoint)
-    answered_at, asking = time.monotonic(), None
+    status = control_client.read_status(mountpoint)
+    answered_at, request = time.monotonic(), None
     try:
         with _keys() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
-                silence = time.monotonic() - answered_at if asking else 0
-                cells = [] if asking else control_client.read_map(mountpoint, _cells(console))
-                live.update(screen(snapshot, cells, silence=silence), refresh=True)
+                unanswered = time.monotonic() - answered_at if request else 0
+                cells = [] if request else control_client.read_map(mountpoint, _max_cells(console))
+                live.update(screen(status, cells, unanswered_seconds=unanswered), refresh=True)
                 if select.select(keys, [], [], _SECONDS)[0] and os.read(keys[0], 1) in (b"q", b"Q", b""):
                     return
-                asking = asking or control_client.asked_for_status(mountpoint)
-                if (answer := asking.answer(_SECONDS)) is not None:
-                    snapshot, answered_at, asking = answer, time.monotonic(), None
+                request = request or control_client.request_status(mountpoint)
+                if (answer := request.status(_SECONDS)) is not None:
+                    status, answered_at, request = answer, time.monotonic(), None
     except Interrupted as interrupted:
         if interrupted.signum != signal.SIGINT:
             raise
 
 
-def _cells(console: Console) -> int:
-    """Whole rows of them."""
-    rows = min(console.height - _OTHERS, _MOST_CELLS // console.width)
-    return max(_ROWS, rows) * console.width
+def _max_cells(console: Console) -> int:
+    """Return how many cells of the map fill whole rows of the terminal."""
+    rows = min(console.height - _OTHER_ROWS, _MAX_CELLS // console.width)
+    return max(_MIN_ROWS, rows) * console.width
 
 
 @contextlib.contextmanager
 def _keys() -> Iterator[list[int]]:
-    """Standard input, which gives each key at once; nothing where it is no terminal."""
+    """Yield standard input, which then gives each key at once. Yields an empty list if it is no terminal."""
     if sys.stdin is None or not sys.stdin.isatty():
         yield []
         return

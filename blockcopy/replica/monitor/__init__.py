@@ -1,4 +1,4 @@
-"""What a replica tells others: its status, Prometheus metrics, systemd, `--on-complete`.
+"""The monitors of a replica: its status, progress, Prometheus metrics, systemd, `--on-complete`.
 
-Changes nothing in a copy. The replica itself and the mount may import it.
+No monitor changes a copy. The replica itself and the mount may import this room.
 """

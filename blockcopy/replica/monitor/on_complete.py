@@ -1,8 +1,8 @@
-"""`--on-complete COMMAND`: what a user has run once the copy is complete, synced, and the source let go.
+"""`--on-complete COMMAND`: a user's command, run once the copy is complete and synced, and the source disconnected.
 
-What it fails with is logged, and is no failure of the copy. It is given the facts of the status in its
-environment, and is on its own afterwards: a mount that ends leaves it running. (It may be the one who
-ends it: `blockcopy umount "$BLOCKCOPY_MOUNTPOINT" && mount …`.)
+A command that fails is logged, and the copy is still a success. The command finds the status in its environment.
+It is independent afterwards: a mount that ends leaves it running. The command may even be what ends the mount:
+`blockcopy umount "$BLOCKCOPY_MOUNTPOINT" && mount …`.
 """
 
 from __future__ import annotations
@@ -11,47 +11,50 @@ import logging
 import os
 import subprocess
 from functools import partial
-from typing import Any
 
 import trio
 
 from blockcopy.errors import describe_exit
+from blockcopy.replica.monitor.status import Status
 from blockcopy.replica.tasks import abandonable
 
 logger = logging.getLogger(__name__)
 
-_FAREWELL_SECONDS = 1
-"""How long a command that is nearly done may take to be done, when we end."""
+_LAST_WAIT_SECONDS = 1
+"""How long a running command is waited for when the program ends."""
 
 
-def environment(snapshot: dict[str, Any]) -> dict[str, str]:
-    """BLOCKCOPY_SIZE, BLOCKCOPY_FETCHED_BYTES, …: each field of the status that is one value."""
-    facts = {name: value for name, value in snapshot.items() if isinstance(value, (str, int, float))}
+def environment(status: Status) -> dict[str, str]:
+    """Return BLOCKCOPY_SIZE, BLOCKCOPY_STATE and so on: a variable for each field of `status` that is one value."""
+    values = {name: value for name, value in status.as_dict().items() if isinstance(value, (str, int, float))}
     return {
         f"BLOCKCOPY_{name.upper()}": str(int(value) if isinstance(value, bool) else value)
-        for name, value in facts.items()
+        for name, value in values.items()
     }
 
 
-async def run(command: str, snapshot: dict[str, Any], folder: str) -> None:
-    """Run it by the shell in `folder`, to its end. Cancelled, it is waited for shortly, and left."""
+async def run(command: str, status: Status, folder: str) -> None:
+    """Run `command` by /bin/sh in `folder`, with `status` in its environment, and return when it has ended.
+
+    A command that cannot be run, or that fails, is logged. If this function is cancelled, it waits for a second
+    and leaves the command running. Call from trio's thread only.
+    """
     logger.info("running --on-complete: %s", command)
+    variables = {**os.environ, **environment(status)}
     try:
-        process = await abandonable.start_process(
-            partial(_start, command, folder, {**os.environ, **environment(snapshot)})
-        )
+        process = await abandonable.start_process(partial(_start, command, folder, variables))
     except OSError as error:
-        logger.error("--on-complete cannot be run: %s", error)
+        logger.error("cannot run --on-complete: %s", error)
         return
     try:
-        status = await abandonable.wait_for_exit(process)
+        exit_status = await abandonable.wait_for_exit(process)
     except trio.Cancelled:
-        with trio.CancelScope(shield=True), trio.move_on_after(_FAREWELL_SECONDS):
-            _tell(await abandonable.wait_for_exit(process))
+        with trio.CancelScope(shield=True), trio.move_on_after(_LAST_WAIT_SECONDS):
+            _log_failure(await abandonable.wait_for_exit(process))
             raise
-        logger.warning("--on-complete is still running, and is left to itself (process %d)", process.pid)
+        logger.warning("--on-complete still runs as process %d, and continues after this program", process.pid)
         raise
-    _tell(status)
+    _log_failure(exit_status)
 
 
 def _start(command: str, folder: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -64,6 +67,6 @@ def _start(command: str, folder: str, environment: dict[str, str]) -> subprocess
     )
 
 
-def _tell(status: int) -> None:
-    if status:
-        logger.error("--on-complete failed: it %s", describe_exit(status))
+def _log_failure(exit_status: int) -> None:
+    if exit_status:
+        logger.error("--on-complete failed: it %s", describe_exit(exit_status))

@@ -1,105 +1,93 @@
-"""`--metrics FILE`: the status as text for Prometheus, for node_exporter's textfile collector.
+"""`--metrics FILE`: the status as text for Prometheus, to be read by node_exporter's textfile collector.
 
-The format is a line of name, labels and a number for each fact (prometheus.io, "Exposition formats"), so it is
-written out here: a client library would bring a registry and a server that nobody needs.
+The format has one line for each number: name, labels, value. See "Exposition formats" on prometheus.io.
+The text is made here: a client library would bring a registry and a server that nobody needs.
+Names and help texts of the metrics come from the fields of `status`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import trio
 
 from blockcopy.paths import safe_write
+from blockcopy.replica.monitor.status import LinkStatus, ReadStatus, State, Status
 from blockcopy.replica.tasks import abandonable
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 logger = logging.getLogger(__name__)
 
 _SECONDS = 10
+"""Interval between two writes."""
 
-_LAST_SECONDS = 2
-"""How long the last write may take, when we end."""
-
-STATES = ("starting", "hydrating", "paused", "reconnecting", "verifying", "complete", "failed")
-
-_FACTS = {
-    "size": ("blockcopy_size_bytes", "gauge", "Size of the source."),
-    "hydrated_bytes": ("blockcopy_hydrated_bytes", "gauge", "Bytes of the copy that are right."),
-    "resumed_bytes": ("blockcopy_resumed_bytes", "gauge", "Of these, bytes that were on record."),
-    "same_bytes": ("blockcopy_same_bytes", "gauge", "Of these, bytes that were equal."),
-    "fetched_bytes": ("blockcopy_fetched_bytes", "gauge", "Of these, bytes that were sent."),
-    "zero_bytes": ("blockcopy_zero_bytes", "gauge", "Of these, zeros that were not sent."),
-    "sent_bytes": ("blockcopy_sent_bytes_total", "counter", "Bytes sent to the source."),
-    "received_bytes": ("blockcopy_received_bytes_total", "counter", "Bytes received from the source."),
-    "rate_bytes_per_s": ("blockcopy_rate_bytes_per_second", "gauge", "How fast the copy grows."),
-    "eta_seconds": ("blockcopy_eta_seconds", "gauge", "Seconds to go, where that is known."),
-    "elapsed_seconds": ("blockcopy_elapsed_seconds", "gauge", "Seconds since it was started."),
-    "source_needed": ("blockcopy_source_needed", "gauge", "1 as long as the source must stay."),
-}
-_DEMAND = {
-    "reads": ("blockcopy_reads_total", "counter", "Reads of users."),
-    "bytes": ("blockcopy_read_bytes_total", "counter", "Bytes that users read."),
-    "waiting": ("blockcopy_reads_waiting", "gauge", "Reads that wait for the source now."),
-    "latency_p50_seconds": ("blockcopy_read_wait_p50_seconds", "gauge", "Of late, half of the waits were shorter."),
-    "latency_p99_seconds": ("blockcopy_read_wait_p99_seconds", "gauge", "Of late, 99 % of the waits were shorter."),
-    "latency_max_seconds": ("blockcopy_read_wait_max_seconds", "gauge", "Of late, the longest wait."),
-}
+_LAST_WRITE_SECONDS = 2
+"""How long the last write may take when the program ends."""
 
 
-def text(snapshot: dict[str, Any]) -> str:
-    """All that is known of a snapshot; what is null is left out."""
-    labels: dict[str, str] = {
-        name: str(snapshot[name]) for name in ("source", "destination", "mountpoint") if name in snapshot
+def exposition(status: Status) -> str:
+    """Return the metrics of `status` in Prometheus' text format. A metric whose value is None is left out."""
+    labels = {
+        name: value
+        for name in ("source", "destination", "mountpoint")
+        if (value := getattr(status, name)) is not None
     }
-    lines: list[str] = []
+    return "".join(f"{line}\n" for line in _lines(status, labels))
 
-    def describe(name: str, kind: str, words: str) -> None:
-        lines.extend([f"# HELP {name} {words}", f"# TYPE {name} {kind}"])
 
-    def add(name: str, value: float, more: dict[str, str] | None = None) -> None:
-        described: dict[str, str] = {**labels, **(more or {})}
-        pairs = ",".join(f'{key}="{_escaped(label)}"' for key, label in described.items())
-        lines.append(f"{name}{{{pairs}}} {float(value):.16g}")
+def _lines(status: DataclassInstance, labels: dict[str, str]) -> Iterator[str]:
+    for field in dataclasses.fields(status):
+        value, name = getattr(status, field.name), field.metadata["metric"]
+        if isinstance(value, (ReadStatus, LinkStatus)):
+            yield from _lines(value, labels)
+        elif name and value is not None:
+            yield f"# HELP {name} {field.metadata['help']}"
+            yield f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}"
+            if isinstance(value, State):  # 1 for the current state, 0 for all others
+                states = (each for each in State if each is not State.UNKNOWN)
+                yield from (_sample(name, each is value, {**labels, "state": each}) for each in states)
+            else:
+                yield _sample(name, value, labels)
 
-    for facts, values in ((_FACTS, snapshot), (_DEMAND, snapshot["demand"])):
-        for field, (name, kind, words) in facts.items():
-            if values[field] is not None:
-                describe(name, kind, words)
-                add(name, values[field])
-    describe("blockcopy_reconnects_total", "counter", "Connections made again.")
-    add("blockcopy_reconnects_total", snapshot["link"]["reconnects"])
-    describe("blockcopy_state", "gauge", "1 for the state it is in.")
-    for state in STATES:
-        add("blockcopy_state", state == snapshot["state"], {"state": state})
-    return "\n".join(lines) + "\n"
+
+def _sample(name: str, value: float, labels: dict[str, str]) -> str:
+    pairs = ",".join(f'{key}="{_escaped(label)}"' for key, label in labels.items())
+    return f"{name}{{{pairs}}} {float(value):.16g}"
 
 
 def _escaped(label: str) -> str:
     return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
-async def keep_writing(path: str | None, snapshot: Callable[[], dict[str, Any]]) -> None:
-    """Each ten seconds, and once more when cancelled. A file that cannot be written is logged, no more."""
+async def keep_writing(path: str | None, status: Callable[[], Status]) -> None:
+    """Write the metrics of `status()` to the file `path` each ten seconds, and once more when cancelled.
+
+    Does nothing if `path` is None. A file that cannot be written is logged as a warning.
+    Call from trio's thread only.
+    """
     if path is None:
         return
     try:
         while True:
-            await abandonable.run(partial(_write, path, snapshot()))
+            await abandonable.run(partial(_write, path, status()))
             await trio.sleep(_SECONDS)
     finally:
         try:
-            await abandonable.run_within(partial(_write, path, snapshot()), _LAST_SECONDS)
+            await abandonable.run_within(partial(_write, path, status()), _LAST_WRITE_SECONDS)
         except TimeoutError as error:
             logger.warning("cannot write --metrics %s: %s", path, error.strerror)
 
 
-def _write(path: str, snapshot: dict[str, Any]) -> None:
-    """Whoever reads it sees all of one moment."""
+def _write(path: str, status: Status) -> None:
+    """Replace the file at once, so that its reader sees the metrics of one moment."""
     try:
         # A path may be any bytes, and a file of metrics is UTF-8.
-        safe_write.replace(path, text(snapshot).encode(errors="replace"), 0o644)
+        safe_write.replace(path, exposition(status).encode(errors="replace"), 0o644)
     except OSError as error:
         logger.warning("cannot write --metrics %s: %s", path, error.strerror)

@@ -1,9 +1,9 @@
-"""What systemd is told of a unit with Type=notify: sd_notify(3), which is a datagram of a line or more.
+"""Notifications to systemd by a unit with Type=notify. See sd_notify(3): each is a datagram of NAME=value lines.
 
-    READY=1      reads are served          STATUS=     how the copy is doing, where that has changed
-    STOPPING=1   the end has begun         WATCHDOG=1  trio's thread is alive, where WatchdogSec= is set
+    READY=1      reads are served          STATUS=     one line about the copy, when it has changed
+    STOPPING=1   the end has begun         WATCHDOG=1  trio's thread is alive, if WatchdogSec= is set
 
-That is all of the protocol that is needed here, so it is written out rather than taken from a library.
+No more of the protocol is needed, so this module speaks it without a library.
 """
 
 from __future__ import annotations
@@ -12,49 +12,51 @@ import contextlib
 import logging
 import os
 import socket
-from typing import Any
 
 import trio
 
-from blockcopy.progress.rate import human_size, human_time
-from blockcopy.replica.monitor.status import Watched
+from blockcopy.replica.monitor.status import MonitoredReplica, short_summary
 from blockcopy.untrusted_text import printable
 
 logger = logging.getLogger(__name__)
 
 _SECONDS = 3
-"""Between two looks at the status."""
+"""Interval between two looks at the status."""
 
 
 class Notifier:
-    """Tells who has started us, if that listens. What we start does not: it finds no NOTIFY_SOCKET."""
+    """The service manager that started this process, if it listens. Child processes find no NOTIFY_SOCKET."""
 
     def __init__(self) -> None:
+        """Take NOTIFY_SOCKET and the watchdog's variables out of the environment, and connect."""
         self._manager = _connected(os.environ.pop("NOTIFY_SOCKET", ""))
         self._watchdog = _watchdog_seconds() if self._manager else None
 
-    def tell(self, **facts: object) -> None:
-        """A line NAME=value each. A manager that went away is not an error of ours."""
+    def notify(self, **variables: object) -> None:
+        """Send one datagram with a line NAME=value for each of `variables`. Never blocks, never fails."""
         if self._manager is None:
             return
-        text = "\n".join(f"{name}={printable(str(value))}" for name, value in facts.items())
+        text = "\n".join(f"{name}={printable(str(value))}" for name, value in variables.items())
         try:
             self._manager.send(text.encode(errors="replace"))
         except OSError as error:
             logger.debug("NOTIFY_SOCKET: %s", error)
 
-    async def keep_telling(self, replica: Watched) -> None:
-        """The status, and that we live, until cancelled or, without a watchdog, until the replica is settled."""
+    async def keep_notifying(self, replica: MonitoredReplica) -> None:
+        """Send the status of `replica` when it changes, and the watchdog's sign of life.
+
+        Returns when the replica is settled or, if a watchdog is set, never. Call from trio's thread only.
+        """
         if self._manager is None:
             return
         last = None
         while True:
             settled = replica.settled.is_set()
-            if (status := one_line(replica.snapshot())) != last:
-                self.tell(STATUS=status)
-                last = status
+            if (line := short_summary(replica.status())) != last:
+                self.notify(STATUS=line)
+                last = line
             if self._watchdog:
-                self.tell(WATCHDOG=1)
+                self.notify(WATCHDOG=1)
             elif settled:
                 return
             with trio.move_on_after(min(_SECONDS, self._watchdog or _SECONDS)):
@@ -62,7 +64,7 @@ class Notifier:
 
 
 def _connected(address: str) -> socket.socket | None:
-    """Connect while no mount of ours can be in the way of the path. Returns None if nobody listens."""
+    """Connect to `address` before a mount of ours can hide its path. Returns None if nobody listens."""
     if not address:
         return None
     manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -77,20 +79,9 @@ def _connected(address: str) -> socket.socket | None:
 
 
 def _watchdog_seconds() -> float | None:
-    """Half of what systemd waits, as it advises; None where it does not."""
+    """Return half of the watchdog's time, as systemd advises. Returns None if this process has no watchdog."""
     microseconds, pid = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", "")
     with contextlib.suppress(ValueError):
         if pid in ("", str(os.getpid())) and int(microseconds) > 0:
             return int(microseconds) / 2e6
     return None
-
-
-def one_line(snapshot: dict[str, Any]) -> str:
-    """For `systemctl status`: the state, how much is here, how long still, what is wrong."""
-    text = f"{snapshot['state']}: {snapshot['hydrated_percent']:.2f} % of {human_size(snapshot['size'])}"
-    if snapshot["eta_seconds"] is not None:
-        text += f", {human_size(snapshot['rate_bytes_per_s'])}/s, {human_time(snapshot['eta_seconds'])} to go"
-    error = snapshot["error"]
-    if snapshot["link"]["state"] == "reconnecting":
-        error = error or snapshot["link"]["last_error"]
-    return f"{text}; {error}" if error else text

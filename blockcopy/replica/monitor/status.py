@@ -1,60 +1,272 @@
-"""One snapshot of a replica: as JSON, as a line, as counts for a progress bar."""
+"""The status of a replica: the one description of it, from which all others are made.
+
+    Status ─► status.json, `status --json`    a line for people, a line for systemd    counts of a progress bar
+           ─► metrics for Prometheus          the screen, the list of mounts           a section of the manual
+
+The fields are those of the JSON, in its order. The help text of a field describes it wherever it is shown.
+`parse` makes a Status of the JSON that another process wrote.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
+from blockcopy.block.geometry import Extent
 from blockcopy.progress.rate import floored_percent, human_size, human_time
 from blockcopy.progress.reporter import Counts
+from blockcopy.replica.monitor import typed_json
 
 if TYPE_CHECKING:
     import trio
 
+UNKNOWN = "?"
+"""A text that the other process did not report, or that this version does not know."""
 
-class Watched(Protocol):
-    """A replica, for those who report on it."""
+
+class State(StrEnum):
+    """The state of a copy. `complete`: the destination is synced, and the source is no longer needed."""
+
+    STARTING = "starting"
+    HYDRATING = "hydrating"
+    PAUSED = "paused"
+    RECONNECTING = "reconnecting"
+    VERIFYING = "verifying"
+    COMPLETE = "complete"
+    FAILED = "failed"
+    UNKNOWN = UNKNOWN
+
+    @classmethod
+    def _missing_(cls, value: object) -> State:
+        return cls.UNKNOWN
+
+
+class LinkState(StrEnum):
+    """The state of the connections to the source, all together. `closed`: they ended for good."""
+
+    CONNECTING = "connecting"
+    CONNECTED = "connected"
+    RECONNECTING = "reconnecting"
+    CLOSED = "closed"
+    UNKNOWN = UNKNOWN
+
+    @classmethod
+    def _missing_(cls, value: object) -> LinkState:
+        return cls.UNKNOWN
+
+
+def _about(help: str, *, metric: str = "") -> dict[str, str]:
+    """Return the metadata of a field. `metric`: its name for Prometheus; a counter's name ends with `_total`."""
+    return {"help": help, "metric": metric and f"blockcopy_{metric}"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadStatus:
+    """What users read, and how long their reads waited for the source."""
+
+    reads: int = field(default=0, metadata=_about("Reads by users.", metric="reads_total"))
+    bytes: int = field(default=0, metadata=_about("Bytes that users read.", metric="read_bytes_total"))
+    waiting: int = field(default=0, metadata=_about("Reads that wait for the source now.", metric="reads_waiting"))
+    latency_p50_seconds: float | None = field(
+        default=None,
+        metadata=_about("Median of the last 1000 waits; null if no read waited.", metric="read_wait_p50_seconds"),
+    )
+    latency_p99_seconds: float | None = field(
+        default=None, metadata=_about("99th percentile of these waits.", metric="read_wait_p99_seconds")
+    )
+    latency_max_seconds: float | None = field(
+        default=None, metadata=_about("Longest of these waits.", metric="read_wait_max_seconds")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkStatus:
+    """The connections to the source, all together."""
+
+    state: LinkState = field(
+        default=LinkState.UNKNOWN, metadata=_about("connecting, connected, reconnecting or closed.")
+    )
+    reconnects: int = field(
+        default=0, metadata=_about("How often a lost connection was replaced.", metric="reconnects_total")
+    )
+    last_error: str | None = field(default=None, metadata=_about("Why the last connection was lost, or null."))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """One moment of a replica. Sizes are in bytes, times in seconds."""
+
+    state: State = field(
+        metadata=_about(
+            "starting, hydrating, paused, reconnecting, verifying, complete or failed.",
+            metric="state",
+        )
+    )
+    source: str = field(default=UNKNOWN, metadata=_about("The source, as the user named it."))
+    destination: str = field(default=UNKNOWN, metadata=_about("The path of the destination."))
+    pid: int = field(default=0, metadata=_about("The process id of the mount or sync."))
+    size: int = field(metadata=_about("Size of the source.", metric="size_bytes"))
+    hydrated_bytes: int = field(
+        default=0, metadata=_about("Bytes of the destination that are the source's.", metric="hydrated_bytes")
+    )
+    hydrated_percent: float = field(default=0.0, metadata=_about("The same as a percentage, rounded down."))
+    resumed_bytes: int = field(
+        default=0, metadata=_about("Hydrated bytes that a state file recorded.", metric="resumed_bytes")
+    )
+    same_bytes: int = field(
+        default=0, metadata=_about("Hydrated bytes that were equal at both ends.", metric="same_bytes")
+    )
+    fetched_bytes: int = field(
+        default=0, metadata=_about("Hydrated bytes that the source sent.", metric="fetched_bytes")
+    )
+    zero_bytes: int = field(
+        default=0, metadata=_about("Hydrated bytes that are zeros, and were not sent.", metric="zero_bytes")
+    )
+    hole_bytes: int = field(default=0, metadata=_about("Those of the zeros that are holes at both ends."))
+    unreadable_bytes: int = field(default=0, metadata=_about("Bytes that the source cannot read."))
+    unreadable_ranges: tuple[Extent, ...] = field(
+        default=(), metadata=_about("The first 16 ranges that the source cannot read, as [offset, length].")
+    )
+    verified_bytes: int = field(
+        default=0, metadata=_about("Bytes that --verify compared again after the copy was complete.")
+    )
+    verified_percent: float | None = field(
+        default=None, metadata=_about("The same as a percentage; null without --verify.")
+    )
+    sent_bytes: int = field(default=0, metadata=_about("Bytes sent to the source.", metric="sent_bytes_total"))
+    received_bytes: int = field(
+        default=0, metadata=_about("Bytes received from the source.", metric="received_bytes_total")
+    )
+    rate_bytes_per_s: int = field(
+        default=0, metadata=_about("Bytes a second by which the copy grows.", metric="rate_bytes_per_second")
+    )
+    limit_bytes_per_s: int | None = field(
+        default=None, metadata=_about("Limit of background hydration in bytes a second, or null.")
+    )
+    eta_seconds: int | None = field(
+        default=None, metadata=_about("Seconds until the copy is complete; null if unknown.", metric="eta_seconds")
+    )
+    elapsed_seconds: float = field(
+        default=0.0, metadata=_about("Seconds since the mount or sync began.", metric="elapsed_seconds")
+    )
+    source_needed: bool = field(metadata=_about("Whether the source must stay available.", metric="source_needed"))
+    demand: ReadStatus = field(default=ReadStatus(), metadata=_about("Reads by users."))
+    link: LinkStatus = field(default=LinkStatus(), metadata=_about("The connections to the source."))
+    state_file: str | None = field(
+        default=None, metadata=_about("The path of the state file; null if none is kept.")
+    )
+    error: str | None = field(default=None, metadata=_about("What is wrong now, or null."))
+    mountpoint: str | None = field(default=None, metadata=_about("Where the replica is mounted."))
+    control_socket: str | None = field(default=None, metadata=_about("The path of the mount's control socket."))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values for JSON, in the order of the class."""
+        return dataclasses.asdict(self)
+
+    def as_json(self) -> bytes:
+        """Return the text of status.json."""
+        return json.dumps(self.as_dict(), indent=2).encode() + b"\n"
+
+    @property
+    def counts(self) -> Counts:
+        """What a progress bar shows: bytes hydrated or, during verification, bytes verified."""
+        if self.state is State.VERIFYING:
+            return Counts(self.verified_bytes, self.size, state=self.state)
+        parts = {"same": self.same_bytes, "fetched": self.fetched_bytes, "zero": self.zero_bytes}
+        if self.resumed_bytes:
+            parts["resumed"] = self.resumed_bytes
+        return Counts(self.hydrated_bytes, self.size, parts, state=self.state, skipped=self.hole_bytes)
+
+    @property
+    def percent(self) -> float:
+        """The percentage that belongs to `counts`, rounded down."""
+        return floored_percent(self.counts.done, self.size)
+
+    @property
+    def speed(self) -> str:
+        """Rate and remaining time, for people. Empty if the remaining time is unknown."""
+        if self.eta_seconds is None:
+            return ""
+        return f"{human_size(self.rate_bytes_per_s)}/s, {human_time(self.eta_seconds)} to go"
+
+
+def parse(found: object) -> Status:
+    """Convert the decoded JSON of another process into a Status.
+
+    Missing fields get their defaults, fields of a newer version are ignored, an unknown state is `State.UNKNOWN`.
+    Raises ValueError if `found` is no status, or if a field has a wrong type or an impossible value.
+    """
+    return typed_json.parse(Status, found)
+
+
+def summary(status: Status) -> str:
+    """Return one line for people: state, progress, origin of the bytes, need of the source, errors."""
+    origin = f"{human_size(status.same_bytes)} were equal, {human_size(status.fetched_bytes)} fetched"
+    if status.zero_bytes:
+        origin += f", {human_size(status.zero_bytes)} zeros"
+    if status.resumed_bytes:
+        origin = f"{human_size(status.resumed_bytes)} were recorded, {origin}"
+    parts = [
+        _progress(status),
+        status.speed,
+        origin,
+        "the source is still needed" if status.source_needed else "the source is no longer needed",
+    ]
+    if status.link.state is LinkState.RECONNECTING:
+        parts.append(f"connection lost, reconnecting: {status.link.last_error}")
+    if status.error:
+        parts.append(f"error: {status.error}")
+    return "; ".join(filter(None, parts))
+
+
+def short_summary(status: Status) -> str:
+    """Return one line for `systemctl status`: state, progress, remaining time, and what is wrong."""
+    error = status.error
+    if status.link.state is LinkState.RECONNECTING:
+        error = error or status.link.last_error
+    return "; ".join(filter(None, [", ".join(filter(None, [_progress(status), status.speed])), error]))
+
+
+def _progress(status: Status) -> str:
+    return f"{status.state}: {status.percent:.2f} % of {human_size(status.size)}"
+
+
+@dataclass(slots=True)
+class MapCell:
+    """A range of the device in the map of a replica. All fields count blocks."""
+
+    blocks: int
+    present: int
+    zero: int
+    """Present blocks that are zeros which the source did not send, as far as this run found them."""
+    in_flight: int = 0
+    """Blocks that background hydration fetches now."""
+    reading: int = 0
+    """Blocks that somebody's read waits for now."""
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the fields by name, for JSON."""
+        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+
+
+def parse_cells(found: object, max_cells: int) -> list[MapCell]:
+    """Convert the decoded JSON of a map. Returns an empty list if it is no map of at most `max_cells` cells."""
+    if not isinstance(found, list) or len(found) > max_cells:
+        return []
+    try:
+        return [typed_json.parse(MapCell, cell) for cell in found]
+    except ValueError:
+        return []
+
+
+class MonitoredReplica(Protocol):
+    """A replica, as those see it who report on it."""
 
     settled: trio.Event
     """Set when the copy is complete or has failed."""
 
-    def snapshot(self) -> dict[str, Any]:
-        """Return the status of now."""
-
-
-def to_json(snapshot: dict[str, Any]) -> bytes:
-    return json.dumps(snapshot, indent=2).encode() + b"\n"
-
-
-def one_line(snapshot: dict[str, Any]) -> str:
-    """For people: state, how much is here, what it took, and whether the source is still needed."""
-    came = f"{human_size(snapshot['same_bytes'])} were equal, {human_size(snapshot['fetched_bytes'])} fetched"
-    if snapshot["zero_bytes"]:
-        came += f", {human_size(snapshot['zero_bytes'])} zeros"
-    if snapshot["resumed_bytes"]:
-        came = f"{human_size(snapshot['resumed_bytes'])} were recorded, {came}"
-    counts = counts_of(snapshot)
-    percent = floored_percent(counts.done, snapshot["size"])
-    parts = [
-        f"{snapshot['state']}: {percent:.2f} % of {human_size(snapshot['size'])}",
-        came,
-        "the source is still needed" if snapshot["source_needed"] else "the source is no longer needed",
-    ]
-    if snapshot["eta_seconds"] is not None:
-        rate, eta = human_size(snapshot["rate_bytes_per_s"]), human_time(snapshot["eta_seconds"])
-        parts.insert(1, f"{rate}/s, {eta} to go")
-    if snapshot["link"]["state"] == "reconnecting":
-        parts.append(f"the link is down: {snapshot['link']['last_error']}")
-    if snapshot["error"]:
-        parts.append(f"error: {snapshot['error']}")
-    return "; ".join(parts)
-
-
-def counts_of(snapshot: dict[str, Any]) -> Counts:
-    """What a progress bar is told: how much is here; while it is compared once more, how much of that is done."""
-    if snapshot["state"] == "verifying":
-        return Counts(snapshot["verified_bytes"], snapshot["size"], state="verifying")
-    names = ["same", "fetched", "zero", *(["resumed"] if snapshot["resumed_bytes"] else [])]
-    parts = {name: snapshot[f"{name}_bytes"] for name in names}
-    hydrated, state = snapshot["hydrated_bytes"], snapshot["state"]
-    return Counts(hydrated, snapshot["size"], parts, state=state, skipped=snapshot.get("hole_bytes", 0))
+    def status(self) -> Status:
+        """Return the status of this moment."""
