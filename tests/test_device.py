@@ -141,7 +141,7 @@ def test_what_is_looked_at_is_dropped_from_the_cache_afterwards(device: str) -> 
         assert opened.view(0, MIB, [Extent(0, MIB)]) is not None
         dropper = threading.Thread(target=opened.drop_cache)
         dropper.start()
-        until(lambda: opened._dropping, "the wait")
+        until(lambda: opened._views._paused, "the wait")
         assert opened.view(MIB, MIB, [Extent(MIB, MIB)]) is None
         assert dropper.is_alive()
         assert opened.release_view(0, MIB)
@@ -248,7 +248,7 @@ def test_identity_is_that_of_the_file_and_not_of_its_name(tmp_path: Path, file: 
     identities = []
     for path in paths:
         with open_source(path) as opened:
-            identities.append(opened.identity)
+            identities.append(opened.file_id)
     assert identities[0] == identities[1]
     assert identities[2] == identities[3]
     assert len(set(identities)) == 3

@@ -48,7 +48,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Device]:
 def copying(device: Device) -> Device:
     """The same, of which no view is to be had."""
     other = open_source(device.path)
-    other._maps = False
+    other._views._possible = False
     return other
 
 

@@ -1,4 +1,4 @@
-"""Files and block devices as bytes: geometry, reading, claiming and writing a destination, identities.
+"""Files and block devices as bytes: byte ranges, reading, claiming and writing a destination, identities.
 
-Has no messages and no network. Every later room may import it. Travels to source hosts.
+This room knows no messages and no network. Every later room may import it. It travels to source hosts.
 """

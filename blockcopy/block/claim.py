@@ -164,6 +164,6 @@ def _loop_device_of(device: Destination) -> str | None:
             status = os.stat(entry.read_text().rstrip("\n"))
         except OSError:
             continue  # detached meanwhile, or its file was deleted: not ours then
-        if (status.st_dev, status.st_ino) == device.identity:
+        if (status.st_dev, status.st_ino) == device.file_id:
             return f"/dev/{entry.parts[3]}"
     return None

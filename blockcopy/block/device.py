@@ -1,6 +1,7 @@
-"""A file or block device as an array of bytes: each read and write is of full length or an error.
+"""Files and block devices as arrays of bytes: each read or write has its full length, or fails.
 
-Nothing here keeps a position, so every method may be called from any thread at any time.
+A Device has no position. Every method may be called from any thread at any time, except `read_cached` and `close`.
+Methods raise DeviceError if a system call fails.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ import errno
 import fcntl
 import os
 import stat
-import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -19,38 +18,29 @@ from typing import TypeVar
 from blockcopy.block import syscalls
 from blockcopy.block.buffers import ZEROS, Buffer
 from blockcopy.block.geometry import Extent
+from blockcopy.block.views import Views
 from blockcopy.errors import DestinationLostError, DeviceError
 from blockcopy.paths.places import holds_devices
 
-_PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
-
-_HUGE_PAGE = 2 * 1024 * 1024
-"""Or a multiple of it, on some machines."""
-
-
-_WRITTEN_BACK = 256 * 1024 * 1024
-"""Bytes written back between two looks at the clock."""
-
+_WRITE_BACK_BYTES = 256 * 1024 * 1024
+"""Bytes written back between two checks of the deadline."""
 
 Opened = TypeVar("Opened", bound="Device")
 
 
 class Device:
-    """An open regular file or block device.
+    """An open regular file or block device. Closes itself at the end of a `with` statement.
 
-    `path` is kept for messages only; all I/O goes through the descriptor.
+    All I/O goes through the file descriptor; `path` is for messages and `check_in_place`.
     """
 
     def __init__(self, path: str, fd: int) -> None:
+        """Take ownership of the open file descriptor `fd`."""
         self.path = path
         self._fd = fd
         self._nowait = getattr(os, "RWF_NOWAIT", 0)
         self._cached = memoryview(bytearray(0))
-        self._mapped: tuple[int, memoryview] | None = None
-        self._maps = True
-        self._viewing = threading.Condition()  # of what follows
-        self._views = 0
-        self._dropping = False
+        self._views = Views(fd, self.size)
         self.is_block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
 
     def __enter__(self: Opened) -> Opened:
@@ -60,59 +50,69 @@ class Device:
         self.close()
 
     def close(self) -> None:
-        self._mapped = None
+        """Close the file descriptor. The device must not be used afterwards."""
+        self._views.close()
         os.close(self._fd)
 
     @property
-    def identity(self) -> tuple[int, int]:
-        """Equal for two paths that lead to the same device or file, whatever their names."""
-        return _identity(os.fstat(self._fd))
+    def file_id(self) -> tuple[int, int]:
+        """Two numbers that are equal for all paths of the same file or device, until the next restart."""
+        return _file_id(os.fstat(self._fd))
 
     def lock(self) -> None:
-        """Lock the whole file for writing, as long as it is open. OSError where another program has it."""
+        """Lock the whole file for writing (fcntl) until it is closed.
+
+        Raises OSError if another program has a lock, or if the file system has none.
+        """
         fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def status(self) -> os.stat_result:
-        """What the kernel says of it now."""
-        with self._errors("look at"):
+        """Return the current status of the file or device, as fstat(2) has it."""
+        with self._errors("examine"):
             return os.fstat(self._fd)
 
     def check_in_place(self) -> None:
-        """Raise DestinationLostError if the path leads elsewhere. May wait for any file system on the path."""
+        """Check that `path` still leads to this file or device. Blocks while a file system on the path hangs.
+
+        Raises DestinationLostError if the path leads nowhere or elsewhere, DeviceError if nobody can tell.
+        """
         try:
             found = os.stat(self.path)
         except FileNotFoundError as error:
             raise DestinationLostError(
-                f"{self.path} was removed while it was in use: what was opened there has no name. Start again"
+                f"{self.path} was removed while it was in use, so the opened file has no name. Start again"
             ) from error
         except OSError as error:
-            raise DeviceError.from_os_error("look at", self.path, error) from error
-        if _identity(found) != self.identity:
+            raise DeviceError.from_os_error("examine", self.path, error) from error
+        if _file_id(found) != self.file_id:
             raise DestinationLostError(
-                f"{self.path} was replaced while it was in use: it leads to another file or device. Start again"
+                f"{self.path} was replaced while it was in use, and leads to another file or device. Start again"
             )
 
     def file_system(self) -> str:
-        """The identity of the file system it is on, which outlives a restart where that has a UUID."""
+        """Return the ID of the file system that has the file.
+
+        The ID survives a restart if the file system has a UUID.
+        """
         with self._errors("find the file system of"):
             return f"{os.fstatvfs(self._fd).f_fsid:x}"
 
     def has_exact_times(self) -> bool:
-        """Return whether the times of this file show each write of it, whatever a program does to hide it."""
+        """Return True if the ctime of this file shows every write, which no program can hide."""
         return not self.is_block_device and syscalls.has_exact_times(self._fd)
 
     def size(self) -> int:
-        """Bytes there are now."""
+        """Return the current size in bytes."""
         with self._errors("find the size of"):
             return os.lseek(self._fd, 0, os.SEEK_END)
 
     def grow(self, size: int) -> None:
-        """Make a regular file `size` bytes long, with a hole at its end."""
+        """Extend a regular file to `size` bytes, by a hole."""
         with self._errors(f"grow to {size} bytes the file"):
             os.ftruncate(self._fd, size)
 
     def read_up_to(self, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset`, or fewer only where the end comes before."""
+        """Read `length` bytes at `offset`. Returns fewer only if the device ends there."""
         pieces = []
         with self._errors(f"read {length} bytes at {offset} of"):
             while length:
@@ -125,7 +125,7 @@ class Device:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes from `offset`. DeviceError where the device ends before."""
+        """Read exactly `length` bytes at `offset`. Raises DeviceError if the device ends early."""
         data = self.read_up_to(offset, length)
         if len(data) != length:
             raise DeviceError(
@@ -135,7 +135,7 @@ class Device:
         return data
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fill `buffer` from `offset`: how many bytes, fewer than it holds only where the end comes before."""
+        """Read from `offset` until `buffer` is full. Returns the number of bytes, fewer only if the device ends."""
         filled = 0
         with self._errors(f"read {len(buffer)} bytes at {offset} of"):
             while filled < len(buffer):
@@ -146,68 +146,36 @@ class Device:
         return filled
 
     def view(self, offset: int, length: int, extents: Sequence[Extent]) -> memoryview | None:
-        """Map `length` bytes at `offset`, without copying them. Thread-safe.
+        """Map `length` bytes at `offset` into memory, without copying them.
 
-        Only the ranges in `extents` are brought into memory; the caller must read no others. Call `release_view`
-        after use: it reports whether all bytes came from the device. Returns None if the kernel cannot map them.
-        Then `read` them instead, which reports the reason.
+        Only the ranges in `extents` are read from the device, and the caller must access no others. Call
+        `release_view` after use. Returns None if the kernel cannot map the bytes. Then call `read`, which reports
+        the reason.
 
-        Reading a view can kill the process by SIGBUS: if a file is truncated, or a disk fails, at that moment.
+        An access kills the process by SIGBUS if the file is truncated, or the disk fails, at that moment.
         """
-        with self._viewing:
-            if not self._maps or self._dropping:
-                return None
-            self._views += 1
-        view = None
-        try:
-            if self._mapped is None or len(self._mapped[1]) < offset + length:
-                self._mapped = syscalls.map_to_read(self._fd, self.size())
-            address, mapped = self._mapped
-            if len(mapped) >= offset + length:
-                for extent in extents:
-                    start = extent.offset - extent.offset % _PAGE_SIZE
-                    syscalls.populate(address + start, extent.end - start)
-                view = mapped[offset : offset + length]
-        except OSError as error:
-            # A device that failed once, or became shorter, may do so again, while it is looked at.
-            if error.errno not in (errno.EAGAIN, errno.EINTR, errno.ENOMEM):
-                self._maps = False
-        finally:
-            if view is None:
-                self._end_view(offset, length)
-        return view
+        return self._views.acquire(offset, length, extents)
 
     def release_view(self, offset: int, length: int) -> bool:
-        """That view is not looked at any more; whether all of it was the device's. DeviceError."""
-        self._end_view(offset, length)
-        return self.size() >= offset + length  # the last page of a file goes on beyond its end, with zeros
+        """Release the view of `length` bytes at `offset`. Call once for each view.
 
-    def _end_view(self, offset: int, length: int) -> None:
-        if self._mapped is not None:
-            # The kernel may have mapped a huge page for a part of it, and that would stay: it counts as our
-            # memory, and cannot be dropped from the cache. Who is looking at its other parts has them again.
-            start, end = offset - offset % _HUGE_PAGE, offset + length
-            self._unpopulate(start, end + -end % _HUGE_PAGE)
-        with self._viewing:
-            self._views -= 1
-            self._viewing.notify_all()
-
-    def _unpopulate(self, start: int, end: int) -> None:
-        address, mapped = self._mapped or (0, b"")
-        end = min(end, len(mapped))
-        if start < end:
-            with contextlib.suppress(OSError):  # refused of memory that somebody has locked
-                syscalls.unpopulate(address + start, end - start)
+        Returns False if the device shrank meanwhile: everything that was read from the view is then invalid.
+        """
+        self._views.release(offset, length)
+        return self.size() >= offset + length  # beyond the end of a file, its last page has zeros
 
     def splice_to(self, pipe: int, offset: int, length: int) -> int:
-        """Some of those bytes into `pipe`, without a copy of them: how many, 0 at the end. OSError, and not
-        a DeviceError, where that cannot be had, or the pipe is full."""
+        """Move up to `length` bytes at `offset` into the file descriptor `pipe`, without copying them.
+
+        Returns the number of bytes, or 0 at the end of the device. Raises OSError, not DeviceError, if splice(2) is
+        not possible or the pipe is full.
+        """
         return os.splice(self._fd, pipe, length, offset_src=offset, flags=os.SPLICE_F_NONBLOCK)
 
     def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
-        """Where in there, ascending, there can be other bytes than zeros: what lies between is holes.
+        """Yield the byte ranges within `length` bytes at `offset` that are not holes, ascending.
 
-        All of it where the file system does not know.
+        Yields the whole range if the file system does not know its holes.
         """
         end = offset + length
         while offset < end:
@@ -215,7 +183,7 @@ class Device:
                 start = os.lseek(self._fd, offset, os.SEEK_DATA)
                 stop = os.lseek(self._fd, start, os.SEEK_HOLE) if start < end else end
             except OSError as error:
-                if error.errno != errno.ENXIO:  # no more data; else it cannot tell
+                if error.errno != errno.ENXIO:  # ENXIO: no more data
                     yield Extent(offset, end - offset)
                 return
             if start >= end:
@@ -225,9 +193,9 @@ class Device:
             offset = stop
 
     def read_cached(self, offset: int, length: int) -> memoryview | None:
-        """As `read`, but only what the page cache holds: None where the read would wait.
+        """Read exactly `length` bytes at `offset` from the page cache. Returns None if the read would wait.
 
-        A view of a buffer that is used again: good until the next call, and for one thread only.
+        The result is valid until the next call. Not thread-safe: call from one thread only.
         """
         if not self._nowait:
             return None
@@ -239,12 +207,12 @@ class Device:
         except BlockingIOError:
             pass  # not in the cache
         except OSError:
-            # Refused by this file system, tmpfs among them; a real fault shows in the plain read.
+            # Some file systems, such as tmpfs, refuse this. A real error shows in `read`.
             self._nowait = 0
         return None
 
     def write(self, offset: int, data: Buffer) -> None:
-        """All of `data` at `offset`."""
+        """Write all of `data` at `offset`."""
         view = memoryview(data)
         with self._errors(f"write {len(view)} bytes at {offset} of"):
             while view:
@@ -253,67 +221,69 @@ class Device:
                 view = view[written:]
 
     def write_nothing(self) -> None:
-        """Raise DeviceError if the kernel refuses any write, as to a read-only device or an active swap file."""
+        """Write zero bytes, to find out whether the kernel accepts writes at all.
+
+        Raises DeviceError if not, such as for a read-only device or an active swap file.
+        """
         with self._errors("write to"):
             os.pwrite(self._fd, b"", 0)
 
     def write_zeros(self, offset: int, length: int, *, sparse: bool) -> None:
-        """Have `length` zeros at `offset`; with `sparse` as a hole, where that can be had."""
+        """Write `length` zeros at `offset`. If `sparse`, punch a hole instead if the file system can."""
         if sparse and length:
             try:
                 syscalls.punch_hole(self._fd, offset, length)
                 return
             except OSError:
-                pass  # not here, or not at such an offset; what is wrong with the device, a write tells
+                pass  # not possible, or not at this offset; a write reports a faulty device
         end = offset + length
         for position in range(offset, end, len(ZEROS)):
             self.write(position, memoryview(ZEROS)[: end - position])
 
     def start_writeback(self, offset: int, length: int) -> None:
-        """Have what was written there on its way to the disk, so that `sync` has less to wait for."""
-        with contextlib.suppress(OSError):  # refused: then it is all the sync's. Errors show in the sync
+        """Start to write `length` bytes at `offset` to the disk, so that a later `sync` waits less. Never fails."""
+        with contextlib.suppress(OSError):  # `sync` writes them then, and reports errors
             syscalls.start_writeback(self._fd, offset, length)
 
     def exceeds_cache(self) -> bool:
-        """Whether it is so large that to read or write all of it would push all else out of the cache."""
+        """Return True if the device is larger than half of the memory.
+
+        To read or write all of it would evict everything else from the page cache.
+        """
         return self.size() > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
     def drop_behind(self, offset: int, length: int) -> None:
-        """Those bytes will not be needed soon: their place in the cache is better used otherwise."""
-        with contextlib.suppress(OSError):  # an advice, no more
+        """Advise the kernel to evict `length` bytes at `offset` from the page cache. Never fails."""
+        with contextlib.suppress(OSError):  # only advice
             os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def drop_cache(self) -> None:
-        """What was synced is read from the disk next time, as far as the kernel heeds it: not of what is being
-        looked at, so that is waited for."""
-        with self._viewing:
-            self._dropping = True
-            self._viewing.wait_for(lambda: not self._views)
-        try:
-            self._unpopulate(0, sys.maxsize)
-            with self._errors("drop the cache of"):
-                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            self._dropping = False
+        """Evict the whole device from the page cache, so that the next read comes from the disk.
 
-    def write_back(self, end: float) -> bool:
-        """Write all dirty pages to the disk: the next store through a mapping moves a file's times then.
-
-        Returns False if pages are left when the monotonic clock reaches `end`, in seconds.
+        Waits until all views are released: the kernel evicts no mapped page. Unsynced bytes stay in the cache.
         """
-        for offset in range(0, self.size(), _WRITTEN_BACK):
-            if time.monotonic() > end:
+        with self._views.paused(), self._errors("drop the cache of"):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def write_back_until(self, deadline: float) -> bool:
+        """Write all dirty pages of a file to the disk, even those that other programs have mapped.
+
+        After that, the next write through a mapping changes the file's times. Returns False if dirty pages are left
+        at `deadline`, in seconds of the monotonic clock.
+        """
+        for offset in range(0, self.size(), _WRITE_BACK_BYTES):
+            if time.monotonic() > deadline:
                 return False
             try:
-                syscalls.write_back(self._fd, offset, _WRITTEN_BACK)
-            except OSError:  # it cannot be called here, or an earlier write has failed, which a reader cannot mend
+                syscalls.write_back(self._fd, offset, _WRITE_BACK_BYTES)
+            except OSError:  # not available, or an earlier write has failed, which a reader cannot repair
                 with contextlib.suppress(OSError):
                     os.fdatasync(self._fd)
                 break
         return True
 
     def sync(self) -> None:
-        """Return when all that was written is on stable storage, and the times of a file too."""
+        """Wait until everything written, and the times of a file, are on stable storage (fsync)."""
         with self._errors("sync"):
             os.fsync(self._fd)
 
@@ -326,7 +296,10 @@ class Device:
 
 
 def open_source(path: str) -> Device:
-    """`path` for reading; it has to be a regular file or a block device."""
+    """Open the regular file or block device at `path` for reading.
+
+    Raises DeviceError if `path` cannot be opened, is anything else, or is a regular file among devices.
+    """
     device = open_device(path, os.O_RDONLY, Device)
     try:
         check_kind(device)
@@ -337,32 +310,36 @@ def open_source(path: str) -> Device:
 
 
 def check_kind(device: Device) -> None:
-    """Raise DeviceError if this is a regular file in memory, among the nodes of devices."""
+    """Check that `device` is not a regular file among device nodes, left by a misspelt device name.
+
+    Raises DeviceError if it is: such a file lies in memory.
+    """
     if not device.is_block_device and holds_devices(os.path.dirname(os.path.realpath(device.path))):
         raise DeviceError(
-            f"{device.path} is a regular file in memory, and no device: it is left of a name that was misspelt, or "
-            "of a device that was not active. Remove it, and look for the device (lsblk, lvchange -ay VG/LV)"
+            f"{device.path} is a regular file in memory, not a device. It was made for a misspelt name, or for a "
+            "device that was not active. Remove it, and find the device (lsblk, lvchange -ay VG/LV)"
         )
 
 
 def open_device(path: str, flags: int, kind: type[Opened]) -> Opened:
-    """Open a regular file or a block device as a `kind`. O_EXCL in `flags` is for a block device only.
+    """Open the regular file or block device at `path` as an object of class `kind`.
 
+    `flags`: as for open(2). O_EXCL applies to a block device only. O_CREAT creates a file with mode 0600.
     Raises DeviceError if `path` is anything else, or cannot be opened.
     """
     try:
-        # Looked at before it is opened: the open of a FIFO waits for somebody at its other end.
+        # Before the open, which would wait at a FIFO for its other end.
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        mode = stat.S_IFREG  # created by the open, or it tells
+        mode = stat.S_IFREG  # the open creates it, or reports that it is missing
     except OSError as error:
         raise DeviceError.from_os_error("open", path, error) from error
     if stat.S_ISDIR(mode):
-        raise DeviceError(f"{path} is a folder, neither a regular file nor a block device: name the file in it")
+        raise DeviceError(f"{path} is a folder, neither a regular file nor a block device: name a file in it")
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         raise DeviceError(f"{path} is neither a regular file nor a block device")
     if not stat.S_ISBLK(mode):
-        flags &= ~os.O_EXCL  # of a file it means another thing
+        flags &= ~os.O_EXCL  # for a file it has another meaning
     try:
         fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -374,5 +351,5 @@ def open_device(path: str, flags: int, kind: type[Opened]) -> Opened:
         raise
 
 
-def _identity(status: os.stat_result) -> tuple[int, int]:
+def _file_id(status: os.stat_result) -> tuple[int, int]:
     return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)

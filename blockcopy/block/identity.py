@@ -119,12 +119,12 @@ def _wait_out_tick(ctime_ns: int) -> None:
 
 
 def _source_times(device: Device) -> Times:
-    end = time.monotonic() + _WRITE_BACK_SECONDS
+    deadline = time.monotonic() + _WRITE_BACK_SECONDS
     complete = True
 
     def write_back() -> None:
         nonlocal complete
-        complete = complete and device.write_back(end)
+        complete = complete and device.write_back_until(deadline)
 
     times = settled_times(device, write_back)
     if not complete:

@@ -1,7 +1,8 @@
-"""Linux calls that the module `os` lacks. From fallocate(2), sync_file_range(2), mmap(2) and madvise(2).
+"""Linux system calls that the module `os` lacks: fallocate, sync_file_range, mmap, madvise, fstatfs (section 2).
 
-`ctypes` is loaded when first needed: not every Python has it, and all can be done without. While a call of
-it waits, other threads run, which is not so for the module `mmap`.
+Each function raises OSError, with EOPNOTSUPP if its call is not available. Every caller can do without the call.
+`ctypes` is loaded by the first call, because not every Python has it. Other threads run while a call waits, unlike
+in the module `mmap`.
 """
 
 from __future__ import annotations
@@ -32,33 +33,36 @@ _EXACT_TIMES = (
     0xCA451A4E,  # bcachefs
     0x794C7630,  # overlayfs
 )
-"""From linux/magic.h."""
+"""Types of file systems that keep both times of a file exactly. The numbers are from linux/magic.h."""
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
-    """Have zeros there, without space where the file system can; of a block device only where its own
-    zeroing is at hand, and is sure. OSError (EOPNOTSUPP, EINVAL, …) where it cannot be had."""
+    """Replace `length` bytes at `offset` of a file by a hole, which reads as zeros and takes no space.
+
+    On a block device, the kernel zeroes the range if the device has a reliable command for that.
+    Raises OSError (EOPNOTSUPP, EINVAL, …) if the file system or device cannot do this.
+    """
     _call("fallocate", fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length)
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:
-    """Have the dirty pages there on their way to the disk; waits for none of them. OSError."""
+    """Start to write the dirty pages of `length` bytes at `offset` to the disk, without waiting for them."""
     _call("sync_file_range", fd, offset, length, _SYNC_FILE_RANGE_WRITE)
 
 
 def write_back(fd: int, offset: int, length: int) -> None:
-    """Write the dirty pages of a range to the disk; return when the disk has them. Raises OSError."""
+    """Write the dirty pages of `length` bytes at `offset` to the disk, and wait until they are written."""
     _call("sync_file_range", fd, offset, length, _SYNC_FILE_RANGE_WHOLLY)
 
 
 def map_to_read(fd: int, length: int) -> tuple[int, memoryview]:
-    """The first `length` bytes of `fd` where the page cache has them: their address, and a view. OSError.
+    """Map the first `length` bytes of file `fd` into memory. Returns their address, and a read-only view.
 
-    They stay mapped until the last view of them is gone. To touch what the device has not, or cannot read,
-    kills by SIGBUS: see `populate`. Raises OSError (EOPNOTSUPP) if `populate` is not safe on this kernel.
+    They stay mapped until the last view is gone. A read of bytes that the device lacks, or cannot read, kills the
+    process by SIGBUS. Call `populate` first. Raises OSError (EOPNOTSUPP) if `populate` can hang on this kernel.
     """
     if not populate_returns(os.uname().release):
-        raise OSError(errno.EOPNOTSUPP, "this kernel would retry a read error for ever")
+        raise OSError(errno.EOPNOTSUPP, "this kernel would retry a read error forever")
     if length > sys.maxsize:
         raise OSError(errno.EOVERFLOW, os.strerror(errno.EOVERFLOW))
     address = _function("mmap")(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
@@ -67,23 +71,25 @@ def map_to_read(fd: int, length: int) -> tuple[int, memoryview]:
     import ctypes
 
     mapped = (ctypes.c_char * length).from_address(address)
-    # Not at exit: a thread may still be looking at it.
+    # Not at exit: a thread may still read it.
     weakref.finalize(mapped, _function("munmap"), address, length).atexit = False
     return address, memoryview(mapped).cast("B").toreadonly()
 
 
 def populate(address: int, length: int) -> None:
-    """Bring `length` mapped bytes at `address`, whole pages, into memory. Raises OSError: EFAULT if the device
-    ends before, or cannot read them."""
+    """Read `length` mapped bytes at `address`, the start of a page, into the page cache.
+
+    Raises OSError (EFAULT) if the device ends before them or cannot read them.
+    """
     _call("madvise", address, length, _MADV_POPULATE_READ)
 
 
 def populate_returns(release: str) -> bool:
-    """Return True if MADV_POPULATE_READ of the kernel `release` fails at a read error.
+    """Return True if MADV_POPULATE_READ of kernel `release` (as from uname) returns after a read error.
 
-    Linux 5.14 to 6.8 retry it for ever, and the thread hears no signal but SIGKILL. Commit 631426ba1d45 mended
-    6.9 and 6.6.30; 6.1 and 5.15 never got it. The number that a distribution puts behind a release, as in
-    6.1.0-50, does not tell what was ported back: then False.
+    Linux 5.14 to 6.8 retry forever, and the thread reacts to no signal but SIGKILL. Commit 631426ba1d45 fixed
+    6.9 and 6.6.30, but neither 6.1 nor 5.15. A distribution's release number, such as 6.1.0-50, does not show
+    which fixes were backported: returns False.
     """
     found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
     version = tuple(int(number or 0) for number in found.groups()) if found else ()
@@ -91,14 +97,15 @@ def populate_returns(release: str) -> bool:
 
 
 def unpopulate(address: int, length: int) -> None:
-    """Those pages count no longer as our memory; who touches them has them again."""
+    """Unmap the pages of `length` mapped bytes at `address` for now. The next read maps them again."""
     _call("madvise", address, length, mmap.MADV_DONTNEED)
 
 
 def has_exact_times(fd: int) -> bool:
-    """Return whether the file system of `fd` is known to keep both times of a file exactly.
+    """Return True if the file system of `fd` is known to keep mtime and ctime exactly.
 
-    A write moves them at once, and no program can put the ctime back. FAT, exFAT and sshfs give the mtime as ctime.
+    There every write changes both at once, and no program can set the ctime back. FAT, exFAT and sshfs report
+    the mtime as the ctime: returns False.
     """
     with contextlib.suppress(ImportError, OSError):
         import ctypes
@@ -122,7 +129,7 @@ def _error() -> OSError:
 
 @functools.cache
 def _function(name: str) -> Any:
-    """A function of libc that returns other than 0 where it fails. OSError where it cannot be had."""
+    """Return the libc function `name`. Raises OSError (EOPNOTSUPP) if there is none, or no ctypes."""
     try:
         import ctypes
 
@@ -141,5 +148,5 @@ def _function(name: str) -> Any:
         if name == "mmap":
             function.restype = address
     except (ImportError, OSError, AttributeError) as error:
-        raise OSError(errno.EOPNOTSUPP, f"{name} cannot be called here") from error
+        raise OSError(errno.EOPNOTSUPP, f"{name} is not available") from error
     return function

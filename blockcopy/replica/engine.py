@@ -181,6 +181,6 @@ def _open_existing(plan: Plan, devices: ExitStack) -> Destination | None:
 def _is_same(path: str, device: Device) -> bool:
     try:
         with open_source(path) as other:
-            return other.identity == device.identity
+            return other.file_id == device.file_id
     except DeviceError:
         return False  # missing, which the retrieve process tells, or only sudo can read it

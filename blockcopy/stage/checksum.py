@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from typing import Callable, NamedTuple
 
-from blockcopy.block.buffers import Buffers
+from blockcopy.block.buffers import BufferPool
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import BLOCK_SIZE, Extent
 from blockcopy.block.pieces import PIECE_SIZE, Piece, PieceScanner
@@ -217,7 +217,7 @@ class _Hasher:
         self._digest = digest
         self._device: Device | None = None
         self._passing = False
-        self.buffers = Buffers(PIECE_SIZE)
+        self.buffers = BufferPool(PIECE_SIZE)
         self.unreadable = UnreadableRanges()
 
     def read_from(self, device: Device) -> None:
@@ -237,7 +237,7 @@ class _Hasher:
         if room is None:
             return self._read_and_hash(piece)
         runs = list(self._runs(piece, room))
-        self.buffers.give(room)
+        self.buffers.release(room)
         return runs
 
     def _read_and_hash(self, piece: Piece) -> list[_Run]:
@@ -252,14 +252,14 @@ class _Hasher:
             finally:
                 whole = piece.release_view(device)
         if not whole:
-            room = self.buffers.take()
+            room = self.buffers.acquire()
             there, errors = piece.read_skipping_errors(device, room, BLOCK_SIZE)
             if there < piece.length:
                 raise DeviceError(
                     f"cannot read at {piece.position + there} of {device.path}: it is shorter than it was"
                 )
             runs = list(self._runs(piece._replace(length=there), room, errors))
-            self.buffers.give(room)
+            self.buffers.release(room)
         if self._passing:
             device.drop_behind(piece.position, piece.length)
         return runs
@@ -317,7 +317,7 @@ def _piped(read_into: Callable[[memoryview], int], hasher: _Hasher, start: int, 
     position = start
     while end is None or position < end:
         wanted = _PIPED_SIZE if end is None else min(_PIPED_SIZE, end - position)
-        room = hasher.buffers.take()
+        room = hasher.buffers.acquire()
         filled = 0
         while filled < wanted and (count := read_into(room[filled:wanted])):
             filled += count

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from typing import Callable, NamedTuple, Union
 
 from blockcopy.block import identity
-from blockcopy.block.buffers import Buffers
+from blockcopy.block.buffers import BufferPool
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.block.pieces import PIECE_SIZE, PieceScanner
@@ -75,14 +75,14 @@ def retrieve(
     if the form has no word for them: the stream then ends without `done`, so that nobody takes it for the whole.
     Errors: StreamError, DeviceError, OutputError; BlockcopyError for a digest that this host has not.
     """
-    buffers = Buffers(PIECE_SIZE)
+    buffers = BufferPool(PIECE_SIZE)
     passing = source.exceeds_cache()
     progress = progress or Progress()
     size = source.size()
     position = sent = read = 0
 
     def answer(batch: list[_Item]) -> _Answer:
-        room, used, end, read = buffers.take(), 0, 0, 0
+        room, used, end, read = buffers.acquire(), 0, 0, 0
         frames: list[Output] = []
         with working():
             for item in batch:
@@ -98,7 +98,7 @@ def retrieve(
     def send(answer: _Answer) -> None:
         nonlocal position, sent, read
         output.write(answer.frames)
-        buffers.give(answer.room)
+        buffers.release(answer.room)
         position = answer.end or position
         read += answer.read
         sent += sum(map(len, answer.frames))
