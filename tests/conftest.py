@@ -37,6 +37,19 @@ def nothing_left_behind(
 
 
 @pytest.fixture
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Write `DATA` of the test's module to a new file, and return its path."""
+    return support.written(tmp_path / "source", request.module.DATA)
+
+
+@pytest.fixture
+def destination(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Write `OLD` of the test's module to a new file, and return its path. Without `OLD` the file is missing."""
+    path = tmp_path / "destination"
+    return support.written(path, request.module.OLD) if hasattr(request.module, "OLD") else path
+
+
+@pytest.fixture
 def loop_device(tmp_path: Path) -> Iterator[Callable[[Path], str]]:
     """Attach a file to a loop device: `loop_device(path)` → /dev/loopN, detached after the test."""
     support.require_root()

@@ -36,11 +36,6 @@ LOGINS = {
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return written(tmp_path / "source", DATA)
-
-
-@pytest.fixture
 def rsh(tmp_path: Path) -> Callable[[str], str]:
     """A script in place of ssh, whose children end with the test."""
 

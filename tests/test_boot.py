@@ -29,16 +29,6 @@ SLOW = ("--limit", "64K")
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return written(tmp_path / "source", DATA)
-
-
-@pytest.fixture
-def destination(tmp_path: Path) -> Path:
-    return written(tmp_path / "destination", OLD)
-
-
-@pytest.fixture
 def point(tmp_path: Path) -> Path:
     support.require_fuse()
     (tmp_path / "a disk").mkdir()

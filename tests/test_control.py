@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import support
-from support import BLOCK_SIZE, Mount, failed, noise, run, succeeded, until, with_changes, written
+from support import BLOCK_SIZE, Mount, failed, noise, run, succeeded, until, with_changes
 
 Mounter = Callable[..., Mount]
 
@@ -26,16 +26,6 @@ OLD = with_changes(DATA, list(range(BLOCKS)))
 
 SLOW = ("--limit", "64K")
 """The pass takes two seconds a block: within a test it is never complete by itself."""
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return written(tmp_path / "source", DATA)
-
-
-@pytest.fixture
-def destination(tmp_path: Path) -> Path:
-    return written(tmp_path / "destination", OLD)
 
 
 def at(block: int) -> int:

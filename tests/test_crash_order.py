@@ -379,16 +379,6 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statefile, "_FULL", b"\xff" * (CHUNK_BLOCKS // 8))
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return support.written(tmp_path / "source", DATA)
-
-
-@pytest.fixture
-def destination(tmp_path: Path) -> Path:
-    return support.written(tmp_path / "destination", OLD)
-
-
 @contextlib.asynccontextmanager
 async def replica_of(source: Path, destination: Path, *, hydrate: bool = True) -> AsyncIterator[Replica]:
     command = stage_command(Location(None, str(source)))

@@ -40,16 +40,7 @@ _COARSE_CLOCK = 5  # CLOCK_REALTIME_COARSE of linux/time.h, which times of files
 
 SIZE = 64 * BLOCK_SIZE
 DATA = noise(SIZE)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return written(tmp_path / "source", DATA)
-
-
-@pytest.fixture
-def destination(tmp_path: Path) -> Path:
-    return written(tmp_path / "destination", bytes(SIZE))
+OLD = bytes(SIZE)
 
 
 # What others may do to it

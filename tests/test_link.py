@@ -75,16 +75,6 @@ def way(tmp_path: Path) -> Route:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return written(tmp_path / "source", DATA)
-
-
-@pytest.fixture
-def destination(tmp_path: Path) -> Path:
-    return written(tmp_path / "destination", OLD)
-
-
-@pytest.fixture
 def far(mount: Mounter, source: Path, destination: Path, way: Route) -> Callable[..., Mount]:
     """Mount the source from beyond the link: `far(*options, program=…)`."""
     return lambda *options, program=OURS: mount(

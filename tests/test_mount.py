@@ -53,11 +53,6 @@ def program(request: pytest.FixtureRequest) -> str | None:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return written(tmp_path / "source", DATA)
-
-
-@pytest.fixture
 def destination(tmp_path: Path) -> Path:
     """Does not exist."""
     return tmp_path / "replica.img"

@@ -47,16 +47,6 @@ OLD = with_changes(DATA, list(range(BLOCKS)))
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return written(tmp_path / "source", DATA)
-
-
-@pytest.fixture
-def destination(tmp_path: Path) -> Path:
-    return written(tmp_path / "destination", OLD)
-
-
-@pytest.fixture
 def point(tmp_path: Path) -> Path:
     support.require_fuse()
     folder = tmp_path / "mountpoint"

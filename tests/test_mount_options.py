@@ -41,16 +41,6 @@ USER = 65534
 SLOW = ("--limit", "64K")
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return written(tmp_path / "source", DATA)
-
-
-@pytest.fixture
-def destination(tmp_path: Path) -> Path:
-    return written(tmp_path / "destination", OLD)
-
-
 # What is understood
 
 

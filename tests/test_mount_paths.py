@@ -35,11 +35,6 @@ STAYS_HERE = b'#!/bin/sh\nshift\nexec sh -c "exec $*"\n'
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return written(tmp_path / "source", DATA)
-
-
-@pytest.fixture
 def point(tmp_path: Path) -> Path:
     support.require_fuse()
     folder = tmp_path / "mnt"

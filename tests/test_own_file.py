@@ -19,11 +19,6 @@ DATA = noise(300_000)
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return written(tmp_path / "source", DATA)
-
-
-@pytest.fixture
 def secret(tmp_path: Path) -> Path:
     path = written(tmp_path / "secret", b"root's")
     path.chmod(0o600)

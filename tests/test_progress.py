@@ -30,17 +30,8 @@ from blockcopy.progress.reporter import Counts, LineProgress
 
 SIZE = 24 * BLOCK_SIZE
 DATA = noise(SIZE)
+OLD = with_changes(DATA, [3, 17])
 LINK = f"{PYTHON} {STANDINS / 'link'}"
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return written(tmp_path / "source", DATA)
-
-
-@pytest.fixture
-def destination(tmp_path: Path) -> Path:
-    return written(tmp_path / "destination", with_changes(DATA, [3, 17]))
 
 
 def last(stderr: bytes) -> dict[str, Any]:

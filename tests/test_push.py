@@ -38,16 +38,6 @@ LINK = f"{PYTHON} {STANDINS / 'link'}"
 """In place of ssh."""
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return written(tmp_path / "source", DATA)
-
-
-@pytest.fixture
-def destination(tmp_path: Path) -> Path:
-    return tmp_path / "destination"
-
-
 def push(
     source: object, destination: object, *options: object, rsh: str = LINK
 ) -> subprocess.CompletedProcess[bytes]:

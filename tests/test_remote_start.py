@@ -40,11 +40,6 @@ def rsh(tmp_path: Path) -> Transport:
     return make
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return written(tmp_path / "source", DATA)
-
-
 def sync(source: object, destination: Path, *options: object) -> subprocess.CompletedProcess[bytes]:
     return run("sync", "--no-state", *options, f"host:{source}", destination)
 

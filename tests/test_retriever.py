@@ -13,6 +13,7 @@ import pytest
 import support
 import trio
 import trio.testing
+from support import written
 
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.geometry import BLOCK_SIZE, Geometry
@@ -48,17 +49,6 @@ def original_form(program: str | None) -> str:
     if program is None:
         pytest.skip("the agreed form has no need of it")
     return program
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return source_of(tmp_path, DATA)
-
-
-def source_of(folder: Path, data: bytes) -> Path:
-    path = folder / "source"
-    path.write_bytes(data)
-    return path
 
 
 def script(folder: Path, *lines: str) -> str:
@@ -231,7 +221,7 @@ def test_the_last_block_may_be_of_any_length(size: int, equal: bool, tmp_path: P
     expected = [answer(data, asked) for asked in questions]
 
     async def main() -> None:
-        async with retriever_of(source_of(tmp_path, data), program) as retriever:
+        async with retriever_of(written(tmp_path / "source", data), program) as retriever:
             assert await ask(retriever, questions) == expected
             assert await ask(retriever, questions[-1:]) == expected[-1:]
 
@@ -240,7 +230,7 @@ def test_the_last_block_may_be_of_any_length(size: int, equal: bool, tmp_path: P
 
 def test_reaches_tells_where_the_source_has_a_byte(tmp_path: Path, original_form: str) -> None:
     async def main() -> None:
-        async with retriever_of(source_of(tmp_path, b"x" * 1000), original_form) as retriever:
+        async with retriever_of(written(tmp_path / "source", b"x" * 1000), original_form) as retriever:
             positions = [0, 1, 998, 999, 1000, 1001, 10**12]
             assert await retriever.reaches(positions) == [True] * 4 + [False] * 3
             assert await retriever.reaches([0]) == [True]
@@ -250,7 +240,7 @@ def test_reaches_tells_where_the_source_has_a_byte(tmp_path: Path, original_form
 
 def test_an_empty_source_reaches_nowhere(tmp_path: Path, original_form: str) -> None:
     async def main() -> None:
-        async with retriever_of(source_of(tmp_path, b""), original_form) as retriever:
+        async with retriever_of(written(tmp_path / "source", b""), original_form) as retriever:
             assert await retriever.reaches([0]) == [False]
             assert await retriever.reaches([0, 1]) == [False, False]
 
@@ -645,7 +635,7 @@ def test_the_original_does_not_know_the_greeting(source: Path, tmp_path: Path) -
 
 def test_what_cannot_be_read_is_said_and_the_rest_goes_on(tmp_path: Path, loop_device: Callable[..., str]) -> None:
     """A loop device whose backing file was cut gives I/O errors behind the cut."""
-    backing = source_of(tmp_path, DATA[: 16 * BLOCK_SIZE])
+    backing = written(tmp_path / "source", DATA[: 16 * BLOCK_SIZE])
     device = loop_device(backing, "--read-only")
     os.truncate(backing, 4 * BLOCK_SIZE)
 

@@ -192,11 +192,6 @@ WISH = {"protocol": wire.PROTOCOL, "compress": {"name": "zstd", "level": 1}}
 RUN = wire.Asks(0, BLOCK_SIZE, BLOCKS * BLOCK_SIZE, BLOCKS * NO_DIGEST)
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return written(tmp_path / "source", DATA)
-
-
 def retrieve(source: Path, *options: object) -> list[str]:
     return standin("faulty_retrieve", *options, "retrieve", source)
 

@@ -68,11 +68,6 @@ OTHER = changed(DATA, 3, 20, 40)
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return written(tmp_path / "source", DATA)
-
-
-@pytest.fixture
 def file(tmp_path: Path) -> Path:
     """A destination."""
     return written(tmp_path / "file", OLD)

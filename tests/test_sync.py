@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import support
-from support import failed, succeeded
+from support import failed, succeeded, written
 
 from blockcopy.block.geometry import BLOCK_SIZE
 
@@ -31,22 +31,6 @@ STALLS = f"{support.QUEUEING} --stall-at {OPENING + 5}"
 
 NEARLY = f"{support.QUEUEING} --stall-at {OPENING + 8}"
 """Of OLD the last batch stays open: its blocks that differ have five answers more."""
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return file_of(tmp_path, "source", DATA)
-
-
-@pytest.fixture
-def destination(tmp_path: Path) -> Path:
-    return file_of(tmp_path, "destination", OLD)
-
-
-def file_of(folder: Path, name: str, data: bytes) -> Path:
-    path = folder / name
-    path.write_bytes(data)
-    return path
 
 
 def here_as_rsh(folder: Path) -> Path:
@@ -128,7 +112,7 @@ def test_a_file_becomes_the_copy_and_only_a_tail_is_told(
 def test_a_device_becomes_the_copy_of_a_device(
     program: str | None, source: Path, tmp_path: Path, loop_device: Callable[[Path], str]
 ) -> None:
-    device = loop_device(file_of(tmp_path, "backing", OLD + b"tail" * 128))
+    device = loop_device(written(tmp_path / "backing", OLD + b"tail" * 128))
     options = ["--blockcopy-path", program] if program else []
     done = support.run("sync", *options, loop_device(source), device)
     told = f"{device} is 512 bytes longer than the source: what it has from {len(DATA)} on stays as it is\n"
@@ -151,7 +135,7 @@ def test_the_source_is_only_read(source: Path, destination: Path) -> None:
 @pytest.mark.parametrize("program", [shlex.join(support.BLOCKCOPY), support.QUEUEING])
 @pytest.mark.parametrize("name", ["plain", "with space, quo'te\"s $HOME *"])
 def test_a_remote_source_is_reached_through_rsh(program: str, name: str, tmp_path: Path, destination: Path) -> None:
-    source = file_of(tmp_path, name, DATA)
+    source = written(tmp_path / name, DATA)
     rsh = here_as_rsh(tmp_path)
     done = support.run("sync", "-e", rsh, "--blockcopy-path", program, f"user@host:{source}", destination)
     assert_silent_success(done)
@@ -161,7 +145,7 @@ def test_a_remote_source_is_reached_through_rsh(program: str, name: str, tmp_pat
 
 def test_the_destination_is_synced(source: Path, tmp_path: Path, loop_device: Callable[[Path], str]) -> None:
     """The kernel counts the flushes of a device: a close alone is none."""
-    device = loop_device(file_of(tmp_path, "backing", OLD))
+    device = loop_device(written(tmp_path / "backing", OLD))
     before = flushes(device)
     assert_silent_success(support.run("sync", source, device))
     assert flushes(device) > before
@@ -215,7 +199,7 @@ def test_a_program_that_is_not_there_on_the_host(tmp_path: Path, destination: Pa
 
 
 def test_a_source_that_is_too_large(source: Path, tmp_path: Path, loop_device: Callable[[Path], str]) -> None:
-    backing = file_of(tmp_path, "backing", OLD[:-512])
+    backing = written(tmp_path / "backing", OLD[:-512])
     done = support.run("sync", source, loop_device(backing))
     assert_failed(done, 1, "too small", str(len(DATA)), str(len(DATA) - 512))
     assert backing.read_bytes() == OLD[:-512]
@@ -231,7 +215,7 @@ def test_a_locked_destination(source: Path, destination: Path) -> None:
 
 
 def test_a_device_in_use(source: Path, tmp_path: Path, loop_device: Callable[[Path], str]) -> None:
-    device = loop_device(file_of(tmp_path, "backing", OLD))
+    device = loop_device(written(tmp_path / "backing", OLD))
     holder = os.open(device, os.O_RDONLY | os.O_EXCL)
     try:
         assert_failed(support.run("sync", source, device), 1, device, "in use")
@@ -333,7 +317,7 @@ def test_a_signal_in_mid_pass_ends_it_in_order(
     signum: signal.Signals, source: Path, tmp_path: Path, loop_device: Callable[[Path], str]
 ) -> None:
     """Ended by that signal, what was written is synced, nobody is left."""
-    device = loop_device(file_of(tmp_path, "backing", OLD))
+    device = loop_device(written(tmp_path / "backing", OLD))
     before = flushes(device)
     with running("--blockcopy-path", NEARLY, source, device) as process:
         until_some_is_stored(process, Path(device))
@@ -392,7 +376,7 @@ def test_a_terminal_gets_a_progress_bar(source: Path, destination: Path) -> None
 
 
 def test_the_percent_of_the_bar_is_floored(source: Path, tmp_path: Path) -> None:
-    equal = file_of(tmp_path, "equal", DATA)
+    equal = written(tmp_path / "equal", DATA)
     in_eights = ("--limit", "4M")  # else all of it is one batch
     status, drawn = on_a_terminal("66.66 %", *in_eights, "--blockcopy-path", STALLS, source, equal)
     assert status == -signal.SIGINT
@@ -432,7 +416,7 @@ LINK = f"{support.PYTHON} {support.STANDINS / 'link'} --count"
 
 @pytest.mark.parametrize("wish", ["zstd", "zstd:9", "none", None])
 def test_what_crosses_the_link_is_compressed_as_wished(wish: str | None, tmp_path: Path) -> None:
-    source, destination = file_of(tmp_path, "source", PLAIN), tmp_path / "destination"
+    source, destination = written(tmp_path / "source", PLAIN), tmp_path / "destination"
     options = [] if wish is None else ["--compress", wish]
     program = shlex.join(support.BLOCKCOPY)
     rsh = f"{LINK} {tmp_path}/counts"
@@ -454,7 +438,7 @@ def test_a_compression_that_cannot_be_meant(wish: str, source: Path, destination
 @pytest.mark.parametrize("sparse", [True, False])
 def test_zeros_become_holes_unless_they_are_to_be_written_out(sparse: bool, tmp_path: Path) -> None:
     data = support.noise(BLOCK_SIZE) + bytes(4 * BLOCK_SIZE) + support.noise(1000)
-    source, destination = file_of(tmp_path, "source", data), file_of(tmp_path, "destination", b"\xff" * len(data))
+    source, destination = written(tmp_path / "source", data), written(tmp_path / "destination", b"\xff" * len(data))
     assert_silent_success(support.run("sync", *([] if sparse else ["--no-sparse"]), source, destination))
     assert destination.read_bytes() == data
     allocated = destination.stat().st_blocks * 512
@@ -463,7 +447,7 @@ def test_zeros_become_holes_unless_they_are_to_be_written_out(sparse: bool, tmp_
 
 def test_holes_at_both_ends_cost_next_to_nothing(tmp_path: Path) -> None:
     """A TiB of them: read one by one, they would take minutes."""
-    source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
+    source, destination = written(tmp_path / "source", DATA), written(tmp_path / "destination", OLD)
     for each in (source, destination):
         os.truncate(each, 1 << 40)
     with source.open("r+b") as file:

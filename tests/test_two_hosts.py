@@ -48,16 +48,6 @@ QUEUEING = shlex.join([PYTHON, str(STANDINS / "queueing_retrieve")])
 ODD_NAMES = ['it\'s "two words" $HOME `id` $(id) \\ ; & | * ? ~ ümlaut: 100 %', "new\nline"]
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return written(tmp_path / "source", DATA)
-
-
-@pytest.fixture
-def destination(tmp_path: Path) -> Path:
-    return tmp_path / "destination"
-
-
 def processes_of(source: Path) -> list[int]:
     """Those that have its path among their arguments, on whichever host: both are this one."""
     found = []

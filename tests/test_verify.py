@@ -17,25 +17,12 @@ BLOCKS = 130  # more than one window of batches
 DATA = noise(BLOCKS * BLOCK_SIZE + 77)
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "source"
-    path.write_bytes(DATA)
-    return path
-
-
-def destination_of(data: bytes, tmp_path: Path) -> Path:
-    path = tmp_path / "destination"
-    path.write_bytes(data)
-    return path
-
-
 @pytest.mark.parametrize("program", [[], ["--blockcopy-path", QUEUEING]], ids=["ours", "stand-in"])
 @pytest.mark.parametrize("tail", [b"", b"a longer destination has a tail, which is its own"])
 def test_a_copy_is_equal_and_only_a_tail_is_told(
     program: list[str], tail: bytes, source: Path, tmp_path: Path
 ) -> None:
-    destination = destination_of(DATA + tail, tmp_path)
+    destination = written(tmp_path / "destination", DATA + tail)
     told = f"{destination} is {len(tail)} bytes longer than {source}: its tail was not compared\n" if tail else ""
     done = run("verify", *program, source, destination)
     assert (done.returncode, done.stdout, done.stderr.decode()) == (0, b"", told)
@@ -45,7 +32,7 @@ def test_a_copy_is_equal_and_only_a_tail_is_told(
 
 def test_a_destination_that_is_replaced_meanwhile_is_no_copy(source: Path, tmp_path: Path) -> None:
     """It is compared by its descriptor, and promised by its name."""
-    destination = destination_of(DATA, tmp_path)
+    destination = written(tmp_path / "destination", DATA)
     go = tmp_path / "go"
     os.mkfifo(go)
     waits = written(tmp_path / "waits", f'#!/bin/sh\ncat {go}\nexec {" ".join(BLOCKCOPY)} "$@"\n'.encode())
@@ -69,7 +56,7 @@ def _open_files(pid: int) -> bytes:
 
 @pytest.mark.parametrize("program", [[], ["--blockcopy-path", QUEUEING]], ids=["ours", "stand-in"])
 def test_what_differs_is_told_in_ranges(program: list[str], source: Path, tmp_path: Path) -> None:
-    destination = destination_of(with_changes(DATA, [0, 3, 4, 95, 96, 97, BLOCKS]), tmp_path)
+    destination = written(tmp_path / "destination", with_changes(DATA, [0, 3, 4, 95, 96, 97, BLOCKS]))
     before = destination.read_bytes()
     done = run("verify", *program, source, destination)
     failed(done, 5)
@@ -87,18 +74,18 @@ def test_what_differs_is_told_in_ranges(program: list[str], source: Path, tmp_pa
 
 @pytest.mark.parametrize("size", [0, 1, BLOCK_SIZE, 5 * BLOCK_SIZE + 9])
 def test_what_a_short_destination_lacks_differs(size: int, source: Path, tmp_path: Path) -> None:
-    done = run("verify", source, destination_of(DATA[:size], tmp_path))
+    done = run("verify", source, written(tmp_path / "destination", DATA[:size]))
     failed(done, 5)
     assert done.stdout.decode() == f"{size}:{len(DATA) - size}\n"
 
 
 def test_an_empty_source_has_a_copy_in_anything(tmp_path: Path) -> None:
     (tmp_path / "source").touch()
-    assert run("verify", tmp_path / "source", destination_of(b"abc", tmp_path)).returncode == 0
+    assert run("verify", tmp_path / "source", written(tmp_path / "destination", b"abc")).returncode == 0
 
 
 def test_a_destination_in_use_can_be_verified(source: Path, tmp_path: Path) -> None:
-    destination = destination_of(DATA, tmp_path)
+    destination = written(tmp_path / "destination", DATA)
     with support.held_by_another_process(destination):
         assert run("verify", source, destination).returncode == 0
 
@@ -111,7 +98,7 @@ def test_a_missing_destination_is_an_error(source: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("fault", ["die", "garble", "misplace", "oversize", "short"])
 def test_a_source_that_fails_is_an_error_and_no_verdict(fault: str, source: Path, tmp_path: Path) -> None:
-    destination = destination_of(with_changes(DATA, list(range(BLOCKS))), tmp_path)
+    destination = written(tmp_path / "destination", with_changes(DATA, list(range(BLOCKS))))
     program = f"{FAULTY} --{fault}-at 5"
     done = run("verify", "--reconnect-timeout", 0, "--blockcopy-path", program, source, destination)
     failed(done, 3)
@@ -119,7 +106,7 @@ def test_a_source_that_fails_is_an_error_and_no_verdict(fault: str, source: Path
 
 
 def test_a_source_that_dies_is_started_again(source: Path, tmp_path: Path) -> None:
-    destination = destination_of(with_changes(DATA, [0, 3, BLOCKS]), tmp_path)
+    destination = written(tmp_path / "destination", with_changes(DATA, [0, 3, BLOCKS]))
     program = f"{FAULTY} --die-at 2 --once {tmp_path}/it-happened"
     done = run("verify", "--blockcopy-path", program, source, destination)
     failed(done, 5)
@@ -130,7 +117,7 @@ def test_a_source_that_dies_is_started_again(source: Path, tmp_path: Path) -> No
 
 def test_a_signal_ends_it(source: Path, tmp_path: Path) -> None:
     command = [*BLOCKCOPY, "verify", "--blockcopy-path", f"{QUEUEING} --stall-at 5", str(source)]
-    command.append(str(destination_of(DATA, tmp_path)))
+    command.append(str(written(tmp_path / "destination", DATA)))
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         support.until(lambda: support.children(process.pid), "its retrieve process")
         os.kill(process.pid, signal.SIGTERM)
