@@ -25,8 +25,9 @@ from support import (
     written,
 )
 
+from blockcopy.progress.lines import LineProgress
 from blockcopy.progress.rate import RateMeter, eta, floored_percent, human_size, human_time
-from blockcopy.progress.reporter import Counts, LineProgress
+from blockcopy.progress.reporter import Counts
 
 SIZE = 24 * BLOCK_SIZE
 DATA = noise(SIZE)

@@ -10,7 +10,7 @@ from typing import Callable, TextIO
 
 from blockcopy.cli.background_writer import BackgroundWriter
 from blockcopy.errors import OutputError
-from blockcopy.progress.reporter import JsonProgress, LineProgress, Progress
+from blockcopy.progress.reporter import Progress
 from blockcopy.stage.streams import GONE, OutputStream
 from blockcopy.untrusted_text import printable
 
@@ -83,13 +83,12 @@ def progress(args: argparse.Namespace, *, bar_by_default: bool = False) -> Progr
 
     `bar_by_default`: draw a bar on a terminal even without `--progress`.
     """
-    if args.quiet:
+    if args.quiet or not (args.progress or bar_by_default):
         return Progress()
-    if args.progress == "json":
-        return JsonProgress(args.command, say)
-    if (args.progress or bar_by_default) and sys.stderr is not None and _can_draw(sys.stderr):
-        from blockcopy.progress import bar  # not sent to source hosts
+    from blockcopy.progress import bar, lines  # not sent to source hosts
 
-        if bar.available():
-            return bar.Bar(sys.stderr)
-    return LineProgress(args.command, say) if args.progress else Progress()
+    if args.progress == "json":
+        return lines.JsonProgress(args.command, say)
+    if sys.stderr is not None and _can_draw(sys.stderr) and bar.available():
+        return bar.Bar(sys.stderr)
+    return lines.LineProgress(args.command, say) if args.progress else Progress()

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
+from blockcopy.progress.lines import Figures, TimedProgress
 from blockcopy.progress.rate import floored_percent, human_size, human_time
-from blockcopy.progress.reporter import Figures, TimedProgress
 from blockcopy.untrusted_text import printable
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Bar(TimedProgress):
             finally:
                 self._live = None
 
-    def _tell(self, figures: Figures) -> None:
+    def _report(self, figures: Figures) -> None:
         if figures.counts.total is None and not figures.counts.done:
             return  # it never began
         with self._drawing:

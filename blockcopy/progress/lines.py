@@ -1,0 +1,152 @@
+"""Progress as lines: the original program's, or JSON. Percents are rounded down."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Callable, NamedTuple
+
+from blockcopy.progress.rate import RateMeter, eta, floored_percent
+from blockcopy.progress.reporter import Counts, Progress
+
+_LINE_SECONDS = 60
+_LINE_PERCENT = 5
+
+
+class LineProgress(Progress):
+    """A reporter of the original program's lines: one for each 5 percent, and one after 60 seconds without any."""
+
+    silent = False
+
+    def __init__(self, command: str, write: Callable[[str], None]) -> None:
+        """Report nothing until the total is known, but the end in any case.
+
+        `command`: its name. `write`: writes a line.
+        """
+        self._what = command.capitalize()
+        self._write = write
+        self._started = self._reported_at = time.monotonic()
+        self._reported_percent = 0.0
+
+    def update(self, counts: Counts) -> None:
+        if not counts.total:
+            return
+        percent = 100 * counts.done / counts.total
+        now = time.monotonic()
+        if now - self._reported_at >= _LINE_SECONDS or percent - self._reported_percent >= _LINE_PERCENT:
+            self._reported_at, self._reported_percent = now, percent
+            position = counts.done if counts.position is None else counts.position
+            self._write(
+                f"{self._what} progress: {position / 2**30:7.2f} GB / {counts.total / 2**30:.2f} GB "
+                f"({floored_percent(counts.done, counts.total):5.2f}%)"
+            )
+
+    def finish(self) -> None:
+        self._write(f"{self._what} done in {time.monotonic() - self._started:.3f} seconds")
+
+
+class Figures(NamedTuple):
+    """Counts with the figures that follow from time."""
+
+    counts: Counts
+    rate: int
+    """Bytes per second."""
+    eta: int | None
+    """Seconds to the end. None if unknown."""
+    elapsed: float
+    """Seconds since the start."""
+    finished: bool
+
+
+_EXIT_SECONDS = 2
+"""Seconds to wait at the end for a terminal that accepts no more output."""
+
+
+class TimedProgress(Progress):
+    """A reporter with a thread of its own, which reports at a fixed interval and once at the end."""
+
+    silent = False
+    seconds = 1.0
+    """The interval."""
+
+    def __init__(self) -> None:
+        self._counts = Counts(0)
+        self._finished = False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        self._started = time.monotonic()
+        self._meter = RateMeter()
+        self._sampled_at = -1.0
+
+    def __enter__(self) -> Progress:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._ended.set()
+        self._thread.join(_EXIT_SECONDS)
+
+    def update(self, counts: Counts) -> None:
+        self._counts = counts
+
+    def finish(self) -> None:
+        self._finished = True
+
+    def _run(self) -> None:
+        # OSError: the reader is gone. The command itself goes on.
+        with contextlib.suppress(OSError), self._opened():
+            while not self._ended.wait(self.seconds):
+                self._report(self._figures())
+            self._report(self._figures())
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[None]:
+        """Surround all reports, for subclasses that open something."""
+        yield
+
+    def _report(self, figures: Figures) -> None:
+        """Write one report."""
+        raise NotImplementedError
+
+    def _figures(self) -> Figures:
+        counts, now = self._counts, time.monotonic()
+        if now - self._sampled_at >= 1:
+            self._meter.sample(counts.done - counts.skipped)
+            self._sampled_at = now
+        rate = self._meter.rate(counts.done - counts.skipped)
+        elapsed = now - self._started
+        if self._finished:
+            unworked = counts.skipped + counts.parts.get("resumed", 0)
+            rate = int((counts.done - unworked) / max(elapsed, 0.001))  # the average of all work
+        return Figures(counts, rate, eta(counts.done, counts.total, rate), elapsed, self._finished)
+
+
+class JsonProgress(TimedProgress):
+    """A reporter of a line of JSON each second, for programs."""
+
+    def __init__(self, command: str, write: Callable[[str], None]) -> None:
+        super().__init__()
+        self._command = command
+        self._write = write
+
+    def _report(self, figures: Figures) -> None:
+        self._write(json.dumps({"command": self._command, **as_json(figures)}))
+
+
+def as_json(figures: Figures) -> dict[str, Any]:
+    """Return the fields of a line of `--progress=json`. Unknown values are None."""
+    counts = figures.counts
+    return {
+        "state": counts.state,
+        "finished": figures.finished,
+        "done_bytes": counts.done,
+        "total_bytes": counts.total,
+        "percent": None if counts.total is None else floored_percent(counts.done, counts.total),
+        **{f"{name}_bytes": count for name, count in counts.parts.items()},
+        "rate_bytes_per_s": figures.rate,
+        "eta_seconds": figures.eta,
+        "elapsed_seconds": round(figures.elapsed, 3),
+    }
