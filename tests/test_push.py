@@ -235,7 +235,7 @@ def test_a_source_that_is_not_there(destination: Path, tmp_path: Path) -> None:
     [
         (["sync", "one:/a", "two:/b"], "both on another host"),
         (["verify", "one:/a", "two:/b"], "both on another host"),
-        (["sync", "--recheck", "/a", "two:/b"], "keeps no state"),
+        (["sync", "--recheck", "/a", "two:/b"], "need a local DESTINATION"),
         (["sync", "/a", "two:"], "DESTINATION"),
         (["mount", "one:/a", "two:/b", "/mnt"], "DESTINATION"),
     ],

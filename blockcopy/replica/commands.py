@@ -1,6 +1,6 @@
-"""`sync` and `verify` as commands, and what the command line says → a Plan, which `mount` has as well.
+"""The commands `sync` and `verify`, and the Plan that the options of `sync` and `mount` make.
 
-trio is imported by the commands, and not before a source was started: that takes as long.
+The commands import trio only after they have started a source process. Both take about as long.
 """
 
 from __future__ import annotations
@@ -38,13 +38,16 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_RANGES = 1000
-"""Ranges that are written at once."""
+_OUTPUT_RANGES = 1000
+"""Ranges that one write to standard output has."""
 
 
 @contextlib.contextmanager
 def needs_extra() -> Iterator[None]:
-    """Around the imports that need more than the standard library."""
+    """Wrap imports of optional packages: use as a context manager.
+
+    Raises UsageError with the command that installs a missing package.
+    """
     try:
         yield
     except ModuleNotFoundError as error:
@@ -55,20 +58,23 @@ def needs_extra() -> Iterator[None]:
 
 
 def run(program: Callable[[], Awaitable[T]]) -> T:
-    """A trio program, as `runner.run` does."""
+    """Run a trio `program` as `runner.run` does, and return its result."""
     from blockcopy.replica.tasks import runner
 
-    gc.freeze()  # what was imported stays: looking through it for garbage again and again costs a few percent
+    gc.freeze()  # imported modules stay: scans of them for garbage cost a few percent
     return runner.run(program)
 
 
 def source_command(args: argparse.Namespace) -> Command:
-    """A `retrieve` of SOURCE, run as the options say. UsageError."""
+    """Return the command that runs `retrieve` at SOURCE. Raises UsageError if SOURCE or an option is invalid."""
     return command_for(args, parse_location(args.source), "retrieve")
 
 
 def command_for(args: argparse.Namespace, location: Location, stage: str, options: Sequence[str] = ()) -> Command:
-    """A stage of what is at `location`, run as the options say. UsageError."""
+    """Return the command that runs a `stage` at `location`, as the parsed options `args` say.
+
+    `options`: options of the stage itself. Raises UsageError if an option is invalid.
+    """
     return stage_command(
         location,
         args.rsh,
@@ -81,12 +87,17 @@ def command_for(args: argparse.Namespace, location: Location, stage: str, option
 
 
 def plan_of(args: argparse.Namespace, command: Command, **more: Any) -> Plan:
-    """What the options that `mount` and `sync` share ask for, and `more` of a Plan. UsageError."""
+    """Return the Plan that the parsed options `args` make. `mount` and `sync` share these options.
+
+    `command`: runs `retrieve` at the source.
+    `more`: further fields of the Plan.
+    Raises UsageError if DESTINATION is on another host.
+    """
     from blockcopy.replica.plan import Plan
 
     destination = parse_location(args.destination, "DESTINATION")
     if destination.host is not None:
-        raise UsageError(f"DESTINATION {args.destination} has to be here: blocks of it are what a mount reads")
+        raise UsageError(f"DESTINATION {args.destination} must be on this host: a mount reads its blocks")
     compression = _compression(args, parse_location(args.source))
     compression.check_available()
     return Plan(
@@ -117,7 +128,7 @@ def _compression(args: argparse.Namespace, location: Location) -> CompressionSpe
 
 
 def prompts(location: Location) -> bool:
-    """Whether the way there may ask something at a terminal."""
+    """Return whether ssh may ask for a password to `location`: the host is another, and there is a terminal."""
     if location.host is None:
         return False
     try:
@@ -128,6 +139,7 @@ def prompts(location: Location) -> bool:
 
 
 def sync(args: argparse.Namespace) -> None:
+    """Run `blockcopy sync` with the parsed options `args`. Raises BlockcopyError if the copy fails."""
     destination = parse_location(args.destination, "DESTINATION")
     if destination.host is not None:
         _push(args, destination)
@@ -146,13 +158,14 @@ def sync(args: argparse.Namespace) -> None:
 
 
 def _push(args: argparse.Namespace, destination: Location) -> None:
+    """Run a `sync` whose DESTINATION is on another host."""
     from blockcopy.push import push
 
-    source = _local(args)
+    source = _local_source(args)
     if args.state or args.recheck:
-        raise UsageError("a push keeps no state: each block is checked, every time")
+        raise UsageError("--state and --recheck need a local DESTINATION: a push checks every block each time")
     if args.on_complete or args.metrics:
-        raise UsageError("a push has no --on-complete and no --metrics: it ends when it is complete")
+        raise UsageError("--on-complete and --metrics need a local DESTINATION: a push ends when it is complete")
     options = [name for name, given in (("--force", args.force), ("--no-sparse", args.no_sparse)) if given]
     compression = _compression(args, destination)
     command = command_for(args, destination, "receive", [*options, "--compress", str(compression)])
@@ -168,23 +181,27 @@ def _push(args: argparse.Namespace, destination: Location) -> None:
                 progress=progress,
             )
         if args.verify:
-            _refuse_differing(
+            _raise_if_different(
                 args, _compare(args, command_for(args, destination, "retrieve"), source, device.size())
             )
 
 
-def _local(args: argparse.Namespace) -> str:
+def _local_source(args: argparse.Namespace) -> str:
+    """Return the path of SOURCE on this host. Raises UsageError if SOURCE is on another host."""
     source = parse_location(args.source)
     if source.host is not None:
-        raise UsageError("SOURCE and DESTINATION are both on another host: run it on one of the two")
+        raise UsageError("SOURCE and DESTINATION are both on another host: run blockcopy on one of the two")
     return absolute(source.path)
 
 
 @contextlib.contextmanager
 def _started(command: Command) -> Iterator[list[Popen[bytes]]]:
-    """Start it already, as long as we are still loading what will talk to it. Ended if nobody took it."""
+    """Start a process of `command` early, while modules are still loading.
+
+    The process is in the list until somebody uses it, and is ended at the end if nobody did.
+    """
     started: list[Popen[bytes]] = []
-    with contextlib.suppress(OSError):  # who starts it again tells why
+    with contextlib.suppress(OSError):  # the next start reports the reason
         started.append(command.start())
     try:
         yield started
@@ -196,11 +213,15 @@ def _started(command: Command) -> Iterator[list[Popen[bytes]]]:
 
 
 def verify(args: argparse.Namespace) -> None:
+    """Run `blockcopy verify` with the parsed options `args`. Differing ranges go to standard output.
+
+    Raises MismatchError if the ends differ, SourceReadError or DeviceError if blocks were not compared.
+    """
     destination = parse_location(args.destination, "DESTINATION")
     if destination.host is None:
         verdict = _compare(args, source_command(args), absolute(args.destination))
-    else:  # there is no difference between the two ends but this: what the destination has beyond does not count
-        source = _local(args)
+    else:  # the same comparison from the other end: only the bytes of the source count
+        source = _local_source(args)
         with open_source(source) as device:
             verdict = _compare(args, command_for(args, destination, "retrieve"), source, device.size())
     if verdict.tail_bytes:
@@ -210,11 +231,11 @@ def verify(args: argparse.Namespace) -> None:
             verdict.tail_bytes,
             args.source,
         )
-    _refuse_differing(args, verdict)
+    _raise_if_different(args, verdict)
 
 
-def _compare(args: argparse.Namespace, command: Command, path: str, size: int | None = None) -> Verdict:
-    """Tell where they differ, to standard output."""
+def _compare(args: argparse.Namespace, command: Command, path: str, source_size: int | None = None) -> Verdict:
+    """Compare the device at `path` with the other end, and print the ranges that differ. See `verify.verify`."""
     with needs_extra():
         from blockcopy.replica.tasks import runner
         from blockcopy.replica.verify import verify as compare
@@ -227,7 +248,7 @@ def _compare(args: argparse.Namespace, command: Command, path: str, size: int | 
                 console.write(f"{extent.offset}:{extent.length}")
 
     as_json = getattr(args, "json", False)
-    ranges = array.array("q")  # offset and length of each: there may be as many as half of the blocks
+    ranges = array.array("q")  # offset and length of each: half of the blocks may be ranges
     with logged_in(command), console.progress(args, bar_by_default=True) as progress:
         run_verify = functools.partial(
             compare,
@@ -237,7 +258,7 @@ def _compare(args: argparse.Namespace, command: Command, path: str, size: int | 
             timeout=args.timeout,
             give_up_after=args.reconnect_timeout,
             prompts=prompts(command.location),
-            source_size=size,
+            source_size=source_size,
             progress=progress,
         )
         verdict = run(lambda: runner.run_interruptible(run_verify))
@@ -247,7 +268,10 @@ def _compare(args: argparse.Namespace, command: Command, path: str, size: int | 
 
 
 def _write_json(verdict: Verdict, ranges: array.array[int]) -> None:
-    """Write one object, with one range on each line."""
+    """Print a verdict as one JSON object, with one range on each line.
+
+    `ranges`: offset and length of each range that differs, in turn.
+    """
     unread = [
         extent._asdict() for each in (verdict.remote_unreadable, verdict.local_unreadable) for extent in each.ranges
     ]
@@ -259,17 +283,20 @@ def _write_json(verdict: Verdict, ranges: array.array[int]) -> None:
         "unreadable_ranges": unread,
     }
     console.write(f'{json.dumps(figures)[:-1]}, "ranges": [')
-    for at in range(0, len(ranges), 2 * _RANGES):
+    for at in range(0, len(ranges), 2 * _OUTPUT_RANGES):
         lines = [
             json.dumps({"offset": offset, "length": length})
-            for offset, length in zip(*[iter(ranges[at : at + 2 * _RANGES])] * 2, strict=True)
+            for offset, length in zip(*[iter(ranges[at : at + 2 * _OUTPUT_RANGES])] * 2, strict=True)
         ]
-        console.write(",\n".join(lines) + ("," if at + 2 * _RANGES < len(ranges) else ""))
+        console.write(",\n".join(lines) + ("," if at + 2 * _OUTPUT_RANGES < len(ranges) else ""))
     console.write("]}")
 
 
-def _refuse_differing(args: argparse.Namespace, verdict: Verdict) -> None:
-    """Raises MismatchError if the ends differ, else SourceReadError or DeviceError if blocks were not compared."""
+def _raise_if_different(args: argparse.Namespace, verdict: Verdict) -> None:
+    """Check a verdict. Raises MismatchError if the ends differ.
+
+    Raises SourceReadError or DeviceError if blocks of equal ends were not compared.
+    """
     ends = (verdict.remote_unreadable, verdict.local_unreadable)
     source, destination = ends if parse_location(args.destination).host is None else reversed(ends)
     uncompared = [

@@ -1,27 +1,28 @@
-"""Puts a replica together, and takes it down. `sync` is this; `mount` is this behind FUSE.
+"""The assembly of a replica, and its orderly end. `sync` uses it directly, and `mount` behind FUSE.
 
-    open_replica ─ destination ─ journal ─ links ─ what is known ─ Replica … let go ─ synced ─ recorded
+    open_replica ─ destination ─ state file ─ links ─ recovery ─ Replica … disconnect ─ sync ─ record
 
-Failure table: what can go wrong, what a read of a missing block gets, what becomes of the replica.
+The failure table: what goes wrong, what a read of a missing block gets, and what the replica does.
 
-    the source cannot be reached at first   –                     open_replica raises; with a state and
-                                                                  `resume_offline` it begins, reconnecting
+    the source is unreachable at the start  –                     open_replica raises; with a record and
+                                                                  `resume_offline` it starts, reconnecting
     the destination is refused, too small   –                     open_replica raises, nothing written
-    a link breaks, stalls, garbles          waits, then           started again, for ever; what was in
-                                            SourceError           flight is asked again
-    the source is another than it was       SourceError           state failed, nothing of it is taken
+    a link breaks, stalls or sends garbage  waits, then           reconnects for ever; requests in flight
+                                            SourceError           are sent again
+    the source has changed                  SourceError           state failed, its data is rejected
     the source cannot read a block          SourceReadError       all else is copied, then state failed
-    the destination cannot read a block     served                fetched and written anew
-    the destination fails or is full        DeviceError           state failed once the pass meets it
-    the destination is cut, or written by   DeviceError           state failed, nothing counts as present
-        another program
+    the destination cannot read a block     served                fetched and written again
+    the destination fails or is full        DeviceError           state failed once background hydration
+                                                                  meets it
+    the destination is truncated, or        DeviceError           state failed, nothing counts as present
+        written by another program
     the destination is removed, replaced    served                state failed
     a sync fails                            checked again         state failed, nothing counts as present
-    the state cannot be written             served                goes on; a restart checks more
-    whoever holds the replica leaves        SourceError           synced, recorded, processes gone
-    killed, or the power is lost            –                     the next run takes up what is recorded
-    the destination is cut off, or its      –                     killed by SIGBUS: likewise
-        disk fails, as it is looked at
+    the state file cannot be written        served                goes on; a restart checks more
+    the caller of open_replica ends         SourceError           synced, recorded, processes ended
+    killed, or the power is lost            –                     the next run resumes from the record
+    the destination is truncated, or its    –                     killed by SIGBUS: likewise
+        disk fails, while it is viewed
 """
 
 from __future__ import annotations
@@ -49,20 +50,19 @@ from blockcopy.replica.state.statefile import Record, StateFile
 
 logger = logging.getLogger(__name__)
 
-_LARGEST = 1 << 50
-"""Bytes that a source may have: the map of them takes 1 GiB."""
+_MAX_SIZE = 1 << 50
+"""Most bytes of a source. A block map of this size takes 1 GiB."""
 
 
 @asynccontextmanager
 async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
-    """A replica that is hydrated for as long as the block lasts; then it is synced and let go.
+    """Run the replica of `plan` while the `async with` block runs. Then sync, record and disconnect.
 
-    Raises SourceError, DeviceError, DestinationRefusedError or StateError, in an exception group as
-    nurseries do.
+    Raises SourceError, DeviceError, DestinationRefusedError or StateError, in exception groups.
     """
     with ExitStack() as stack:
-        existing = _open_existing(plan, stack)
-        journal, record = _recall(plan, existing, stack) if existing else (None, None)
+        existing = _claim_existing(plan, stack)
+        state_file, record = _open_state_file(plan, existing, stack) if existing else (None, None)
         replica: Replica | None = None
         try:
             async with trio.open_nursery() as nursery:
@@ -75,33 +75,23 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
                     compression=plan.compression,
                     started=plan.started,
                 )
-                links = [
-                    Link(connector, nursery, give_up_after=patience)
-                    for patience, wanted in (
-                        (plan.reconnect_timeout, plan.demand or not plan.hydrate),
-                        (math.inf if plan.demand else plan.reconnect_timeout, plan.hydrate),
-                    )
-                    if wanted
-                ]
-                if len(links) > 1:
-                    links[0].fallback = links[1]  # a reader is better behind bulk than without an answer
-                is_there = await _connect(plan, links, connector, record, nursery)
+                links = _links(plan, connector, nursery)
+                is_reached = await _connect(plan, links, connector, record, nursery)
                 source = connector.identity
-                if source is None:  # cannot be: `_connect` would have raised
-                    raise SourceError(f"{plan.command.location} does not say what it is")
+                if source is None:  # impossible: `_connect` would have raised
+                    raise SourceError(f"{plan.command.location} did not send its identity")
                 geometry = _geometry(plan, source["size"])
-                device = existing or stack.enter_context(
-                    open_destination(plan.destination, force=plan.force, create=True)
-                )
-                if existing is None:
-                    journal, record = _recall(plan, device, stack)
+                device = existing
+                if device is None:
+                    opened = open_destination(plan.destination, force=plan.force, create=True)
+                    device = stack.enter_context(opened)
+                    state_file, record = _open_state_file(plan, device, stack)
                 make_room(device, geometry.size)
                 blockmap = BlockMap(geometry)
-                if journal and record and recovery.matches_source(journal, record, source):
-                    blockmap = recovery.resume_blockmap(
-                        journal, record, device, geometry, source if is_there else None
-                    )
-                replica = Replica(plan, device, geometry, blockmap, journal, links, nursery)
+                if state_file and record and recovery.matches_source(state_file, record, source):
+                    reached = source if is_reached else None
+                    blockmap = recovery.resume_blockmap(state_file, record, device, geometry, reached)
+                replica = Replica(plan, device, geometry, blockmap, state_file, links, nursery)
                 await nursery.start(replica.run, source)
                 try:
                     yield replica
@@ -109,70 +99,91 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
                     with trio.CancelScope(shield=True):
                         await replica.disconnect()
                     nursery.cancel_scope.cancel()
-        finally:  # whatever was in flight has landed or was given up by now
+        finally:  # all fetches have ended by now
             if replica is not None:
                 with trio.CancelScope(shield=True):
                     await replica.close()
 
 
+def _links(plan: Plan, connector: Connector, nursery: trio.Nursery) -> list[Link]:
+    """Make the links that a plan needs: one for each lane, or one for both."""
+    links = []
+    if plan.demand or not plan.hydrate:
+        links.append(Link(connector, nursery, give_up_after=plan.reconnect_timeout))
+    if plan.hydrate:
+        # Beside readers, background hydration waits for the source for ever.
+        give_up_after = math.inf if plan.demand else plan.reconnect_timeout
+        links.append(Link(connector, nursery, give_up_after=give_up_after))
+    if len(links) > 1:
+        links[0].fallback = links[1]  # a slow answer on the bulk link is better than none
+    return links
+
+
 def _geometry(plan: Plan, size: int) -> Geometry:
-    """Raises SourceError if a map of so many bytes cannot be had here."""
-    if size > _LARGEST:
-        raise SourceError(f"{plan.command.location} claims to have {size} bytes; {_LARGEST} are the most")
+    """Return the geometry of a source of `size` bytes. Raises SourceError if its block map would be too large."""
+    if size > _MAX_SIZE:
+        raise SourceError(f"{plan.command.location} claims to have {size} bytes; the limit is {_MAX_SIZE}")
     return Geometry(size)
 
 
-def _recall(plan: Plan, device: Device, stack: ExitStack) -> tuple[StateFile | None, Record | None]:
-    """The destination's journal, and what is in it of this destination."""
+def _open_state_file(plan: Plan, device: Device, stack: ExitStack) -> tuple[StateFile | None, Record | None]:
+    """Open the state file of the destination `device`, and read its record. `stack` closes the file.
+
+    Returns None for what there is not. Raises StateError if the state file is one of the two ends.
+    """
     if plan.state is not None:
         for path in (plan.destination, plan.command.location.path if plan.command.location.host is None else ""):
             if path and os.path.exists(plan.state) and os.path.exists(path) and os.path.samefile(plan.state, path):
                 raise StateError(f"cannot keep the state in {plan.state}: that is {path} itself")
-    journal = recovery.open_state_file(plan.state, device, keep=plan.keep_state)
-    if journal is None:
+    state_file = recovery.open_state_file(plan.state, device, keep=plan.keep_state)
+    if state_file is None:
         return None, None
-    stack.callback(journal.close)
-    return journal, None if plan.recheck else recovery.usable_record(journal, device, BLOCK_SIZE)
+    stack.callback(state_file.close)
+    return state_file, None if plan.recheck else recovery.usable_record(state_file, device, BLOCK_SIZE)
 
 
 async def _connect(
     plan: Plan, links: list[Link], connector: Connector, record: Record | None, nursery: trio.Nursery
 ) -> bool:
-    """Start the links; whether the source was reached. SourceError where it was not, and has to be.
+    """Open the links and keep them running. Returns whether the source was reached.
 
-    Side by side, but where the others go through the login of the first. Where each may ask for a password:
-    one after the other, and all of them before there is no terminal any more.
+    Links open side by side, with two exceptions. If they share a login, the first link logs in. If each may ask for
+    a password, they open one by one, before the terminal is gone.
+    Raises SourceError if the source was not reached and the plan needs it.
     """
     first, *others = links
-    shares = bool(plan.command.way.end_login)
-    if not (plan.prompts or shares):
+    shares_login = bool(plan.command.way.end_login)
+    if not (plan.prompts or shares_login):
         for link in others:
             nursery.start_soon(link.run)
     try:
         await first.open()
-        if plan.prompts and not shares:
+        if plan.prompts and not shares_login:
             for link in others:
                 await link.open()
         return True
     except SourceError as error:
         if record is None or not plan.resume_offline:
             raise
-        logger.warning("%s; what is here is served, and the rest when it is back", error)
-        is_there = connector.identity is not None
-        if not is_there:
+        logger.warning("%s; serving the blocks that are present, and reconnecting", error)
+        is_reached = connector.identity is not None
+        if not is_reached:
             connector.identity = record.binding.source
-        return is_there
+        return is_reached
     finally:
-        for link in links if plan.prompts or shares else [first]:
+        for link in links if plan.prompts or shares_login else [first]:
             nursery.start_soon(link.run)
 
 
-def _open_existing(plan: Plan, devices: ExitStack) -> Destination | None:
-    """Claim the destination before anything is asked of anybody; None where it has to be created."""
+def _claim_existing(plan: Plan, stack: ExitStack) -> Destination | None:
+    """Open and claim the destination, before any connection is made. Returns None if it must be created.
+
+    Raises DestinationRefusedError if it is the source.
+    """
     device = existing_destination(plan.destination, force=plan.force)
     if device is None:
         return None
-    devices.enter_context(device)
+    stack.enter_context(device)
     if plan.command.location.host is None and _is_same(plan.command.location.path, device):
         raise DestinationRefusedError(f"{plan.destination} is the source itself")
     return device
@@ -183,4 +194,4 @@ def _is_same(path: str, device: Device) -> bool:
         with open_source(path) as other:
             return other.file_id == device.file_id
     except DeviceError:
-        return False  # missing, which the retrieve process tells, or only sudo can read it
+        return False  # the file is missing, as the retrieve process will report, or only sudo can read it

@@ -173,7 +173,7 @@ class Replica:
             await self._check_source()  # it may have been truncated, say
         if found := self._blockmap.unreadable_ranges(str(self._hydrator.last_fault)):
             raise SourceReadError(
-                f"{self._plan.command.location} cannot read {found}. All other blocks were copied. "
+                f"{self._plan.command.location} cannot read {found}. All else was copied. "
                 "Each read of these blocks tries again, and so does the next mount or sync"
             )
 
