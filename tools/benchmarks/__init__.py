@@ -1,1 +1,1 @@
-"""The parts of tools/bench: what is measured, how, and how it is told."""
+"""The parts of tools/bench: measurements, contestants, test data, and reports."""

@@ -1,4 +1,4 @@
-"""What every part is handed."""
+"""The context of all parts: options, ground and results."""
 
 from __future__ import annotations
 
@@ -19,38 +19,44 @@ Item = TypeVar("Item")
 
 @dataclass
 class Bench:
+    """A run of tools/bench. Each part gets it, and adds to `results`."""
+
     args: argparse.Namespace
     ground: Ground
     results: Results = field(default_factory=Results)
 
     @cached_property
     def cases(self) -> list[Case]:
-        """Of the parts `sync` and `sync-loop`: made when the first of them asks."""
-        self.say("making the sources and destinations")
+        """The cases of the parts `sync` and `sync-loop`. Created at first use."""
+        self.say("creating sources and destinations")
         folder = self.ground.folder / "cases"
         folder.mkdir()
         return data.cases(folder, self.args.size << 20, self.args.seed)
 
     @property
     def size(self) -> int:
-        """Bytes of the source, for the parts but `sync`."""
+        """Bytes of the source in all parts but `sync`: at most 1 GiB."""
         return min(self.args.size << 20, 1 << 30)
 
     def say(self, text: str) -> None:
-        """What is being done, on standard error."""
+        """Print the current activity to standard error."""
         print(f"… {text}", file=sys.stderr, flush=True)
 
     def have_memory(self, times: int) -> None:
-        """For a run that fills the page cache, so many times the size: see `memory`. More than it fills, as
-        which of what is free is taken next nobody can say: of single pages what was freed last, of larger
-        ones anything."""
+        """Touch free memory of `times` the size, before a run that fills the page cache. See `memory`.
+
+        Touch more than the run fills. The kernel takes the single pages that were freed last, but any larger ones.
+        """
         if self.args.quick or not memory.is_given_back():
             return
         self.results.note(memory.NOTE)
         memory.touch(times * self.size)
 
     def alternating(self, items: Iterable[Item]) -> Iterator[tuple[int, Item]]:
-        """For each run, all of them; every other run backwards, so that none always follows the same one."""
+        """Yield (run, item) for each run and item.
+
+        Every other run is backwards, so that no item always follows the same.
+        """
         items = list(items)
         for run in range(self.args.runs):
             for item in items if run % 2 == 0 else reversed(items):

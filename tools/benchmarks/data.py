@@ -1,4 +1,4 @@
-"""Sources and destinations: made from the seed, put back as they were, read into the cache, compared."""
+"""Sources and destinations: created from the seed, restored, read into the page cache, compared."""
 
 from __future__ import annotations
 
@@ -16,22 +16,28 @@ BLOCK = 128 * 1024
 PIECE = 4 * MIB
 
 Extents = list[tuple[int, int]]
-"""Offsets and lengths."""
+"""Pairs of offset and length, in bytes."""
 
 
 @dataclass(frozen=True)
 class Case:
+    """A source and a destination of the part `sync`."""
+
     name: str
     words: str
+    """A description of the case."""
     source: Path
     before: Path
-    """What the destination is before each run."""
+    """The file with the destination's content before each run."""
     differing: Extents
-    """All that a run changes in the destination."""
+    """The ranges that a run changes in the destination."""
 
 
 def noise(path: Path, extents: Extents, size: int, seed: object) -> Path:
-    """A file of that size; random bytes in the extents, the rest as it was, or a hole."""
+    """Give the file `path` a size, and random bytes of `seed` in `extents`. Creates it if missing. Returns `path`.
+
+    The other bytes stay, or are a hole.
+    """
     choose = random.Random(f"{seed}")
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -45,14 +51,17 @@ def noise(path: Path, extents: Extents, size: int, seed: object) -> Path:
 
 
 def pieces(extents: Extents, size: int = PIECE) -> Iterator[tuple[int, int]]:
-    """The same, none longer than `size`."""
+    """Split extents into pieces of at most `size` bytes."""
     for offset, length in extents:
         for at in range(offset, offset + length, size):
             yield at, min(size, offset + length - at)
 
 
 def copy(source: Path | str, destination: Path | str, extents: Extents, piece: int = PIECE) -> None:
-    """Write the bytes of these extents, zeros too, so many at once, and sync."""
+    """Copy the bytes of `extents`, zeros too, `piece` bytes at a time, and sync.
+
+    Creates the destination if missing.
+    """
     reading, writing = os.open(source, os.O_RDONLY), os.open(destination, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         for offset, length in pieces(extents, piece):
@@ -64,7 +73,10 @@ def copy(source: Path | str, destination: Path | str, extents: Extents, piece: i
 
 
 def cases(folder: Path, size: int, seed: int) -> list[Case]:
-    """Those of the part `sync`. `size` is of whole pairs of blocks. Zeros are written out, not holes."""
+    """Create the cases of the part `sync` in `folder`. Zeros are written out, not holes.
+
+    `size`: bytes, a multiple of two blocks.
+    """
     whole, half = [(0, size)], [(size // 2, size // 2)]
     base = noise(folder / "base", whole, size, f"{seed} base")
     blocks = range(size // BLOCK)
@@ -80,10 +92,10 @@ def cases(folder: Path, size: int, seed: int) -> list[Case]:
     return [
         Case("equal", "the destination is equal to the source", base, base, []),
         Case("5 % differ", "a random 5 % of the 128 KiB blocks differ, wholly", base, changed, some),
-        Case("destination zero", "the destination is of zeros that are written out", base, zeros, whole),
+        Case("destination zero", "the destination is zeros, written out", base, zeros, whole),
         Case(
             "source half zero",
-            "the second half of the source is of zeros that are written out, and random in the destination",
+            "the second half of the source is zeros, written out; it is random in the destination",
             half_zero,
             base,
             half,
@@ -92,7 +104,7 @@ def cases(folder: Path, size: int, seed: int) -> list[Case]:
 
 
 def warm(*paths: Path | str) -> None:
-    """Read them into the page cache."""
+    """Read files into the page cache."""
     buffer = bytearray(PIECE)
     for path in paths:
         with open(path, "rb", buffering=0) as file:
@@ -101,7 +113,7 @@ def warm(*paths: Path | str) -> None:
 
 
 def cool(*paths: Path | str) -> None:
-    """Drop them from the page cache. What is to be written is written first: it would stay."""
+    """Drop files from the page cache. Syncs first: dirty pages would stay."""
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -112,7 +124,10 @@ def cool(*paths: Path | str) -> None:
 
 
 def compare(source: Path | str, destination: Path | str, who: str) -> None:
-    """BenchError where they differ. Where both are holes, nothing is read."""
+    """Raise BenchError if a copy differs from its source, or is shorter. Skips ranges that are holes in both.
+
+    `who`: the contestant, for the message.
+    """
     with open(source, "rb", buffering=0) as one, open(destination, "rb", buffering=0) as other:
         size = os.lseek(one.fileno(), 0, os.SEEK_END)
         if os.lseek(other.fileno(), 0, os.SEEK_END) < size:
@@ -121,15 +136,15 @@ def compare(source: Path | str, destination: Path | str, who: str) -> None:
         while (at := min(next_data(one.fileno(), at, size), next_data(other.fileno(), at, size))) < size:
             length = min(PIECE, size - at)
             if os.pread(one.fileno(), length, at) != os.pread(other.fileno(), length, at):
-                raise BenchError(f"{who}: the destination is not what the source is, from {at} to {at + length}")
+                raise BenchError(f"{who}: the destination differs from the source, from {at} to {at + length}")
             at += length
 
 
 def next_data(fd: int, offset: int, size: int) -> int:
-    """Where data begins, from `offset` on; `size` where there is none."""
+    """Return the offset of the next data from `offset` on, or `size` if there is none."""
     try:
         return os.lseek(fd, offset, os.SEEK_DATA)
     except OSError as error:
         if error.errno == errno.ENXIO:  # a hole up to the end
             return size
-        return offset  # nobody tells of holes here, as in a device: all of it is data
+        return offset  # no holes are reported, as for a device: all is data

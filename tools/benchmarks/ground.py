@@ -1,4 +1,4 @@
-"""What a benchmark stands on: a folder, processes, mounts, loop devices. All of it is taken down."""
+"""The ground of a benchmark: a folder, processes, mounts, loop devices. All are removed at the end."""
 
 from __future__ import annotations
 
@@ -19,24 +19,29 @@ from typing import IO, Any
 from benchmarks import namespace
 
 MARK = "BLOCKCOPY_BENCH_ID"
-"""In the environment of all that is started, so that what is left of it is found."""
+"""An environment variable of all started processes. It finds the processes that are left behind."""
 
 PATIENCE = 30
-"""Seconds for what has to happen soon."""
+"""Time limit in seconds of everything that should take a moment."""
 
 ORDINARY = 65534
-"""The user and group that an ordinary user's part is run as, where root runs the benchmark: nobody."""
+"""The user and group (nobody) of parts that an ordinary user runs, if root runs the benchmark."""
 
 
 class BenchError(Exception):
-    """Something cannot be measured, or was done wrong by what was measured."""
+    """A figure that cannot be measured, or a contestant that made a mistake."""
 
 
 class Ground:
+    """A new folder, and all that runs in it. Call `close` at the end."""
+
     def __init__(self, parent: Path | None, checkout: Path) -> None:
-        """`checkout` is the one whose blockcopy is measured."""
+        """`parent`: where the folder is created; None: the temporary folder.
+
+        `checkout`: of the measured blockcopy.
+        """
         self.folder = Path(tempfile.mkdtemp(prefix="blockcopy-bench-", dir=parent)).resolve()
-        self.folder.chmod(0o711)  # an ordinary user has a folder in it
+        self.folder.chmod(0o711)  # an ordinary user enters folders in it
         self._log = (self.folder / "log").open("ab", buffering=0)
         namespace.let_everybody_use_fuse(self.folder)
         self.python = sys.executable
@@ -45,25 +50,28 @@ class Ground:
         self._loops: list[str] = []
         self._names = 0
         for package in (checkout / "blockcopy", checkout / "fuse"):
-            compileall.compile_dir(package, quiet=2)  # as where it is installed; not each run has to do it again
+            compileall.compile_dir(package, quiet=2)  # as installed, so that runs do not compile
         python_path = [str(checkout), str(checkout / "fuse"), os.environ.get("PYTHONPATH", "")]
         self.environment = {
             **os.environ,
             MARK: self._mark,
             "PYTHONPATH": ":".join(filter(None, python_path)),
-            "STATE_DIRECTORY": str(self.folder / "state"),  # not among the states of the user's own mounts
+            "STATE_DIRECTORY": str(self.folder / "state"),  # separate from the state files of the user's mounts
             "LC_ALL": "C.UTF-8",
         }
 
     def name(self, what: str) -> Path:
-        """A path in the folder that nothing has yet."""
+        """Return a new path in the folder, which begins with `what`."""
         self._names += 1
         return self.folder / f"{what}-{self._names}"
 
     # Processes
 
     def popen(self, words: list[Any], **options: Any) -> subprocess.Popen[bytes]:
-        """In a session of its own: a Ctrl-C is ours to tell of."""
+        """Start a command in a session of its own, so that Ctrl-C reaches only this program.
+
+        Output goes to the log unless `options` (of Popen) say otherwise.
+        """
         streams: dict[str, int | IO[bytes]] = {
             "stdin": subprocess.DEVNULL,
             "stdout": self._log,
@@ -79,7 +87,10 @@ class Ground:
         )
 
     def output(self, words: list[Any], right: tuple[int, ...] = (0,), seconds: float = PATIENCE) -> str:
-        """What a command prints. BenchError where it fails."""
+        """Run a command, and return its output. Raises BenchError if it takes longer than `seconds`.
+
+        Also raises BenchError unless the exit status is in `right`.
+        """
         process = self.popen(words, stdout=subprocess.PIPE)
         try:
             printed = process.communicate(timeout=seconds)[0].decode()
@@ -92,20 +103,20 @@ class Ground:
         return printed
 
     def failure(self, words: list[Any], status: int) -> str:
-        """What to say of a command that ended so: with the last lines that were logged."""
+        """Return a message about a command that ended with `status`, with the last lines of the log."""
         last = (self.folder / "log").read_bytes()[-2000:].decode(errors="replace").splitlines()[-12:]
         return "\n    ".join([f"exit status {status}: {' '.join(map(str, words))}", *last])
 
     # Another user
 
     def as_ordinary_user(self) -> list[str] | None:
-        """What to put before a command to run it as one. None where that cannot be."""
+        """Return the words before a command that run it as an ordinary user. Returns None if that is impossible."""
         if os.geteuid() != 0:
             return []
         if not shutil.which("setpriv"):
             return None
         plain = ["setpriv", f"--reuid={ORDINARY}", f"--regid={ORDINARY}", "--clear-groups"]
-        # An interpreter in a folder of root's alone: nobody is let read it, and gets no other right.
+        # The interpreter may be in a folder that only root can read: allow reading, and nothing else.
         reading = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
         check = [*self.blockcopy, "--version"]
         for words in (plain, plain + reading):
@@ -118,17 +129,19 @@ class Ground:
     # Loop devices and mounts
 
     def attach(self, file: Path, *, read_only: bool = False) -> str:
+        """Attach a loop device to `file`. Returns its path."""
         options = ["--read-only"] if read_only else []
         device = self.output(["losetup", "--find", "--show", *options, file]).strip()
         self._loops.append(device)
         return device
 
     def detach(self, device: str) -> None:
+        """Detach a loop device."""
         self.output(["losetup", "--detach", device])
         self._loops.remove(device)
 
     def point(self) -> Path:
-        """A new folder to mount on."""
+        """Create a mountpoint, and return its path."""
         point = self.name("mnt")
         point.mkdir()
         return point
@@ -136,8 +149,11 @@ class Ground:
     # The end
 
     def close(self) -> None:
-        """Whatever happened before. Ctrl-C is not heard meanwhile."""
-        heard = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)}
+        """Kill all processes, and remove all mounts, loop devices and files.
+
+        Ignores Ctrl-C and SIGTERM meanwhile.
+        """
+        handlers = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)}
         for number in (signal.SIGTERM, signal.SIGKILL):
             for pid in self._processes():
                 with contextlib.suppress(ProcessLookupError):
@@ -151,7 +167,7 @@ class Ground:
             subprocess.run(["losetup", "--detach", device], check=False)
         self._log.close()
         shutil.rmtree(self.folder)
-        for each, handler in heard.items():
+        for each, handler in handlers.items():
             signal.signal(each, handler)
 
     def _processes(self) -> list[int]:
@@ -168,10 +184,15 @@ class Ground:
 
 
 def mountpoints() -> list[str]:
+    """Return all mountpoints of this process's namespace."""
     return [os.fsdecode(line.split(b" ")[1]) for line in Path("/proc/mounts").read_bytes().split(b"\n") if line]
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE, pause: float = 0.002) -> None:
+    """Wait until `condition()` is true.
+
+    Raises BenchError about `what` after `seconds`. `pause`: seconds of a poll.
+    """
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -180,5 +201,5 @@ def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE,
 
 
 def missing(programs: Mapping[str, str]) -> dict[str, str]:
-    """Of programs and the packages they are in, those that are not installed."""
+    """Return the part of `programs` (names and their packages) that is not installed."""
     return {name: package for name, package in programs.items() if not shutil.which(name)}

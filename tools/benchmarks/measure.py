@@ -1,4 +1,4 @@
-"""Running a command, or a pipeline of them, and what it takes: seconds, CPU, memory."""
+"""The cost of a pipeline of commands: seconds, CPU, memory."""
 
 from __future__ import annotations
 
@@ -15,34 +15,37 @@ from typing import Any
 from benchmarks.ground import BenchError, Ground
 
 PATIENCE = 1800
-"""Seconds for one copy: what hangs is to fail, not to be waited for."""
+"""Time limit in seconds of a copy, so that a copy that hangs fails."""
 
 INTERVAL = 0.02
-"""Seconds between two looks at the memory of what runs."""
+"""Seconds between two looks at the memory of processes."""
 
 
 @dataclass(frozen=True)
 class Cost:
+    """The cost of a pipeline."""
+
     seconds: float
+    """Seconds until the last command ended."""
     durable: float
-    """Seconds until the destination was synced as well, by a fdatasync after the last command's end."""
+    """Seconds until a fdatasync of the destination, after the last command, returned."""
     cpu: float
-    """Seconds of CPU, of all processes that were waited for."""
+    """CPU seconds of all processes that were waited for."""
     peak: float
-    """MiB: the largest process."""
+    """MiB of the largest process, at its peak."""
     peak_all: float
-    """MiB: the sum of each process's own largest."""
+    """MiB: the sum of the peaks of all processes."""
 
 
 class Memory:
-    """Watches the peak of processes and of all their descendants.
+    """A thread that watches the peak memory of processes and all their descendants.
 
-    Not ru_maxrss: that begins with what the process that forked had, which is us.
+    ru_maxrss would not do: it begins with the memory of the process that forked, which is this one.
     """
 
     def __init__(self) -> None:
         self.peaks: dict[int, int] = {}
-        """Of each process: KiB."""
+        """The peak of each process, in KiB, by process id."""
         self._roots: list[int] = []
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -56,7 +59,7 @@ class Memory:
         self._thread.join()
 
     def follow(self, pid: int) -> None:
-        """It runs its own program already."""
+        """Watch a process. It must have executed its own program already."""
         self._roots.append(pid)
 
     def _watch(self) -> None:
@@ -75,7 +78,10 @@ class Memory:
 
 
 def high_water(pid: int) -> int:
-    """KiB. 0 of one that has ended. OSError where there is none."""
+    """Return the peak memory of a process in KiB, or 0 if it is a zombie.
+
+    Raises OSError if there is no such process.
+    """
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1])
@@ -83,7 +89,7 @@ def high_water(pid: int) -> int:
 
 
 def run(ground: Ground, pipeline: list[list[Any]], destination: str) -> Cost:
-    """Commands joined by pipes, to their end; then a sync of the destination. BenchError where one fails."""
+    """Run commands connected by pipes to their end, then sync the destination. Raises BenchError if one fails."""
     processes: list[subprocess.Popen[bytes]] = []
     with Memory() as memory:
         began = time.monotonic()
@@ -93,7 +99,7 @@ def run(ground: Ground, pipeline: list[list[Any]], destination: str) -> Cost:
             process = ground.popen(words, stdin=before, **output)
             memory.follow(process.pid)
             if before is not subprocess.DEVNULL:
-                before.close()  # the next one has it
+                before.close()  # the next process has it
             before = process.stdout
             processes.append(process)
         watchdog = threading.Timer(
@@ -113,13 +119,14 @@ def run(ground: Ground, pipeline: list[list[Any]], destination: str) -> Cost:
 
 
 def wait(process: subprocess.Popen[bytes]) -> float:
-    """Its end: the seconds of CPU that it and those it waited for took."""
+    """Wait for the end of `process`. Returns the CPU seconds of the process and the children that it waited for."""
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     return used.ru_utime + used.ru_stime
 
 
 def sync(path: str) -> None:
+    """Write the data of a file or device to its disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fdatasync(fd)

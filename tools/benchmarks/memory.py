@@ -1,7 +1,7 @@
-"""Free memory that is there at once.
+"""Free memory that is available at once.
 
-A virtual machine may give what is free back to its host. The first touch of each such page then takes several
-times what copying it does, and who fills the page cache is measured by what was freed, and when, before it began.
+A virtual machine may give its free memory back to the host. Then the first touch of a page takes several times as
+long as copying it. A program that fills the page cache would be measured by what was freed before, and when.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ from pathlib import Path
 
 BALLOONS = Path("/sys/bus/virtio/drivers/virtio_balloon")
 REPORTING = 5
-"""The bit among the device's features, from the section on the balloon device in the virtio specification."""
+"""The number of the feature bit, from the virtio specification, section on the balloon device."""
 
 MADV_POPULATE_WRITE = 23
 
 NOTE = (
-    "free memory, which this virtual machine gives back to its host, was touched before each read in order, "
-    "and of what is here"
+    "this virtual machine gives free memory back to its host, so free memory was touched before sequential reads "
+    "and reads of present blocks"
 )
 
 
 def is_given_back() -> bool:
+    """Tell whether this is a virtual machine that gives free memory back to its host."""
     return any(each.read_text()[REPORTING] == "1" for each in BALLOONS.glob("virtio*/features"))
 
 
 def touch(size: int) -> None:
-    """So much of what is free, or nearly all of it. It takes a second for a few GiB, or ten of them."""
+    """Touch `size` bytes of free memory, or nearly all if less is free. Takes 1 to 10 seconds for a few GiB."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemFree:"))
     with mmap.mmap(-1, min(size, free // 16 * 15)) as memory:

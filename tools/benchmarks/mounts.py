@@ -1,4 +1,4 @@
-"""Mounts to read from: blockcopy's, and those of the peers that are installed. Each is a context manager."""
+"""Mounts to read from: blockcopy's, and those of the installed peers. Each is a context manager."""
 
 from __future__ import annotations
 
@@ -23,17 +23,23 @@ EXAMPLE = Path("/usr/share/doc/libfuse3-dev/examples/passthrough_ll.c")
 
 @dataclass
 class Mounted:
+    """A mount that is served."""
+
     file: Path
+    """The file that shows the source."""
     process: subprocess.Popen[bytes]
-    """The one that serves."""
+    """The process that serves the mount."""
     point: Path
     cpu: float = 0.0
-    """Seconds, of it and of those it waited for. Known at the end."""
+    """CPU seconds of the process and the children that it waited for. Set at the end."""
 
 
 @contextmanager
 def served(ground: Ground, words: list[Any], point: Path, file: Path, **options: Any) -> Iterator[Mounted]:
-    """A program in the foreground that mounts on `point`, and is asked to leave by unmounting."""
+    """Run a foreground program that mounts on `point` and shows the source as `file`. Unmounts to end it.
+
+    `options`: of Popen. Raises BenchError if the program ends before it mounts.
+    """
     mounted = Mounted(file, ground.popen(words, **options), point)
     process = mounted.process
     try:
@@ -44,10 +50,12 @@ def served(ground: Ground, words: list[Any], point: Path, file: Path, **options:
     finally:
         leave = ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
         if str(point) in mountpoints():
-            with suppress(BenchError):  # busy for a moment, or left by the program already; asked again below
+            with suppress(BenchError):  # busy for a moment, or unmounted already: a signal follows
                 ground.output([*leave, point])
         if process.returncode is None:
-            os.kill(process.pid, signal.SIGTERM)  # not `terminate`, which would reap it, and lose its CPU
+            os.kill(
+                process.pid, signal.SIGTERM
+            )  # not `terminate`, which would reap the process, and lose its CPU seconds
             mounted.cpu = wait(process)
 
 
@@ -61,43 +69,47 @@ def replica(
     rate: str | None = None,
     user: list[str] | None = None,
 ) -> Iterator[Mounted]:
-    """`blockcopy mount`, over a link where there is a delay, and as another user where `user` says so."""
+    """Run `blockcopy mount` with `options`.
+
+    `delay`: milliseconds each way over a link; None: no link. `rate`: of the link.
+    `user`: words before the command that change the user.
+    """
     point = ground.point()
     if user:
         ground.output(["chown", "--reference", destination, point])
-    far: list[Any] = []
+    remote: list[Any] = []
     name: Any = source
     if delay is not None:
         link = [*LINK, "--delay", str(delay), *(["--rate", rate] if rate else [])]
-        far = ["-e", shlex.join(link), "--blockcopy-path", shlex.join(ground.blockcopy)]
+        remote = ["-e", shlex.join(link), "--blockcopy-path", shlex.join(ground.blockcopy)]
         name = f"host:{source}"
-    words = [*(user or []), *ground.blockcopy, "mount", "-f", *options, *far, name, destination, point]
+    words = [*(user or []), *ground.blockcopy, "mount", "-f", *options, *remote, name, destination, point]
     with served(ground, words, point, point / destination.name) as mounted:
         yield mounted
         leave(ground, mounted, user or [])
 
 
 def leave(ground: Ground, mounted: Mounted, user: list[str]) -> None:
-    """Unmount: 75 says that the copy is not complete, as it is meant here."""
+    """Unmount a blockcopy mount, complete or not. `user`: words that change the user."""
     ground.output([*user, *ground.blockcopy, "umount", mounted.point], right=(0, 75))
     mounted.cpu = wait(mounted.process)
 
 
 @contextmanager
 def nbd_server(ground: Ground, source: Path, delay: float | None) -> Iterator[Path]:
-    """nbdkit, that answers each request so much later; the path of its socket."""
+    """Run nbdkit, which delays each answer by `delay` milliseconds. Yields the path of its socket."""
     socket = ground.name("socket")
-    late = ["--filter=delay", f"rdelay={delay:g}ms"] if delay else []
+    delaying = ["--filter=delay", f"rdelay={delay:g}ms"] if delay else []
     words = [
         "nbdkit",
         "--foreground",
         "--readonly",
         "--unix",
         socket,
-        *late[:1],
+        *delaying[:1],
         "file",
         f"file={source}",
-        *late[1:],
+        *delaying[1:],
     ]
     process = ground.popen(words)
     try:
@@ -112,6 +124,7 @@ def nbd_server(ground: Ground, source: Path, delay: float | None) -> Iterator[Pa
 
 @contextmanager
 def nbdfuse(ground: Ground, source: Path, delay: float | None) -> Iterator[Mounted]:
+    """Run nbdfuse on an nbdkit with this delay in milliseconds."""
     point = ground.point()
     with (
         nbd_server(ground, source, delay) as socket,
@@ -122,29 +135,30 @@ def nbdfuse(ground: Ground, source: Path, delay: float | None) -> Iterator[Mount
 
 @contextmanager
 def sshfs(ground: Ground, source: Path, delay: float | None) -> Iterator[Mounted]:
-    """Over a link and sftp-server, without ssh: its ciphers are not what is measured."""
+    """Run sshfs over a link and sftp-server, without ssh, whose ciphers are not to be measured."""
     point = ground.point()
     link = [*LINK, "--delay", str(delay or 0), "host", shlex.quote(str(sftp_server()))]
-    ours, theirs = contextlib.ExitStack(), ground.popen(link, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    with ours:
-        ours.callback(theirs.wait, PATIENCE)
+    stack, server = contextlib.ExitStack(), ground.popen(link, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with stack:
+        stack.callback(server.wait, PATIENCE)
         words = ["sshfs", "-f", "-o", "passive", f":{source.parent}", point]
-        with served(ground, words, point, point / source.name, stdin=theirs.stdout, stdout=theirs.stdin) as mounted:
-            theirs.stdin.close()
-            theirs.stdout.close()
+        with served(ground, words, point, point / source.name, stdin=server.stdout, stdout=server.stdin) as mounted:
+            server.stdin.close()
+            server.stdout.close()
             yield mounted
 
 
 def sftp_server() -> Path | None:
+    """Return the path of sftp-server, or None if it is not installed."""
     places = [Path("/usr/lib/openssh/sftp-server"), Path("/usr/libexec/openssh/sftp-server")]
     return next((each for each in places if each.exists()), None)
 
 
 @contextmanager
 def qemu(ground: Ground, source: Path, delay: float | None) -> Iterator[Mounted]:
-    """The FUSE export of qemu-storage-daemon, with copy-on-read into an overlay."""
+    """Run the FUSE export of qemu-storage-daemon, with copy-on-read into an overlay."""
     overlay, point = ground.name("overlay"), ground.name("export")
-    point.touch()  # it is mounted over a file
+    point.touch()  # the export is mounted over a file
     ground.output(["qemu-img", "create", "-q", "-f", "qcow2", overlay, str(source.stat().st_size)])
     with nbd_server(ground, source, delay) as socket:
         nodes = [
@@ -162,7 +176,7 @@ def qemu(ground: Ground, source: Path, delay: float | None) -> Iterator[Mounted]
 
 @contextmanager
 def passthrough(ground: Ground, source: Path, _: float | None) -> Iterator[Mounted]:
-    """libfuse's example in C, which keeps what it was asked for in the page cache."""
+    """Run libfuse's example in C, which keeps the data of reads in the page cache."""
     program, point = ground.folder / "passthrough_ll", ground.point()
     if not program.exists():
         flags = ground.output(["pkg-config", "--cflags", "--libs", "fuse3"]).split()
@@ -180,11 +194,11 @@ PEERS: dict[str, tuple[Maker, list[tuple[str, str]]]] = {
     "qemu, copy-on-read": (qemu, [("qemu-storage-daemon", "qemu-system-common"), ("nbdkit", "nbdkit")]),
     "passthrough_ll": (passthrough, [("gcc", "gcc"), ("pkg-config", "pkg-config")]),
 }
-"""Each with the programs it takes, and the packages they are in."""
+"""Each peer's maker, and its programs with their packages."""
 
 
 def peers(names: list[str], note: Callable[[str], None]) -> dict[str, Maker]:
-    """Those of them that can be mounted here."""
+    """Return the makers of the peers `names` that can be mounted here. Calls `note` for each other peer."""
     found = {}
     for name in names:
         maker, programs = PEERS[name]
@@ -196,7 +210,7 @@ def peers(names: list[str], note: Callable[[str], None]) -> dict[str, Maker]:
         if name == "sshfs" and sftp_server() is None:
             lacking.append("sftp-server (apt-get install openssh-sftp-server)")
         if lacking:
-            note(f"{name}: not measured, there is no {', no '.join(lacking)}")
+            note(f"{name}: not measured, missing {', '.join(lacking)}")
         else:
             found[name] = maker
     return found

@@ -1,4 +1,4 @@
-"""The parts `sync`, `sync-loop` and `pipes-delay`: one copy after another, in files and in loop devices."""
+"""The parts `sync`, `sync-loop` and `pipes-delay`: copies of files and loop devices."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ from benchmarks.results import Group
 GIB = 1 << 30
 
 DELAY = 5
-"""Milliseconds each way, of the link."""
+"""Milliseconds each way of the link."""
 
 
 def files(bench: Bench) -> None:
+    """Measure the part `sync`, with --cold also without the page cache."""
     for case in bench.cases:
         measure(bench, "sync", case)
         if bench.args.cold:
@@ -37,17 +38,21 @@ def files(bench: Bench) -> None:
 
 
 def loop_devices(bench: Bench) -> None:
+    """Measure the part `sync-loop`. Only notes that it needs root for other users."""
     if os.geteuid() != 0:
-        bench.results.note("sync-loop: left out, loop devices need root")
+        bench.results.note("sync-loop: skipped, loop devices need root")
         return
     for case in bench.cases:
         measure(bench, "sync-loop", case)
 
 
 def measure(bench: Bench, part: str, case: Case, *, cold: bool = False) -> None:
-    """Every contestant, in files or loop devices, as `part` says."""
+    """Measure `case` with every contestant, in files or loop devices, as `part` says.
+
+    `cold`: drop the page cache.
+    """
     ground, devices = bench.ground, part == "sync-loop"
-    those, notes = contestants(bench.args, ground)
+    found, notes = contestants(bench.args, ground)
     for note in notes:
         bench.results.note(note)
     name = f"{case.name}, cold" if cold else case.name
@@ -60,7 +65,7 @@ def measure(bench: Bench, part: str, case: Case, *, cold: bool = False) -> None:
     source, destination = str(case.source), str(file)
     if devices:
         source, destination = ground.attach(case.source, read_only=True), ground.attach(file)
-    for _, contestant in bench.alternating(each for each in those if case.name == "equal" or not each.only_equal):
+    for _, contestant in bench.alternating(each for each in found if case.name == "equal" or not each.only_equal):
         if pipeline := contestant.commands(source, destination, devices):
             bench.say(f"{part}, {name}: {contestant.name}")
             one(bench, group, case, contestant, pipeline, (source, destination), cold=cold)
@@ -80,7 +85,10 @@ def one(
     *,
     cold: bool = False,
 ) -> None:
-    """One run: put the destination back, copy, compare."""
+    """Measure one run: restore the destination, copy, compare, and add to `group`.
+
+    `ends`: source and destination.
+    """
     source, destination = ends
     data.copy(case.before, destination, case.differing)
     if case.before != case.source:
@@ -95,6 +103,7 @@ def one(
 
 
 def add(group: Group, who: str, cost: Cost, source: Path) -> None:
+    """Add the cost of a copy of `source` to `group`."""
     group.add(
         who,
         seconds=cost.seconds,
@@ -107,14 +116,14 @@ def add(group: Group, who: str, cost: Cost, source: Path) -> None:
 
 
 def over_a_link(bench: Bench) -> None:
-    """The part `pipes-delay`."""
+    """Measure the part `pipes-delay`."""
     ground, size = bench.ground, bench.size
-    source = data.noise(ground.folder / "far-source", [(0, size)], size, f"{bench.args.seed} far")
-    zeros = data.noise(ground.folder / "far-zeros", [], size, 0)
-    case = Case("destination zero", "the destination is of zeros that are written out", source, zeros, [(0, size)])
+    source = data.noise(ground.folder / "remote-source", [(0, size)], size, f"{bench.args.seed} far")
+    zeros = data.noise(ground.folder / "remote-zeros", [], size, 0)
+    case = Case("destination zero", "the destination is zeros, written out", source, zeros, [(0, size)])
     file = ground.folder / "destination"
     link = [*LINK, "--delay", str(DELAY), "host"]
-    # dd has to read all there is, and to send it on, and no more: the floor of a link.
+    # The floor of a link: read all, and send it.
     floor = [[*link, shlex.join(["cat", str(source)])]]
     floor += [["dd", f"of={file}", "bs=1M", "iflag=fullblock", "conv=notrunc", "status=none"]]
     pipelines = {FLOOR: floor}
@@ -122,11 +131,11 @@ def over_a_link(bench: Bench) -> None:
         original = [ground.python, str(bench.args.original)]
         pipelines[ORIGINAL] = stages(original, str(source), str(file), checksum=[], link=link)
     pipelines[OURS] = sync(ground, str(source), str(file), link[:-1])
-    those = contestants(bench.args, ground)[0]
-    if any(each.name == "rsync" for each in those):
+    found = contestants(bench.args, ground)[0]
+    if any(each.name == "rsync" for each in found):
         delta = ["rsync", "--no-whole-file", "--ignore-times", "--inplace", "--blocking-io"]
         pipelines["rsync"] = [[*delta, "-e", shlex.join(link[:-1]), f"host:{source}", file]]
-    words = f"{size >> 20} MiB, the destination is of zeros that are written out; {DELAY} ms each way"
+    words = f"{size >> 20} MiB, the destination is zeros, written out; {DELAY} ms each way"
     group = bench.results.group("pipes-delay", case.name, words, ORIGINAL if bench.args.original else FLOOR)
     for _, (who, pipeline) in bench.alternating(pipelines.items()):
         bench.say(f"pipes-delay: {who}")

@@ -1,4 +1,4 @@
-"""The part `lazy`: a source that is read before it is here."""
+"""The part `lazy`: reads of blocks that are still missing."""
 
 from __future__ import annotations
 
@@ -29,26 +29,28 @@ LAZY_PEERS = ["nbdfuse", "sshfs", "qemu, copy-on-read"]
 QUICK_BYTES = 32 << 20
 READS = 400
 SECONDS = 20
-"""The most that reading at random takes."""
+"""Time limit in seconds of random reads."""
 
 SATURATED = "64M"
-"""Bytes a second of the link under the saturating pass: so few that the pass outlasts the reads."""
+"""Bytes per second of the link that background hydration saturates. Hydration must outlast the reads."""
 
 Make = Callable[[], AbstractContextManager[Mounted]]
+"""Creates a mount to read from."""
 
 
 def lazy(bench: Bench) -> None:
+    """Measure the part `lazy`."""
     folder = bench.ground.folder / "lazy"
     folder.mkdir()
     source = data.noise(folder / "source", [(0, bench.size)], bench.size, f"{bench.args.seed} lazy")
     first_byte(bench, source)
     at_random(bench, source)
-    under_the_pass(bench, source)
+    during_hydration(bench, source)
     in_order(bench, source)
 
 
 def first_byte(bench: Bench, source: Path) -> None:
-    """From the command to the first byte."""
+    """Measure the time from the command to the first byte."""
     ground = bench.ground
     words = "from the command to the first byte of a local source"
     group = bench.results.group("lazy", "mount to first byte", words, "python, nothing imported")
@@ -58,7 +60,7 @@ def first_byte(bench: Bench, source: Path) -> None:
         ground.output([ground.python, "-P", "-c", "pass"])
         return None
 
-    def ours() -> bytes:
+    def mount() -> bytes:
         destination, point = fresh(ground, bench.size), ground.point()
         ground.output([*ground.blockcopy, "mount", "--no-state", source, destination, point])
         try:
@@ -67,15 +69,15 @@ def first_byte(bench: Bench, source: Path) -> None:
             stop.append(lambda: ground.output([*ground.blockcopy, "umount", point], right=(0, 75)))
             stop.append(destination.unlink)
 
-    def theirs() -> bytes:
+    def peer() -> bytes:
         made = nbdfuse(ground, source, None)
         mounted = made.__enter__()
         stop.append(lambda: made.__exit__(None, None, None))
         return first(mounted.file)
 
-    those: dict[str, Callable[[], bytes | None]] = {"python, nothing imported": python, "blockcopy mount": ours}
+    those: dict[str, Callable[[], bytes | None]] = {"python, nothing imported": python, "blockcopy mount": mount}
     if "nbdfuse" in peers(["nbdfuse"], bench.results.note):
-        those["nbdfuse"] = theirs
+        those["nbdfuse"] = peer
     for _, (who, act) in bench.alternating(those.items()):
         bench.say(f"lazy, mount to first byte: {who}")
         stop: list[Callable[[], object]] = []
@@ -89,12 +91,13 @@ def first_byte(bench: Bench, source: Path) -> None:
 
 
 def first(file: Path) -> bytes:
+    """Return the first byte of a file."""
     with file.open("rb", buffering=0) as reading:
         return reading.read(1)
 
 
 def fresh(ground: Ground, size: int, owner: int | None = None) -> Path:
-    """A new destination: a hole."""
+    """Create a destination of `size` bytes, all a hole. `owner`: user id and group id. Returns its path."""
     path = data.noise(ground.name("destination"), [], size, 0)
     if owner is not None:
         os.chown(path, owner, owner)
@@ -102,7 +105,10 @@ def fresh(ground: Ground, size: int, owner: int | None = None) -> Path:
 
 
 def ours(bench: Bench, source: Path, *options: Any, user: list[str] | None = None, **more: Any) -> Make:
-    """`blockcopy mount`, of a destination of its own each time."""
+    """Return a maker of `blockcopy mount` with `options` and a new destination.
+
+    `user`: words that change the user.
+    """
 
     def made() -> AbstractContextManager[Mounted]:
         destination = fresh(bench.ground, bench.size, ORDINARY if user else None)
@@ -111,26 +117,30 @@ def ours(bench: Bench, source: Path, *options: Any, user: list[str] | None = Non
     return made
 
 
-def them(bench: Bench, source: Path) -> dict[str, Make]:
-    """The peers, behind the same delay. nbdkit delays by request, so that is both ways at once."""
+def peer_makers(bench: Bench, source: Path) -> dict[str, Make]:
+    """Return the makers of the peers, with the same round trip. nbdkit delays once for each request."""
     found = peers(LAZY_PEERS, bench.results.note)
     delays = {name: DELAY if name == "sshfs" else 2 * DELAY for name in found}
     return {name: partial(maker, bench.ground, source, delays[name]) for name, maker in found.items()}
 
 
 def read(bench: Bench, mounted: Mounted, user: list[str] | None, how: str, *words: Any) -> dict[str, Any]:
-    """What the reader tells."""
+    """Run `reader.py` on the mount.
+
+    Returns its report. `how`: its first argument. `words`: those after the file.
+    """
     command = [*(user or []), bench.ground.python, "-I", READER, how, mounted.file, *words]
     return json.loads(bench.ground.output(command, seconds=900))
 
 
 def quantiles(times: list[float]) -> dict[str, float]:
+    """Return the median and the 99th percentile of `times`, by figure."""
     ordered = sorted(times)
     return {"p50": statistics.median(ordered), "p99": ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)]}
 
 
 def round_trip(bench: Bench, group: Group) -> None:
-    """The floor: what a byte takes through the link and back."""
+    """Add the floor to `group`: the time of a byte through the link and back."""
     words = [*LINK, "--delay", str(DELAY), "host", "cat"]
     process = bench.ground.popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
     times = []
@@ -142,13 +152,14 @@ def round_trip(bench: Bench, group: Group) -> None:
     process.stdin.close()
     process.stdout.close()
     process.wait()
-    group.add("the link itself", **quantiles(times[1:]))  # the first one saw the start as well
+    group.add("the link itself", **quantiles(times[1:]))  # the first time includes the start
 
 
 def at_random(bench: Bench, source: Path) -> None:
-    words = f"random 4 KiB, each in a new 128 KiB block, {2 * DELAY:g} ms round trip, nothing else under way"
+    """Measure random reads without background hydration."""
+    words = f"random 4 KiB, each in a new 128 KiB block, {2 * DELAY:g} ms round trip, nothing else in flight"
     group = bench.results.group("lazy", "random, idle", words, "the link itself")
-    those = {"blockcopy mount": ours(bench, source, "--no-background"), **them(bench, source)}
+    those = {"blockcopy mount": ours(bench, source, "--no-background"), **peer_makers(bench, source)}
     reads = READS // 4 if bench.args.quick else READS
     for run, (who, make) in bench.alternating([("the link itself", None), *those.items()]):
         bench.say(f"lazy, random, idle: {who}")
@@ -156,15 +167,18 @@ def at_random(bench: Bench, source: Path) -> None:
             round_trip(bench, group)
             continue
         with make() as mounted:
-            told = read(bench, mounted, None, "random", source, f"{bench.args.seed} {run}", reads, SECONDS)
-        group.add(who, **quantiles(told["ms"]))
+            report = read(bench, mounted, None, "random", source, f"{bench.args.seed} {run}", reads, SECONDS)
+        group.add(who, **quantiles(report["ms"]))
 
 
-def under_the_pass(bench: Bench, source: Path) -> None:
-    """A read that takes less than a round trip was here already, or nearly: it is not counted, so that the
-    figures are those of reads that had to wait for the link beside the pass."""
-    case = "random, under the pass"
-    words = f"random 4 KiB, {2 * DELAY:g} ms round trip, while the pass saturates "
+def during_hydration(bench: Bench, source: Path) -> None:
+    """Measure random reads beside background hydration.
+
+    Reads that take less than a round trip are not counted: their blocks were present, or nearly. So the figures
+    are those of reads that had to wait for the link.
+    """
+    case = "random, hydrating"
+    words = f"random 4 KiB, {2 * DELAY:g} ms round trip, while background hydration saturates "
     variants = {
         f"blockcopy, link of {SATURATED}iB/s": ours(bench, source, rate=SATURATED),
         "blockcopy, both CPUs": ours(bench, source),
@@ -189,35 +203,36 @@ def under_the_pass(bench: Bench, source: Path) -> None:
 
 
 def in_order(bench: Bench, source: Path) -> None:
+    """Measure sequential reads, of missing blocks and again."""
     size = QUICK_BYTES if bench.args.quick else bench.size
-    words = f"{size >> 20} MiB in order, {2 * DELAY:g} ms round trip, and again (the link: the source itself)"
+    words = f"{size >> 20} MiB in order, {2 * DELAY:g} ms round trip, and again (for the link: from the source)"
     group = bench.results.group("lazy", "in order", words, "the link itself")
     as_root = os.geteuid() == 0
     mine = "blockcopy, as root" if as_root else "blockcopy, as an ordinary user"
     those: dict[str, tuple[Make | None, list[str] | None]] = {"the link itself": (None, None)}
     those[mine] = (ours(bench, source, "--no-background"), None)
-    those[f"{mine}, with the pass"] = (ours(bench, source), None)
+    those[f"{mine}, hydrating"] = (ours(bench, source), None)
     user = bench.ground.as_ordinary_user()
     if as_root and user:
         those["blockcopy, as an ordinary user"] = (ours(bench, source, "--no-background", user=user), user)
-        those["blockcopy, as an ordinary user, with the pass"] = (ours(bench, source, user=user), user)
+        those["blockcopy, as an ordinary user, hydrating"] = (ours(bench, source, user=user), user)
     elif as_root:
-        bench.results.note("in order, as an ordinary user: left out, nobody cannot run blockcopy here")
-    those |= {name: (make, None) for name, make in them(bench, source).items()}
+        bench.results.note("in order, as an ordinary user: skipped, the user nobody cannot run blockcopy here")
+    those |= {name: (make, None) for name, make in peer_makers(bench, source).items()}
     for _, (who, (make, reader)) in bench.alternating(those.items()):
         bench.say(f"lazy, in order: {who}")
         if make is None:
-            told = json.loads(bench.ground.output([bench.ground.python, "-I", READER, "order", source, source]))
-            group.add(who, first=through_the_link(bench, source), again=told["again"])
+            report = json.loads(bench.ground.output([bench.ground.python, "-I", READER, "order", source, source]))
+            group.add(who, first=through_the_link(bench, source), again=report["again"])
             continue
         bench.have_memory(8)
         with make() as mounted:
-            told = read(bench, mounted, reader, "order", source, size)
-        group.add(who, first=told["first"], again=told["again"])
+            report = read(bench, mounted, reader, "order", source, size)
+        group.add(who, first=report["first"], again=report["again"])
 
 
 def through_the_link(bench: Bench, source: Path) -> float:
-    """The floor: MB/s of `cat` at its other end."""
+    """Return the floor: MB/s of the source through the link."""
     words = [*LINK, "--delay", str(DELAY), "host", shlex.join(["cat", str(source)])]
     began = time.monotonic()
     process = bench.ground.popen(words, stdout=subprocess.PIPE, bufsize=0)

@@ -1,4 +1,4 @@
-"""The part `scale`: large files with little in them, from the mount to the complete copy."""
+"""The part `scale`: large sparse files, from the mount to the complete copy."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ from benchmarks.results import Group
 GIB = 1 << 30
 SIZES = (1, 16, 256, 1024)
 QUICK_SIZES = (1,)
-"""GiB, of the source."""
+"""GiB of the source."""
 
 FLOOR, OURS = "cp, sparse", "blockcopy mount"
 PIECES = 16
+"""Number of ranges with data."""
 
 
 def scale(bench: Bench) -> None:
+    """Measure the part `scale`. Stops at the first size that takes longer than --patience."""
     is_in_time = True
     for size in QUICK_SIZES if bench.args.quick else SIZES:
         if not is_in_time:
-            bench.results.note(f"scale, {size} GiB: left out, a smaller one was not complete in --patience")
+            bench.results.note(f"scale, {size} GiB: skipped, a smaller one was not complete within --patience")
             continue
         is_in_time = one_size(bench, size * GIB)
 
 
 def one_size(bench: Bench, size: int) -> bool:
-    """Whether it was complete in time."""
+    """Measure a source of `size` bytes. Returns False if a copy was not complete in time."""
     amount = bench.size // PIECES
     extents = [(size // PIECES * piece, amount) for piece in range(PIECES)]
     source = data.noise(bench.ground.folder / "sparse", extents, size, f"{bench.args.seed} sparse")
@@ -55,13 +57,14 @@ def one_size(bench: Bench, size: int) -> bool:
 
 
 def warm(path: Path, offset: int, length: int) -> None:
+    """Read `length` bytes at `offset` into the page cache."""
     with path.open("rb", buffering=0) as file:
         for at, much in data.pieces([(offset, length)]):
             os.pread(file.fileno(), much, at)
 
 
 def floor(bench: Bench, group: Group, source: Path) -> None:
-    """What knows of holes, and compares nothing; synced, as ours is."""
+    """Measure the floor: a copy that knows of holes and compares nothing, with a sync as blockcopy's."""
     destination = fresh(bench.ground, source.stat().st_size)
     words = ["cp", "--reflink=never", "--sparse=auto", source, destination]
     cost = run(bench.ground, [words], str(destination))
@@ -71,7 +74,7 @@ def floor(bench: Bench, group: Group, source: Path) -> None:
 
 
 def until_complete(bench: Bench, group: Group, source: Path) -> bool:
-    """Whether it was complete in time."""
+    """Measure a mount until its copy is complete. Returns False if it was not complete in time."""
     destination, state = fresh(bench.ground, source.stat().st_size), bench.ground.name("state")
     began = time.monotonic()
     with Memory() as memory, replica(bench.ground, source, destination, "--state", state) as mounted:
@@ -96,7 +99,7 @@ def until_complete(bench: Bench, group: Group, source: Path) -> bool:
         data.compare(source, destination, OURS)
     else:
         bench.results.note(
-            f"{group.part}, {group.case}: not complete in {bench.args.patience} seconds (--patience)"
+            f"{group.part}, {group.case}: not complete within {bench.args.patience} seconds (--patience)"
         )
     destination.unlink()
     for each in state.parent.glob(f"{state.name}*"):
@@ -106,5 +109,6 @@ def until_complete(bench: Bench, group: Group, source: Path) -> bool:
 
 
 def progress(bench: Bench, mounted: Mounted) -> float:
+    """Return how many percent of a mount are present."""
     status = bench.ground.output([*bench.ground.blockcopy, "status", "--json", mounted.point])
     return json.loads(status)["hydrated_percent"]

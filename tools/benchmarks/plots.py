@@ -1,4 +1,4 @@
-"""Results as pictures, by matplotlib. Horizontal bars, one panel a case or a figure, each with its number."""
+"""Results as pictures, by matplotlib: horizontal bars with numbers, one panel for each case or figure."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from benchmarks.tables import number
 
 OURS, REFERENCE, OTHERS = "#1f6fb4", "#6b6b6b", "#c9cfd6"
 BAR = 0.34
-"""Inches a bar, so that all pictures have the same."""
+"""Inches of a bar, the same in all pictures."""
 
 Bars = list[tuple[str, float]]
+"""Names and values."""
 
 
 def draw(results: Results, folder: Path, kind: str) -> list[Path]:
-    """A file of each part that was measured."""
+    """Draw a picture of each measured part into `folder`. `kind`: svg or png. Returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     for name, (part, title, picture) in PICTURES.items():
@@ -38,7 +39,10 @@ def draw(results: Results, folder: Path, kind: str) -> list[Path]:
 
 @dataclass(frozen=True)
 class Panel:
-    """Bars from zero, or on a logarithmic scale where the figures are far apart."""
+    """A panel of bars, from zero, or on a logarithmic scale if the values are far apart.
+
+    `mark`: a value to mark.
+    """
 
     title: str
     unit: str
@@ -48,26 +52,28 @@ class Panel:
 
     @property
     def is_far_apart(self) -> bool:
+        """True if the largest value is more than 40 times the smallest."""
         values = [value for _, value in self.bars if value > 0]
         return max(values) / min(values) > 40
 
 
 Lines = list[list[Panel]]
-"""Each with one panel or two."""
+"""Lines of one or two panels."""
 
 
 def panel(group: Group, name: str, title: str) -> Panel:
-    """A figure as it is."""
+    """Return a panel of the medians of figure `name`."""
     found = [(who, value) for who in group.rows if (value := group.median(who, name)) is not None]
     return Panel(title, unit(name), found, group.reference)
 
 
 def unit(name: str) -> str:
+    """Return the label of a figure, with the better direction."""
     return f"{KINDS[name].label} ({'more' if KINDS[name].more_is_better else 'less'} is better)"
 
 
 def ratios(groups: list[Group]) -> Lines:
-    """Of each case: how many times faster than the reference, with the final sync."""
+    """Return a panel for each case: times faster than the reference, with the final sync."""
     panels = []
     for group in groups:
         found = [(who, value) for who in group.rows if (value := group.ratio(who, "durable"))]
@@ -76,12 +82,12 @@ def ratios(groups: list[Group]) -> Lines:
 
 
 def each_case(name: str) -> Callable[[list[Group]], Lines]:
-    """Of each case: this figure."""
+    """Return a function that makes a panel for each case, of the figure `name`."""
     return lambda groups: in_twos([panel(group, name, group.case) for group in groups])
 
 
 def each_figure(*names: str) -> Callable[[list[Group]], Lines]:
-    """Of each case, beginning in a new line: each of these figures that it has."""
+    """Return a function that makes a panel for each case and figure of `names`. Each case begins a new line."""
 
     def lines(groups: list[Group]) -> Lines:
         found: Lines = []
@@ -94,7 +100,7 @@ def each_figure(*names: str) -> Callable[[list[Group]], Lines]:
 
 
 def by_size(groups: list[Group]) -> Lines:
-    """Of each figure: a bar for each size and contestant."""
+    """Return a panel for each figure, with a bar for each size and contestant."""
     panels = []
     for name in ("seconds", "cpu", "peak", "state"):
         found = [
@@ -109,6 +115,7 @@ def by_size(groups: list[Group]) -> Lines:
 
 
 def in_twos(panels: list[Panel]) -> Lines:
+    """Arrange panels in lines of two."""
     return [panels[at : at + 2] for at in range(0, len(panels), 2)]
 
 
@@ -123,20 +130,21 @@ PICTURES: dict[str, tuple[str, str, Callable[[list[Group]], Lines]]] = {
     ),
     "lazy": (
         "lazy",
-        "Reading what is not here yet, at 10 ms round trip",
+        "Reading missing blocks, at 10 ms round trip",
         each_figure("seconds", "p50", "p99", "first", "again"),
     ),
     "present": (
         "present",
-        "Reading what is here, through file systems in user space",
+        "Reading present blocks, through file systems in user space",
         each_figure("first", "again", "depth_1", "depth_16"),
     ),
     "scale": ("scale", "Large and sparse, from the mount to the complete copy", by_size),
 }
-"""Of each file: the part it is of, its title, and what is in it."""
+"""By name of the file: its part, its title, and the function that makes its panels."""
 
 
 def save(lines: Lines, title: str, path: Path) -> None:
+    """Draw a picture, and write it to `path`."""
     columns = max(len(line) for line in lines)
     slots = [max(len(panel.bars) for panel in line) for line in lines]
     heights = [slot * BAR + 1.0 for slot in slots]
@@ -150,7 +158,7 @@ def save(lines: Lines, title: str, path: Path) -> None:
         facecolor="white",
     )
     figure.suptitle(title, fontsize=13, fontweight="bold")
-    logarithmic = {panel.unit for line in lines for panel in line if panel.is_far_apart}  # all of a unit, or none
+    logarithmic = {panel.unit for line in lines for panel in line if panel.is_far_apart}  # the same for a unit
     for cells, line, slot in zip(axes, lines, slots, strict=True):
         for cell, one in itertools.zip_longest(cells, line):
             if one is None:
@@ -162,7 +170,10 @@ def save(lines: Lines, title: str, path: Path) -> None:
 
 
 def bars(cell: Any, panel: Panel, slots: int, *, is_logarithmic: bool) -> None:
-    """`slots`: how many bars the longest panel of the line has, so that all are as thick."""
+    """Draw the bars of `panel` into `cell`, axes of matplotlib.
+
+    `slots`: number of bars of the longest panel in the line, so that all bars are equally thick.
+    """
     names = [who for who, _ in panel.bars]
     values = [value for _, value in panel.bars]
     colours = [colour(name, panel.reference) for name in names]
@@ -174,8 +185,9 @@ def bars(cell: Any, panel: Panel, slots: int, *, is_logarithmic: bool) -> None:
     cell.set_ylim(slots - 0.4, -0.6)  # the first one on top
     if is_logarithmic:
         cell.set_xscale("log")
-        least = min(value for value in values if value > 0)
-        cell.set_xlim(left=10 ** math.floor(math.log10(least / 1.5)), right=max(values) * 6)  # room for the numbers
+        smallest = min(value for value in values if value > 0)
+        left = 10 ** math.floor(math.log10(smallest / 1.5))
+        cell.set_xlim(left=left, right=max(values) * 6)  # space for the numbers
     else:
         cell.set_xlim(0, max(values) * 1.16)
     if panel.mark is not None:
@@ -190,6 +202,7 @@ def bars(cell: Any, panel: Panel, slots: int, *, is_logarithmic: bool) -> None:
 
 
 def colour(name: str, reference: str) -> str:
+    """Return the colour of a contestant's bar."""
     if "blockcopy" in name:
         return OURS
     return REFERENCE if name == reference else OTHERS

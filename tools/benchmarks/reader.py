@@ -1,9 +1,9 @@
-"""Reads a file and tells how long it took, as JSON: a program of its own, that any user can run.
+"""Read a file, and print how long it took, as JSON. A program of its own, which any user can run.
 
-    reader.py random FILE SOURCE SEED COUNT SECONDS     4 KiB at random, each in a block of its own
-    reader.py order FILE SOURCE [BYTES]                 all of it, or the first so many bytes, twice
+    reader.py random FILE SOURCE SEED COUNT SECONDS     read 4 KiB at random, each in another block
+    reader.py order FILE SOURCE [BYTES]                 read the file, or its first BYTES, twice
 
-What is read is compared with SOURCE; exit status 1 where it differs.
+Compares the data with SOURCE. The exit status is 1 if the data differs.
 """
 
 import json
@@ -18,7 +18,7 @@ PIECE = 1024 * 1024
 
 
 def at_random(file: str, source: str, seed: str, count: str, seconds: str) -> dict[str, object]:
-    """The time of each read, in ms. Fewer reads than `count` where so many seconds are over."""
+    """Return the time of each read in milliseconds. Ends after `count` reads or `seconds`."""
     fd, known = os.open(file, os.O_RDONLY), os.open(source, os.O_RDONLY)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     choose = random.Random(seed)
@@ -31,17 +31,20 @@ def at_random(file: str, source: str, seed: str, count: str, seconds: str) -> di
         got = os.pread(fd, PAGE, at)
         times.append((time.perf_counter() - began) * 1000)
         if got != os.pread(known, PAGE, at):
-            sys.exit(f"what was read at {at} is not what the source has")
+            sys.exit(f"the data at {at} differs from the source")
         if time.monotonic() > end:
             break
     return {"ms": times}
 
 
-def in_order(file: str, source: str, most: str = "") -> dict[str, object]:
-    """MB/s of the first reading and of the one after it, of `most` bytes; then a third one, that compares."""
+def in_order(file: str, source: str, limit: str = "") -> dict[str, object]:
+    """Return the MB/s of a first and a second read. A third read compares.
+
+    `limit`: bytes to read; by default all.
+    """
     rates = []
     buffer, known = bytearray(PIECE), bytearray(PIECE)
-    end = int(most) if most else os.stat(file).st_size
+    end = int(limit) if limit else os.stat(file).st_size
     for _ in range(2):
         size = 0
         began = time.perf_counter()
@@ -52,7 +55,7 @@ def in_order(file: str, source: str, most: str = "") -> dict[str, object]:
     with open(file, "rb") as reading, open(source, "rb") as knowing:
         while reading.tell() < end and (got := knowing.readinto(known)):
             if reading.readinto(buffer) != got or buffer[:got] != known[:got]:
-                sys.exit(f"what was read before {reading.tell()} is not what the source has")
+                sys.exit(f"the data before {reading.tell()} differs from the source")
     return {"first": rates[0], "again": rates[1]}
 
 

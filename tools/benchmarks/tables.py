@@ -1,4 +1,4 @@
-"""Results as text."""
+"""Results as text tables."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from benchmarks.results import KINDS, Group, Results
 
 
 def number(value: float | None) -> str:
-    """Two or three digits that count."""
+    """Format a figure with two or three significant digits. Returns "" for None."""
     if value is None:
         return ""
     if value >= 1000:
         return f"{value:,.0f}"
-    decimals = next((at for at, least in enumerate((100, 10, 0.1, 0.01)) if value >= least), 4)
+    decimals = next((at for at, minimum in enumerate((100, 10, 0.1, 0.01)) if value >= minimum), 4)
     return f"{value:.{decimals}f}"
 
 
 def grid(lines: list[list[str]]) -> str:
-    """The first column to the left, the others to the right; a rule below the first line."""
+    """Align cells: the first column left, the others right, and a rule below the first line."""
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     texts = [
         "  ".join(
@@ -29,7 +29,7 @@ def grid(lines: list[list[str]]) -> str:
 
 
 def table(group: Group) -> str:
-    """Medians, each with how many times better it is than the reference."""
+    """Return a group as a table of medians, each with its ratio to the reference."""
     lines = [[group.case, *(KINDS[name].label for name in group.figures)]]
     for who in group.rows:
         line = [who]
@@ -42,7 +42,7 @@ def table(group: Group) -> str:
 
 
 def cpu_table(results: Results) -> str:
-    """Seconds of CPU a GiB, of every contestant and case of `sync`."""
+    """Return the table of CPU seconds per GiB, of every contestant and case of `sync`."""
     groups = [group for group in results.groups if group.part.startswith("sync")]
     whos = list(dict.fromkeys(who for group in groups for who in group.rows))
     lines = [["", *(f"{group.part}: {group.case}" for group in groups)]]
@@ -51,4 +51,4 @@ def cpu_table(results: Results) -> str:
         for group in groups:
             value, ratio = group.median(who, "cpu_per_gib"), group.ratio(who, "cpu_per_gib")
             lines[-1].append(number(value) + (f" ({number(ratio)}×)" if ratio is not None else ""))
-    return f"cpu: seconds of CPU a GiB\n(×: times better than {groups[0].reference})\n{grid(lines)}"
+    return f"cpu: CPU seconds per GiB\n(×: times better than {groups[0].reference})\n{grid(lines)}"

@@ -1,4 +1,4 @@
-"""What the project wants to reach, and whether one run of the benchmark has."""
+"""The project's performance targets, and whether a run of the benchmark meets them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ CASES = ("equal", "5 % differ", "destination zero", "source half zero")
 LINK, ROOT, USER = "the link itself", "blockcopy mount", "blockcopy, as an ordinary user"
 
 Target = tuple[str, "float | None", float, bool]
-"""What, the figure, what it is to be, and whether it is to be that at least (or at most)."""
+"""A description, the measured figure, the target, and True if the target is a minimum (False: a maximum)."""
 
 
 def targets(results: Results) -> list[Target]:
-    """Those whose figures were measured, or are partly."""
+    """Return the targets of the parts that were measured."""
     found: list[Target] = []
 
     def times(who: str, wanted: tuple[float, ...], figure: str = "seconds") -> None:
@@ -26,8 +26,8 @@ def targets(results: Results) -> list[Target]:
 
     def plain(what: str, part: str, case: str, who: str, figure: str, wanted: float) -> None:
         if group := results.find(part, case):
-            is_least = KINDS[figure].more_is_better
-            found.append((f"{what}: {KINDS[figure].label}", group.median(who, figure), wanted, is_least))
+            is_minimum = KINDS[figure].more_is_better
+            found.append((f"{what}: {KINDS[figure].label}", group.median(who, figure), wanted, is_minimum))
 
     times(OURS, (10, 10, 6, 8))
     times(STAGES_BLAKE3, (8, 8, 5, 6))
@@ -45,8 +45,8 @@ def targets(results: Results) -> list[Target]:
     plain("in order, cold, 10 ms, ordinary user", "lazy", "in order", USER, "first", 400)
     plain("random, idle, 10 ms", "lazy", "random, idle", ROOT, "p50", 12)
     for variant in ("blockcopy, link of 64MiB/s", "blockcopy, both CPUs"):
-        plain(f"random, under the pass ({variant})", "lazy", "random, under the pass", variant, "p50", 15)
-        plain(f"random, under the pass ({variant})", "lazy", "random, under the pass", variant, "p99", 70)
+        plain(f"random, hydrating ({variant})", "lazy", "random, hydrating", variant, "p50", 15)
+        plain(f"random, hydrating ({variant})", "lazy", "random, hydrating", variant, "p99", 70)
     if group := results.find("present", "a complete replica"):
         example, value = group.median("passthrough_ll", "first"), group.median(ROOT, "first")
         if example and value:
@@ -65,15 +65,16 @@ def targets(results: Results) -> list[Target]:
 
 
 def against(group: Group, peer: str) -> float | None:
-    """How many times faster ours is, where a sync of the destination belongs to both."""
-    mine, theirs = group.median(OURS, "durable"), group.median(peer, "durable")
-    return theirs / mine if mine and theirs else None
+    """Return how many times faster blockcopy is, with the final sync of both. Returns None if either is missing."""
+    own, others = group.median(OURS, "durable"), group.median(peer, "durable")
+    return others / own if own and others else None
 
 
 def table(results: Results) -> str:
+    """Return the table of targets, or "" if none was measured."""
     lines = [["target", "wanted", "measured", ""]]
-    for what, value, wanted, is_least in targets(results):
-        is_met = value is not None and (value >= wanted if is_least else value <= wanted)
-        told = "yes" if is_met else "not measured" if value is None else "NO"
-        lines.append([what, f"{'≥' if is_least else '≤'} {number(wanted)}", number(value), told])
+    for what, value, wanted, is_minimum in targets(results):
+        is_met = value is not None and (value >= wanted if is_minimum else value <= wanted)
+        outcome = "yes" if is_met else "not measured" if value is None else "NO"
+        lines.append([what, f"{'≥' if is_minimum else '≤'} {number(wanted)}", number(value), outcome])
     return grid(lines) if len(lines) > 1 else ""
