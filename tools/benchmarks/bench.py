@@ -45,7 +45,8 @@ class Bench:
     def have_memory(self, times: int) -> None:
         """Touch free memory of `times` the size, before a run that fills the page cache. See `memory`.
 
-        Touch more than the run fills. The kernel takes the single pages that were freed last, but any larger ones.
+        Touch more than the run fills, because nobody knows which free pages the kernel takes next. It takes the
+        single pages that were freed last, but any of the larger ones.
         """
         if self.args.quick or not memory.is_given_back():
             return
