@@ -221,6 +221,8 @@ def test_a_prefetch_whose_mount_goes_away_ends(mount: Mounter, source: Path, des
         (["prefetch", "5"], "OFFSET:LENGTH"),
         (["prefetch", "5:x"], "not a number of bytes"),
         (["prefetch", "-1:5"], ""),
+        (["prefetch", "8388608T:1"], "lies beyond 8 EiB"),
+        (["prefetch", "0:99999999999999999999"], "lies beyond 8 EiB"),
         (["prefetch"], "OFFSET:LENGTH"),
         (["limit", "0"], "pause"),
         (["limit", "fast"], "not a number of bytes"),

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 
+from blockcopy.block.geometry import MAX_POSITION
 from blockcopy.paths.places import holds_devices, names_folder
 from blockcopy.protocol.compression import CompressionSpec
 
@@ -76,7 +77,10 @@ def extent(text: str) -> tuple[int, int]:
     offset, colon, length = text.partition(":")
     if not colon:
         raise argparse.ArgumentTypeError(f"{text!r} is not OFFSET:LENGTH")
-    return size(offset), size(length)
+    found = size(offset), size(length)
+    if max(found) > MAX_POSITION:
+        raise argparse.ArgumentTypeError(f"{text!r} lies beyond 8 EiB, and no device is that large")
+    return found
 
 
 def seconds(text: str) -> float:

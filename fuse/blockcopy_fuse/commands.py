@@ -1,6 +1,6 @@
 """The commands of the mount: `mount`, and requests to a mount from outside. Only `mount` loads pyfuse3 and trio.
 
-Each public function runs the command of its name with the parsed arguments, and raises a BlockcopyError.
+Each public function runs the command of its name. `args` are its parsed arguments.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ logger = logging.getLogger(__name__)
 
 
 def mount(args: argparse.Namespace) -> None:
-    """Mount the replica, and serve it in the foreground or in the background."""
+    """Make the mount that `args` describe, and serve it in the foreground or in the background.
+
+    Raises IncompleteError if a mount in the foreground ends before its copy is complete.
+    """
     with needs_extra():
         from blockcopy.replica.monitor.sd_notify import Notifier
         from blockcopy_fuse import daemon, mounting
@@ -107,7 +110,7 @@ def _name_in(mountpoint: str, args: argparse.Namespace) -> str | None:
 
 
 def status(args: argparse.Namespace) -> None:
-    """Show the status as a screen, a line or JSON, once or live."""
+    """Show the status of the mount on `args.mountpoint`: as a screen, a line or JSON, once or live."""
     if args.watch and not console.can_draw_screens():
         _watch_lines(args)
     if args.watch or (console.can_draw_screens() and not args.json):
@@ -137,7 +140,7 @@ def _watch_lines(args: argparse.Namespace) -> NoReturn:
 
 
 def list(args: argparse.Namespace) -> None:
-    """List all mounted replicas as a table or JSON."""
+    """List all mounted replicas as a table or, if `args.json` is set, as JSON."""
     from blockcopy_fuse import listing
 
     found = listing.replicas()
@@ -145,40 +148,43 @@ def list(args: argparse.Namespace) -> None:
 
 
 def wait(args: argparse.Namespace) -> None:
-    """Wait until the copy is complete."""
+    """Wait until the copy on `args.mountpoint` is complete, and show its progress."""
     with console.progress(args, bar_by_default=True) as progress:
         control_client.wait(args.mountpoint, progress)
 
 
 def umount(args: argparse.Namespace) -> None:
-    """Unmount a replica. Raises IncompleteError if its copy is not complete."""
+    """Unmount the replica on `args.mountpoint`. Raises IncompleteError if its copy is not complete."""
     last = control_client.umount(args.mountpoint)
     if last is not None:
         _raise_if_incomplete("unmounted", last)
 
 
 def pause(args: argparse.Namespace) -> None:
-    """Pause background hydration."""
+    """Pause background hydration of the mount on `args.mountpoint`."""
     _request(args)
 
 
 def resume(args: argparse.Namespace) -> None:
-    """Resume background hydration."""
+    """Resume background hydration of the mount on `args.mountpoint`."""
     _request(args)
 
 
 def limit(args: argparse.Namespace) -> None:
-    """Set or lift the rate limit of background hydration."""
+    """Limit background hydration to `args.rate` bytes per second, or lift the limit if it is None."""
     _request(args, rate=args.rate)
 
 
 def prefetch(args: argparse.Namespace) -> None:
-    """Fetch some byte ranges first, and return when they are present."""
+    """Fetch the byte ranges `args.extents` first, and return when they are present."""
     _request(args, extents=args.extents)
 
 
 def doctor(args: argparse.Namespace) -> None:
-    """Check this host and perhaps a source host. Raises MissingRequirementError if a check fails."""
+    """Check this host and, if `args.host` is given, a source host.
+
+    Raises MissingRequirementError if a check fails.
+    """
     from blockcopy_fuse.doctor import CheckResult, examine, examine_host
 
     results: Iterable[CheckResult] = examine()
@@ -195,19 +201,19 @@ def doctor(args: argparse.Namespace) -> None:
 
 
 def manual(args: argparse.Namespace) -> None:
-    """Write the manual page."""
+    """Write the manual page to standard output. `args` has no arguments."""
     with needs_extra():
         from blockcopy_fuse.manual import page
     console.write(page().rstrip())
 
 
 def completion(args: argparse.Namespace) -> None:
-    """Write the completion script for a shell."""
+    """Write the completion script for the shell `args.shell` to standard output."""
     with needs_extra():
         from blockcopy_fuse.manual import completion as script
     console.write(script(args.shell).rstrip())
 
 
 def _request(args: argparse.Namespace, **arguments: Any) -> None:
-    """Send the command and its arguments to the mount."""
+    """Send the command and its `arguments` to the mount on `args.mountpoint`, and return when it is done."""
     control_client.command(args.mountpoint, {"command": args.command, **arguments})

@@ -9,7 +9,7 @@
     {"command": "map", "cells": at most this many}           {"ok": true, "cells": [{…}, …]}, as `MapCell`
 
 The socket lies in a folder that only the mounting user and root can enter. Its name has the mount's device number.
-So a client finds the socket also if the mount itself is a file, which has no status file beside it.
+So clients find the socket even if the mountpoint is a file, which has no status file beside it.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ class ControlServer:
         self.listener = listener
 
     async def serve(self, replica: Replica, status: Callable[[], Status], end: Callable[[], None]) -> None:
-        """Answer requests about `replica` until cancelled. `end`: called to end the mount.
+        """Answer requests about `replica` until cancelled.
 
+        `status`: returns the status of the moment. `end`: called to end the mount.
         Call from trio's thread only.
         """
 
@@ -147,7 +148,9 @@ async def _request(stream: trio.SocketStream) -> dict[str, Any]:
     while not line.endswith(b"\n"):
         data = await stream.receive_some(_MAX_REQUEST)
         line += data
-        if not data or len(line) > _MAX_REQUEST:
+        if len(line) > _MAX_REQUEST:
+            raise UsageError(f"the request is longer than {_MAX_REQUEST} bytes")
+        if not data:
             raise UsageError("the request is not a line of JSON")
     try:
         return parse_object(line)

@@ -1,8 +1,8 @@
-"""Going to the background: the command returns when the mount serves, or tells why it does not.
+"""The background process of `mount`: the command returns when the mount serves, or reports why it does not.
 
-The fork comes first, before threads, trio and ssh. Until it is ready the child keeps the terminal,
-so that ssh can ask for a password; then it leaves the session and its standard streams behind, but for
-a standard error that is the journal's.
+The fork comes first, before threads, trio and ssh. The child keeps the terminal until it is ready, so that ssh can
+ask for a password. Then the child leaves its session and its standard streams. Only a standard error that is the
+journal's is kept.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ _READY = b"ready"
 
 
 def run_in_background(program: Callable[[Callable[[], None]], object]) -> bool:
-    """Run `program(ready)` in a child. True in the parent, once the child called `ready`; False in
-    the child, at its end.
+    """Run `program(ready)` in a child process, and return once the child has called `ready`.
 
-    What the child fails with before that is raised in the parent, with the child's exit code.
+    Returns True in the parent, and False in the child when the program has ended.
+    Raises, in the parent, the BlockcopyError by which the child failed before it was ready.
     """
-    told, tell = os.pipe()
-    log.drain()  # the threads that write it do not live on in the child
+    reader, writer = os.pipe()
+    log.drain()  # the threads that write the log do not exist in the child
     child = os.fork()
     if child:
-        os.close(tell)
-        _await_ready(child, told)
+        os.close(writer)
+        _await_ready(child, reader)
         return True
-    os.close(told)
-    _run_child(program, tell)
+    os.close(reader)
+    _run_child(program, writer)
     return False
 
 
-def _await_ready(child: int, told: int) -> None:
+def _await_ready(child: int, reader: int) -> None:
+    """Wait for the message of process `child`. Raises the error that the message describes, or MountError."""
     try:
-        with open(told, "rb") as pipe:
+        with open(reader, "rb") as pipe:
             message = pipe.read()
     except Interrupted:
         with contextlib.suppress(ProcessLookupError):
@@ -58,28 +59,29 @@ def _await_ready(child: int, told: int) -> None:
     raise BlockcopyError.relayed(failure["message"], failure["exit_code"])
 
 
-def _run_child(program: Callable[[Callable[[], None]], object], tell: int) -> None:
+def _run_child(program: Callable[[Callable[[], None]], object], writer: int) -> None:
+    """Run the program, and send the parent one message: ready, or the error as JSON."""
     is_ready = False
 
     def ready() -> None:
         nonlocal is_ready
         is_ready = True
         _leave_terminal()
-        os.write(tell, _READY)
-        os.close(tell)
+        os.write(writer, _READY)
+        os.close(writer)
 
     try:
         program(ready)
-    except Exception as error:
-        told = as_user_error(error)
-        if not is_ready:  # the parent is the one who says it
-            os.write(tell, json.dumps({"message": str(told), "exit_code": told.exit_code}).encode())
+    except Exception as exception:
+        error = as_user_error(exception)
+        if not is_ready:  # the parent reports the error
+            os.write(writer, json.dumps({"message": str(error), "exit_code": error.exit_code}).encode())
             logger.debug("failed", exc_info=True)
-            if isinstance(told, InternalError):
-                log.log_failure(str(told), told)
-            _leave(0, 1, 2)
+            if isinstance(error, InternalError):
+                log.log_failure(str(error), error)
+            _redirect_to_null(0, 1, 2)
             log_sinks.discard_log()
-        raise told from told.__cause__
+        raise error from error.__cause__
 
 
 def _leave_terminal() -> None:
@@ -87,13 +89,13 @@ def _leave_terminal() -> None:
     os.chdir("/")
     log.drain()
     if log.is_journal():
-        _leave(0, 1)
+        _redirect_to_null(0, 1)
     else:
-        _leave(0, 1, 2)
+        _redirect_to_null(0, 1, 2)
         log_sinks.detach_from_stderr()
 
 
-def _leave(*streams: int) -> None:
+def _redirect_to_null(*streams: int) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for stream in streams:
         os.dup2(null, stream)

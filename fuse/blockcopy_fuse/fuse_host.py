@@ -1,7 +1,7 @@
 """FUSE on this host: /dev/fuse, fusermount3, /etc/fuse.conf, and what the kernel limits or lets us set.
 
-The kernel has files of two kinds for a mount. /sys/class/bdi/DEVICE is root's, and /sys/fs/fuse/connections/NUMBER
-belongs to the user who mounted. The second needs the file system `fusectl`.
+Root may set the read-ahead of a mount, in /sys/class/bdi. The owner of a mount may set how many requests
+are under way, in /sys/fs/fuse/connections. This folder is the file system `fusectl`.
 """
 
 from __future__ import annotations

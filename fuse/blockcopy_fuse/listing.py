@@ -70,7 +70,7 @@ def _listed(mount: Mount, request: StatusRequest, end: float) -> ListedMount:
 
 
 def table(found: list[ListedMount]) -> str:
-    """Return a table for people, with a line for each mount. An error may be longer than its column."""
+    """Return a table of the mounts `found`, for people. An error may be longer than its column."""
     rows = [_HEADINGS, *([printable(text) for text in each.cells()] for each in found)]
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(_HEADINGS))]
     widths[2] = max(len(row[2]) for row in rows if len(row) == len(_HEADINGS))  # without the errors

@@ -1,10 +1,12 @@
-"""The manual page and the completions of shells, both made from the parser and from the error classes."""
+"""The manual page and the completion scripts, made from the parser, the error classes and the status fields."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import signal
+from collections.abc import Iterable, Iterator
 
 import shtab
 from argparse_manpage.manpage import Manpage
@@ -12,53 +14,65 @@ from argparse_manpage.manpage import Manpage
 from blockcopy import __version__, errors
 from blockcopy.cli.parser import parser
 from blockcopy.cli.suggestions import commands_of
+from blockcopy.replica.monitor.status import LinkStatus, ReadStatus, Status
 
-_FILES = """\
-.TP
-.I /var/lib/blockcopy, $XDG_STATE_HOME/blockcopy
-The record of what is here, of root and of others: a file for each destination. $STATE_DIRECTORY goes before both.
-.TP
-.I /run/blockcopy, $XDG_RUNTIME_DIR/blockcopy
-The sockets of mounts, and of shared ssh logins."""
+_FILES = {
+    "/var/lib/blockcopy, $XDG_STATE_HOME/blockcopy": "State files of root and of other users: one for each "
+    "destination. $STATE_DIRECTORY has priority over both.",
+    "/run/blockcopy, $XDG_RUNTIME_DIR/blockcopy": "The sockets of mounts, and of shared ssh logins.",
+}
 
-_ENVIRONMENT = """\
-.TP
-.B BLOCKCOPY_DEBUG
-As \\-\\-verbose."""
+_ENVIRONMENT = {"BLOCKCOPY_DEBUG": "The same as --verbose."}
 
 
 def page() -> str:
-    """For man(1)."""
+    """Return the manual page as roff, for man(1)."""
     whole = parser()
     made = Manpage(whole, format="single-commands-section")
     made.description = "use a remote disk now, own a complete local copy of it soon"
     made.manual = "User Commands"
     made.source = f"blockcopy {__version__}"
     made.date = ""
-    made.add_section("EXIT STATUS", ">", _exit_statuses())
-    made.add_section("FILES", ">", _FILES)
-    made.add_section("ENVIRONMENT", ">", _ENVIRONMENT)
+    made.add_section("EXIT STATUS", ">", _list(_exit_statuses()))
+    made.add_section("STATUS FIELDS", ">", _list(_status_fields(Status)))
+    made.add_section("FILES", ">", _list(_FILES.items()))
+    made.add_section("ENVIRONMENT", ">", _list(_ENVIRONMENT.items()))
     return str(made)
 
 
-def _exit_statuses() -> str:
-    """From the classes of errors, and the signals that end a program."""
+def _exit_statuses() -> Iterator[tuple[str, str]]:
+    """Yield each exit status and its meaning, from the error classes and the signals that end a program."""
     meanings: dict[int, list[str]] = {0: ["Done."]}
     for _, error in inspect.getmembers(errors, inspect.isclass):
         if issubclass(error, errors.BlockcopyError) and error is not errors.BlockcopyError:
             meanings.setdefault(error.exit_code, []).append((error.__doc__ or "").partition("\n")[0])
     for each in (signal.SIGINT, signal.SIGTERM):
         meanings[128 + each] = [f"Ended by {each.name}."]
-    return "\n".join(f".TP\n.B {code}\n{_escaped(' '.join(meanings[code]))}" for code in sorted(meanings))
+    for code in sorted(meanings):
+        yield str(code), " ".join(meanings[code])
+
+
+def _status_fields(kind: type[Status | ReadStatus | LinkStatus], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the name and the help text of each field of `status --json`."""
+    for field in dataclasses.fields(kind):
+        if isinstance(field.default, (ReadStatus, LinkStatus)):
+            yield from _status_fields(type(field.default), f"{field.name}.")
+        else:
+            yield prefix + field.name, field.metadata["help"]
+
+
+def _list(items: Iterable[tuple[str, str]]) -> str:
+    """Return a list of terms and their descriptions as roff."""
+    return "\n".join(f".TP\n.B {_escaped(term)}\n{_escaped(description)}" for term, description in items)
 
 
 def _escaped(text: str) -> str:
-    """As roff has it."""
+    """Escape `text` for roff, and remove backticks."""
     return text.replace("\\", "\\\\").replace("-", "\\-").replace("`", "")
 
 
 def completion(shell: str) -> str:
-    """A script for one of the parser's shells."""
+    """Return the completion script for `shell`: one of the parser's SHELLS, such as bash."""
     whole = parser()
     for command in commands_of(whole).values():
         _complete(command)
@@ -66,7 +80,7 @@ def completion(shell: str) -> str:
 
 
 def _complete(command: argparse.ArgumentParser) -> None:
-    """With paths, where these are."""
+    """Let the shell complete paths, if an argument of `command` is one."""
     for action in command._actions:
         if action.metavar in ("FILE", "SOURCE", "DESTINATION"):
             action.complete = shtab.FILE  # type: ignore[attr-defined]

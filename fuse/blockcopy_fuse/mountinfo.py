@@ -57,5 +57,5 @@ def mounts() -> Iterator[Mount]:
 
 
 def _text(field: bytes) -> str:
-    """Decode a field of mountinfo, in which \\040 is a blank (proc(5))."""
+    r"""Decode a field of mountinfo, in which \040 is a blank (proc(5))."""
     return os.fsdecode(field.decode("unicode_escape").encode("latin-1"))

@@ -63,7 +63,7 @@ _FILE_SECONDS = 2
 
 @dataclass(frozen=True)
 class MountPlan:
-    """A replica, and how it is mounted: as the file `name` in a folder or, if `name` is None, as the mountpoint."""
+    """A replica, and how it is mounted. If `name` is None, the mountpoint is a file, and becomes the replica."""
 
     plan: Plan
     mountpoint: str
@@ -128,11 +128,11 @@ def _hides(mountpoint: Path, path: Path) -> bool:
 
 
 async def serve(mount: MountPlan, ready: Callable[[], None], progress: Progress, notifier: Notifier) -> Status:
-    """Mount and serve until a signal or an unmount. Returns the last status. Call from trio's thread only.
+    """Make the mount `mount`, and serve it until a signal or an unmount. Returns the last status.
 
     `ready`: called once, when the mount is there. `progress`, `notifier`: get reports meanwhile.
     Raises, in exception groups, what `open_replica` raises, and MountError if FUSE refuses the mount.
-    Raises Interrupted if a signal came before the mount was there.
+    Raises Interrupted if a signal came before the mount was there. Call from trio's thread only.
     """
     stop = trio.Event()
     mounted = False
@@ -240,12 +240,12 @@ def _init(mount: MountPlan, mountpoint: str, replica: Replica, status: Callable[
 
 @contextmanager
 def _released_before_helper(options: MountOptions) -> Iterator[None]:
-    """With `auto_unmount`, make the kernel end the connection before libfuse's helper notices our death.
+    """Make the kernel end the connection before libfuse's helper notices our death. Only for `auto_unmount`.
 
     The helper unmounts only a mount that answers ENOTCONN. A connection that still exists, or is just ending,
-    answers something else, and the dead mount would stay. When a process ends, the kernel closes its descriptors
-    from the lowest on, but releases the files in the opposite order, as task works. So a duplicate of /dev/fuse
-    with a number above the helper's socket is released first.
+    answers something else, and the dead mount would stay.
+    When a process ends, the kernel closes its descriptors from the lowest on. It releases the files as task works,
+    in the opposite order. So a duplicate of /dev/fuse above the helper's socket is released first.
     """
     if "auto_unmount" not in options.fuse:
         yield

@@ -128,7 +128,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext) -> EntryAttributes:
-        """Return the attributes of the file `name` in the folder `parent_inode`."""
+        """Return the attributes of `name` in the folder `parent_inode`. Raises FUSEError if it does not exist."""
         if name in (b".", b".."):
             return self._attributes(_ROOT)
         if parent_inode != _ROOT or name not in self._entries:
@@ -140,14 +140,14 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def opendir(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileHandleT:
-        """Open the folder `inode`, and return its handle."""
+        """Open the folder `inode`, and return its handle. Raises FUSEError if it is no folder."""
         if inode != _ROOT:
             raise FUSEError(errno.ENOTDIR)
         return FileHandleT(inode)
 
     @handler
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        """List the folder from entry number `start_id` on, through `token`."""
+        """List the open folder `fh` from entry number `start_id` on, and pass the entries to `token`."""
         for index, (name, inode) in enumerate(self._entries.items()):
             more = index < start_id or pyfuse3.readdir_reply(token, name, self._attributes(inode), index + 1)
             if not more:
@@ -155,11 +155,14 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def releasedir(self, fh: FileHandleT) -> None:
-        """Close a folder."""
+        """Close the open folder `fh`."""
 
     @handler
     async def open(self, inode: InodeT, flags: FlagT, ctx: pyfuse3.RequestContext) -> FileInfo:
-        """Open the file `inode` for reading, and return its handle. `flags`: as for open(2)."""
+        """Make a handle for reading the file `inode`.
+
+        `flags`: those of open(2). Raises FUSEError if `inode` is a folder, or if `flags` allow writing.
+        """
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EROFS)
         if inode == self._file:
@@ -176,7 +179,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def read(self, fh: FileHandleT, off: int, size: int) -> Buffer:  # type: ignore[override]  # pyfuse3 takes any buffer
-        """Return `size` bytes of an open file from offset `off` on, fewer only at its end."""
+        """Return `size` bytes of the open file `fh` from offset `off` on, fewer only at its end."""
         text = self._statuses.get(fh)
         if text is not None:
             return text[off : off + size]
@@ -184,16 +187,19 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def flush(self, fh: FileHandleT) -> None:
-        """Do nothing: nothing is written through the mount."""
+        """Do nothing: the open file `fh` cannot be written."""
 
     @handler
     async def release(self, fh: FileHandleT) -> None:
-        """Close a file."""
+        """Close the open file `fh`."""
         self._statuses.pop(fh, None)
 
     @handler
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
-        """Make durable on the destination what was read, and therefore stored, so far."""
+        """Sync the destination, and record what was read, and therefore stored, so far.
+
+        The open file `fh` and `datasync` make no difference.
+        """
         await self._replica.commit()
 
     @handler

@@ -57,16 +57,16 @@ class MountOptions:
 
 
 def split(text: str) -> Iterator[str]:
-    """Split the text of an `-o` at its commas, and remove quotes as mount(8) and libfuse do.
+    r"""Split `text`, the value of an `-o`, at its commas. Yields each option without quotes, as mount(8) has them.
 
-    For example, a,b="c,d",e=f\\,g gives a, b=c,d and e=f,g.
+    For example, a,b="c,d",e=f\,g gives a, b=c,d and e=f,g.
     """
     for found in re.finditer(r'((?:"[^"]*"|\\.|[^,"]|")+)', text):
         yield re.sub(r'"([^"]*)"|\\([,\\])', lambda each: each[1] or each[2] or "", found[1])
 
 
 def quoted(name: str) -> str:
-    """Quote the value of an option for libfuse, in ASCII: \\NNN for each byte that is not plain."""
+    r"""Return `name`, the value of an option, quoted for libfuse: \NNN for each byte that is not plain ASCII."""
     return "".join(
         chr(byte) if (chr(byte).isalnum() and byte < 128) or byte in b"/:@._-+=~" else f"\\{byte:03o}"
         for byte in os.fsencode(name)
@@ -74,7 +74,7 @@ def quoted(name: str) -> str:
 
 
 def parse(texts: list[str]) -> MountOptions:
-    """Parse the texts of all `-o`. libfuse is not asked, because its own messages come too late.
+    """Parse `texts`, the values of all `-o`. libfuse is not asked, because its own messages come too late.
 
     Raises UsageError if an option is unknown, has a wrong value, or is not allowed.
     """

@@ -158,7 +158,7 @@ def _errno_of(path: str) -> bytes:
 
 
 def is_dead(mount: Mount) -> bool:
-    """Return whether the mount's program has died.
+    """Return whether the program of `mount` has died.
 
     Raises MountUnresponsiveError if the mount does not answer.
     """
@@ -239,12 +239,12 @@ def _reply(mount: Mount, head: str, found: dict[str, Any] | None) -> dict[str, A
 
 
 def invalid_reply(mount: Mount, reason: ValueError) -> MountError:
-    """Return the error for a reply that is malformed, and why it is."""
+    """Return the error for a malformed reply of `mount`. `reason`: what is wrong with the reply."""
     return MountError(f"the reply of the mount on {mount.mountpoint} is not a replica's: {reason}")
 
 
 def dead_mount_message(mountpoint: str) -> str:
-    """Return the message for a mount whose program died, with the command that removes the mount."""
+    """Return the message for a dead mount on `mountpoint`, with the command that removes the mount."""
     return f"{mountpoint} is a mount whose program died; clear it with: fusermount3 -uz {mountpoint}"
 
 

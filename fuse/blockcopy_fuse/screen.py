@@ -1,4 +1,4 @@
-"""The status as a screen for a terminal: what a tired operator sees in two seconds, and a map of the device.
+"""The status as a screen for a terminal: what a tired operator needs, and a map of the device.
 
     Status, cells of the map → what `rich` draws
 
@@ -76,7 +76,7 @@ class DeviceMap:
 def screen(status: Status, cells: list[MapCell], *, unanswered_seconds: float = 0) -> RenderableType:
     """Return the whole screen for `rich`. Without `cells` there is no map.
 
-    `unanswered_seconds`: for how long the mount has not answered; then `status` is its last one.
+    `unanswered_seconds`: for how long the mount has not answered. `status` is then the last known one.
     """
     parts = [_headline(status), _source_need(status), _unresponsive(unanswered_seconds), _details(status)]
     if cells:

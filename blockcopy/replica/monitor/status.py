@@ -59,7 +59,7 @@ class LinkState(StrEnum):
 
 
 def _about(help: str, *, metric: str = "") -> dict[str, str]:
-    """Return the metadata of a field. `metric`: its name for Prometheus; a counter's name ends with `_total`."""
+    """Return the metadata of a field. `metric`: its name for Prometheus, which ends with `_total` for a counter."""
     return {"help": help, "metric": metric and f"blockcopy_{metric}"}
 
 
@@ -101,7 +101,8 @@ class Status:
 
     state: State = field(
         metadata=_about(
-            "starting, hydrating, paused, reconnecting, verifying, complete or failed.",
+            "starting (the source was not reached yet), hydrating, paused (also with --no-background), "
+            "reconnecting, verifying, complete or failed.",
             metric="state",
         )
     )
@@ -172,7 +173,7 @@ class Status:
 
     @property
     def counts(self) -> Counts:
-        """What a progress bar shows: bytes hydrated or, during verification, bytes verified."""
+        """The counts of a progress bar: bytes hydrated or, during verification, bytes verified."""
         if self.state is State.VERIFYING:
             return Counts(self.verified_bytes, self.size, state=self.state)
         parts = {"same": self.same_bytes, "fetched": self.fetched_bytes, "zero": self.zero_bytes}

@@ -22,7 +22,7 @@ def parse(kind: type[T], value: object) -> T:
     """Convert a decoded JSON value into the dataclass `kind`.
 
     Returns an instance of `kind` in which each field has its annotated type.
-    Raises ValueError if `value` is no object, if a field is wrong, or if a field without a default is missing.
+    Raises ValueError if `value` is no object, a field is wrong, or a field without a default is missing.
     """
     found: T = _parsed(kind, value, kind.__name__)
     return found
