@@ -74,7 +74,7 @@ def test_so_it_is_for_verify(rsh: Callable[[str], str], source: Path, arguments:
 def test_so_it_is_for_doctor(rsh: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_HOST_SECONDS", 1)
     [finding] = doctor.examine_host(stage_command(parse_location("host:/x"), rsh(LOGINS["waits"]), stage="facts"))
-    assert (finding.verdict, "gave up waiting for host" in finding.words) == ("FAIL", True)
+    assert (finding.verdict, "gave up waiting for host" in finding.message) == ("FAIL", True)
 
 
 @pytest.mark.parametrize("answer", ["yes", "echo '{}'", "echo '{\"user\": 1}'; sleep 100"])
