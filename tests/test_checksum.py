@@ -136,12 +136,11 @@ def test_a_file_that_becomes_shorter_is_an_error(file: Callable[[bytes], Path]) 
     """Its stream would end in order, and the source would be asked for less than there was."""
     path = file(noise(4 * BLOCK_SIZE))
     with open_source(str(path)) as device:
-        hasher = checksum._Hasher(digests.named(digests.ORIGINAL))
-        hasher.read_from(device)
+        signer = checksum._DeviceSigner(device, digests.named(digests.ORIGINAL))
         os.truncate(path, BLOCK_SIZE)
         whole = Extent(0, 4 * BLOCK_SIZE)
         with pytest.raises(DeviceError, match="shorter than it was"):
-            hasher.hash(checksum._Item(Piece(*whole, [whole])))
+            signer.sign(Piece(*whole, [whole]))
 
 
 def test_a_part_may_be_named_in_units(file: Callable[[bytes], Path]) -> None:

@@ -22,8 +22,8 @@ from blockcopy.protocol import digests, wire
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.replica.hydration.signatures import read_signatures
 from blockcopy.stage.compressors import Compressor
-from blockcopy.stage.delta import Run, Terms
-from blockcopy.stage.streams import FromDevice, Output
+from blockcopy.stage.delta import Request, Terms
+from blockcopy.stage.streams import DeviceFrame, Output
 
 DIGEST = digests.named("sha256")
 
@@ -56,7 +56,7 @@ def as_sent(frames: Sequence[Output]) -> list[tuple[str, int, bytearray]]:
     """What comes of them, where, neighbours as one: how they are parted into frames may differ."""
     decoder = Decoder(wire.NEGOTIATED_BLOCK_STREAM)
     for each in frames:
-        if isinstance(each, FromDevice):
+        if isinstance(each, DeviceFrame):
             decoder.feed(each.header + each.device.read(each.offset, each.length))
         else:
             decoder.feed(each)
@@ -73,10 +73,10 @@ def as_sent(frames: Sequence[Output]) -> list[tuple[str, int, bytearray]]:
 
 
 @pytest.mark.parametrize("block_size", [4096, BLOCK_SIZE])
-@pytest.mark.parametrize(("joined", "agreed"), [(False, False), (True, False), (True, True)])
-def test_the_answers_are_the_same(source: Device, joined: bool, agreed: bool, block_size: int) -> None:
+@pytest.mark.parametrize(("extended", "negotiated"), [(False, False), (True, False), (True, True)])
+def test_the_answers_are_the_same(source: Device, extended: bool, negotiated: bool, block_size: int) -> None:
     chance = random.Random(block_size)
-    terms = Terms(DIGEST, Compressor(), UnreadableRanges(), joined=joined, agreed=agreed)
+    terms = Terms(DIGEST, Compressor(), UnreadableRanges(), extended=extended, negotiated=negotiated)
     size, room = source.size(), memoryview(bytearray(PIECE_SIZE))
     for position in (0, block_size, PIECE_SIZE):
         piece = PieceScanner(source).piece(position, min(PIECE_SIZE, size - position), block_size)
@@ -86,8 +86,8 @@ def test_the_answers_are_the_same(source: Device, joined: bool, agreed: bool, bl
             asked.append(chance.choice([DIGEST(own), bytes(DIGEST.size), DIGEST.of_zeros(len(own))]))
         for theirs in (b"".join(asked), None):
             with copying(source) as other:
-                read = as_sent(Run(piece, block_size, theirs, terms).answer(other, room))
-            assert as_sent(Run(piece, block_size, theirs, terms).answer(source, room)) == read
+                read = as_sent(Request(piece, block_size, theirs, terms).answer(other, room))
+            assert as_sent(Request(piece, block_size, theirs, terms).answer(source, room)) == read
 
 
 @pytest.mark.parametrize("block_size", [4096, BLOCK_SIZE])
@@ -102,10 +102,10 @@ def test_the_questions_are_the_same(source: Device, block_size: int) -> None:
 @needs_views
 def test_what_is_sent_is_not_copied(tmp_path: Path) -> None:
     path = written(tmp_path / "source", noise(2 * BLOCK_SIZE))
-    terms = Terms(DIGEST, Compressor(), UnreadableRanges(), joined=True, agreed=True)
+    terms = Terms(DIGEST, Compressor(), UnreadableRanges(), extended=True, negotiated=True)
     with open_source(str(path)) as device:
         piece = PieceScanner(device).piece(0, 2 * BLOCK_SIZE, BLOCK_SIZE)
-        frames = Run(piece, BLOCK_SIZE, bytes(2 * DIGEST.size), terms).answer(device, memoryview(b""))
+        frames = Request(piece, BLOCK_SIZE, bytes(2 * DIGEST.size), terms).answer(device, memoryview(b""))
     assert [frame[:-1] for frame in frames] == [
         (device, 0, 2 * BLOCK_SIZE, wire.frame_header(wire.Data, 0, 2 * BLOCK_SIZE))
     ]
@@ -143,10 +143,7 @@ def test_a_kernel_is_asked_for_a_view_only_where_it_fails_at_a_read_error(
     with open_source(str(written(tmp_path / "source", noise(BLOCK_SIZE)))) as device:
         piece = PieceScanner(device).piece(0, BLOCK_SIZE, BLOCK_SIZE)
         for _ in range(2):
-            view = piece.view(device)
-            assert (view is not None) == returns
-            if view is not None:
-                piece.release_view(device)
+            assert (piece.examine_view(device, len) is not None) == returns
     assert bool(calls) == returns
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Callable, NamedTuple, TypeVar
 
 from blockcopy.block.buffers import ZEROS
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import MAX_POSITION, Extent, join_extents
 from blockcopy.errors import DeviceError
+
+Result = TypeVar("Result")
 
 PIECE_SIZE = 4 * 1024 * 1024
 """Bytes that one thread looks at, or reads, and compares before it hands over: with a quarter of that, threads
@@ -77,14 +79,22 @@ class Piece(NamedTuple):
         length = min(block_size, self.length - at)
         return Piece(position, length, [Extent(position, length)] if self._has_data(position) else [])
 
-    def view(self, device: Device) -> memoryview | None:
-        """The same without a copy, of a piece that the device has wholly: what is not in `data` is not to be
-        looked at. None where that cannot be had. See `Device.view`; give it back by `release_view`."""
-        return device.view(self.position, self.length, self.data)
+    def examine_view(self, device: Device, examine: Callable[[memoryview], Result]) -> Result | None:
+        """Return `examine(view)`, where `view` shows the piece's bytes in the page cache without a copy.
 
-    def release_view(self, device: Device) -> bool:
-        """The view is not needed any more; whether the device had all of the piece. DeviceError."""
-        return device.release_view(self.position, self.length)
+        `examine` must access only the ranges in `data`, and must not keep the view. See `Device.view`.
+
+        Returns None if the kernel cannot map the bytes, or if the device shrank meanwhile. Call
+        `read_skipping_errors` then, which reports the reason. Raises DeviceError if the device's size is unknown.
+        """
+        view = device.view(self.position, self.length, self.data)
+        if view is None:
+            return None
+        try:
+            result = examine(view)
+        finally:
+            is_valid = device.release_view(self.position, self.length)
+        return result if is_valid else None
 
     def blocks(self, data: memoryview, block_size: int) -> Iterator[tuple[int, memoryview | None]]:
         """Each block of what `read` or `view` gave: its length, and its bytes; None where these are zeros."""

@@ -11,7 +11,7 @@ from typing import Callable, TextIO
 from blockcopy.cli.background_writer import BackgroundWriter
 from blockcopy.errors import OutputError
 from blockcopy.progress.reporter import Progress
-from blockcopy.stage.streams import GONE, OutputStream
+from blockcopy.stage.streams import READER_GONE, OutputStream
 from blockcopy.untrusted_text import printable
 
 
@@ -43,7 +43,7 @@ def sleep(seconds: float) -> None:
     gone = select.poll()
     gone.register(1, 0)  # reported without a request: POLLERR of a pipe, POLLHUP of a terminal
     if gone.poll(1000 * seconds):
-        raise OutputError(GONE)
+        raise OutputError(READER_GONE)
 
 
 def say(text: str | Callable[[], str]) -> None:

@@ -46,8 +46,8 @@ class Decoder:
     def messages(self, read_into: Callable[[memoryview], int]) -> Iterator[Message | None]:
         """Read a stream up to `done`, and iterate over its messages. Yields None before each read.
 
-        `read_into`: fills a buffer with the bytes that are at hand, waits for at least one byte, and returns their
-        number, or 0 at the end. The reader may use the pause at None, as the read can wait.
+        `read_into`: reads available bytes into a buffer, as `InputStream.read_into`. Returns their number, or 0 at
+        the end. A None tells the caller that the next step may wait for bytes.
 
         Raises TruncatedStreamError if the stream ends without `done`, and StreamError if it contains anything but
         messages.

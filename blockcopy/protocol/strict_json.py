@@ -19,8 +19,8 @@ def parse_object(data: bytes, *, errors: str = "strict") -> dict[str, Any]:
 
     `errors`: how `str.encode` treats lone surrogates in text. Use "surrogateescape" if text may be any path.
 
-    Raises ValueError if `data` is no object in UTF-8 JSON. Also refused are duplicate names, nesting deeper than
-    16, NaN, infinities, numbers beyond 64 bits, and text that UTF-8 cannot encode.
+    Raises ValueError if `data` is no object in UTF-8 JSON. Refuses duplicate names, NaN and
+    infinities. Refuses nesting deeper than 16, numbers beyond 64 bits, and text that UTF-8 cannot encode.
     """
     try:
         value = json.loads(data.decode(), object_pairs_hook=_object, parse_constant=_refuse)

@@ -1,4 +1,5 @@
-"""The stages that a pipe connects: `checksum`, `retrieve`, `save`, and `receive` for a push.
+"""The stages that pipes connect: `checksum`, `retrieve`, `save`, and `receive` for a push.
 
-Has no command line and no ssh. `cli`, `transport` and `replica` may import it. Travels to source hosts.
+Has no command line and no ssh. The rooms `cli`, `transport` and `replica` may import this room. Travels to source
+hosts.
 """

@@ -1,7 +1,7 @@
-"""Stage 1: the destination's blocks → the hash stream. Reads; changes nothing.
+"""Stage 1: the destination's blocks → the hash stream. Changes nothing.
 
-In the original form, or with a digest of choice in the extended form (see `wire`). In either, blocks of
-zeros are not hashed, because their digest is known, and holes of the destination are not even read.
+Writes the original form with SHA3-512, or the extended form with a chosen digest (see `wire`). Holes are not read.
+Blocks of zeros are not digested.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Callable, NamedTuple
 
 from blockcopy.block.buffers import BufferPool
@@ -23,19 +23,20 @@ from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.protocol import digests, wire
 from blockcopy.protocol.digests import Digest
 from blockcopy.stage.pipeline import run_ordered
+from blockcopy.stage.signature import digest_blocks, digest_piece
 from blockcopy.stage.streams import InputStream, OutputStream
 
 logger = logging.getLogger(__name__)
 
 ASKED_SIZE = PIECE_SIZE
-"""Bytes that one `asks` is about at most."""
+"""Maximum bytes that one `asks` covers here."""
 
 _PIPED_SIZE = 1024 * 1024
-"""Bytes of a pipe that are waited for before they are hashed."""
+"""Bytes to collect from a pipe before they are digested."""
 
 
-class _Run(NamedTuple):
-    """`length` bytes at `position` that have these digests; none where they are zeros."""
+class _Signature(NamedTuple):
+    """The joined `digests` of the blocks in `length` bytes at `position`. Empty if all blocks are zeros."""
 
     position: int
     length: int
@@ -44,13 +45,6 @@ class _Run(NamedTuple):
     @property
     def end(self) -> int:
         return self.position + self.length
-
-
-class _Item(NamedTuple):
-    """What a worker does next: read `piece` and hash it, or hash what is in `room` of it already."""
-
-    piece: Piece
-    room: memoryview | None = None
 
 
 def checksum(
@@ -63,43 +57,54 @@ def checksum(
     digest: str | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write the hash stream of bytes `start` … `end` of `fd`, a file, device or pipe called `path`.
+    """Write the hash stream of the destination `fd`, from byte `start` up to byte `end`.
 
-    In the original form, or with `digest`, the name of one, in the extended form. Without `end`, what can
-    tell its position (all but a pipe) is followed by `rest`, which asks the source for all that it has
-    beyond. Errors: DeviceError, OutputError; BlockcopyError for a range or a digest that is none.
+    `fd`: a file, device or pipe. `path`: its name for messages. `digest`: name of a digest for the extended form.
+    None selects the original form. Without `end`, a `rest` asks the source for all bytes beyond the destination's
+    end. A pipe as destination gets no `rest`.
+
+    Raises DeviceError for the destination, and OutputError for the output. Raises BlockcopyError if `end` is not
+    beyond `start`, or if this host lacks the digest.
     """
     if end is not None and end <= start:
-        raise BlockcopyError(f"--end {end} does not lie behind --start {start}")
-    voice = _Extended(output, digests.named(digest)) if digest else _Original(output)
-    voice.announce()
-    hasher = _Hasher(voice.digest)
+        raise BlockcopyError(f"--end {end} must be greater than --start {start}")
+    writer = _ExtendedWriter(output, digests.named(digest)) if digest else _OriginalWriter(output)
+    writer.open()
     progress = progress or Progress()
     total = total_size(fd, start, end)
     seekable = _seek(fd, path, start)
     reached = start
 
-    def send(runs: list[_Run]) -> None:
+    def write(signatures: list[_Signature]) -> None:
         nonlocal reached
-        for run in runs:
-            voice.say(run)
-            reached = run.end
+        for each in signatures:
+            writer.write(each)
+            reached = each.end
         progress.update(Counts(reached - start, total, position=reached))
 
     if _is_device(fd):
         device = Device(path, fd)
         stop = device.size() if end is None else min(end, device.size())
-        hasher.read_from(device)
-        run_ordered(voice.items(PieceScanner(device), start, stop), hasher.hash, send)
-        hasher.tell_unreadable()
-    elif seekable:
-        run_ordered(_piped(_reader(fd, path), hasher, start, end), hasher.hash, send)
-    else:  # a pipe may be silent for ever, so whoever reads it has to be woken where the writer fails
-        with InputStream(fd) as pipe:
-            run_ordered(_piped(pipe.read_into, hasher, start, end), hasher.hash, send, wake=pipe.wake)
-    voice.pause()
+        signer = _DeviceSigner(device, writer.digest)
+        run_ordered(writer.pieces(PieceScanner(device), start, stop), signer.sign, write)
+        signer.log_unreadable()
+    else:
+        buffers = BufferPool(PIECE_SIZE)
+
+        def sign(filled: tuple[Piece, memoryview]) -> list[_Signature]:
+            piece, buffer = filled
+            signatures = list(_signatures(piece, digest_blocks(piece, buffer, BLOCK_SIZE, writer.digest)))
+            buffers.release(buffer)
+            return signatures
+
+        if seekable:
+            run_ordered(_read_pieces(_reader(fd, path), buffers, start, end), sign, write)
+        else:  # a pipe may stay silent: its reader must be woken if the output fails
+            with InputStream(fd) as pipe:
+                run_ordered(_read_pieces(pipe.read_into, buffers, start, end), sign, write, wake=pipe.wake)
+    writer.flush()
     if end is not None and reached < end:
-        raise DeviceError(f"{path} ends at {reached}, before the --end {end} that was asked for")
+        raise DeviceError(f"{path} ends at {reached}, before the requested --end {end}")
     tail = [wire.encode(wire.Done())]
     if end is None and seekable:
         tail.insert(0, wire.encode(wire.Rest(reached)))
@@ -107,27 +112,30 @@ def checksum(
     progress.finish()
 
 
-def ask_about(device: Device, size: int, digest: Digest, output: OutputStream, *, stop: Callable[[], bool]) -> None:
-    """Ask about the first `size` bytes of `device`, in the agreed form, and say no more; ends early where `stop()`.
+def write_signatures(
+    device: Device, size: int, digest: Digest, output: OutputStream, *, stop: Callable[[], bool]
+) -> None:
+    """Write the signatures of the first `size` bytes of `device`, in the extended form, without `dgst` and `done`.
 
-    Errors: DeviceError, OutputError.
+    Ends early if `stop()` returns True. It is called before each piece, in a worker thread.
+
+    Raises DeviceError for the device, and OutputError for the output.
     """
-    voice = _Extended(output, digest)
-    hasher = _Hasher(digest)
-    hasher.read_from(device)
+    writer = _ExtendedWriter(output, digest)
+    signer = _DeviceSigner(device, digest)
 
-    def send(runs: list[_Run]) -> None:
-        for run in runs:
-            voice.say(run)
+    def write(signatures: list[_Signature]) -> None:
+        for each in signatures:
+            writer.write(each)
 
-    items = itertools.takewhile(lambda _: not stop(), voice.items(PieceScanner(device), 0, size))
-    run_ordered(items, hasher.hash, send)
-    hasher.tell_unreadable()
-    voice.pause()
+    pieces = itertools.takewhile(lambda _: not stop(), writer.pieces(PieceScanner(device), 0, size))
+    run_ordered(pieces, signer.sign, write)
+    signer.log_unreadable()
+    writer.flush()
 
 
 def total_size(fd: int, start: int, end: int | None) -> int | None:
-    """Bytes that `checksum` will read; None for a pipe."""
+    """Return the number of bytes that `checksum` will read from `fd`. Returns None for a pipe without `end`."""
     if end is not None:
         return end - start
     try:
@@ -139,160 +147,125 @@ def total_size(fd: int, start: int, end: int | None) -> int | None:
     return size - start
 
 
-class _Original:
-    """Says each block by itself."""
+class _OriginalWriter:
+    """A writer of the original form: one `Hash` a block."""
 
     def __init__(self, output: OutputStream) -> None:
         self.digest = digests.named(digests.ORIGINAL)
         self._output = output
 
-    def announce(self) -> None:
-        """Say how it will be said, where that is not agreed on."""
+    def open(self) -> None:
+        """Write the message that opens the form, if the form has one."""
 
-    def items(self, pieces: PieceScanner, start: int, stop: int) -> Iterator[_Item]:
-        """All pieces, because each block of them has its message."""
+    def pieces(self, scanner: PieceScanner, start: int, stop: int) -> Iterator[Piece]:
+        """Divide bytes `start` to `stop` into pieces to sign. Holes are included: each block needs a message."""
         for at in range(start, stop, PIECE_SIZE):
-            yield _Item(pieces.piece(at, min(PIECE_SIZE, stop - at), BLOCK_SIZE))
+            yield scanner.piece(at, min(PIECE_SIZE, stop - at), BLOCK_SIZE)
 
-    def say(self, run: _Run) -> None:
-        hashes = []
-        for index, at in enumerate(range(0, run.length, BLOCK_SIZE)):
-            size = min(BLOCK_SIZE, run.length - at)
-            digest = run.digests[index * self.digest.size :][: self.digest.size] or self.digest.of_zeros(size)
-            hashes.append(wire.encode(wire.Hash(run.position + at, size, digest)))
+    def write(self, signature: _Signature) -> None:
+        """Write a signature. Its end must be the start of the next."""
+        hashes, digest_size = [], self.digest.size
+        for index, at in enumerate(range(0, signature.length, BLOCK_SIZE)):
+            size = min(BLOCK_SIZE, signature.length - at)
+            digest = signature.digests[index * digest_size : (index + 1) * digest_size] or self.digest.of_zeros(
+                size
+            )
+            hashes.append(wire.encode(wire.Hash(signature.position + at, size, digest)))
         self._output.write(hashes)
 
-    def pause(self) -> None:
-        """Have all of it said."""
+    def flush(self) -> None:
+        """Write whatever was held back."""
 
 
-class _Extended(_Original):
-    """Says many blocks at once."""
+class _ExtendedWriter(_OriginalWriter):
+    """A writer of the extended form: `asks` and `zero` for many blocks at once."""
 
     def __init__(self, output: OutputStream, digest: Digest) -> None:
         self.digest = digest
         self._output = output
-        self._unsaid: _Run | None = None
+        self._last: _Signature | None = None  # not written yet, as the next one may join it
 
-    def announce(self) -> None:
+    def open(self) -> None:
+        """Write `dgst`."""
         self._output.write([wire.encode(wire.DigestName(self.digest.name))])
 
-    def items(self, pieces: PieceScanner, start: int, stop: int) -> Iterator[_Item]:
-        """The pieces that have data; and what lies between, as pieces that have none, however large."""
+    def pieces(self, scanner: PieceScanner, start: int, stop: int) -> Iterator[Piece]:
+        """Divide bytes `start` to `stop` into pieces with data, and one piece without data for each hole."""
         at = start
-        for piece in pieces.pieces_with_data(start, stop - start, BLOCK_SIZE):
+        for piece in scanner.pieces_with_data(start, stop - start, BLOCK_SIZE):
             if at < piece.position:
-                yield _Item(Piece(at, piece.position - at, []))
-            yield _Item(piece)
+                yield Piece(at, piece.position - at, [])
+            yield piece
             at = piece.position + piece.length
         if at < stop:
-            yield _Item(Piece(at, stop - at, []))
+            yield Piece(at, stop - at, [])
 
-    def say(self, run: _Run) -> None:
-        last = self._unsaid
-        if last is None:
-            self._unsaid = run
-        elif (
-            last.end == run.position
-            and bool(last.digests) == bool(run.digests)
-            and (not run.digests or last.length + run.length <= ASKED_SIZE)
+    def write(self, signature: _Signature) -> None:
+        """Write a signature, or join it with the previous one."""
+        last = self._last
+        if (
+            last is not None
+            and last.end == signature.position
+            and bool(last.digests) == bool(signature.digests)
+            and (not signature.digests or last.length + signature.length <= ASKED_SIZE)
         ):
-            self._unsaid = _Run(last.position, last.length + run.length, last.digests + run.digests)
+            length, joined = last.length + signature.length, last.digests + signature.digests
+            self._last = _Signature(last.position, length, joined)
         else:
-            self.pause()
-            self._unsaid = run
+            self.flush()
+            self._last = signature
 
-    def pause(self) -> None:
-        run, self._unsaid = self._unsaid, None
-        if run is None:
+    def flush(self) -> None:
+        """Write the last signature."""
+        last, self._last = self._last, None
+        if last is None:
             return
-        said = wire.Asks(run.position, BLOCK_SIZE, run.length, run.digests)
-        self._output.write([wire.encode(said if run.digests else wire.Zero(run.position, run.length))])
+        asks = wire.Asks(last.position, BLOCK_SIZE, last.length, last.digests)
+        self._output.write([wire.encode(asks if last.digests else wire.Zero(last.position, last.length))])
 
 
-class _Hasher:
-    """Items → what is said of them, in the worker threads."""
+class _DeviceSigner:
+    """Pieces of a device → signatures. Used by all worker threads at once."""
 
-    def __init__(self, digest: Digest) -> None:
-        self._digest = digest
-        self._device: Device | None = None
-        self._passing = False
-        self.buffers = BufferPool(PIECE_SIZE)
-        self.unreadable = UnreadableRanges()
-
-    def read_from(self, device: Device) -> None:
-        """Where pieces are that are not read yet."""
+    def __init__(self, device: Device, digest: Digest) -> None:
         self._device = device
-        self._passing = device.exceeds_cache()
+        self._digest = digest
+        self._drops = device.exceeds_cache()
+        self._unreadable = UnreadableRanges()
 
-    def tell_unreadable(self) -> None:
-        """Log what could not be read. It is asked for in any case, and a write may mend it."""
-        if self.unreadable and self._device is not None:
-            logger.warning("of %s, %s. These are asked for", self._device.path, self.unreadable)
-
-    def hash(self, item: _Item) -> list[_Run]:
-        piece, room = item
+    def sign(self, piece: Piece) -> list[_Signature]:
+        """Read and digest a piece. Raises DeviceError if the device ends within the piece."""
         if not piece.data:
-            return [_Run(piece.position, piece.length, b"")] if piece.length else []
-        if room is None:
-            return self._read_and_hash(piece)
-        runs = list(self._runs(piece, room))
-        self.buffers.release(room)
-        return runs
+            return [_Signature(piece.position, piece.length, b"")] if piece.length else []
+        found = digest_piece(self._device, piece, BLOCK_SIZE, self._digest, self._unreadable)
+        if self._drops:
+            self._device.drop_behind(piece.position, piece.length)
+        return list(_signatures(piece, found))
 
-    def _read_and_hash(self, piece: Piece) -> list[_Run]:
-        device = self._device
-        if device is None:
-            raise BlockcopyError("a piece that was not read, of nothing that it could be read from")
-        runs: list[_Run] = []
-        whole = False
-        if (view := piece.view(device)) is not None:
-            try:
-                runs = list(self._runs(piece, view))
-            finally:
-                whole = piece.release_view(device)
-        if not whole:
-            room = self.buffers.acquire()
-            there, errors = piece.read_skipping_errors(device, room, BLOCK_SIZE)
-            if there < piece.length:
-                raise DeviceError(
-                    f"cannot read at {piece.position + there} of {device.path}: it is shorter than it was"
-                )
-            runs = list(self._runs(piece._replace(length=there), room, errors))
-            self.buffers.release(room)
-        if self._passing:
-            device.drop_behind(piece.position, piece.length)
-        return runs
+    def log_unreadable(self) -> None:
+        """Log the blocks that could not be read. They are requested, and a write may repair the disk."""
+        if self._unreadable:
+            logger.warning("of %s, %s. These are asked for", self._device.path, self._unreadable)
 
-    def _runs(
-        self, piece: Piece, data: memoryview, errors: Mapping[int, DeviceError] | None = None
-    ) -> Iterator[_Run]:
-        """Digests of the blocks. For one that could not be read, by its `errors`: a digest that nothing has."""
-        start = at = 0
-        found: list[bytes] = []  # digests of the blocks from `start` on, or none where these are zeros
-        for size, block in piece.blocks(data, BLOCK_SIZE):
-            error = errors.get(at) if errors else None
-            if at > start and (block is None and error is None) == bool(found):
-                yield _Run(piece.position + start, at - start, b"".join(found))
-                start, found = at, []
-            if error is not None:
-                self.unreadable.add(Extent(piece.position + at, size), str(error))
-                found.append(self._digest.impossible)
-            elif block is not None:
-                found.append(self._digest(block))
-            at += size
-        if at > start:
-            yield _Run(piece.position + start, at - start, b"".join(found))
+
+def _signatures(piece: Piece, found: list[bytes | None]) -> Iterator[_Signature]:
+    """Join the digests of adjacent blocks: blocks of zeros, and blocks with digests."""
+    position, end = piece.position, piece.position + piece.length
+    for _, group in itertools.groupby(found, key=lambda each: each is None):
+        joined = [each or b"" for each in group]
+        length = min(len(joined) * BLOCK_SIZE, end - position)
+        yield _Signature(position, length, b"".join(joined))
+        position += length
 
 
 def _is_device(fd: int) -> bool:
-    """Whether any part of it can be read at any time."""
+    """Return whether `fd` is a file or block device, which can be read at any offset."""
     mode = os.fstat(fd).st_mode
     return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 
 def _seek(fd: int, path: str, start: int) -> bool:
-    """Go to `start`; False for a pipe, which is where it is and can start nowhere else."""
+    """Seek to byte `start`. Returns False for a pipe. Raises DeviceError if a pipe must start beyond byte 0."""
     try:
         os.lseek(fd, start, os.SEEK_SET)
     except OSError as error:
@@ -312,17 +285,19 @@ def _reader(fd: int, path: str) -> Callable[[memoryview], int]:
     return read_into
 
 
-def _piped(read_into: Callable[[memoryview], int], hasher: _Hasher, start: int, end: int | None) -> Iterator[_Item]:
-    """What there is, as whole blocks but for the last, however little a pipe gives at once."""
+def _read_pieces(
+    read_into: Callable[[memoryview], int], buffers: BufferPool, start: int, end: int | None
+) -> Iterator[tuple[Piece, memoryview]]:
+    """Read pieces from a stream up to byte `end`, each with its buffer. Only the last block may be short."""
     position = start
     while end is None or position < end:
         wanted = _PIPED_SIZE if end is None else min(_PIPED_SIZE, end - position)
-        room = hasher.buffers.acquire()
+        buffer = buffers.acquire()
         filled = 0
-        while filled < wanted and (count := read_into(room[filled:wanted])):
+        while filled < wanted and (count := read_into(buffer[filled:wanted])):
             filled += count
         if filled:
-            yield _Item(Piece(position, filled, [Extent(position, filled)]), room)
+            yield Piece(position, filled, [Extent(position, filled)]), buffer
             position += filled
         if filled < wanted:
             return

@@ -1,9 +1,11 @@
-"""What a host can do for a copy, as an object of JSON: for `doctor`, which asks both ends.
+"""Facts about a host, as a JSON object for `doctor`, which asks both ends.
 
-program, python, user     who would work there
-digests                   each with its speed there, in MB/s of one core
-zstd                      whether it has it
-size                      of the file or device that was asked about, if one was, in bytes
+The object has these names:
+
+    program, python, user     versions, and the user whom a copy would run as
+    digests                   name → MB/s of one core
+    zstd                      true if this host has zstd
+    size                      bytes of the file or device, if a path was given
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from blockcopy.protocol import digests, zstd
 
 
 def facts(path: str | None = None) -> dict[str, Any]:
-    """Of this host. DeviceError where `path` cannot be opened."""
+    """Return the facts about this host, and the size of the file or device at `path`, if given.
+
+    Raises DeviceError if `path` cannot be opened.
+    """
     found: dict[str, Any] = {
         "program": f"blockcopy {__version__}",
         "python": f"{platform.python_version()} ({sys.executable})",
@@ -35,7 +40,7 @@ def facts(path: str | None = None) -> dict[str, Any]:
 
 
 def _user() -> str:
-    """Return this user's name; the number where nobody knows it."""
+    """Return the name of this user, or the number if there is no name."""
     try:
         return getpass.getuser()
     except (KeyError, ImportError, OSError):

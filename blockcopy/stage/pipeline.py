@@ -2,10 +2,9 @@
 
     items ──> worker threads ── results, in the order of the items ──> caller
 
-A free worker takes the next item itself, and works on it. Only the result is handed over. The caller of
-`run_ordered` consumes the results. Errors keep the order of the results: all results before an error are
-delivered, and the first error is raised. If the caller stops early, a worker that waits for input is woken, all
-workers end, and no thread is left.
+A free worker takes the next item and works on it. Only the result changes threads. The caller of `run_ordered`
+consumes the results. All results before an error are delivered, and then the first error is raised. If the caller
+stops early, a worker that waits for input is woken. All workers end then, and no thread is left.
 """
 
 from __future__ import annotations
@@ -21,9 +20,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 WORKERS = min(len(os.sched_getaffinity(0)), 8)
+"""Number of worker threads: one a CPU, at most 8."""
 
 DEPTH = WORKERS + 2
-"""Items that are taken before the writer has the first of them: enough that nobody waits for a slow one."""
+"""Maximum number of items in the pipeline. The surplus over WORKERS keeps workers busy behind a slow item."""
 
 
 def run_ordered(
@@ -33,11 +33,12 @@ def run_ordered(
     *,
     wake: Callable[[], None] | None = None,
 ) -> None:
-    """`consume(work(item))` for each item, in order: items are made, one after the other, and worked on
-    in WORKERS threads, DEPTH ahead, and consumed here.
+    """Call `consume(work(item))` for each item, in order. Returns when all results are consumed.
 
-    Raises the first error, in the order of the items. `wake` is called, from the caller's thread,
-    when a worker has to end although it may be waiting for input.
+    WORKERS threads iterate over `items`, one at a time, and call `work`. This thread calls `consume`. `wake` is
+    called in this thread to interrupt a worker that waits in `next(items)`.
+
+    Raises the first error of `items`, `work` or `consume`, in the order of the items.
     """
     line = _Line(items, work)
     workers = [threading.Thread(target=line.serve, name=f"work-{number}") for number in range(WORKERS)]
@@ -56,24 +57,26 @@ def run_ordered(
 
 
 class _End(Exception):
-    """There are no more items: what comes in the turn of the one after the last."""
+    """The end of the items. Takes the place of the result after the last."""
 
 
 class _Line(Generic[Item, Result]):
+    """Items, results, and the permits that bound them. Shared by the workers and the caller."""
+
     def __init__(self, items: Iterable[Item], work: Callable[[Item], Result]) -> None:
         self._items = iter(items)
         self._work = work
         self._taking = threading.Lock()  # held by the worker that takes the next item, or waits for it
         self._taken = 0
         self._ended = False
-        self._may_take: queue.SimpleQueue[bool] = queue.SimpleQueue()  # a permit for each item; False: end
+        self._permits: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: take an item. False: end
         for _ in range(DEPTH):
-            self._may_take.put(True)
+            self._permits.put(True)
         self._outcomes: queue.SimpleQueue[tuple[int, Callable[[], Result]]] = queue.SimpleQueue()
 
     def serve(self) -> None:
-        """A worker's life."""
-        while self._may_take.get():
+        """Take items and work on them until the items end or `stop` is called. Runs in each worker thread."""
+        while self._permits.get():
             with self._taking:
                 if self._ended:
                     return
@@ -81,7 +84,7 @@ class _Line(Generic[Item, Result]):
                 self._taken += 1
                 try:
                     item = next(self._items)
-                except BaseException as error:  # noqa: BLE001  (handed on in order, raised by the caller)
+                except BaseException as error:  # noqa: BLE001  (passed on in order, raised by the caller)
                     self._ended = True
                     self._outcomes.put((number, _raiser(_End() if isinstance(error, StopIteration) else error)))
                     return
@@ -90,10 +93,10 @@ class _Line(Generic[Item, Result]):
             except BaseException as error:  # noqa: BLE001  (as above)
                 outcome = _raiser(error)
             self._outcomes.put((number, outcome))
-            del item, outcome  # not held while the next one is waited for
+            del item, outcome  # releases their buffers while this thread waits
 
     def results(self) -> Iterator[Result]:
-        """In order; raises what was raised in their place."""
+        """Iterate over the results in order. Raises an error of a worker in the place of its result."""
         early: dict[int, Callable[[], Result]] = {}
         for number in itertools.count():
             while number not in early:
@@ -102,22 +105,25 @@ class _Line(Generic[Item, Result]):
                 result = early.pop(number)()
             except _End:
                 return
-            self._may_take.put(True)
+            self._permits.put(True)
             yield result
             del result
 
     def stop(self) -> None:
-        """No item is taken from now on."""
+        """End all workers after their current item."""
         self._ended = True
         for _ in range(WORKERS):
-            self._may_take.put(False)
+            self._permits.put(False)
 
 
 def _returner(result: Result) -> Callable[[], Result]:
+    """Return a function that returns `result`."""
     return lambda: result
 
 
 def _raiser(error: BaseException) -> Callable[[], NoReturn]:
+    """Return a function that raises `error`."""
+
     def throw() -> NoReturn:
         raise error
 

@@ -1,10 +1,10 @@
-"""The destination's end of a push: asks about all of its blocks, and writes what comes back.
+"""The destination's end of a push: requests whatever differs, and writes the answers.
 
-    destination → digests → standard output …  a `retrieve` of the source  … standard input → destination
+    destination → signatures → standard output … a `retrieve` of the source … standard input → destination
 
-One thread asks, as `checksum` does, and the caller writes, as `save` does: a block is written after it was
-asked about, and never before. The agreed form is spoken (see `wire`), so the source's size is known before
-anything is written, and what it cannot read is said.
+One thread writes signatures, as `checksum` does. The caller's thread writes blocks, as `save` does. No block is
+written before its signature was sent. The form is the negotiated one (see `wire`). So the source's size is known
+before the first write, and the source tells which blocks it cannot read.
 """
 
 from __future__ import annotations
@@ -24,80 +24,92 @@ from blockcopy.progress.reporter import Progress
 from blockcopy.protocol import digests, wire
 from blockcopy.protocol.compression import NO_COMPRESSION, CompressionSpec
 from blockcopy.protocol.decoder import Decoder
-from blockcopy.protocol.handshake import Handshake
-from blockcopy.stage.checksum import ask_about
+from blockcopy.protocol.handshake import Handshake, SourceGreeting
+from blockcopy.stage.checksum import write_signatures
 from blockcopy.stage.save import Writer
 from blockcopy.stage.streams import InputStream, OutputStream
 
 
 def receive(
     path: str,
-    questions: OutputStream,
+    output: OutputStream,
     answers: InputStream,
     *,
     force: bool = False,
     sparse: bool = True,
     compression: CompressionSpec = NO_COMPRESSION,
 ) -> None:
-    """Make `path` a copy of what answers; synced when it returns, or raises.
+    """Make `path` a copy of the source that reads `output` and writes `answers`. Synced at return.
 
-    `compression`: what the source is asked for. Errors: DestinationRefusedError, DeviceError, StreamError,
-    OutputError; SourceError where the source cannot read some of its blocks, and SourceChangedError where it
-    is not what it was; then all else was written.
+    `force`: write even to a destination in use. `sparse`: write zeros as holes. `compression`: what the source is
+    asked for. Everything received before an error is written and synced.
+
+    Raises DestinationRefusedError or DeviceError for the destination. Raises StreamError for `answers`, and
+    OutputError for `output`. Raises SourceReadError if the source cannot read some blocks. Raises
+    SourceChangedError if the source has another identity at the end.
     """
     with contextlib.ExitStack() as stack:
         existing = existing_destination(path, force=force)
         if existing is not None:
             stack.enter_context(existing)
-        handshake = Handshake(compression)
-        questions.write([handshake.greeting])
-        source = _Source(answers, handshake)
-        identity, name = source.greeting()
+        source = _Source(answers, Handshake(compression))
+        output.write([source.greeting])
+        identity, name = source.read_greeting()
         destination = existing or stack.enter_context(open_destination(path, force=force, create=True))
         size = identity["size"]
-        invalidate_records(destination)  # what a mount or sync has on record is overwritten
+        invalidate_records(destination)  # records of a mount or sync describe what is overwritten now
         make_room(destination, size)
         with (
             Writer(destination, sparse, Progress(), size=size) as writer,
-            _asking(destination, size, name, questions, answers, handshake.greeting),
+            _requesting(destination, size, name, output, answers, source.greeting),
         ):
             source.write_all(writer, size)
         source.check(identity)
 
 
 class _Source:
-    """What the other end says."""
+    """The source's answers, and what they say of the source."""
 
     def __init__(self, answers: InputStream, handshake: Handshake) -> None:
+        self._messages = Decoder(wire.NEGOTIATED_BLOCK_STREAM).messages(answers.read_into)
         self._handshake = handshake
-        self._answers = answers
-        self._decoder = Decoder(wire.NEGOTIATED_BLOCK_STREAM)
-        self._last: Identity | None = None
+        self._identity: Identity = {}
         self._unreadable = UnreadableRanges()
 
-    def greeting(self) -> tuple[Identity, str]:
-        """What it is, and the digest that suits both ends. StreamError where that cannot be agreed to."""
-        identity, name = self._handshake.read(next(self._messages(), None))
-        self._last = identity
-        return identity, name
+    @property
+    def greeting(self) -> bytes:
+        """The client's greeting, as bytes to send."""
+        return self._handshake.greeting
+
+    def read_greeting(self) -> SourceGreeting:
+        """Read the source's first message. Raises StreamError if it is no greeting that suits both ends."""
+        greeting = self._handshake.read(next((each for each in self._messages if each is not None), None))
+        self._identity = greeting.identity
+        return greeting
 
     def write_all(self, writer: Writer, size: int) -> None:
-        """Write what comes of a source of `size` bytes, to the end. Raises BlockcopyError."""
-        for message in self._messages():
+        """Write all answers of a source of `size` bytes. Raises StreamError if they are invalid or break off.
+
+        Raises what `Writer.take` raises.
+        """
+        for message in self._messages:
             if isinstance(message, wire.Failure):
-                # It has no length: what is asked about is in blocks of this size, but for the last.
+                # A `fail` has no length. All requests use this block size.
                 length = min(BLOCK_SIZE, size - message.position)
                 if length <= 0:
                     raise StreamError(f"the source cannot read bytes at {message.position}, and has {size} bytes")
                 self._unreadable.add(Extent(message.position, length), message.reason)
             elif isinstance(message, wire.Hello):
-                self._last = self._handshake.read(message).identity
-            else:
+                self._identity = self._handshake.read(message).identity
+            elif message is not None:
                 writer.take(message)
 
     def check(self, identity: Identity) -> None:
-        """It read all that was asked, and was the same in the end."""
-        changes = differences(identity, self._last or {})
+        """Check that the source read all blocks, and that it still has the `identity` of its first greeting.
+
+        Raises SourceReadError or SourceChangedError.
+        """
+        changes = differences(identity, self._identity)
         if changes:
             raise SourceChangedError(
                 f"source changed: it is not what it was ({'; '.join(changes)}). Start again; of a source that is "
@@ -106,47 +118,45 @@ class _Source:
         if self._unreadable:
             raise SourceReadError(f"the source cannot read {self._unreadable}. All else was copied")
 
-    def _messages(self) -> Iterator[wire.Message]:
-        for message in self._decoder.messages(self._answers.read_into):
-            if message is not None:
-                yield message
-
 
 @contextlib.contextmanager
-def _asking(
-    destination: Device, size: int, digest: str, questions: OutputStream, answers: InputStream, greeting: bytes
+def _requesting(
+    destination: Device, size: int, digest: str, output: OutputStream, answers: InputStream, greeting: bytes
 ) -> Iterator[None]:
-    """In a thread, as long as the block lasts, which reads the answers. Its failure comes before the block's."""
+    """Write all requests, in a thread, while the context lasts. The context must read the answers.
+
+    `size`: bytes of the destination to request. Raises the thread's error rather than one of the context.
+    """
     stop = threading.Event()
     failures: list[BaseException] = []
 
-    def ask() -> None:
+    def request() -> None:
         try:
-            ask_about(destination, size, digests.named(digest), questions, stop=stop.is_set)
+            write_signatures(destination, size, digests.named(digest), output, stop=stop.is_set)
             if not stop.is_set():
-                questions.write([greeting, wire.encode(wire.Done())])  # greeted again, it says what it is by now
+                output.write([greeting, wire.encode(wire.Done())])  # the source greets again: what it is by now
         except BaseException as error:  # noqa: BLE001  (raised by the caller)
             failures.append(error)
             answers.wake()
 
     def drain() -> None:
-        """As long as the other end waits for us to take its answers, it takes no questions."""
-        room = memoryview(bytearray(1 << 20))
+        """Discard the answers: the source takes no requests while it cannot send answers."""
+        buffer = memoryview(bytearray(1 << 20))
         with contextlib.suppress(StreamError):
-            while answers.read_into(room):
+            while answers.read_into(buffer):
                 pass
 
-    asker = threading.Thread(target=ask, name="ask")
-    asker.start()
+    requester = threading.Thread(target=request, name="request")
+    requester.start()
     try:
         yield
     except BaseException as error:
         stop.set()
         threading.Thread(target=drain, name="drain", daemon=True).start()
-        asker.join()
-        if failures and isinstance(error, BlockcopyError):  # and not a signal
+        requester.join()
+        if failures and isinstance(error, BlockcopyError):  # not a signal
             raise failures[0] from None
         raise
-    asker.join()
+    requester.join()
     if failures:
         raise failures[0]

@@ -1,20 +1,19 @@
-"""Stage 2: the hash stream → what the source has and the destination does not. Reads; changes nothing.
+"""Stage 2: the hash stream → the block stream, from the source's blocks. Changes nothing.
 
-    InputStream → decoder → _Questions → _batches → run_ordered: Run.answer, in a lent buffer → OutputStream
+    InputStream → Decoder → _Responder → _batches → run_ordered: Request.answer, in a borrowed buffer → OutputStream
 
-Answers come in the order asked, and as soon as nothing more is at hand to be asked: a mount asks
-a few blocks and waits. (The original answers when 16 are queued. The bytes are the same.)
+Answers come in the order of the requests. They are sent as soon as no further request is at hand, because a mount
+sends few requests and waits. The original answers 16 requests at a time; the bytes are the same.
 
-The first message tells the form (see `wire`): `dgst` the extended one, `helo` the agreed one, in which
-what cannot be read, or is not there, is said and not passed over, and the next question is answered all
-the same.
+The first message selects the form (see `wire`): `dgst` the extended form, `helo` the negotiated form, any other the
+original form. In the negotiated form, unreadable or missing blocks are answered by `fail`.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Callable, NamedTuple, Union
+from typing import Any, Callable, NamedTuple, Union
 
 from blockcopy.block import identity
 from blockcopy.block.buffers import BufferPool
@@ -25,36 +24,40 @@ from blockcopy.block.unreadable import UnreadableRanges
 from blockcopy.errors import DeviceError, StreamError
 from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.protocol import digests, wire
+from blockcopy.protocol.compression import NO_COMPRESSION
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.digests import ORIGINAL
 from blockcopy.protocol.handshake import read_client, source_greeting
 from blockcopy.stage.compressors import Compressor, compressor_for
-from blockcopy.stage.delta import Run, Terms
+from blockcopy.stage.delta import Request, Terms
 from blockcopy.stage.pipeline import run_ordered
 from blockcopy.stage.streams import InputStream, Output, OutputStream
 
 
-class _Say(NamedTuple):
-    """What is sent as it is, in its turn."""
+class _Reply(NamedTuple):
+    """A ready answer, which is sent in its turn."""
 
     stream: bytes
     size: int = 0
 
-    def answer(self, source: Device, room: memoryview) -> list[Output]:
+    def answer(self, source: Device, buffer: memoryview) -> list[Output]:
+        """Return the reply. Has the signature of `Request.answer`."""
         return [self.stream]
 
 
-_Item = Union[Run, _Say]
+_Item = Union[Request, _Reply]
 
-_MOST_ITEMS = 64
-"""In one batch. Empty ones cost nothing to read, but each is answered."""
+_MAX_ITEMS = 64
+"""Maximum number of items in a batch. Items of no bytes need no reading, but each has an answer."""
 
 
 class _Answer(NamedTuple):
+    """The frames for one batch."""
+
     frames: list[Output]
-    room: memoryview  # what they are views of
-    end: int  # of what they are about; 0 where it is nothing
-    read: int  # bytes of that which are no hole
+    buffer: memoryview  # the frames may be views of the buffer
+    end: int  # offset behind the last requested byte; 0 if no bytes were requested
+    read: int  # requested bytes that are in no hole
 
 
 def retrieve(
@@ -66,39 +69,41 @@ def retrieve(
     progress: Progress | None = None,
     working: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> None:
-    """Answer the hash stream from `source`, packed as `compression` or the asker has it.
+    """Answer the hash stream from `source`. Returns after `done`.
 
-    `progress` is told the position answered, and how many bytes were sent. `working` makes what surrounds each
-    piece of work, in any thread: meanwhile the asker waits, and not we for the asker.
+    `compressor`: used unless the client's greeting asks for zstd. `progress`: gets the answered position and the
+    number of sent bytes. `working`: makes a context manager for each batch, in any worker thread. The client waits
+    for this stage within the context.
 
-    A stream that is cut short is an error after all that arrived was answered. So are blocks that cannot be read,
-    if the form has no word for them: the stream then ends without `done`, so that nobody takes it for the whole.
-    Errors: StreamError, DeviceError, OutputError; BlockcopyError for a digest that this host has not.
+    Earlier requests are answered before any error is raised. The output of a failed stage has no `done`.
+
+    Raises StreamError if `hashes` breaks off or is invalid. Raises DeviceError if blocks cannot be read and the form
+    has no `fail`. Raises OutputError if `output` fails, and BlockcopyError if this host lacks the digest.
     """
     buffers = BufferPool(PIECE_SIZE)
-    passing = source.exceeds_cache()
+    drops = source.exceeds_cache()
     progress = progress or Progress()
     size = source.size()
     position = sent = read = 0
 
     def answer(batch: list[_Item]) -> _Answer:
-        room, used, end, read = buffers.acquire(), 0, 0, 0
+        buffer, used, end, read = buffers.acquire(), 0, 0, 0
         frames: list[Output] = []
         with working():
             for item in batch:
-                frames += item.answer(source, room[used : used + item.size])
+                frames += item.answer(source, buffer[used : used + item.size])
                 used += item.size
-                if isinstance(item, Run):
+                if isinstance(item, Request):
                     end = item.piece.position + item.size
                     read += sum(extent.length for extent in item.piece.data)
-                    if passing:
+                    if drops:
                         source.drop_behind(item.piece.position, item.size)
-        return _Answer(frames, room, end, read)
+        return _Answer(frames, buffer, end, read)
 
     def send(answer: _Answer) -> None:
         nonlocal position, sent, read
         output.write(answer.frames)
-        buffers.release(answer.room)
+        buffers.release(answer.buffer)
         position = answer.end or position
         read += answer.read
         sent += sum(map(len, answer.frames))
@@ -106,9 +111,9 @@ def retrieve(
         progress.update(Counts(done, size, {"sent": sent}, skipped=max(0, done - read)))
 
     unreadable = UnreadableRanges()
-    questions = _Questions(source, output, compressor or Compressor(), unreadable)
+    responder = _Responder(source, output, compressor or Compressor(), unreadable)
     try:
-        run_ordered(_batches(_items(hashes, questions)), answer, send, wake=hashes.wake)
+        run_ordered(_batches(_items(hashes, responder)), answer, send, wake=hashes.wake)
     finally:
         output.release()
     if unreadable:
@@ -117,150 +122,154 @@ def retrieve(
     progress.finish()
 
 
-def _items(hashes: InputStream, questions: _Questions) -> Iterator[_Item | None]:
-    """What is to be answered, in order; None where nothing more is at hand for now."""
-    decoder = Decoder(wire.HASH_STREAM)
-    for message in decoder.messages(hashes.read_into):
+def _items(hashes: InputStream, responder: _Responder) -> Iterator[_Item | None]:
+    """Iterate over the items to answer, in order. Yields None if no further request is at hand."""
+    for message in Decoder(wire.HASH_STREAM).messages(hashes.read_into):
         if message is None:
             yield None
         else:
-            yield from questions.take(message)
+            yield from responder.take(message)
 
 
 def _batches(items: Iterator[_Item | None]) -> Iterator[list[_Item]]:
-    """Items of PIECE_SIZE bytes at most together, closed early where input runs dry."""
+    """Group items into batches of at most PIECE_SIZE bytes. A None ends a batch early."""
     batch: list[_Item] = []
     size = 0
     try:
         for item in items:
-            if batch and (item is None or size + item.size > PIECE_SIZE or len(batch) == _MOST_ITEMS):
+            if batch and (item is None or size + item.size > PIECE_SIZE or len(batch) == _MAX_ITEMS):
                 yield batch
                 batch, size = [], 0
             if item is not None:
                 batch.append(item)
                 size += item.size
     except StreamError:
-        if batch:  # all that arrived is answered before the error is told
+        if batch:  # earlier requests are answered before the error is raised
             yield batch
         raise
     if batch:
         yield batch
 
 
-class _Questions:
-    """Messages of the hash stream → what is to be answered. Knows what was agreed on so far."""
+class _Responder:
+    """Messages of the hash stream → items to answer. Keeps the terms that hold for the next message."""
 
     def __init__(
         self, source: Device, output: OutputStream, compressor: Compressor, unreadable: UnreadableRanges
     ) -> None:
-        """`unreadable` gets the blocks that cannot be read, where the asker has no word for them."""
+        """`unreadable`: collects blocks that cannot be read, if the client knows no `fail`."""
         self._source = source
         self._output = output
         self._pieces = PieceScanner(source)
-        self._compressor = compressor  # unless the asker wishes for another
-        self._original = self._terms = Terms(digests.named(ORIGINAL), compressor, unreadable)
-        self._first = True
-        self._position = 0  # where the last read of the source ended, for `hash`
+        self._compressor = compressor
+        self._hash_terms = self._terms = Terms(digests.named(ORIGINAL), compressor, unreadable)
+        self._is_first = True
+        self._position = 0  # end of the source's last read, for `hash`
+        self._answers: dict[wire.Kind, Callable[[Any], Iterable[_Item]]] = {
+            wire.Hash: self._hash,
+            wire.LegacyHash: self._legacy_hash,
+            wire.Rest: self._rest,
+            wire.DigestName: self._digest_name,
+            wire.Asks: self._asks,
+            wire.Zero: self._zero,
+            wire.Hello: self._hello,
+            wire.Fence: self._fence,
+            wire.Hole: self._hole,
+            wire.Done: lambda _: [],
+        }
 
     def take(self, message: wire.Message) -> Iterable[_Item]:
-        """StreamError for what does not belong where it stands, or cannot be answered."""
-        first, self._first = self._first, False
-        if isinstance(message, wire.Hash):
-            return self._hash(message)
-        if isinstance(message, wire.Asks):
-            return self._asks(message)
-        if isinstance(message, wire.Zero):
-            return self._zero(message)
-        if isinstance(message, wire.Fence):
-            self._need(self._terms.agreed, "`fenc` before `helo`")
-            return [_Say(wire.encode(message))]
-        if isinstance(message, wire.Hole):
-            self._need(self._terms.agreed, "`hole` before `helo`")
-            return self._holes(message)
-        if isinstance(message, wire.LegacyHash):
-            return self._legacy_hash(message)
-        if isinstance(message, wire.Rest):
-            return self._rest(message)
-        if isinstance(message, wire.Hello):
-            self._need(first or self._terms.agreed, "`helo` in mid-stream")
-            return [_Say(self._agree(message))]
-        if isinstance(message, wire.DigestName):
-            self._need(first, "`dgst` in mid-stream")
-            self._terms = self._terms._replace(digest=digests.named(message.name), joined=True)
-        return []
+        """Return the items that answer `message`. Raises StreamError if the message is out of place or invalid.
 
-    def _need(self, condition: bool, otherwise: str) -> None:
+        Call only after the items of the previous message were taken.
+        """
+        items = self._answers[type(message)](message)
+        self._is_first = False
+        return items
+
+    def _require(self, condition: bool, otherwise: str) -> None:
         if not condition:
             raise StreamError(otherwise)
 
-    def _agree(self, hello: wire.Hello) -> bytes:
-        """Adopt the terms of a client's greeting from now on. Returns the greeting that answers."""
-        name, spec = read_client(hello)
-        compressor = self._compressor if spec.method == "none" else compressor_for(spec, self._output)
-        self._original = self._original._replace(compressor=compressor, agreed=True)
-        self._terms = self._original._replace(digest=digests.named(name), joined=True)
-        return source_greeting(identity.source_identity(self._source), name, compressor.name)
+    def _digest_name(self, message: wire.DigestName) -> Iterable[_Item]:
+        self._require(self._is_first, "`dgst` in mid-stream")
+        self._terms = self._terms._replace(digest=digests.named(message.name), extended=True)
+        return []
 
-    def _hash(self, asked: wire.Hash) -> Iterable[_Item]:
-        position, size, digest = asked
+    def _hello(self, hello: wire.Hello) -> Iterable[_Item]:
+        """Adopt the terms of a client's greeting, and greet the client."""
+        self._require(self._is_first or self._terms.negotiated, "`helo` in mid-stream")
+        name, spec = read_client(hello)
+        compressor = self._compressor if spec == NO_COMPRESSION else compressor_for(spec, self._output)
+        self._hash_terms = self._hash_terms._replace(compressor=compressor, negotiated=True)
+        self._terms = self._hash_terms._replace(digest=digests.named(name), extended=True)
+        return [_Reply(source_greeting(identity.source_identity(self._source), name, compressor.name))]
+
+    def _fence(self, fence: wire.Fence) -> Iterable[_Item]:
+        self._require(self._terms.negotiated, "`fenc` before `helo`")
+        return [_Reply(wire.encode(fence))]
+
+    def _hash(self, message: wire.Hash) -> Iterable[_Item]:
+        position, size, digest = message
         self._position = max(position, min(position + size, self._source.size()))
         if size:
-            return [Run(self._pieces.piece(position, size, size), size, bytes(digest), self._original)]
-        if digest == self._original.digest.of_zeros(0):
+            return [Request(self._pieces.piece(position, size, size), size, bytes(digest), self._hash_terms)]
+        if digest == self._hash_terms.digest.of_zeros(0):
             return []
-        return [_Say(wire.frame_header(wire.Data, position, 0))]  # how the original is asked for a fence
+        return [_Reply(wire.frame_header(wire.Data, position, 0))]  # clients of the original use this as a fence
 
-    def _legacy_hash(self, asked: wire.LegacyHash) -> Iterable[_Item]:
+    def _legacy_hash(self, message: wire.LegacyHash) -> Iterable[_Item]:
         position = self._position
-        size = min(asked.size, self._source.size() - position)
-        self._need(size > 0, f"`hash` asks beyond the end of {self._source.path}, at {position}")
-        return self._hash(wire.Hash(position, size, asked.digest))
+        size = min(message.size, self._source.size() - position)
+        self._require(size > 0, f"`hash` asks beyond the end of {self._source.path}, at {position}")
+        return self._hash(wire.Hash(position, size, message.digest))
 
-    def _asks(self, asked: wire.Asks) -> Iterator[_Item]:
-        position, block_size, length, theirs = asked
-        self._need(self._terms.joined, "`asks` before `helo` or `dgst`")
+    def _asks(self, asks: wire.Asks) -> Iterator[_Item]:
+        position, block_size, length, view = asks
+        self._require(self._terms.extended, "`asks` before `helo` or `dgst`")
         size = self._terms.digest.size
         blocks = -(-length // block_size)
-        self._need(len(theirs) == blocks * size, f"`asks` with other digests than {self._terms.digest.name}")
+        self._require(len(view) == blocks * size, f"`asks` with other digests than {self._terms.digest.name}")
         step = PIECE_SIZE // block_size
-        theirs = bytes(theirs)  # the decoder needs its buffer while this is being answered
+        remote = bytes(view)  # the decoder reuses its buffer before the items are answered
         for block in range(0, blocks, step):
             at = block * block_size
             piece = self._pieces.piece(position + at, min(step * block_size, length - at), block_size)
-            yield Run(piece, block_size, theirs[block * size : (block + step) * size], self._terms)
+            yield Request(piece, block_size, remote[block * size : (block + step) * size], self._terms)
 
-    def _zero(self, asked: wire.Zero) -> Iterator[_Item]:
-        position, length = asked
-        self._need(self._terms.joined, "`zero` before `helo` or `dgst`")
+    def _zero(self, zero: wire.Zero) -> Iterator[_Item]:
+        position, length = zero
+        self._require(self._terms.extended, "`zero` before `helo` or `dgst`")
         end = min(position + length, self._source.size())
         for piece in self._pieces.pieces_with_data(position, end - position, BLOCK_SIZE):
             sizes = [min(BLOCK_SIZE, piece.length - at) for at in range(0, piece.length, BLOCK_SIZE)]
-            yield Run(piece, BLOCK_SIZE, b"".join(map(self._terms.digest.of_zeros, sizes)), self._terms)
+            yield Request(piece, BLOCK_SIZE, b"".join(map(self._terms.digest.of_zeros, sizes)), self._terms)
         beyond = max(position, end)
-        if self._terms.agreed and beyond < position + length:
+        if self._terms.negotiated and beyond < position + length:
             reason = f"cannot read at {beyond} of {self._source.path}: it is shorter than it was"
-            yield _Say(wire.encode(wire.Failure(beyond, reason)))
+            yield _Reply(wire.encode(wire.Failure(beyond, reason)))
 
-    def _rest(self, asked: wire.Rest) -> Iterator[_Item]:
-        at, end = asked.offset, self._source.size()
-        if not self._terms.joined:
+    def _rest(self, rest: wire.Rest) -> Iterator[_Item]:
+        at, end = rest.offset, self._source.size()
+        if not self._terms.extended:
             for position in range(at, end, PIECE_SIZE):
                 piece = self._pieces.piece(position, min(PIECE_SIZE, end - position), BLOCK_SIZE)
-                yield Run(piece, BLOCK_SIZE, None, self._terms)
+                yield Request(piece, BLOCK_SIZE, None, self._terms)
             self._position = max(at, end)
             return
         for piece in self._pieces.pieces_with_data(at, end - at, BLOCK_SIZE):
             if at < piece.position:
-                yield _Say(wire.encode(wire.Zero(at, piece.position - at)))
-            yield Run(piece, BLOCK_SIZE, None, self._terms)
+                yield _Reply(wire.encode(wire.Zero(at, piece.position - at)))
+            yield Request(piece, BLOCK_SIZE, None, self._terms)
             at = piece.position + piece.length
         if at < end:
-            yield _Say(wire.encode(wire.Zero(at, end - at)))
+            yield _Reply(wire.encode(wire.Zero(at, end - at)))
 
-    def _holes(self, asked: wire.Hole) -> Iterator[_Item]:
-        at, end = asked.position, min(asked.position + asked.length, self._source.size())
+    def _hole(self, hole: wire.Hole) -> Iterator[_Item]:
+        self._require(self._terms.negotiated, "`hole` before `helo`")
+        at, end = hole.position, min(hole.position + hole.length, self._source.size())
         while at < end:
             data = self._pieces.next_data(at)
             if at < data.offset:
-                yield _Say(wire.encode(wire.Hole(at, min(data.offset, end) - at)))
+                yield _Reply(wire.encode(wire.Hole(at, min(data.offset, end) - at)))
             at = data.end

@@ -1,4 +1,4 @@
-"""Stage 3: the block stream → the destination. The only stage that writes to a device."""
+"""Stage 3: the block stream → the destination. `save` and `receive` write; no other stage does."""
 
 from __future__ import annotations
 
@@ -14,44 +14,47 @@ from blockcopy.protocol import wire, xz, zstd
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.stage.streams import InputStream
 
-_MOST_ZEROS = 64 * 1024 * 1024
-"""Bytes of zeros that are written as one."""
+_MAX_ZEROS = 64 * 1024 * 1024
+"""Bytes after which joined zeros are written."""
 
 
 def save(
     destination: Destination, blocks: InputStream, *, sparse: bool = True, progress: Progress | None = None
 ) -> None:
-    """Write each block of the stream, then sync. The destination is never shortened.
+    """Write the block stream to `destination`, then sync. The destination is never shortened.
 
-    Zeros become holes where the destination can have some, unless not `sparse`. A stream that is cut
-    short, or wrong, is an error, but all that came before it is written and synced. Errors: StreamError,
-    DeviceError; BlockcopyError for a compression that this host has not. `progress` is told the bytes written;
-    how many there will be, nobody knows.
+    `sparse`: zeros become holes if the destination can have holes. `progress`: gets the written bytes, without a
+    total. If the stream breaks off or is invalid, all earlier blocks are still written and synced.
+
+    Raises StreamError for the stream, and DeviceError for the destination. Raises BlockcopyError if this host lacks
+    the stream's compression.
     """
     progress = progress or Progress()
-    decoder = Decoder(wire.BLOCK_STREAM)
     with Writer(destination, sparse, progress) as writer:
-        for message in decoder.messages(blocks.read_into):
+        for message in Decoder(wire.BLOCK_STREAM).messages(blocks.read_into):
             if message is not None:
                 writer.take(message)
     progress.finish()
 
 
 class Writer:
-    """Writes what a block stream says, for as long as it is entered; then that is synced, and where it was."""
+    """A context manager that writes messages to a destination, and syncs it at exit. Not thread-safe.
+
+    Exit raises DeviceError if the sync fails, or if the destination's path leads elsewhere by then.
+    """
 
     def __init__(
         self, destination: Destination, sparse: bool, progress: Progress, *, size: int | None = None
     ) -> None:
-        """`size`: bytes that the source has by its own word, where it gave one. Nothing is written beyond."""
+        """Write zeros as holes if `sparse`. Nothing is written beyond `size`, the source's bytes, if known."""
         self._destination = destination
         self._progress = progress
         self._done = self._zeros = 0
-        # A hole as large as many is made as fast as one of them.
-        self._unwritten_zeros = ExtentJoiner(self._write_zeros, max_length=_MOST_ZEROS)
+        # One large hole takes no longer than one small hole.
+        self._unwritten_zeros = ExtentJoiner(self._write_zeros, max_length=_MAX_ZEROS)
         self._sparse = sparse
         self._write_behind = WriteBehind(destination, sequential=True)
-        self._own_size = destination.size() if destination.is_block_device else None
+        self._device_size = destination.size() if destination.is_block_device else None
         self._source_size = size
 
     def __enter__(self) -> Writer:
@@ -69,12 +72,16 @@ class Writer:
         try:
             self._destination.sync()
         except DeviceError:
-            with contextlib.suppress(DeviceError):  # the next run would find equal in the cache what no disk has
+            with contextlib.suppress(DeviceError):  # else the next run finds unsynced blocks equal in the cache
                 self._destination.drop_cache()
             raise
 
     def take(self, message: wire.Message) -> None:
-        """Write what it is about, if it is about anything."""
+        """Write the bytes of a frame or a `zero`. Other messages are ignored.
+
+        Raises StreamError if the bytes lie beyond the source's size, or if the payload is damaged. Raises
+        DestinationRefusedError if the device is too small, and DeviceError if the write fails.
+        """
         if isinstance(message, wire.Zero):
             self._check_fits(*message)
             self._unwritten_zeros.add(Extent(*message))
@@ -93,8 +100,8 @@ class Writer:
         self._written(Extent(message.position, len(payload)))
 
     def _write_zeros(self, extent: Extent) -> None:
-        if self._own_size is None and self._sparse and extent.end > self._destination.size():
-            self._destination.grow(extent.end)  # a hole that is punched makes no file longer
+        if self._device_size is None and self._sparse and extent.end > self._destination.size():
+            self._destination.grow(extent.end)  # punching a hole does not make a file longer
         self._destination.write_zeros(*extent, sparse=self._sparse)
         self._zeros += extent.length
         self._written(extent)
@@ -107,11 +114,11 @@ class Writer:
     def _check_fits(self, position: int, size: int) -> None:
         if self._source_size is not None and position + size > self._source_size:
             raise StreamError(
-                f"the source sent {size} bytes for position {position}, and has {self._source_size} bytes by its "
-                "own word. Nothing of these was written"
+                f"the source sent {size} bytes for position {position}, but declared a size of "
+                f"{self._source_size} bytes. None of these bytes were written"
             )
-        if self._own_size is not None and position + size > self._own_size:
+        if self._device_size is not None and position + size > self._device_size:
             raise DestinationRefusedError(
-                f"{self._destination.path} is too small: it has {self._own_size} bytes, and the source sent "
+                f"{self._destination.path} is too small: it has {self._device_size} bytes, and the source sent "
                 f"{size} for position {position}. All before was written"
             )

@@ -1,4 +1,4 @@
-"""The two ends of a stage: the stream that it reads and the stream that it writes, on pipes."""
+"""The two ends of a stage: the input stream that it reads, and the output stream that it writes. Usually pipes."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from blockcopy.block.device import Device
 from blockcopy.errors import DeviceError, OutputError, StreamError
 
 PIPE_SIZE = 1024 * 1024
-"""What a pipe is enlarged to: the default of 64 KiB costs a wake-up for half a block."""
+"""Bytes that pipes are enlarged to. The default of 64 KiB costs two wake-ups a block."""
 
 
 class InputStream:
-    """The bytes of a descriptor as they come, for one reader thread; `wake` ends its waiting."""
+    """The bytes of file descriptor `fd`, as they arrive. One thread reads; any thread may call `wake`."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._rest = memoryview(b"")  # was read, and not given to anybody yet
+        self._rest = memoryview(b"")  # bytes that were read ahead
         enlarge_pipe(fd)
         self._wake_read, self._wake_write = os.pipe()
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
         self._poll.register(self._wake_read, select.POLLIN)
         self.noise = b""
-        """The bytes that `skip_past` has passed over so far. Thread-safe."""
+        """The bytes that `skip_past` has skipped so far. Thread-safe."""
 
     def __enter__(self) -> InputStream:
         return self
@@ -42,11 +42,14 @@ class InputStream:
         os.close(self._wake_write)
 
     def wake(self) -> None:
-        """From any thread: what is read from now on is the end of the stream."""
+        """Interrupt the reader: all reads return 0 from now on, as at the end of the stream. Thread-safe."""
         os.write(self._wake_write, b"x")
 
     def read_into(self, buffer: memoryview) -> int:
-        """What has arrived, as far as `buffer` has room, waiting for at least one byte: how many; 0 at the end."""
+        """Read available bytes into `buffer`, after waiting for at least one byte.
+
+        Returns the number of bytes, 0 at the end. Raises StreamError if the read fails.
+        """
         if self._rest:
             count = min(len(self._rest), len(buffer))
             buffer[:count] = self._rest[:count]
@@ -60,18 +63,17 @@ class InputStream:
         except OSError as error:
             raise StreamError(f"cannot read the input: {error.strerror}") from error
 
-    def skip_past(self, mark: bytes, most: int) -> bool:
-        """Pass over all that comes before `mark`, which is kept as `noise`, and over the mark. Returns False if
-        the stream ends without it.
+    def skip_past(self, mark: bytes, max_noise: int) -> bool:
+        """Skip everything up to and including `mark`. The bytes before the mark are kept in `noise`.
 
-        Raises StreamError for more than about `most` bytes of noise.
+        Returns False if the stream ends without the mark. Raises StreamError after about `max_noise` bytes.
         """
         received = bytearray()
         buffer = memoryview(bytearray(4096))
         while (at := received.find(mark)) < 0:
             self.noise = bytes(received)
-            if len(received) > most:
-                raise StreamError(f"more than {most} bytes were printed before the stream began")
+            if len(received) > max_noise:
+                raise StreamError(f"more than {max_noise} bytes were printed before the stream began")
             count = self.read_into(buffer)
             if not count:
                 return False
@@ -81,51 +83,54 @@ class InputStream:
         return True
 
 
-class FromDevice(NamedTuple):
-    """`header`, then `length` bytes at `offset` of `device`, to be sent without being looked at."""
+class DeviceFrame(NamedTuple):
+    """A frame that goes from the device to the pipe unread: `header`, then `length` bytes at `offset`."""
 
     device: Device
     offset: int
     length: int
     header: bytes
-    instead: Callable[[], Sequence[Output]]
-    """Returns what is sent if not all of these bytes can be had. Nothing was sent then, the header neither."""
+    fallback: Callable[[], Sequence[Output]]
+    """Returns what to send instead if the device cannot give all bytes. Nothing was sent then."""
 
     def __len__(self) -> int:
+        """Return the number of bytes on the wire."""
         return len(self.header) + self.length
 
 
-Output = Union[Buffer, FromDevice]
+Output = Union[Buffer, DeviceFrame]
+"""Bytes to send."""
 
 
-GONE = "whoever reads the output has gone away"
+READER_GONE = "whoever reads the output has gone away"
+"""Message for a closed pipe."""
 
 
 class OutputStream:
-    """A descriptor that is written in full or not at all."""
+    """A stream to file descriptor `fd`, for one thread. Each write is complete or an error."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._splices = hasattr(os, "splice")  # since Python 3.10; until it is found that this is no pipe
-        self._way: tuple[int, int] | None = None  # a pipe of our own: its two ends
+        self._splices = hasattr(os, "splice")  # Python 3.10 or later; False once `fd` proves to be no pipe
+        self._pipe: tuple[int, int] | None = None  # our pipe between device and `fd`: read end, write end
         self.seconds_per_byte = 0.0
-        """What writing took of late: little where a pipe has room, and its reader's pace where that is slow."""
+        """Recent time of writing one byte. Small if the pipe has room, else the pace of a slow reader."""
         enlarge_pipe(fd)
 
     def write(self, outputs: Sequence[Output]) -> None:
-        """All of `outputs`, in order. OutputError where the reader went away or the disk is full."""
+        """Write all of `outputs`, in order. Raises OutputError if the reader is gone or the disk is full."""
         started = time.perf_counter()
         size = sum(map(len, outputs))
-        for is_device, group in itertools.groupby(outputs, key=lambda output: isinstance(output, FromDevice)):
+        for is_device, group in itertools.groupby(outputs, key=lambda output: isinstance(output, DeviceFrame)):
             if is_device:
                 for each in group:
-                    if isinstance(each, FromDevice):
+                    if isinstance(each, DeviceFrame):
                         self._send(each)
             else:
-                self._write([memoryview(each) for each in group if not isinstance(each, FromDevice)])
+                self._write([memoryview(each) for each in group if not isinstance(each, DeviceFrame)])
         if size:
             seconds = time.perf_counter() - started
-            self.seconds_per_byte += (seconds / size - self.seconds_per_byte) * min(1, size / _OF_LATE)
+            self.seconds_per_byte += (seconds / size - self.seconds_per_byte) * min(1, size / _RECENT_BYTES)
 
     def _write(self, views: list[memoryview]) -> None:
         try:
@@ -133,7 +138,7 @@ class OutputStream:
                 try:
                     written = os.writev(self._fd, views[:1024])
                 except BlockingIOError:
-                    self._await_room()
+                    self._await_writable()
                     continue
                 while views and written >= len(views[0]):
                     written -= len(views.pop(0))
@@ -142,88 +147,89 @@ class OutputStream:
         except OSError as error:
             raise self._error(error) from error
 
-    def _await_room(self) -> None:
-        """Return when more can be written to a descriptor that does not block: others may share it with us."""
-        room = select.poll()
-        room.register(self._fd, select.POLLOUT)
-        room.poll()
+    def _await_writable(self) -> None:
+        """Wait until a non-blocking descriptor is writable. Another process may have made it non-blocking."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        poll.poll()
 
     def release(self) -> None:
-        """Close what writing needed. The descriptor itself stays open."""
-        way, self._way = self._way, None
-        for fd in way or ():
+        """Close the internal pipe. The descriptor itself stays open."""
+        pipe, self._pipe = self._pipe, None
+        for fd in pipe or ():
             os.close(fd)
 
-    def _send(self, stretch: FromDevice) -> None:
-        if self._splices and self._fill(stretch):
-            self._write([memoryview(stretch.header)])
-            self._pour(stretch.length)
+    def _send(self, frame: DeviceFrame) -> None:
+        if self._splices and self._fill(frame):
+            self._write([memoryview(frame.header)])
+            self._pour(frame.length)
             return
         try:
-            data = stretch.device.read(stretch.offset, stretch.length)
+            data = frame.device.read(frame.offset, frame.length)
         except DeviceError:
-            self.write(stretch.instead())
+            self.write(frame.fallback())
         else:
-            self._write([memoryview(stretch.header), memoryview(data)])
+            self._write([memoryview(frame.header), memoryview(data)])
 
-    def _fill(self, stretch: FromDevice) -> bool:
-        """Move the bytes into a pipe of our own, without a copy, before a header promises them to the reader.
+    def _fill(self, frame: DeviceFrame) -> bool:
+        """Splice the frame's bytes into our pipe, before its header promises them to the reader.
 
-        Returns False if they cannot be had so. What is wrong with the device, reading tells.
+        Returns False if the device does not give all bytes. A read reports the reason then.
         """
-        if self._way is None:
-            self._way = os.pipe()
-            enlarge_pipe(self._way[1])
-        device, offset, length, *_ = stretch
+        if self._pipe is None:
+            self._pipe = os.pipe()
+            enlarge_pipe(self._pipe[1])
+        device, offset, length, *_ = frame
         end = offset + length
         with contextlib.suppress(OSError):
-            while offset < end and (count := device.splice_to(self._way[1], offset, end - offset)):
+            while offset < end and (count := device.splice_to(self._pipe[1], offset, end - offset)):
                 offset += count
         if offset < end:
-            self._skip(length - (end - offset))
+            self._drain(length - (end - offset))
         return offset == end
 
-    def _skip(self, count: int) -> None:
-        while self._way is not None and count:
-            count -= len(os.read(self._way[0], count))
+    def _drain(self, count: int) -> None:
+        """Discard `count` bytes of our pipe."""
+        while self._pipe is not None and count:
+            count -= len(os.read(self._pipe[0], count))
 
     def _pour(self, length: int) -> None:
-        """Pass on what is in the pipe."""
-        while self._way is not None and length:
+        """Pass `length` bytes of our pipe on to the reader."""
+        while self._pipe is not None and length:
             try:
-                length -= os.splice(self._way[0], self._fd, length)
+                length -= os.splice(self._pipe[0], self._fd, length)
             except BlockingIOError:
-                self._await_room()
+                self._await_writable()
             except OSError as error:
                 if error.errno in (errno.EPIPE, errno.ECONNRESET):
                     raise self._error(error) from error
-                self._splices = False  # nothing that can be spliced to: from now on all is read
-                data = os.read(self._way[0], length)
+                self._splices = False  # `fd` takes no splice: everything is read from now on
+                data = os.read(self._pipe[0], length)
                 self._write([memoryview(data)])
                 length -= len(data)
 
     @staticmethod
     def _error(error: OSError) -> OutputError:
         if error.errno in (errno.EPIPE, errno.ECONNRESET):
-            return OutputError(GONE)
+            return OutputError(READER_GONE)
         return OutputError(f"cannot write the output: {error.strerror}")
 
 
-_OF_LATE = 4 * 1024 * 1024
-"""Bytes after which what was before counts for little."""
+_RECENT_BYTES = 4 * 1024 * 1024
+"""Bytes after which earlier writes hardly count in `seconds_per_byte`."""
 
 
 def enlarge_pipe(fd: int) -> None:
-    """Give a pipe PIPE_SIZE bytes where that is allowed; anything else stays as it is."""
+    """Enlarge the pipe `fd` to PIPE_SIZE bytes if the user's limit permits. Does nothing if `fd` is no pipe."""
     set_pipe_size = getattr(fcntl, "F_SETPIPE_SZ", 1031)  # Python 3.9 does not name it
     try:
         if fcntl.fcntl(fd, set_pipe_size + 1) < PIPE_SIZE:  # F_GETPIPE_SZ
             fcntl.fcntl(fd, set_pipe_size, PIPE_SIZE)
     except OSError:
-        return  # no pipe, or above the user's limit: slower, not wrong
+        return  # no pipe, or above the user's limit: slower, but correct
 
 
 def refuse_terminal(fd: int) -> None:
-    """A stage's output is not for eyes: BlockcopyError where `fd` is a terminal."""
+    """Raise OutputError if `fd` is a terminal: a stage's output is binary."""
     if os.isatty(fd):
-        raise OutputError("the output is a terminal; binary data goes into a pipe or a file")
+        raise OutputError("the output is a terminal; send binary data into a pipe or a file")

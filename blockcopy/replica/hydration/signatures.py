@@ -5,19 +5,16 @@ Holes are not read, and zeros are not hashed: the digest of zeros is known.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from blockcopy.block.device import Device
-from blockcopy.block.geometry import Extent, Geometry, block_runs
-from blockcopy.block.pieces import PIECE_SIZE, Piece, PieceScanner
+from blockcopy.block.geometry import Geometry, block_runs
+from blockcopy.block.pieces import PIECE_SIZE, PieceScanner
 from blockcopy.block.unreadable import UnreadableRanges
-from blockcopy.errors import DeviceError
 from blockcopy.protocol.digests import Digest
 from blockcopy.protocol.wire import MAX_ASKED
 from blockcopy.replica.source.dialects import Signatures
-
-_own = threading.local()
+from blockcopy.stage.signature import digest_piece
 
 
 def read_signatures(
@@ -63,42 +60,6 @@ def _digests(
     step = PIECE_SIZE // block_size * block_size
     for position in range(offset, end, step):
         piece = pieces.piece(position, min(step, end - position), block_size)
-        view = piece.view(device)
-        if view is not None:
-            try:
-                found = _digests_of(piece, view, block_size, digest, {})
-            finally:
-                is_valid = piece.release_view(device)
-            if is_valid:
-                yield from found
-                continue
-        buffer = _buffer()
-        count, errors = piece.read_skipping_errors(device, buffer, block_size)
-        for at, error in errors.items():
-            unreadable.add(Extent(*piece.block(at, block_size)[:2]), str(error))
-        if count < piece.length:  # bytes beyond the end are no hole
-            raise DeviceError(
-                f"cannot read {piece.length} bytes at {position} of {device.path}: "
-                f"it is shorter than it was, and ends after {count}"
-            )
-        yield from _digests_of(piece, buffer, block_size, digest, errors)
-
-
-def _digests_of(
-    piece: Piece, data: memoryview, block_size: int, digest: Digest, errors: Mapping[int, DeviceError]
-) -> list[bytes]:
-    found = []
-    for index, (size, block) in enumerate(piece.blocks(data, block_size)):
-        if index * block_size in errors:
-            found.append(digest.impossible)
-        else:
-            found.append(digest.of_zeros(size) if block is None else digest(block))
-    return found
-
-
-def _buffer() -> memoryview:
-    """Return the buffer of this thread. Each thread has one, for as long as the thread lives."""
-    if not hasattr(_own, "buffer"):
-        _own.buffer = memoryview(bytearray(PIECE_SIZE))
-    found: memoryview = _own.buffer
-    return found
+        found = digest_piece(device, piece, block_size, digest, unreadable)
+        for at, each in zip(range(0, piece.length, block_size), found, strict=True):
+            yield each or digest.of_zeros(min(block_size, piece.length - at))
