@@ -77,8 +77,8 @@ def retrieve(
 
     Earlier requests are answered before any error is raised. The output of a failed stage has no `done`.
 
-    Raises StreamError if `hashes` breaks off or is invalid. Raises DeviceError if blocks cannot be read and the form
-    has no `fail`. Raises OutputError if `output` fails, and BlockcopyError if this host lacks the digest.
+    Raises StreamError if `hashes` breaks off or is invalid. Raises DeviceError if blocks cannot be read and
+    the form has no `fail`. Raises OutputError if `output` fails, and BlockcopyError if this host lacks the digest.
     """
     buffers = BufferPool(PIECE_SIZE)
     drops = source.exceeds_cache()
