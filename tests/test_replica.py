@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,26 +167,33 @@ async def read_at_random(replica: Replica, source: bytes, seed: int, count: int)
 # The bytes that are read
 
 
+ENDS = {
+    "nearly equal": (DATA, OLD),
+    "equal": (DATA, DATA),
+    "empty": (DATA, b""),
+    "absent": (DATA, None),
+    "shorter": (DATA, OLD[: 5 * BLOCK_SIZE + 77]),
+    "longer": (DATA[: 5 * BLOCK_SIZE + 77], OLD),
+    "longer by whole blocks": (DATA[: 8 * BLOCK_SIZE], OLD),
+    "source empty": (b"", OLD),
+    "source empty, destination absent": (b"", None),
+    "one byte": (b"x", b"y"),
+    "last block of one byte": (DATA[: BLOCK_SIZE + 1], OLD[: BLOCK_SIZE + 1]),
+}
+"""Source and destination."""
+
+
 @pytest.mark.parametrize(
-    ("source", "old"),
+    ("ends", "program", "hydrate"),
     [
-        pytest.param(DATA, OLD, id="nearly equal"),
-        pytest.param(DATA, DATA, id="equal"),
-        pytest.param(DATA, b"", id="empty"),
-        pytest.param(DATA, None, id="absent"),
-        pytest.param(DATA, OLD[: 5 * BLOCK_SIZE + 77], id="shorter"),
-        pytest.param(DATA[: 5 * BLOCK_SIZE + 77], OLD, id="longer"),
-        pytest.param(DATA[: 8 * BLOCK_SIZE], OLD, id="longer by whole blocks"),
-        pytest.param(b"", OLD, id="source empty"),
-        pytest.param(b"", None, id="source empty, destination absent"),
-        pytest.param(b"x", b"y", id="one byte"),
-        pytest.param(DATA[: BLOCK_SIZE + 1], OLD[: BLOCK_SIZE + 1], id="last block of one byte"),
+        *((ends, None, True) for ends in ENDS),
+        *zip(ENDS, cycle([None, support.QUEUEING]), cycle([False, True]), strict=False),
     ],
 )
-@pytest.mark.parametrize(("program", "hydrate"), [(None, True), (None, False), (support.QUEUEING, True)])
 def test_reads_are_the_source_before_during_and_after(
-    source: bytes, old: bytes | None, program: str | None, hydrate: bool, tmp_path: Path
+    ends: str, program: str | None, hydrate: bool, tmp_path: Path
 ) -> None:
+    source, old = ENDS[ends]
     destination = tmp_path / "destination"
     if old is not None:
         destination.write_bytes(old)
@@ -671,9 +679,7 @@ def test_leaving_in_mid_pass_gives_waiting_readers_an_error(tmp_path: Path) -> N
 FAULTS = ["die", "garble", "misplace", "oversize", "short"]
 
 
-@pytest.mark.parametrize("hydrate", [False, True])
-@pytest.mark.parametrize("answer", [1, 2, 5])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("fault", "answer", "hydrate"), support.pairwise(FAULTS, [1, 2, 5], [False, True]))
 def test_a_fault_is_made_good_by_another_connection(fault: str, answer: int, hydrate: bool, tmp_path: Path) -> None:
     source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
     program = f"{support.FAULTY} --{fault}-at {answer} --once {tmp_path}/it-happened"
@@ -693,10 +699,7 @@ def test_a_fault_is_made_good_by_another_connection(fault: str, answer: int, hyd
     assert destination.read_bytes() == DATA
 
 
-@pytest.mark.parametrize(
-    ("answer", "hydrate"), [(1, False), (3, False), (36, False), (37, False), (38, False), (36, True), (37, True)]
-)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("fault", "answer", "hydrate"), support.pairwise(FAULTS, [1, 3, 36, 38], [False, True]))
 def test_a_fault_gives_errors_and_never_wrong_bytes(fault: str, answer: int, hydrate: bool, tmp_path: Path) -> None:
     """In the original form, at the same answer of each connection, for readers that do not wait.
 

@@ -13,7 +13,7 @@ import pytest
 import support
 import trio
 import trio.testing
-from support import written
+from support import pairwise, written
 
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.geometry import BLOCK_SIZE, Geometry
@@ -33,7 +33,10 @@ ENDING_FAULTS = [fault for fault in FAULTS if fault != "short"]
 """Those that end the connection; a block that came short is the error of its batch alone."""
 
 
-@pytest.fixture(params=["ours", "ours in the original form", "stand-in", "original"])
+PROGRAMS = ["ours", "ours in the original form", "stand-in", "original"]
+
+
+@pytest.fixture(params=PROGRAMS)
 def program(request: pytest.FixtureRequest) -> str | None:
     """The --blockcopy-path of each `retrieve` there is; None is asked in the agreed form."""
     if request.param == "ours in the original form":
@@ -213,8 +216,11 @@ def test_an_ask_that_is_cancelled_takes_no_answer_from_the_others(source: Path, 
     trio.run(main)
 
 
-@pytest.mark.parametrize("size", [1, 2, BLOCK_SIZE + 1, BLOCK_SIZE + 2, 2 * BLOCK_SIZE, 17 * BLOCK_SIZE + 1])
-@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize(
+    ("size", "program", "equal"),
+    pairwise([1, 2, BLOCK_SIZE + 1, BLOCK_SIZE + 2, 2 * BLOCK_SIZE, 17 * BLOCK_SIZE + 1], PROGRAMS, [True, False]),
+    indirect=["program"],
+)
 def test_the_last_block_may_be_of_any_length(size: int, equal: bool, tmp_path: Path, program: str | None) -> None:
     data = support.noise(size)
     questions = [question(data, block, equal=equal) for block in range(Geometry(size).block_count)]
@@ -264,8 +270,11 @@ def test_what_crosses_the_pipes_is_counted(source: Path, program: str | None) ->
 # A source that changes
 
 
-@pytest.mark.parametrize("size", [0, 1, 5 * BLOCK_SIZE, 5 * BLOCK_SIZE + 1, len(DATA) - 1])
-@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize(
+    ("size", "program", "equal"),
+    pairwise([0, 1, 5 * BLOCK_SIZE, 5 * BLOCK_SIZE + 1, len(DATA) - 1], PROGRAMS, [True, False]),
+    indirect=["program"],
+)
 def test_a_source_that_was_truncated_is_no_equal_one(
     size: int, equal: bool, source: Path, program: str | None
 ) -> None:

@@ -413,13 +413,16 @@ def by_push(tmp_path: Path, source: Path, destination: Path) -> None:
     sync("-e", shell, source, f"here:{destination}")
 
 
-WRITERS = [by_no_state, by_another_state, by_save, by_push]
-
-
 @pytest.mark.parametrize(
     ("between", "kept"),
-    [(writer, kept) for writer in WRITERS for kept in ("default", "elsewhere")]
-    + [(by_the_default_state, "elsewhere")],
+    [
+        (by_no_state, "default"),
+        (by_another_state, "default"),
+        (by_another_state, "elsewhere"),
+        (by_save, "elsewhere"),
+        (by_push, "elsewhere"),
+        (by_the_default_state, "elsewhere"),
+    ],
 )
 def test_what_another_source_wrote_between_ends_the_record(
     between: Callable[..., None], kept: str, source: Path, device: Path, tmp_path: Path, mount: Mounter
