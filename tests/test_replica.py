@@ -19,6 +19,7 @@ import support
 import trio
 import trio.testing
 
+from blockcopy.block.destination import Destination
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import BLOCK_SIZE, Extent, Geometry
 from blockcopy.block.identity import Times
@@ -1031,6 +1032,47 @@ def test_a_last_sync_that_fails_drops_the_cache_and_the_record(
         trio.run(fails)
     trio.run(again)
     assert destination.read_bytes() == DATA
+
+
+# Who writes
+
+
+def test_only_the_writer_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads, read-ahead, background hydration, prefetch, verification, a sync that fails: no other writes."""
+    writers: set[str] = set()
+
+    def watch(name: str) -> None:
+        real = getattr(Destination, name)
+
+        def method(device: Destination, *args: Any, **options: Any) -> None:
+            writers.add(sys._getframe(1).f_globals["__name__"])
+            real(device, *args, **options)
+
+        monkeypatch.setattr(Destination, name, method)
+
+    async def main() -> None:
+        source = file_of(tmp_path, "source", DATA[: 20 * BLOCK_SIZE] + bytes(20 * BLOCK_SIZE))
+        destination = file_of(tmp_path, "destination", OLD)
+        async with replica_of(plan_of(source, destination, limit=SLOW, verify=True)) as replica:
+            for block in (3, 4, 5, 30):
+                assert await read_block(replica, block, of=source.read_bytes())
+            await replica.prefetch([Extent(10 * BLOCK_SIZE, 1)])
+            with monkeypatch.context() as patch:
+                patch.setattr(Device, "sync", failing_sync)
+                with pytest.raises(DeviceError):
+                    await replica.commit()
+            replica.throttle.limit = None
+            await replica.wait_complete()
+        assert destination.read_bytes() == source.read_bytes()
+
+    def failing_sync(device: Device) -> None:
+        raise DeviceError("the write-back failed")
+
+    monkeypatch.setattr(committer, "_SECONDS", NEVER)
+    watch("write")
+    watch("write_zeros")
+    trio.run(main)
+    assert writers - {"blockcopy.block.device"} == {"blockcopy.replica.hydration.writer"}
 
 
 # What is told

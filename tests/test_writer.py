@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from blockcopy.replica.hydration.signatures import read_signatures
 from blockcopy.replica.hydration.writer import Writer
 from blockcopy.replica.state.blockmap import BlockMap
 
+CHECKOUT = Path(__file__).resolve().parent.parent
 SIZE = 20 * BLOCK_SIZE + 1000
 DIGEST = digests.named("sha256")
 
@@ -172,6 +174,21 @@ def test_what_the_pass_has_read_of_a_large_device_does_not_stay_in_the_cache(
         assert dropped == []
         read_signatures(device, Geometry(SIZE), [3, 4, 9], DIGEST, UnreadableRanges(), drop_behind=True)
     assert dropped == [(3 * BLOCK_SIZE, 2 * BLOCK_SIZE), (9 * BLOCK_SIZE, BLOCK_SIZE)]
+
+
+def test_no_other_module_of_the_replica_calls_what_writes() -> None:
+    """In any module that has a device at all. `test_only_the_writer_writes` watches a whole run."""
+    found = set()
+    for path in (CHECKOUT / "blockcopy" / "replica").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                device = ast.unparse(node.func.value).rpartition(".")[2].strip("_")
+                if node.func.attr == "write_zeros" or (
+                    node.func.attr in ("write", "grow")
+                    and device in ("device", "destination", "existing", "opened")
+                ):
+                    found.add(path.name)
+    assert found == {"writer.py"}
 
 
 def test_nothing_is_synced_twice() -> None:

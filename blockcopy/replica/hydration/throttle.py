@@ -88,7 +88,7 @@ class Throttle:
 
     def _has_room(self) -> bool:
         max_blocks = _YIELDING_BLOCKS if self._yields else self._window.blocks
-        return self._in_flight + self.batch_blocks <= max_blocks or not self._in_flight
+        return self._in_flight + self.batch_blocks <= max_blocks
 
     def _recheck_at(self) -> float:
         """Return when time alone can change the answer of `admit`, in trio's time."""
