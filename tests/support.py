@@ -251,8 +251,9 @@ class Mount:
         return json.loads((self.point / "status.json").read_bytes())  # type: ignore[no-any-return]
 
     def wait(self) -> None:
-        done = run("wait", self.point)
-        assert done.returncode == 0, done.stderr.decode()
+        """Wait until the copy is complete, as `blockcopy wait` does."""
+        until(lambda: self.status()["state"] in ("complete", "failed"), "the end of the copy")
+        assert self.status()["state"] == "complete", self.status()["error"]
 
     def umount(self) -> None:
         done = run("umount", self.point)

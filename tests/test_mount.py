@@ -275,8 +275,13 @@ def test_qemu_img_finds_its_size_and_contents(mount: Mounter, source: Path, dest
 # Sizes
 
 
-@pytest.mark.parametrize("size", [0, 1, 511, BLOCK_SIZE + 1, 17 * BLOCK_SIZE + 4711])
-@pytest.mark.parametrize("queueing", [False, True], ids=["ours", "queueing"])
+@pytest.mark.parametrize(
+    ("size", "queueing"),
+    [
+        *((0, False), (1, True), (511, False), (BLOCK_SIZE + 1, True)),
+        *((17 * BLOCK_SIZE + 4711, queueing) for queueing in (False, True)),
+    ],
+)
 def test_sources_of_any_size(mount: Mounter, tmp_path: Path, size: int, queueing: bool) -> None:
     source = written(tmp_path / "source", DATA[:size])
     mounted = mount(source, tmp_path / "copy", program=QUEUEING if queueing else None)
@@ -695,5 +700,5 @@ def test_wait_tells_of_a_mount_that_went_away(mount: Mounter, source: Path, dest
         until(lambda: "nanosleep" in wchan.read_text(), "its first look")
         os.kill(pid, signal.SIGTERM)
         _, said = waiting.communicate(timeout=10)
-    failed(waiting, 75)
+    assert waiting.returncode == 75, said
     assert f"{mounted.point} went away before the copy was complete" in said.decode()

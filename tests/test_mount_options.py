@@ -87,10 +87,24 @@ def test_what_is_the_default_anyway_is_kept_from_libfuse() -> None:
     assert options.parse(["atime,noexec"]).fuse == {"noexec"}
 
 
-@pytest.mark.parametrize("option", sorted(options.FLAGS - {"auto_unmount"}))
-def test_each_flag_is_one_that_can_be_used(mount: Mounter, source: Path, destination: Path, option: str) -> None:
+TOGETHER = [
+    {"allow_other", "default_permissions", "ro", "noexec", "nosuid", "nodev", "sync", "dirsync", "noatime"},
+    {"allow_root", "exec", "suid", "dev", "async", "atime"},
+    {"debug"},
+]
+"""Flags that do not contradict each other."""
+
+
+def test_no_flag_is_left_out() -> None:
+    assert set().union(*TOGETHER) == options.FLAGS - {"auto_unmount"}
+
+
+@pytest.mark.parametrize("flags", TOGETHER, ids=lambda flags: ",".join(sorted(flags)))
+def test_each_flag_is_one_that_can_be_used(
+    mount: Mounter, source: Path, destination: Path, flags: set[str]
+) -> None:
     support.require_root()
-    mounted = mount(source, destination, "--no-background", "-o", option)
+    mounted = mount(source, destination, "--no-background", "-o", ",".join(sorted(flags)))
     assert mounted.file.read_bytes() == DATA
     mounted.umount()
 
