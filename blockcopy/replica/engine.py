@@ -129,7 +129,7 @@ def _geometry(plan: Plan, size: int) -> Geometry:
 def _open_state_file(plan: Plan, device: Device, stack: ExitStack) -> tuple[StateFile | None, Record | None]:
     """Open the state file of the destination `device`, and read its record. `stack` closes the file.
 
-    Returns None for what there is not. Raises StateError if the state file is one of the two ends.
+    Returns None in place of a missing file or record. Raises StateError if the state file is one of the two ends.
     """
     if plan.state is not None:
         for path in (plan.destination, plan.command.location.path if plan.command.location.host is None else ""):

@@ -43,7 +43,7 @@ _DEMAND_FETCHES = 64
 _DEMAND_THREADS = 4
 _DEMAND_WINDOW: dict[str, Any] = {"initial_blocks": 32, "min_blocks": 8, "max_blocks": 512}
 _DEMAND_HEDGE_SECONDS = 0.05
-"""Background hydration brings a block sooner than that, or the bulk link is slow."""
+"""Seconds until a reader requests a block that is in flight on the bulk lane. A fast link needs less."""
 
 _BULK_FETCHES = 64
 _BULK_WINDOW: dict[str, Any] = {"initial_blocks": 32, "min_blocks": 8, "max_blocks": 1024}
@@ -51,7 +51,7 @@ _BULK_WINDOW: dict[str, Any] = {"initial_blocks": 32, "min_blocks": 8, "max_bloc
 _BULK_WINDOW_ALONE = {**_BULK_WINDOW, "initial_blocks": _BULK_WINDOW["max_blocks"]}
 """The window of a local source without readers: nobody shares the link."""
 _BULK_HEDGE_SECONDS = 2
-"""A demand fetch brings its blocks sooner than that, or the demand link is stalled."""
+"""Seconds until background hydration requests a block that is in flight on the demand lane."""
 
 _PREFETCH_BLOCKS = 512
 """Blocks that a prefetch requests at once."""
@@ -128,7 +128,7 @@ class Replica:
         return self._blockmap.present_bytes
 
     async def run(self, source: Identity, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Run all tasks of the replica, until the copy is complete and after. Cancel this to end it.
+        """Run all tasks of the replica until it is cancelled. They hydrate, commit, watch and complete the copy.
 
         `source`: the identity of the source, for the state file.
         `task_status`: reports the start once the state file matches the block map. Only then may blocks be written.
@@ -149,7 +149,7 @@ class Replica:
             await self._guard(self._watch_copy)
 
     async def _guard(self, part: Callable[[], Any]) -> None:
-        """Run a part of the replica. Its error fails the copy, and reads of present blocks go on."""
+        """Run `part` of the replica. If `part` raises, the copy fails, and reads of present blocks go on."""
         try:
             await part()
         except BlockcopyError as error:
@@ -199,7 +199,10 @@ class Replica:
         logger.info("%s is a complete copy of %s", self._plan.destination, self._plan.command.location)
 
     async def _check_source(self) -> None:
-        """Ask the source who it is, over the link that is up first. Raises SourceChangedError if it has changed."""
+        """Ask the source for its identity, over the first link that is up.
+
+        Raises SourceChangedError if the source has changed.
+        """
         await self._links[-1].check(*self._links[:-1])
 
     async def _watch(self) -> None:
@@ -271,7 +274,9 @@ class Replica:
         await self._committer.commit()
 
     async def prefetch(self, extents: Sequence[Extent]) -> None:
-        """Make the blocks of `extents` present, on the bulk lane. Bytes beyond the end of the source do not count.
+        """Make the blocks of `extents`, byte ranges, present. Requests go to the bulk lane.
+
+        Bytes beyond the end of the source are ignored.
 
         Raises BlockcopyError if a block cannot be made present.
         """
@@ -353,7 +358,7 @@ class Replica:
             eta_seconds=eta(progress, size, rate),
             elapsed_seconds=round(trio.current_time() - self._started_at, 1),
             source_needed=not self._is_copy,
-            demand=self.volume.demand.status(),
+            demand=self.volume.read_stats.status(),
             link=self._link_status(),
             state_file=self._state_file,
             error=str(error) if error and not self._is_copy else None,

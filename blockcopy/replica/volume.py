@@ -50,7 +50,7 @@ class Volume:
         self._give_up_after = give_up_after
         self._threads = trio.CapacityLimiter(_READ_THREADS)
         self._read_ahead = ReadAhead(geometry.block_count, lane.window)
-        self.demand = ReadStats()
+        self.read_stats = ReadStats()
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Return `length` bytes at `offset`, or fewer at the end of the source.
@@ -59,8 +59,8 @@ class Volume:
         Raises BlockcopyError if the bytes cannot be had.
         """
         length = max(0, min(length, self.size - offset))
-        self.demand.reads += 1
-        self.demand.bytes += length
+        self.read_stats.reads += 1
+        self.read_stats.bytes += length
         while True:
             generation = self._blockmap.generation
             if not self._blockmap.complete and length:
@@ -79,7 +79,7 @@ class Volume:
             if self._blockmap.any_missing(ahead):
                 self._nursery.start_soon(self._fetch_ahead, ahead)
         if missing:
-            with self.demand.wait():
+            with self.read_stats.wait():
                 await self._ensure_in_time(blocks)
 
     async def _ensure_in_time(self, blocks: range) -> None:

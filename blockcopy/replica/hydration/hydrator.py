@@ -82,7 +82,7 @@ class Lane:
         self.requested_end = fetch.blocks[-1] + 1
 
     def remove(self, fetch: _Fetch) -> None:
-        """End the flight of the blocks of `fetch`."""
+        """Take the blocks of `fetch` out of flight."""
         for block in fetch.blocks:
             del self.in_flight[block]
         self.active_at = trio.current_time()
@@ -143,7 +143,7 @@ class Hydrator:
 
     @property
     def last_fault(self) -> SourceReadError | None:
-        """The reason why the source could not read a block, of the latest such block. None if there is none."""
+        """The error of the latest block that the source could not read, or None."""
         return self._faults.last
 
     async def ensure(self, blocks: range, lane: Lane) -> None:
@@ -178,9 +178,10 @@ class Hydrator:
     def _fetches_of(
         self, blocks: list[int], lane: Lane, since: float, *, may_wait: bool
     ) -> tuple[set[_Fetch], set[_Fetch]]:
-        """Find or start the fetches of missing blocks.
+        """Find or start the fetches of missing `blocks`, first wanted at `since` in trio's time.
 
-        Returns the fetches of `lane`, and those of other lanes. Without `may_wait`, other lanes do not count.
+        Returns the fetches of `lane`, and the fetches of other lanes to wait for.
+        `may_wait`: whether fetches of other lanes count. If not, `lane` requests their blocks too.
         """
         own, others, idle = set(), set(), []
         for block in blocks:

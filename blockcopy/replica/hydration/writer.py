@@ -45,8 +45,9 @@ class Writer:
         self.unsynced.set()
 
     def data(self, position: int, payload: Buffer) -> None:
-        """Write bytes of the source at `position`. Bytes of present blocks are dropped: another link brought them.
+        """Write `payload`, bytes of the source, at `position`, unless all their blocks are present.
 
+        Another link may have brought the same bytes before.
         Thread-safe. Raises DeviceError if the write fails.
         """
         if self._is_missing(position, len(payload)):
@@ -54,7 +55,7 @@ class Writer:
                 self._device.write(position, payload)
 
     def zeros(self, position: int, length: int) -> None:
-        """Write `length` zeros at `position`, unless their blocks are present.
+        """Write `length` zeros at `position`, unless all their blocks are present.
 
         Thread-safe. Raises DeviceError if the write fails.
         """
