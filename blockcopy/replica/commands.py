@@ -66,7 +66,10 @@ def run(program: Callable[[], Awaitable[T]]) -> T:
 
 
 def source_command(args: argparse.Namespace) -> Command:
-    """Return the command that runs `retrieve` at SOURCE. Raises UsageError if SOURCE or an option is invalid."""
+    """Return the command that runs `retrieve` at the SOURCE of the parsed options `args`.
+
+    Raises UsageError if SOURCE or an option is invalid.
+    """
     return command_for(args, parse_location(args.source), "retrieve")
 
 
@@ -158,7 +161,7 @@ def sync(args: argparse.Namespace) -> None:
 
 
 def _push(args: argparse.Namespace, destination: Location) -> None:
-    """Run a `sync` whose DESTINATION is on another host."""
+    """Run a `sync` with the parsed options `args`, whose `destination` is on another host."""
     from blockcopy.push import push
 
     source = _local_source(args)
@@ -187,7 +190,7 @@ def _push(args: argparse.Namespace, destination: Location) -> None:
 
 
 def _local_source(args: argparse.Namespace) -> str:
-    """Return the path of SOURCE on this host. Raises UsageError if SOURCE is on another host."""
+    """Return the path of SOURCE in the parsed options `args`. Raises UsageError if SOURCE is on another host."""
     source = parse_location(args.source)
     if source.host is not None:
         raise UsageError("SOURCE and DESTINATION are both on another host: run blockcopy on one of the two")
@@ -235,7 +238,10 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace, command: Command, path: str, source_size: int | None = None) -> Verdict:
-    """Compare the device at `path` with the other end, and print the ranges that differ. See `verify.verify`."""
+    """Compare the device at `path` with the other end of `command`, and print the ranges that differ.
+
+    `args`: parsed options. `source_size`: as `verify.verify` has it.
+    """
     with needs_extra():
         from blockcopy.replica.tasks import runner
         from blockcopy.replica.verify import verify as compare
@@ -268,7 +274,7 @@ def _compare(args: argparse.Namespace, command: Command, path: str, source_size:
 
 
 def _write_json(verdict: Verdict, ranges: array.array[int]) -> None:
-    """Print a verdict as one JSON object, with one range on each line.
+    """Print `verdict` as one JSON object, with one range on each line.
 
     `ranges`: offset and length of each range that differs, in turn.
     """
@@ -293,7 +299,7 @@ def _write_json(verdict: Verdict, ranges: array.array[int]) -> None:
 
 
 def _raise_if_different(args: argparse.Namespace, verdict: Verdict) -> None:
-    """Check a verdict. Raises MismatchError if the ends differ.
+    """Raise MismatchError if the ends differ, as `verdict` says. `args` name the ends in the message.
 
     Raises SourceReadError or DeviceError if blocks of equal ends were not compared.
     """

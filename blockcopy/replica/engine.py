@@ -106,7 +106,7 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
 
 
 def _links(plan: Plan, connector: Connector, nursery: trio.Nursery) -> list[Link]:
-    """Make the links that a plan needs: one for each lane, or one for both."""
+    """Make the links that `plan` needs: one for each lane, or one for both. They run in `nursery`."""
     links = []
     if plan.demand or not plan.hydrate:
         links.append(Link(connector, nursery, give_up_after=plan.reconnect_timeout))
@@ -120,15 +120,16 @@ def _links(plan: Plan, connector: Connector, nursery: trio.Nursery) -> list[Link
 
 
 def _geometry(plan: Plan, size: int) -> Geometry:
-    """Return the geometry of a source of `size` bytes. Raises SourceError if its block map would be too large."""
+    """Return the geometry of a source of `size` bytes. Raises SourceError if `size` exceeds _MAX_SIZE."""
     if size > _MAX_SIZE:
         raise SourceError(f"{plan.command.location} claims to have {size} bytes; the limit is {_MAX_SIZE}")
     return Geometry(size)
 
 
 def _open_state_file(plan: Plan, device: Device, stack: ExitStack) -> tuple[StateFile | None, Record | None]:
-    """Open the state file of the destination `device`, and read its record. `stack` closes the file.
+    """Open the state file that `plan` names for the destination `device`, and read its record.
 
+    `stack` will close the file.
     Returns None in place of a missing file or record. Raises StateError if the state file is one of the two ends.
     """
     if plan.state is not None:
@@ -145,11 +146,12 @@ def _open_state_file(plan: Plan, device: Device, stack: ExitStack) -> tuple[Stat
 async def _connect(
     plan: Plan, links: list[Link], connector: Connector, record: Record | None, nursery: trio.Nursery
 ) -> bool:
-    """Open the links and keep them running. Returns whether the source was reached.
+    """Open `links`, and run them in `nursery`. Returns whether the source was reached.
 
     Links open side by side, with two exceptions. If they share a login, the first link logs in. If each may ask for
     a password, they open one by one, before the terminal is gone.
-    Raises SourceError if the source was not reached and the plan needs it.
+    If the source is away, `plan` may allow an offline start. `connector` then takes its identity from `record`.
+    Raises SourceError if the source is away and there is no offline start.
     """
     first, *others = links
     shares_login = bool(plan.command.way.end_login)
@@ -176,9 +178,9 @@ async def _connect(
 
 
 def _claim_existing(plan: Plan, stack: ExitStack) -> Destination | None:
-    """Open and claim the destination, before any connection is made. Returns None if it must be created.
+    """Open and claim the destination of `plan`, before any connection is made. `stack` will close it.
 
-    Raises DestinationRefusedError if it is the source.
+    Returns None if the destination must be created. Raises DestinationRefusedError if it is the source.
     """
     device = existing_destination(plan.destination, force=plan.force)
     if device is None:

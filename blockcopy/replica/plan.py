@@ -56,7 +56,7 @@ class Plan:
     """The shell command to run once the copy is complete, or None."""
 
     def max_wait(self, blocks: int) -> float:
-        """Return the most seconds that a read of so many blocks waits, whatever the source does.
+        """Return the most seconds that a read of a number of `blocks` waits, whatever the source does.
 
         Each block gets the time in which a slow link must make progress.
         """

@@ -31,7 +31,7 @@ class _Stream:
     """A reader in order: its last read, and the distance from the read before."""
 
     def __init__(self, blocks: range, step: int) -> None:
-        """Begin a stream with its last read. `step`: blocks from one read to the next, negative if reverse."""
+        """Begin a stream whose last read was of `blocks`. `step`: blocks between two reads, negative if reverse."""
         self.last = blocks
         self.step = step
         self.steps_ahead = _INITIAL_STEPS
@@ -40,6 +40,7 @@ class _Stream:
 
     @property
     def is_sequential(self) -> bool:
+        """Whether the reads are adjacent and ascending."""
         return 0 < self.step <= len(self.last)
 
     def expects(self, blocks: range) -> bool:
@@ -49,7 +50,7 @@ class _Stream:
         return blocks.start in (self.last.start, self.last.start + self.step)
 
     def advance(self, blocks: range) -> bool:
-        """Record a read that the stream expects. Returns False if it is a part of the last read."""
+        """Record a read of `blocks`, which the stream expects. Returns False if it is a part of the last read."""
         if blocks.start == self.last.start or (self.is_sequential and blocks.stop <= self.last.stop):
             return False
         if self.is_sequential:
@@ -95,7 +96,7 @@ class ReadAhead:
         return self._sequential_ahead(stream) if stream.is_sequential else self._strided_ahead(stream)
 
     def _begin_stream(self, blocks: range) -> _Stream | None:
-        """Return the stream that this read makes of one or two reads before. Returns None if it makes none."""
+        """Return the stream that a read of `blocks` makes of one or two earlier reads. Returns None if none."""
         for before in self._lone_reads:
             if 0 <= blocks.start - before.stop <= 1:
                 return _Stream(blocks, len(blocks))

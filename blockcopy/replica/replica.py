@@ -73,9 +73,12 @@ class Replica:
         links: list[Link],
         nursery: trio.Nursery,
     ) -> None:
-        """Make a replica that does not run yet. Fetches will run in `nursery`.
+        """Make the replica of `plan`, which does not run yet.
 
         `links`: the first serves the demand lane, the last the bulk lane. They may be the same link.
+        `device`: the destination. `geometry`: of the source. `blockmap`: the blocks that are present.
+        `state_file`: None to record nothing.
+        `nursery`: runs the fetches.
         """
         self._plan = plan
         self._device = device
@@ -254,7 +257,7 @@ class Replica:
         self._verified = count
 
     def _fail(self, error: BlockcopyError) -> None:
-        """Fail the copy and end background hydration.
+        """Fail the copy with `error`, and end background hydration.
 
         If each sync fails, background hydration would fetch all blocks again and again.
         """

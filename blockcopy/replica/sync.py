@@ -16,7 +16,7 @@ from blockcopy.replica.tasks.runner import run_optional
 
 
 async def sync(plan: Plan, progress: Progress, notifier: Notifier) -> None:
-    """Make the destination a complete copy of the source, then run `plan.on_complete`.
+    """Make the copy of `plan` complete, then run `plan.on_complete`.
 
     `progress` and `notifier` get the status meanwhile.
     Raises SourceError, DeviceError or DestinationRefusedError, in exception groups.

@@ -35,8 +35,10 @@ class Volume:
         nursery: trio.Nursery,
         give_up_after: Callable[[int], float],
     ) -> None:
-        """Make a volume that reads the destination `device`, and requests missing blocks on `lane`.
+        """Make a volume that reads the destination `device`, whose present blocks `blockmap` has.
 
+        `geometry`: of the source.
+        `hydrator`, `lane`: fetch missing blocks.
         `nursery`: runs the read-ahead.
         `give_up_after`: from a number of blocks, returns the seconds after which a read of them fails.
         """

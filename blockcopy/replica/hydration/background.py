@@ -37,9 +37,9 @@ class BackgroundHydration:
         bulk: Lane,
         throttle: Throttle,
     ) -> None:
-        """Prepare a run.
+        """Prepare a run with `hydrator`, at the rate that `throttle` admits.
 
-        `device`: the destination.
+        `device`: the destination, with its `geometry` and `blockmap`.
         `demand`: the lane of the readers, whose requests are followed.
         `bulk`: the lane of this run. It may be the same lane.
         """
@@ -131,7 +131,7 @@ class BackgroundHydration:
 
 
 def _common_holes(device: Device, geometry: Geometry, holes: list[Extent]) -> Iterator[range]:
-    """Find the blocks that lie wholly in one of `holes` and wholly in a hole of `device`."""
+    """Find the blocks of `geometry` that lie wholly in one of `holes` and wholly in a hole of `device`."""
     for hole in holes:
         start = hole.offset
         for extent in device.data_extents(*hole):

@@ -54,7 +54,11 @@ class Committer:
     def __init__(
         self, state_file: StateFile | None, device: Device, blockmap: BlockMap, hydrator: Hydrator
     ) -> None:
-        """Make a committer for the destination `device`. Without a state file it only syncs."""
+        """Make a committer for the destination `device`, whose present blocks `blockmap` has.
+
+        `state_file`: None to sync only.
+        `hydrator`: syncs the destination, and forgets blocks if that fails.
+        """
         self._state_file = state_file
         self._device = device
         self._blockmap = blockmap
@@ -157,7 +161,7 @@ class Committer:
             await self._delete(state_file)
 
     async def _delete(self, state_file: StateFile) -> None:
-        """Remove the record. Raises StateError if the record cannot be removed."""
+        """Remove the record in `state_file`. Raises StateError if the record cannot be removed."""
         try:
             await self._in_thread(state_file.delete)
         except TimeoutError as error:

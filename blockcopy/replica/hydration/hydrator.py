@@ -50,7 +50,7 @@ class Lane:
     def __init__(
         self, link: Link, window: Window, *, batch_blocks: int, fetches: int, threads: int, hedge_after: float
     ) -> None:
-        """Make a lane with nothing in flight.
+        """Make a lane over `link`, with nothing in flight.
 
         `window`: the blocks that may be in flight while nobody waits for them.
         `batch_blocks`: most blocks of a fetch.
@@ -112,9 +112,10 @@ class Hydrator:
         *,
         sparse: bool = True,
     ) -> None:
-        """Make a hydrator whose fetches run in `nursery`.
+        """Make a hydrator for the destination `device`, whose present blocks `blockmap` has.
 
         `lanes`: all lanes that `ensure` is called with.
+        `nursery`: runs the fetches.
         `sparse`: write zeros as holes if the device can have holes.
         """
         self._device = device

@@ -26,9 +26,9 @@ def read_signatures(
     *,
     drop_behind: bool = False,
 ) -> list[Signatures]:
-    """Read `blocks` of `device` and digest them. Call from a worker thread: this blocks.
+    """Read `blocks` of `device`, and digest each with `digest`. Call from a worker thread: this blocks.
 
-    `blocks`: block numbers, ascending. Consecutive blocks share one `Signatures`, up to `wire.MAX_ASKED` bytes.
+    `blocks`: block numbers in `geometry`, ascending. Consecutive blocks share one `Signatures`.
     `unreadable`: collects blocks that cannot be read. Their digest is one that no block has, so they are fetched.
     `drop_behind`: drop the bytes from the page cache afterwards, because nobody will read them again soon.
     Raises DeviceError if the device ends early.

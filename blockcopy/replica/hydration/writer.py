@@ -26,7 +26,7 @@ class Writer:
     """
 
     def __init__(self, device: Destination, geometry: Geometry, blockmap: BlockMap, *, sparse: bool) -> None:
-        """Make a writer for the destination `device`. Call from trio's thread.
+        """Make a writer for the destination `device` with this `geometry`. Call from trio's thread.
 
         `blockmap`: the present blocks, which are not written again.
         `sparse`: write zeros as holes if the device can have holes.
