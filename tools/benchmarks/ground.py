@@ -21,7 +21,7 @@ from benchmarks import namespace
 MARK = "BLOCKCOPY_BENCH_ID"
 """An environment variable of all started processes. It finds the processes that are left behind."""
 
-PATIENCE = 30
+TIME_LIMIT = 30
 """Time limit in seconds of everything that should take a moment."""
 
 ORDINARY = 65534
@@ -86,7 +86,7 @@ class Ground:
             **{**streams, **options},
         )
 
-    def output(self, words: list[Any], right: tuple[int, ...] = (0,), seconds: float = PATIENCE) -> str:
+    def output(self, words: list[Any], right: tuple[int, ...] = (0,), seconds: float = TIME_LIMIT) -> str:
         """Run a command, and return its output. Raises BenchError if it takes longer than `seconds`.
 
         Also raises BenchError unless the exit status is in `right`.
@@ -188,7 +188,7 @@ def mountpoints() -> list[str]:
     return [os.fsdecode(line.split(b" ")[1]) for line in Path("/proc/mounts").read_bytes().split(b"\n") if line]
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE, pause: float = 0.002) -> None:
+def until(condition: Callable[[], object], what: str, seconds: float = TIME_LIMIT, pause: float = 0.002) -> None:
     """Wait until `condition()` is true.
 
     Raises BenchError about `what` after `seconds`. `pause`: seconds of a poll.

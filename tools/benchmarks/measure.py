@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.ground import BenchError, Ground
 
-PATIENCE = 1800
+TIME_LIMIT = 1800
 """Time limit in seconds of a copy, so that a copy that hangs fails."""
 
 INTERVAL = 0.02
@@ -103,7 +103,7 @@ def run(ground: Ground, pipeline: list[list[Any]], destination: str) -> Cost:
             before = process.stdout
             processes.append(process)
         watchdog = threading.Timer(
-            PATIENCE, lambda: [os.kill(process.pid, signal.SIGKILL) for process in processes]
+            TIME_LIMIT, lambda: [os.kill(process.pid, signal.SIGKILL) for process in processes]
         )
         watchdog.start()
         cpu = sum(wait(process) for process in processes)

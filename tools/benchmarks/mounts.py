@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contestants import LINK
-from benchmarks.ground import PATIENCE, BenchError, Ground, mountpoints, until
+from benchmarks.ground import TIME_LIMIT, BenchError, Ground, mountpoints, until
 from benchmarks.measure import wait
 
 EXAMPLE = Path("/usr/share/doc/libfuse3-dev/examples/passthrough_ll.c")
@@ -119,7 +119,7 @@ def nbd_server(ground: Ground, source: Path, delay: float | None) -> Iterator[Pa
         yield socket
     finally:
         process.terminate()
-        process.wait(PATIENCE)
+        process.wait(TIME_LIMIT)
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def sshfs(ground: Ground, source: Path, delay: float | None) -> Iterator[Mounted
     link = [*LINK, "--delay", str(delay or 0), "host", shlex.quote(str(sftp_server()))]
     stack, server = contextlib.ExitStack(), ground.popen(link, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with stack:
-        stack.callback(server.wait, PATIENCE)
+        stack.callback(server.wait, TIME_LIMIT)
         words = ["sshfs", "-f", "-o", "passive", f":{source.parent}", point]
         with served(ground, words, point, point / source.name, stdin=server.stdout, stdout=server.stdin) as mounted:
             server.stdin.close()

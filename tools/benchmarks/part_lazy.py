@@ -75,10 +75,13 @@ def first_byte(bench: Bench, source: Path) -> None:
         stop.append(lambda: made.__exit__(None, None, None))
         return first(mounted.file)
 
-    those: dict[str, Callable[[], bytes | None]] = {"python, nothing imported": python, "blockcopy mount": mount}
+    contestants: dict[str, Callable[[], bytes | None]] = {
+        "python, nothing imported": python,
+        "blockcopy mount": mount,
+    }
     if "nbdfuse" in peers(["nbdfuse"], bench.results.note):
-        those["nbdfuse"] = peer
-    for _, (who, act) in bench.alternating(those.items()):
+        contestants["nbdfuse"] = peer
+    for _, (who, act) in bench.alternating(contestants.items()):
         bench.say(f"lazy, mount to first byte: {who}")
         stop: list[Callable[[], object]] = []
         began = time.monotonic()
@@ -104,7 +107,7 @@ def fresh(ground: Ground, size: int, owner: int | None = None) -> Path:
     return path
 
 
-def ours(bench: Bench, source: Path, *options: Any, user: list[str] | None = None, **more: Any) -> Make:
+def own_maker(bench: Bench, source: Path, *options: Any, user: list[str] | None = None, **more: Any) -> Make:
     """Return a maker of `blockcopy mount` with `options` and a new destination.
 
     `user`: words that change the user.
@@ -159,9 +162,9 @@ def at_random(bench: Bench, source: Path) -> None:
     """Measure random reads without background hydration."""
     words = f"random 4 KiB, each in a new 128 KiB block, {2 * DELAY:g} ms round trip, nothing else in flight"
     group = bench.results.group("lazy", "random, idle", words, "the link itself")
-    those = {"blockcopy mount": ours(bench, source, "--no-background"), **peer_makers(bench, source)}
+    contestants = {"blockcopy mount": own_maker(bench, source, "--no-background"), **peer_makers(bench, source)}
     reads = READS // 4 if bench.args.quick else READS
-    for run, (who, make) in bench.alternating([("the link itself", None), *those.items()]):
+    for run, (who, make) in bench.alternating([("the link itself", None), *contestants.items()]):
         bench.say(f"lazy, random, idle: {who}")
         if make is None:
             round_trip(bench, group)
@@ -180,8 +183,8 @@ def during_hydration(bench: Bench, source: Path) -> None:
     case = "random, hydrating"
     words = f"random 4 KiB, {2 * DELAY:g} ms round trip, while background hydration saturates "
     variants = {
-        f"blockcopy, link of {SATURATED}iB/s": ours(bench, source, rate=SATURATED),
-        "blockcopy, both CPUs": ours(bench, source),
+        f"blockcopy, link of {SATURATED}iB/s": own_maker(bench, source, rate=SATURATED),
+        "blockcopy, both CPUs": own_maker(bench, source),
     }
     group = bench.results.group(
         "lazy", case, words + "the link or the CPUs; of reads that waited", "the link itself"
@@ -208,18 +211,21 @@ def in_order(bench: Bench, source: Path) -> None:
     words = f"{size >> 20} MiB in order, {2 * DELAY:g} ms round trip, and again (for the link: from the source)"
     group = bench.results.group("lazy", "in order", words, "the link itself")
     as_root = os.geteuid() == 0
-    mine = "blockcopy, as root" if as_root else "blockcopy, as an ordinary user"
-    those: dict[str, tuple[Make | None, list[str] | None]] = {"the link itself": (None, None)}
-    those[mine] = (ours(bench, source, "--no-background"), None)
-    those[f"{mine}, hydrating"] = (ours(bench, source), None)
+    name = "blockcopy, as root" if as_root else "blockcopy, as an ordinary user"
+    contestants: dict[str, tuple[Make | None, list[str] | None]] = {"the link itself": (None, None)}
+    contestants[name] = (own_maker(bench, source, "--no-background"), None)
+    contestants[f"{name}, hydrating"] = (own_maker(bench, source), None)
     user = bench.ground.as_ordinary_user()
     if as_root and user:
-        those["blockcopy, as an ordinary user"] = (ours(bench, source, "--no-background", user=user), user)
-        those["blockcopy, as an ordinary user, hydrating"] = (ours(bench, source, user=user), user)
+        contestants["blockcopy, as an ordinary user"] = (
+            own_maker(bench, source, "--no-background", user=user),
+            user,
+        )
+        contestants["blockcopy, as an ordinary user, hydrating"] = (own_maker(bench, source, user=user), user)
     elif as_root:
         bench.results.note("in order, as an ordinary user: skipped, the user nobody cannot run blockcopy here")
-    those |= {name: (make, None) for name, make in peer_makers(bench, source).items()}
-    for _, (who, (make, reader)) in bench.alternating(those.items()):
+    contestants |= {peer: (make, None) for peer, make in peer_makers(bench, source).items()}
+    for _, (who, (make, reader)) in bench.alternating(contestants.items()):
         bench.say(f"lazy, in order: {who}")
         if make is None:
             report = json.loads(bench.ground.output([bench.ground.python, "-I", READER, "order", source, source]))

@@ -21,7 +21,7 @@ BY_PAGE = "the same, cached by the page"
 
 PRESENT_PEERS = ["passthrough_ll", "nbdfuse"]
 PAGE = 4096
-PATIENCE = 300
+TIME_LIMIT = 300
 """Time limit in seconds for completing a local copy."""
 
 
@@ -33,22 +33,22 @@ def present(bench: Bench) -> None:
     source = data.noise(folder / "source", [(0, bench.size)], bench.size, f"{bench.args.seed} present")
     words = f"{bench.size >> 20} MiB, present and in the page cache; first: not in the mount's cache"
     group = bench.results.group("present", "a complete replica", words, BACKING)
-    those = {
+    contestants = {
         BACKING: lambda: contextlib.nullcontext(source),
         BY_PAGE: lambda: by_page(bench, source),
         "blockcopy mount": lambda: complete(bench, source),
     }
     for name, maker in peers(PRESENT_PEERS, bench.results.note).items():
-        those[name] = partial(file_of, maker, bench, source)
+        contestants[name] = partial(file_of, maker, bench, source)
     if not (fio := shutil.which("fio")):
         bench.results.note("present, IOPS: not measured, missing fio (apt-get install fio)")
-    for _, (who, make) in bench.alternating(those.items()):
+    for _, (who, make) in bench.alternating(contestants.items()):
         bench.say(f"present: {who}")
         data.warm(source)
         with make() as file:
             bench.have_memory(2)
             command = [ground.python, "-I", READER, "order", file, source]
-            report = json.loads(ground.output(command, seconds=PATIENCE))
+            report = json.loads(ground.output(command, seconds=TIME_LIMIT))
             group.add(who, first=report["first"], again=report["again"])
             for depth in (1, 16) if fio else ():
                 group.add(who, **{f"depth_{depth}": iops(bench, file, depth, is_backing=who in (BACKING, BY_PAGE))})
@@ -78,7 +78,7 @@ def complete(bench: Bench, source: Path) -> Iterator[Path]:
     """
     destination = fresh(bench.ground, bench.size)
     with replica(bench.ground, source, destination, "--no-state") as mounted:
-        bench.ground.output([*bench.ground.blockcopy, "wait", mounted.point], seconds=PATIENCE)
+        bench.ground.output([*bench.ground.blockcopy, "wait", mounted.point], seconds=TIME_LIMIT)
         data.warm(destination)
         yield mounted.file
     destination.unlink()
@@ -97,5 +97,5 @@ def iops(bench: Bench, file: Path, depth: int, *, is_backing: bool) -> float:
         *(f"--invalidate={0 if is_backing else 1}", f"--runtime={1 if bench.args.quick else 4}"),
         *(f"--randseed={bench.args.seed}", "--output-format=json"),
     ]
-    report = bench.ground.output(words, seconds=PATIENCE)
+    report = bench.ground.output(words, seconds=TIME_LIMIT)
     return json.loads(report[report.index("{") :])["jobs"][0]["read"]["iops"]

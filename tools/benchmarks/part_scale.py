@@ -59,8 +59,8 @@ def one_size(bench: Bench, size: int) -> bool:
 def warm(path: Path, offset: int, length: int) -> None:
     """Read `length` bytes at `offset` into the page cache."""
     with path.open("rb", buffering=0) as file:
-        for at, much in data.pieces([(offset, length)]):
-            os.pread(file.fileno(), much, at)
+        for start, size in data.pieces([(offset, length)]):
+            os.pread(file.fileno(), size, start)
 
 
 def floor(bench: Bench, group: Group, source: Path) -> None:

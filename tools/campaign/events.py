@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from campaign.ground import WrongError, until
-from campaign.rounds import FAULTY, PATIENCE_COMPLETE, READERS, TIMEOUT, Round
+from campaign.rounds import COMPLETION_LIMIT, FAULTY, READERS, TIMEOUT, Round
 
 
 @contextlib.contextmanager
@@ -94,7 +94,7 @@ def bad_block(a: Round) -> None:
             return
         bad = a.choose.choice(different)
         a.instead.write_text(f'exec {FAULTY} --fail-for {bad} "$@"')
-        status = a.wait_for(a.popen(*a.command("sync")), "`blockcopy sync`", range(126), PATIENCE_COMPLETE)
+        status = a.wait_for(a.popen(*a.command("sync")), "`blockcopy sync`", range(126), COMPLETION_LIMIT)
         a.instead.unlink()
         if status == 0 or (left := a.ends.different()) != [bad]:
             raise WrongError(f"sync with a bad block at {bad}: exit status {status}, {len(left)} blocks differ")

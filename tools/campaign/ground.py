@@ -14,7 +14,7 @@ MARK = "BLOCKCOPY_CHAOS_ID"
 """An environment variable of all processes of a round. It finds the processes that a round leaves behind."""
 
 BLOCK = 128 * 1024
-PATIENCE = 20
+TIME_LIMIT = 20
 """Time limit in seconds of everything that should take a moment."""
 
 
@@ -41,10 +41,10 @@ def is_mounted(point: Path) -> bool:
 def losetup(*arguments: object) -> str:
     """Run losetup with `arguments`. Returns its output. Raises CalledProcessError if it fails."""
     command = ["losetup", *map(str, arguments)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=PATIENCE).stdout.strip()
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=TIME_LIMIT).stdout.strip()
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
+def until(condition: Callable[[], object], what: str, seconds: float = TIME_LIMIT) -> None:
     """Wait until `condition()` is true. `what`: the event, for messages. Raises WrongError after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from campaign import reader
-from campaign.ground import MARK, PATIENCE, Ends, WrongError, is_mounted, processes, until
+from campaign.ground import MARK, TIME_LIMIT, Ends, WrongError, is_mounted, processes, until
 from campaign.reader import TALLIED, TALLY
 from checkout import CHECKOUT
 
@@ -29,7 +29,7 @@ READERS = 3
 TIMEOUT = 2
 """The --timeout of the mounts, in seconds. Some freezes are longer."""
 
-PATIENCE_COMPLETE = 120
+COMPLETION_LIMIT = 120
 """Time limit in seconds for completing a copy. The next attempt to connect may be 30 s away."""
 
 
@@ -95,12 +95,16 @@ class Round:
             start_new_session=True,
         )
 
-    def blockcopy(self, *words: object, right: Collection[int] = (0,), seconds: float = PATIENCE) -> int:
+    def blockcopy(self, *words: object, right: Collection[int] = (0,), seconds: float = TIME_LIMIT) -> int:
         """Run `blockcopy` with the arguments `words`. Returns and raises as `wait_for`."""
         return self.wait_for(self.popen(*BLOCKCOPY, *words), f"`blockcopy {words[0]}`", right, seconds)
 
     def wait_for(
-        self, process: subprocess.Popen[bytes], what: str, right: Collection[int] = (0,), seconds: float = PATIENCE
+        self,
+        process: subprocess.Popen[bytes],
+        what: str,
+        right: Collection[int] = (0,),
+        seconds: float = TIME_LIMIT,
     ) -> int:
         """Wait for the end of `process`, at most `seconds`. Returns its exit status. `what`: its name for messages.
 
@@ -202,7 +206,7 @@ class Round:
         self.say("kill -9 of the mount" if kill else "umount")
         if kill:
             process.kill()
-            process.wait(PATIENCE)
+            process.wait(TIME_LIMIT)
         else:
             self.stop_readers()
         # Ends with 4 (busy) while a reader has not noticed the death, or a prefetch asks for the status.
@@ -235,7 +239,7 @@ class Round:
             if process.poll() is not None:
                 raise WrongError(f"a reader ended by itself, with {process.returncode}")
             process.kill()
-            process.wait(PATIENCE)
+            process.wait(TIME_LIMIT)
 
     def tally(self) -> Counter[str]:
         """Return the counts of all readers so far, dead ones included, by the names of TALLIED."""
@@ -274,7 +278,7 @@ class Round:
             timer.join()
         self.blockcopy("limit", self.point, "none")
         self.blockcopy("resume", self.point)
-        self.blockcopy("wait", self.point, seconds=PATIENCE_COMPLETE)
+        self.blockcopy("wait", self.point, seconds=COMPLETION_LIMIT)
         self.say("complete")
         self.down(kill=False)
         if differing := self.ends.differing():
@@ -315,7 +319,7 @@ class Round:
             left.append(f"mount {self.point}")
             subprocess.run(["fusermount3", "-u", "-z", self.point], check=False)
         if self._mount is not None:
-            self._mount.wait(PATIENCE)
+            self._mount.wait(TIME_LIMIT)
         until(lambda: not self.others(), "the end of the killed processes")
         self._log.close()
         for each in self._unread:
