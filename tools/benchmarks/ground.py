@@ -36,10 +36,7 @@ class Ground:
     """A new folder, and all that runs in it. Call `close` at the end."""
 
     def __init__(self, parent: Path | None, checkout: Path) -> None:
-        """`parent`: where the folder is created; None: the temporary folder.
-
-        `checkout`: of the measured blockcopy.
-        """
+        """Create the folder in `parent`; None: in the temporary folder. `checkout`: of the measured blockcopy."""
         self.folder = Path(tempfile.mkdtemp(prefix="blockcopy-bench-", dir=parent)).resolve()
         self.folder.chmod(0o711)  # an ordinary user enters folders in it
         self._log = (self.folder / "log").open("ab", buffering=0)

@@ -53,9 +53,8 @@ def served(ground: Ground, words: list[Any], point: Path, file: Path, **options:
             with suppress(BenchError):  # busy for a moment, or unmounted already: a signal follows
                 ground.output([*leave, point])
         if process.returncode is None:
-            os.kill(
-                process.pid, signal.SIGTERM
-            )  # not `terminate`, which would reap the process, and lose its CPU seconds
+            # Not `terminate`, which would reap the process, and lose its CPU seconds.
+            os.kill(process.pid, signal.SIGTERM)
             mounted.cpu = wait(process)
 
 
