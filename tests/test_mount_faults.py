@@ -435,8 +435,8 @@ def test_a_source_that_garbles_again_and_again_ends_the_pass(
     mount: Mounter, source: Path, destination: Path
 ) -> None:
     mounted = mount(source, destination, program=faulty("garble", 3))
-    failed = run("wait", mounted.point)
-    failed(failed, 75, b"Last login")
+    waited = run("wait", mounted.point)
+    failed(waited, 75, b"Last login")
     status = mounted.status()
     assert (status["state"], status["source_needed"]) == ("failed", True)
     assert "Last login" in status["error"]
@@ -483,8 +483,8 @@ def test_a_full_destination_refuses_what_finds_no_room(
 
 def test_a_full_destination_ends_the_pass(small_file_system: Path, mount: Mounter, source: Path) -> None:
     mounted = mount(source, small_file_system / "copy")
-    failed = run("wait", mounted.point)
-    failed(failed, 75, b"No space left")
+    waited = run("wait", mounted.point)
+    failed(waited, 75, b"No space left")
     survey(mounted)
     mounted.umount()
 
@@ -508,8 +508,8 @@ def test_a_destination_that_fails_to_sync_is_not_complete(
     backing.touch()
     os.truncate(backing, len(DATA))
     mounted = mount(source, loop_device(backing))
-    failed = run("wait", mounted.point)
-    failed(failed, 75, b"Input/output error")
+    waited = run("wait", mounted.point)
+    failed(waited, 75, b"Input/output error")
     status = mounted.status()
     assert (status["state"], status["source_needed"]) == ("failed", True)
     survey(mounted)
