@@ -302,6 +302,6 @@ def test_a_longer_destination_is_told_of_and_keeps_its_tail(tmp_path: Path, sour
     link = f"{PYTHON} {Path(__file__).parent.parent / 'tools/standins/link'}"
     for way in (("sync", source, copy), ("sync", "-e", link, "--python", PYTHON, source, f"host:{copy}")):
         done = run(*way)
-        succeeded(done, f"{copy} is 4 bytes longer than the source: what it has from {MIB} on")
+        succeeded(done, f"{copy} is 4 bytes longer than the source: its bytes from {MIB} on")
         assert copy.read_bytes() == source.read_bytes() + b"tail"
     assert run("sync", "-q", source, copy).stderr == b""

@@ -75,7 +75,7 @@ def write(path: Path) -> None:
 
 MOVED = {remove: "was removed", move: "was removed", replace: "was replaced"}
 CHANGED = {
-    cut: "was made shorter",
+    cut: "was truncated",
     regrow: "was written by another program",
     write: "was written by another program",
 }
@@ -165,7 +165,7 @@ def test_a_device_that_shrinks(tmp_path: Path, destination: Path, loop_device: C
         make_room(opened, SIZE)
         os.truncate(destination, SIZE // 2)
         output("losetup", "-c", device)
-        with pytest.raises(DestinationLostError, match=f"{device} was made shorter .* {SIZE // 2} bytes of {SIZE}"):
+        with pytest.raises(DestinationLostError, match=f"{device} was truncated .* {SIZE // 2} bytes of {SIZE}"):
             opened.sync()
 
 
@@ -190,7 +190,7 @@ def test_a_cut_in_the_midst_of_a_write_is_noticed(destination: Path, monkeypatch
 
     with open_destination(str(destination)) as opened:
         monkeypatch.setattr(os, "pwrite", cutting)
-        with pytest.raises(DestinationLostError, match="was made shorter"):
+        with pytest.raises(DestinationLostError, match="was truncated"):
             opened.write(40 * BLOCK_SIZE, DATA[:BLOCK_SIZE])
 
 

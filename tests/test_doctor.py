@@ -92,7 +92,7 @@ def test_a_user_without_a_home_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     monkeypatch.setattr(Path, "home", nowhere)
-    assert ("FAIL", "this user has no home for states: set HOME or XDG_STATE_HOME") in [*doctor.examine()]
+    assert ("FAIL", "this user has no home for state files: set HOME or XDG_STATE_HOME") in [*doctor.examine()]
 
 
 # Advice to install

@@ -92,8 +92,8 @@ MOVED = {**ONE, "ctime_ns": 4}
         (ONE, ONE, []),
         (OLDER, OLDER, []),
         (ORIGINAL, ONE, []),
-        (OLDER, ONE, ["ctime_ns was not told, is 3"]),
-        (ONE, OLDER, ["ctime_ns is not told any more"]),
+        (OLDER, ONE, ["ctime_ns was not reported before, is 3"]),
+        (ONE, OLDER, ["ctime_ns is no longer reported"]),
         (
             ONE,
             MOVED,

@@ -252,7 +252,7 @@ def test_where_nothing_can_be_written_no_state_is_kept(path: Path) -> None:
                 journal.write_times(clock(40))
             with pytest.raises(StateWriteError):
                 journal.begin_record(binding(inode=9), clock(50))
-            with pytest.raises(StateError, match="would not be true any more, and cannot be removed"):
+            with pytest.raises(StateError, match="is no longer valid, and cannot be removed"):
                 journal.delete()
         assert (folder / "old").read_bytes() == before
         assert sorted(each.name for each in folder.iterdir()) == ["old", "text"]

@@ -115,7 +115,7 @@ def test_a_device_becomes_the_copy_of_a_device(
     device = loop_device(written(tmp_path / "backing", OLD + b"tail" * 128))
     options = ["--blockcopy-path", program] if program else []
     done = support.run("sync", *options, loop_device(source), device)
-    told = f"{device} is 512 bytes longer than the source: what it has from {len(DATA)} on stays as it is\n"
+    told = f"{device} is 512 bytes longer than the source: its bytes from {len(DATA)} on stay as they are\n"
     assert (done.returncode, done.stdout, done.stderr.decode()) == (0, b"", told)
     assert Path(device).read_bytes() == DATA + b"tail" * 128
 

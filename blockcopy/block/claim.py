@@ -1,4 +1,4 @@
-"""The claim on a destination: open exclusively or locked, writable, with room, before any write."""
+"""The claim on a destination: before any write, it is opened exclusively or locked, and found writable."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _REASONS = {
     errno.EROFS: "its file system is mounted read-only",
     errno.EACCES: "this user may not write to it",
     errno.EPERM: "it is immutable or append-only (lsattr shows this)",
-    errno.ETXTBSY: "it is in use for swap, or is a program that runs",
+    errno.ETXTBSY: "it is in use for swap, or is a running program",
 }
 
 
 def open_destination(path: str, *, force: bool = False, create: bool = False) -> Destination:
-    """`path` for reading and writing, claimed for as long as it is open.
+    """Open the file or device at `path` for reading and writing, and claim it until it is closed.
 
-    A block device is opened exclusively, so the kernel refuses one that is mounted, swapped on, or
-    part of a volume group or array, and refuses to mount it meanwhile. A regular file is locked
-    (fcntl, the kind QEMU heeds). With `force` neither claim has to succeed. `create` makes a
-    missing regular file, readable and writable by its owner.
+    A block device is opened exclusively. So the kernel refuses a device that is mounted, used for swap, or part of
+    a volume group or array, and mounts none that is open here. A regular file gets an fcntl lock, as QEMU has it.
+    `force`: go on if a claim fails. `create`: create a missing regular file, with mode 0600.
 
-    DestinationRefusedError where the claim fails, DeviceError where it cannot be opened.
+    Raises DestinationRefusedError if the claim fails or the kernel refuses writes, DeviceError if `path` cannot be
+    opened.
     """
     if not os.path.exists(path):
         _check_missing(path, create=create)
@@ -51,9 +51,10 @@ def open_destination(path: str, *, force: bool = False, create: bool = False) ->
 
 
 def existing_destination(path: str, *, force: bool) -> Destination | None:
-    """Do as `open_destination`, before anything is asked of anybody. Returns None if the file must be created.
+    """Open and claim `path` as `open_destination`, before any host is contacted. Creates nothing.
 
-    DeviceError where it could not be.
+    Returns None if there is no file, but one can be created. Raises DeviceError if none can be created, or as
+    `open_destination`.
     """
     if os.path.exists(path):
         return open_destination(path, force=force)
@@ -62,16 +63,16 @@ def existing_destination(path: str, *, force: bool) -> Destination | None:
 
 
 def check_destination(path: str, *, force: bool) -> None:
-    """Raise DeviceError if `path` cannot be claimed or created now, and keep no claim on it."""
+    """Check that `path` can be claimed or created now, then release the claim. Raises DeviceError if not."""
     device = existing_destination(path, force=force)
     if device is not None:
         device.close()
 
 
 def make_room(device: Destination, size: int) -> None:
-    """Make the destination hold at least `size` bytes. A longer one keeps its tail.
+    """Extend a shorter file to `size` bytes. A longer file or device keeps its tail, with a warning.
 
-    Raises DestinationRefusedError if a device is too small.
+    Raises DestinationRefusedError if a block device is too small.
     """
     own = device.size()
     if own < size and device.is_block_device:
@@ -82,7 +83,7 @@ def make_room(device: Destination, size: int) -> None:
         device.grow(size)
     if own > size:
         logger.warning(
-            "%s is %d bytes longer than the source: what it has from %d on stays as it is",
+            "%s is %d bytes longer than the source: its bytes from %d on stay as they are",
             device.path,
             own - size,
             size,
@@ -91,14 +92,14 @@ def make_room(device: Destination, size: int) -> None:
 
 
 def _check_missing(path: str, *, create: bool) -> None:
-    """Raise DeviceError if a missing destination cannot be created, or may not be."""
+    """Raise DeviceError if the file `path` is missing and cannot be created, or must not be."""
     reason = obstacle(path)
     if reason is not None:
         raise DeviceError(f"cannot {'create' if create else 'open'} {path}: {reason}")
 
 
 def _check_writable(device: Destination) -> None:
-    """Raise DestinationRefusedError if the kernel refuses every write, even one of nothing."""
+    """Raise DestinationRefusedError if the kernel refuses writes."""
     try:
         device.write_nothing()
     except DeviceError as error:
@@ -112,13 +113,13 @@ def _open(path: str, flags: int) -> Destination:
         if flags & os.O_EXCL and error.errno == errno.EBUSY:
             raise DestinationRefusedError(
                 f"{path} is in use: mounted, swapped on, or held by LVM, RAID or another program. "
-                "Release it first (lsblk shows by what); --force writes all the same"
+                "Release it first (lsblk shows the user); --force writes all the same"
             ) from error
         raise _refused(path, error, is_block_device=Path(path).is_block_device()) from error
 
 
 def _keep_name(device: Destination) -> None:
-    """Make the name of the file durable: a complete copy without a name would be lost with the power."""
+    """Make the name of the file durable: after a power loss, a copy without a name would be lost."""
     try:
         durable.sync_folder(Path(device.path).resolve().parent)
     except OSError as error:
@@ -126,7 +127,7 @@ def _keep_name(device: Destination) -> None:
 
 
 def _refused(path: str, error: DeviceError, *, is_block_device: bool) -> DeviceError:
-    """Return the error with the reason in words, where the number of `error` tells one."""
+    """Return `error` with its reason in words, as a DestinationRefusedError if its number is a known refusal."""
     reason = _REASONS.get(error.errno or 0)
     if reason is None:
         return error
@@ -142,11 +143,11 @@ def _claim_file(device: Destination) -> None:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             raise DestinationRefusedError(
-                f"{path} cannot be locked: {error.strerror}. Its file system has no locks, or their server is not "
-                "reached (NFS without lockd); --force writes without a lock"
+                f"{path} cannot be locked: {error.strerror}. Its file system has no locks, or their server is "
+                "missing (NFS without lockd); --force writes without a lock"
             ) from error
         raise DestinationRefusedError(
-            f"{path} is locked: another program, a virtual machine or another blockcopy, uses it "
+            f"{path} is locked by another program, such as a virtual machine or another blockcopy "
             "(lslocks shows which); --force writes all the same"
         ) from error
     loop = _loop_device_of(device)
@@ -158,12 +159,12 @@ def _claim_file(device: Destination) -> None:
 
 
 def _loop_device_of(device: Destination) -> str | None:
-    """The loop device that has the file as its backing file, if one has."""
+    """Return the path of the loop device with `device` as its backing file. Returns None if there is none."""
     for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
         try:
             status = os.stat(entry.read_text().rstrip("\n"))
         except OSError:
-            continue  # detached meanwhile, or its file was deleted: not ours then
+            continue  # detached meanwhile, or its file was deleted, so it is not `device`
         if (status.st_dev, status.st_ino) == device.file_id:
             return f"/dev/{entry.parts[3]}"
     return None

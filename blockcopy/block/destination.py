@@ -1,11 +1,12 @@
-"""A destination as long as it is ours: it notices that somebody else changed it.
+"""A destination that detects changes by other programs during the copy.
 
-Nothing stops another program from removing a file, cutting it, or writing to it. A cut is masked by the next
-write behind it: then zeros stand where the copy was. So the size is looked at around each write.
+No lock stops another program from removing, truncating or writing a file. The next write beyond the new end
+hides a truncation. The file is long again then, with zeros in place of the copy. So each write checks the size
+before and after.
 
-    cut          fewer bytes than were there, or than are needed
-    written      a time of modification that no write of ours has made
-    removed      the path leads to nothing, or elsewhere
+    truncated    fewer bytes than before, or than the copy needs
+    written      an mtime that no write of ours has set
+    removed      the path leads nowhere, or to another file
 """
 
 from __future__ import annotations
@@ -21,96 +22,116 @@ from blockcopy.errors import DestinationLostError
 
 
 class Destination(Device):
-    """A device that is written by us alone, or raises DestinationLostError. Thread-safe."""
+    """A device that only we may write. Thread-safe, except `read_cached`.
+
+    Each method raises DestinationLostError once another program has changed the device, DeviceError for a failure.
+    """
 
     def __init__(self, path: str, fd: int) -> None:
+        """Take ownership of the open file descriptor `fd`."""
         super().__init__(path, fd)
         self.lost: DestinationLostError | None = None
-        """Raised by every read and write from now on."""
-        self._looking = threading.Lock()  # of what follows
+        """The error that every later call raises. None if no foreign change was detected."""
+        self._checking = threading.Lock()  # of what follows
         self._writers = 0
-        self._needed = self.size()
-        self._tells = self.has_exact_times()
+        self._min_size = self.size()
+        self._has_exact_times = self.has_exact_times()
         self._mtime_ns = self.status().st_mtime_ns
 
     def require_size(self, size: int) -> None:
-        """Count fewer bytes than `size` as a cut, and nothing else."""
-        with self._looking:
-            self._needed = size
+        """Set the minimum size in bytes: from now on, the device counts as truncated only below `size`."""
+        with self._checking:
+            self._min_size = size
 
     def check(self) -> None:
-        """Raise DestinationLostError if it was cut or, as far as its time tells, written by somebody else."""
-        with self._looking:
-            self._look()
+        """Check whether another program has truncated the device or written to it.
+
+        Writes show only if the file system keeps exact times. Raises DestinationLostError if there was one.
+        """
+        with self._checking:
+            self._check()
 
     def check_in_place(self) -> None:
+        """Check that `path` still leads to this device, and that no other program has changed the device."""
         super().check_in_place()
         self.check()
 
     def write(self, offset: int, data: Buffer) -> None:
+        """Write all of `data` at `offset`. Checks for foreign changes before and after."""
         with self._changing(offset + len(memoryview(data))):
             super().write(offset, data)
 
     def write_zeros(self, offset: int, length: int, *, sparse: bool) -> None:
+        """Write zeros as `Device.write_zeros`. Checks for foreign changes before and after."""
         with self._changing(0):
             super().write_zeros(offset, length, sparse=sparse)
 
     def grow(self, size: int) -> None:
+        """Extend a regular file to `size` bytes. Checks for foreign changes before and after."""
         with self._changing(size):
             super().grow(size)
 
     def read(self, offset: int, length: int) -> bytes:
+        """Read exactly `length` bytes at `offset`, then check for foreign changes."""
         data = super().read(offset, length)
         self.check_without_blocking()
         return data
 
     def read_cached(self, offset: int, length: int) -> memoryview | None:
+        """Read from the page cache as `Device.read_cached`, then check for foreign changes."""
         data = super().read_cached(offset, length)
         if data is not None:
             self.check_without_blocking()
         return data
 
     def sync(self) -> None:
+        """Wait until everything written is on stable storage, then check for foreign changes."""
         super().sync()
         self.check()
 
     def check_without_blocking(self) -> None:
-        """Do as `check`, but ask nothing of a file system that may not answer. May be called from trio's thread."""
+        """Check for foreign changes as `check`, but only if the file system certainly answers at once.
+
+        Safe to call from trio's thread. Raises DestinationLostError if there was a foreign change.
+        """
         if self.lost is not None:
             raise copy(self.lost)
-        if self._tells:
+        if self._has_exact_times:
             self.check()
 
     @contextlib.contextmanager
     def _changing(self, end: int) -> Iterator[None]:
-        """Surround a change of ours, after which there are at least `end` bytes. A device bounds it by itself."""
+        """Check for foreign changes before and after our own change, after which the file has at least `end` bytes.
+
+        A block device needs no check: it refuses writes beyond its end.
+        """
         if self.is_block_device:
             yield
             return
-        with self._looking:
-            self._look()
+        with self._checking:
+            self._check()
             self._writers += 1
         try:
             yield
         finally:
-            with self._looking:
+            with self._checking:
                 self._writers -= 1
                 if not self._writers:
                     self._mtime_ns = self.status().st_mtime_ns
-        with self._looking:
-            self._needed = max(self._needed, end)
-            self._look()
+        with self._checking:
+            self._min_size = max(self._min_size, end)
+            self._check()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         if self.lost is None:
             status = self.status()
             size = self.size() if self.is_block_device else status.st_size
-            if size < self._needed:
+            if size < self._min_size:
                 self.lost = DestinationLostError(
-                    f"{self.path} was made shorter while it was in use: it has {size} bytes of {self._needed}. "
+                    f"{self.path} was truncated while it was in use: it has {size} bytes of {self._min_size}. "
                     "Start again"
                 )
-            elif self._tells and not self._writers and status.st_mtime_ns != self._mtime_ns:
+            elif self._has_exact_times and not self._writers and status.st_mtime_ns != self._mtime_ns:
                 self.lost = DestinationLostError(
                     f"{self.path} was written by another program while it was in use. Start again"
                 )

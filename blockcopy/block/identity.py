@@ -1,15 +1,15 @@
-"""What tells one source or destination from another, as far as it shows without reading all of it.
+"""Identities, which tell one source or destination from another without reading all of it.
 
-A source's identity travels in the greeting (see `wire`) and, with a destination's, into the state
-file. It is an object of JSON: numbers, strings, and lists of strings. Where it is equal, the source is
-taken for the same, unchanged; so a source that is a block device should be a snapshot, because a
-device does not tell when it was written.
+The greeting of a source (see `handshake`) has its identity, and so has the state file, with the destination's.
+An identity is a JSON object of numbers, strings, and lists of strings. If two identities are equal, the source
+counts as unchanged. A block device does not show when it was written, so as a source it should be a snapshot.
 
-    size      bytes
-    sample    SHA-256 of 32 pieces of 4 KiB, at fixed positions (fewer where the source is smaller)
-    inode, mtime_ns, ctime_ns   of a file. No program can put its ctime back, as some do with the mtime. It is not
-              told where a file system keeps none of its own, nor by older programs of ours
-    id        of a block device: what the kernel knows it by, where it knows anything
+    size        bytes
+    sample      SHA-256 digests of 32 pieces of 4 KiB at fixed offsets; fewer pieces of a smaller source
+    inode, mtime_ns, ctime_ns
+                of a file. No program can set the ctime back, as some do with the mtime. The ctime is missing
+                if the file system keeps none of its own, or if the source runs an older version
+    id          of a block device: its most specific name in the kernel, if it has any
 """
 
 from __future__ import annotations
@@ -31,46 +31,48 @@ logger = logging.getLogger(__name__)
 Identity = dict[str, Any]
 
 _UNREADABLE = "unreadable"
-"""In a sample, in the place of a digest."""
+"""The entry of a sample for a piece that cannot be read."""
 
-_MOST_NAMES = 16
-"""Facts of an identity; others than those above may come with newer programs."""
+_MAX_FIELDS = 16
+"""Number of fields of an identity. Newer versions may have fields that are not listed above."""
 
-_MOST_DIGITS, _MOST_TEXT = 64, 4096
-"""Characters of a sample's digest, and of another fact."""
+_MAX_DIGEST_LENGTH, _MAX_TEXT_LENGTH = 64, 4096
+"""Characters of a digest in a sample, and of any other text field."""
 
 
 class Times(NamedTuple):
-    """A file's times, in nanoseconds."""
+    """The times of a file, in nanoseconds since the epoch."""
 
     mtime_ns: int
     ctime_ns: int
 
 
 NO_TIMES = Times(0, 0)
-"""The times of a block device: the kernel does not tell when it was written."""
+"""The times of a block device: the kernel does not report when it was written."""
 
 _PIECES, _PIECE_SIZE = 32, 4096
 
 _BTRFS_SUPERBLOCK = 64 * 1024
-"""Other file systems, and partition tables, begin in the first piece; btrfs writes only here."""
+"""Offset of the superblock of btrfs. Other file systems, and partition tables, write into the first piece."""
 
 _NAMES_IN_SYSFS = ("dm/uuid", "md/uuid", "wwid", "device/wwid", "serial", "device/serial")
-"""Below /sys/dev/block/MAJOR:MINOR: what stays the same over a restart, the most specific first."""
-
+"""Files below /sys/dev/block/MAJOR:MINOR with names that survive a restart, the most specific first."""
 
 _TICK_NS = 20_000_000
-"""Nanoseconds after which the kernel's clock for files has moved on: two of its longest ticks."""
+"""Nanoseconds after which the kernel's clock for file times has advanced: two of its longest ticks."""
 
 _WHOLE_SECONDS_NS = 2_000_000_000
-"""The same, of a file system that keeps whole seconds. FAT keeps every second one."""
+"""Nanoseconds after which times in whole seconds have advanced. FAT has only even seconds."""
 
 _WRITE_BACK_SECONDS = 5
-"""How long a greeting waits for the source's disk. Who greets has `--timeout` seconds of patience."""
+"""Seconds that a source waits for its disk before it greets. The asker waits for `--timeout` seconds."""
 
 
 def source_identity(device: Device) -> Identity:
-    """Of an opened source. DeviceError where it has no size."""
+    """Return the identity of an opened source. Reads its sample, and waits up to 5 seconds for its write-back.
+
+    Raises DeviceError if the size or times cannot be found. A piece that cannot be read is marked in the sample.
+    """
     found: Identity = {}
     if device.is_block_device:
         name = _kernel_name(device.status().st_rdev)
@@ -89,11 +91,13 @@ def source_identity(device: Device) -> Identity:
 
 
 def settled_times(device: Device, write_back: Callable[[], object]) -> Times:
-    """Return the times of a file, such that whatever is written to it from now on moves them.
+    """Return the times of a file, after making sure that every later write changes them.
 
-    `write_back` writes the dirty pages of the file to its disk. A store through a mapping moves the times only if
-    its page is clean. A store after the first `write_back` moves them, and one before the second is older than
-    whatever is read from now on. Raises what `write_back` raises, and DeviceError.
+    `write_back` must write all dirty pages of the file to its disk. A write through a mapping changes the times
+    only if its page is clean. So any such write after the first `write_back` changes them. Any before the second
+    `write_back` precedes all later reads. Then the clock's tick is waited out.
+
+    Returns NO_TIMES for a block device. Raises DeviceError, and whatever `write_back` raises.
     """
     write_back()
     times = times_of(device)
@@ -103,7 +107,7 @@ def settled_times(device: Device, write_back: Callable[[], object]) -> Times:
 
 
 def times_of(device: Device) -> Times:
-    """Return the times of a file as they are; NO_TIMES of a block device. Raises DeviceError."""
+    """Return the current times of a file. Returns NO_TIMES for a block device."""
     if device.is_block_device:
         return NO_TIMES
     status = device.status()
@@ -111,7 +115,7 @@ def times_of(device: Device) -> Times:
 
 
 def _wait_out_tick(ctime_ns: int) -> None:
-    """Return when the next change of a file gets a later time than `ctime_ns`."""
+    """Wait until the next change of a file gets a later time than `ctime_ns`."""
     tick = _TICK_NS if ctime_ns % 1_000_000_000 else _WHOLE_SECONDS_NS
     left = ctime_ns + tick - time.time_ns()
     if left > 0:
@@ -129,25 +133,25 @@ def _source_times(device: Device) -> Times:
     times = settled_times(device, write_back)
     if not complete:
         logger.warning(
-            "%s was written just now, and is not on its disk yet: what a program stores into it through a mapping "
-            "may not be noticed",
+            "%s was just written, and is not on its disk yet: writes of a program that has it mapped into memory "
+            "may go unnoticed",
             device.path,
         )
     return times
 
 
 def destination_identity(device: Device) -> Identity:
-    """Of an opened destination, its size apart. DeviceError where it cannot be told."""
+    """Return the identity of an opened destination, without its size. Raises DeviceError if it cannot be found."""
     status = device.status()
     if device.is_block_device:
         number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
         return {"device": _kernel_name(status.st_rdev) or number}
-    # Not st_dev: it may be another after a restart.
+    # Not st_dev: a restart may change it.
     return {"file": status.st_ino, "file_system": device.file_system()}
 
 
 def sample_extents(size: int) -> list[Extent]:
-    """The pieces of a source of `size` bytes that stand for it, ascending; the first and last are in it."""
+    """Return the byte ranges that are the sample of a source of `size` bytes, ascending."""
     if size <= _PIECES * _PIECE_SIZE:
         offsets = set(range(0, size, _PIECE_SIZE))
     else:
@@ -158,50 +162,56 @@ def sample_extents(size: int) -> list[Extent]:
 
 
 def sample_of(pieces: Iterable[bytes | None]) -> list[str]:
-    """The digests of the pieces; of one that cannot be read, words that say so."""
+    """Return the entries of a sample: the hexadecimal SHA-256 of each of the `pieces`.
+
+    None stands for an unreadable piece.
+    """
     return [hashlib.sha256(piece).hexdigest() if piece is not None else _UNREADABLE for piece in pieces]
 
 
 def sample_matches(device: Device, identity: Identity, extents: Iterable[Extent]) -> bool:
-    """Whether those of the sample's `extents` read from `device` as they did from the source."""
+    """Return True if `device` has the bytes of the sample in a source's `identity`.
+
+    Only the `extents` are compared, some of those from `sample_extents`. Unreadable pieces count as equal.
+    """
     sample = dict(zip(sample_extents(identity["size"]), identity["sample"]))
     return all(_same_piece(sample_of([_read_or_none(device, extent)])[0], sample[extent]) for extent in extents)
 
 
 def _same_piece(known: str, found: str) -> bool:
-    """Return whether nothing tells two pieces of samples apart: a bad sector that comes or goes is no change."""
+    """Return True if two entries of samples do not differ. A sector that becomes unreadable is no difference."""
     return known == found or _UNREADABLE in (known, found)
 
 
 def is_identity(value: object) -> bool:
-    """Whether what a peer or a state file says has the form of a source's identity."""
-    if not isinstance(value, dict) or len(value) > _MOST_NAMES:
+    """Return True if untrusted JSON `value` has the form of a source's identity, within its bounds."""
+    if not isinstance(value, dict) or len(value) > _MAX_FIELDS:
         return False
     size, sample = value.get("size"), value.get("sample")
     return (
         type(size) is int
         and 0 <= size < 1 << 63
         and isinstance(sample, list)
-        and all(isinstance(piece, str) and len(piece) <= _MOST_DIGITS for piece in sample)
+        and all(isinstance(piece, str) and len(piece) <= _MAX_DIGEST_LENGTH for piece in sample)
         and len(sample) == len(sample_extents(size))
         and all(_is_plain(each) for name, each in value.items() if name != "sample")
     )
 
 
 def _is_plain(value: object) -> bool:
-    return type(value) is int or (isinstance(value, str) and len(value) <= _MOST_TEXT)
+    return type(value) is int or (isinstance(value, str) and len(value) <= _MAX_TEXT_LENGTH)
 
 
 def shows_writes(identity: Identity) -> bool:
-    """Whether the same identity again means the same bytes: a file's ctime shows that it was written."""
+    """Return True if every write changes this identity of a source, because it has a ctime."""
     return "ctime_ns" in identity
 
 
 def differences(known: Identity, found: Identity) -> list[str]:
-    """In words, where two identities differ; empty for the same source.
+    """Return in words how two identities of a source differ. Returns an empty list for the same source.
 
-    What is known by way of the original program, size and sample, is compared with just these of
-    the other. Not so the other way round: what is known of a file's time has to be found again.
+    An identity that was found through the original program has only size and sample. If `known` is one, only size
+    and sample are compared. If `found` is one, the fields that it lacks are differences.
     """
     names = known.keys() if len(known) == len(("size", "sample")) else known.keys() | found.keys()
     differing = sorted(name for name in names if not _is_same(name, known.get(name), found.get(name)))
@@ -221,9 +231,9 @@ def _difference(name: str, known: object, found: object) -> str:
     if name == "sample":
         return "its bytes differ"
     if known is None:
-        return f"{name} was not told, is {found}"
+        return f"{name} was not reported before, is {found}"
     if found is None:
-        return f"{name} is not told any more"
+        return f"{name} is no longer reported"
     return f"{name} was {known}, is {found}"
 
 
@@ -231,11 +241,11 @@ def _read_or_none(device: Device, extent: Extent) -> bytes | None:
     try:
         return device.read(*extent)
     except DeviceError:
-        return None  # a bad sector, or a source that shrinks: whoever asks for it is told
+        return None  # a bad sector, or a source that shrinks: whoever asks for these bytes gets the error
 
 
 def _kernel_name(number: int) -> str | None:
-    """What the block device is, whatever its number is today: a name of the kernel's, or its file."""
+    """Return a name of block device `number` that survives a restart. Returns None if the kernel has none."""
     entry = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
     partition = _text(entry / "partition")
     disk = entry if partition is None else entry.parent

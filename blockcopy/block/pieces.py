@@ -1,4 +1,4 @@
-"""A device in pieces: where it has data, and reading that. What lies between, its holes, is not read."""
+"""The pieces in which a device is read: each knows where it has data. Holes between the data are not read."""
 
 from __future__ import annotations
 
@@ -13,19 +13,27 @@ from blockcopy.errors import DeviceError
 Result = TypeVar("Result")
 
 PIECE_SIZE = 4 * 1024 * 1024
-"""Bytes that one thread looks at, or reads, and compares before it hands over: with a quarter of that, threads
-are half of their time busy with one another. No block is larger."""
+"""Bytes that one thread reads or views, and hashes, at a time. No block is larger.
+
+With a quarter of this size, threads spend half of their time waiting for one another.
+"""
 
 
 class Piece(NamedTuple):
-    """`length` bytes at `position`, of which those in `data`, whole blocks, can be other than zeros."""
+    """A part of a device: `length` bytes at offset `position`.
+
+    `data`: its byte ranges that may not be zeros, in offsets of the device, ascending, in whole blocks.
+    """
 
     position: int
     length: int
     data: list[Extent]
 
     def without(self, blocks: frozenset[int], block_size: int) -> Piece:
-        """The same, of which `blocks`, counted in bytes from its beginning, need not be read."""
+        """Return this piece with some blocks of `block_size` bytes left out of its `data`.
+
+        `blocks`: the offsets of these blocks in the piece, in bytes.
+        """
         if not blocks:
             return self
         data = (
@@ -36,12 +44,15 @@ class Piece(NamedTuple):
         )
         return Piece(self.position, self.length, join_extents(data))
 
-    def read(self, device: Device, room: memoryview) -> int:
-        """Have what is in `data` in `room`, each byte in its place. How many bytes of the piece the
-        device has; fewer than its length only where it ends before. DeviceError."""
+    def read(self, device: Device, buffer: memoryview) -> int:
+        """Read the `data` of this piece from `device` into `buffer`, each byte at its offset in the piece.
+
+        Returns how many bytes of the piece the device has, fewer than `length` only if the device ends early.
+        Raises DeviceError if a range cannot be read.
+        """
         for extent in self.data:
             start = extent.offset - self.position
-            count = device.read_into(extent.offset, room[start : start + extent.length])
+            count = device.read_into(extent.offset, buffer[start : start + extent.length])
             if count < extent.length:
                 return start + count
         # The end may lie in a hole.
@@ -51,21 +62,21 @@ class Piece(NamedTuple):
         return max(0, min(end, device.size()) - self.position)
 
     def read_skipping_errors(
-        self, device: Device, room: memoryview, block_size: int
+        self, device: Device, buffer: memoryview, block_size: int
     ) -> tuple[int, dict[int, DeviceError]]:
-        """Read as `read`, and pass over blocks that cannot be read, so that a bad sector costs its own block only.
+        """Read as `read`, but skip unreadable blocks of `block_size` bytes. A bad sector costs only its block.
 
-        Returns how many bytes of the piece the device has, and the error of each block that was passed over, by
-        its offset in the piece. The room has no bytes of these.
+        Returns how many bytes of the piece the device has, and the errors of the skipped blocks. The keys of the
+        errors are the offsets of these blocks in the piece. Their bytes in `buffer` are undefined.
         """
         try:
-            return self.read(device, room), {}
+            return self.read(device, buffer), {}
         except DeviceError:
             errors: dict[int, DeviceError] = {}
         for at in range(0, self.length, block_size):
             block = self.block(at, block_size)
             try:
-                count = block.read(device, room[at : at + block_size])
+                count = block.read(device, buffer[at : at + block_size])
             except DeviceError as error:
                 errors[at] = error
                 continue
@@ -74,7 +85,7 @@ class Piece(NamedTuple):
         return self.length, errors
 
     def block(self, at: int, block_size: int) -> Piece:
-        """Return the block that begins `at` bytes into the piece."""
+        """Return the block of at most `block_size` bytes at offset `at` of this piece, as a piece."""
         position = self.position + at
         length = min(block_size, self.length - at)
         return Piece(position, length, [Extent(position, length)] if self._has_data(position) else [])
@@ -97,7 +108,10 @@ class Piece(NamedTuple):
         return result if is_valid else None
 
     def blocks(self, data: memoryview, block_size: int) -> Iterator[tuple[int, memoryview | None]]:
-        """Each block of what `read` or `view` gave: its length, and its bytes; None where these are zeros."""
+        """Yield the length and bytes of each block of `block_size` bytes, with None for a block of zeros.
+
+        `data`: the buffer that `read` filled, or the view that `examine_view` gives.
+        """
         solid = self.data == [(self.position, self.length)]
         for start in range(0, self.length, block_size):
             block = data[start : min(start + block_size, self.length)]
@@ -109,18 +123,18 @@ class Piece(NamedTuple):
 
 
 class PieceScanner:
-    """Where `device` has data. For one thread at a time.
+    """A search for the data of `device`, which cuts it into pieces. Not thread-safe.
 
-    What was found last is remembered: to look for the end of much data takes long on some file systems.
+    It remembers the last range of data. Some file systems take long to find the end of a long range.
     """
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._from = 0  # there is a hole from here up to _data, if anything
+        self._from = 0  # from here to _data is a hole
         self._data = Extent(0, 0)
 
     def next_data(self, offset: int) -> Extent:
-        """The first that is no hole from `offset` on; at MAX_POSITION where there is none."""
+        """Return the next range of data at or behind `offset`. It begins at MAX_POSITION if there is none."""
         if not self._from <= offset < self._data.end:
             extents = self._device.data_extents(offset, MAX_POSITION - offset)
             self._from, self._data = offset, next(extents, Extent(MAX_POSITION, 0))
@@ -128,7 +142,7 @@ class PieceScanner:
         return Extent(start, self._data.end - start)
 
     def piece(self, position: int, length: int, block_size: int) -> Piece:
-        """With blocks of `block_size` from `position` on."""
+        """Return the piece of `length` bytes at `position`. Its data is whole blocks of `block_size` bytes."""
         end = position + length
         data: list[Extent] = []
         at = position
@@ -139,10 +153,13 @@ class PieceScanner:
         return Piece(position, length, join_extents(data))
 
     def pieces_with_data(self, position: int, length: int, block_size: int) -> Iterator[Piece]:
-        """Of the pieces that `length` bytes at `position` fall into, those that are not all hole."""
-        most = PIECE_SIZE // block_size * block_size
+        """Yield the pieces of `length` bytes at `position` that have data. Pieces that are all hole are left out.
+
+        Each piece has up to PIECE_SIZE bytes, in whole blocks of `block_size` bytes counted from `position`.
+        """
+        max_length = PIECE_SIZE // block_size * block_size
         at, end = position, position + length
         while at < end and (found := self.next_data(at).offset) < end:
-            at = position + (found - position) // most * most
-            yield self.piece(at, min(most, end - at), block_size)
-            at += most
+            at = position + (found - position) // max_length * max_length
+            yield self.piece(at, min(max_length, end - at), block_size)
+            at += max_length

@@ -1,13 +1,14 @@
-"""Where the state of a destination is kept, and how a record is ended by those who do not read it.
+"""State records of destinations: their paths, which one is authoritative, and their invalidation.
 
-What is in the file is `replica.journal`'s to know. But whoever writes to a destination without
-keeping its record has to end it: it would be believed later, and is true no more.
+A record is a state file; `replica.state.statefile` knows its content. At most one record of a destination is
+authoritative, and a later run believes no other. A command that writes to the destination without updating that
+record must invalidate it first.
 
-    DEFAULT.state       the record, at its default place
-    DEFAULT.elsewhere   the token of the one record that is believed though it is kept elsewhere (`--state`)
+    DEFAULT.state       the record at the default path
+    DEFAULT.elsewhere   the token of the authoritative record, if that is at another path (`--state`)
 
-Each command that writes to a destination knows its default place. So it ends every record by removing these two,
-wherever the record is.
+Every command can find the default path of a destination. By removing these two files, it invalidates the record
+at any path.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from blockcopy.paths.trust import distrust_reason
 
 
 def default_path(destination: Device) -> Path:
-    """Where the state is kept unless the user says otherwise: named after what the destination is."""
+    """Return the path of the state file of `destination` without `--state`. Its name is a hash of the identity."""
     identity = json.dumps(destination_identity(destination), sort_keys=True)
     return default_folder().resolve() / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.state"
 
 
 def default_folder() -> Path:
-    """Of this user's states."""
+    """Return the folder of this user's state files. Raises StateError if the user has no home folder."""
     systemd = os.environ.get("STATE_DIRECTORY")  # of a unit with StateDirectory=
     if systemd:
         return Path(systemd.partition(":")[0])
@@ -45,54 +46,60 @@ def _home() -> Path:
     try:
         return Path.home()
     except RuntimeError as error:
-        raise StateError("this user has no home for states: set HOME or XDG_STATE_HOME") from error
+        raise StateError("this user has no home for state files: set HOME or XDG_STATE_HOME") from error
 
 
 def invalidate_records(destination: Device) -> None:
-    """End every record of `destination`, before it is written. Raises StateError if one cannot be removed."""
+    """Invalidate every record of `destination`, wherever it is. Call before the destination is written.
+
+    Raises StateError if a file cannot be removed.
+    """
     invalidate(default_path(destination))
-    invalidate(_note_path(destination))
+    invalidate(_token_path(destination))
 
 
 def invalidate(path: Path) -> None:
-    """Remove the record at `path`; no loss of power brings it back. Raises StateError if that fails."""
+    """Remove the file at `path`, if any, so that no power loss brings it back. Raises StateError if that fails."""
     try:
         durable.remove(path)
     except OSError as error:
         raise StateError(
-            f"the state in {path} would not be true any more, and cannot be removed ({error.strerror}); do it first"
+            f"the state file {path} is no longer valid, and cannot be removed: {error.strerror}. Remove it first"
         ) from error
 
 
 def make_authoritative(token: str, destination: Device) -> None:
-    """Make the record with this token the only one of `destination` that is believed, though it is kept elsewhere.
+    """Make a record that is not at the default path the authoritative record of `destination`.
 
-    Raises StateError if the record at the default place cannot be removed, StateWriteError if the token cannot
-    be kept.
+    `token`: the random text that the record contains. Raises StateError if the record at the default path cannot
+    be removed, StateWriteError if the token cannot be written durably.
     """
     invalidate(default_path(destination))
-    path = _note_path(destination)
+    path = _token_path(destination)
     try:
         durable.make_folder(path.parent)
         if why := distrust_reason(path.parent):
-            raise StateWriteError(f"cannot note in {path} which state is true: {why}")
+            raise StateWriteError(f"cannot write {path}, which names the valid state file: {why}")
         durable.write(path, token)
     except OSError as error:
-        raise StateWriteError(f"cannot note in {path} which state is true: {error.strerror}") from error
+        raise StateWriteError(f"cannot write {path}, which names the valid state file: {error.strerror}") from error
 
 
 def is_authoritative(token: str, destination: Device) -> bool:
-    """Whether the record with this token, which is kept elsewhere, is the last one of `destination`."""
-    path = _note_path(destination)
+    """Return True if the record with this `token`, not at the default path, is authoritative for `destination`."""
+    path = _token_path(destination)
     with contextlib.suppress(OSError):
         return not distrust_reason(path.parent) and path.read_text(encoding="utf-8", errors="replace") == token
     return False
 
 
 def make_default_authoritative(destination: Device) -> None:
-    """Believe no record of `destination` but the one at its default place. Raises StateError."""
-    invalidate(_note_path(destination))
+    """Make the record at the default path the authoritative record of `destination`.
+
+    Raises StateError if the token of another record cannot be removed.
+    """
+    invalidate(_token_path(destination))
 
 
-def _note_path(destination: Device) -> Path:
+def _token_path(destination: Device) -> Path:
     return default_path(destination).with_suffix(".elsewhere")

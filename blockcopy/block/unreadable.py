@@ -1,6 +1,6 @@
-"""What of a device cannot be read: how many bytes, the first of the ranges, and the first reason.
+"""The unreadable ranges of a device: number of bytes, the first ranges, and the first reason.
 
-Bounded, however much of a disk is bad.
+Memory is bounded, however much of a disk is bad.
 """
 
 from __future__ import annotations
@@ -11,24 +11,25 @@ import threading
 from blockcopy.block.geometry import Extent, join_extents
 
 MAX_RANGES = 16
-"""Ranges that are kept, and told."""
+"""Number of ranges that are kept and reported."""
 
 
 class UnreadableRanges:
-    """Ranges that could not be read. Thread-safe."""
+    """The ranges of one device that could not be read. False if empty. Thread-safe."""
 
     def __init__(self) -> None:
         self.bytes = 0
+        """Number of unreadable bytes."""
         self.ranges: list[Extent] = []
-        """Ascending, at most MAX_RANGES; neighbours are one range."""
+        """The first MAX_RANGES ranges, ascending. Adjacent ranges are joined."""
         self.more = False
-        """There are others."""
+        """True if there are more ranges than those in `ranges`."""
         self.reason = ""
-        """Why the first that was met cannot be read."""
+        """The reason of the first range that was added."""
         self._lock = threading.Lock()
 
     def add(self, extent: Extent, reason: str) -> None:
-        """Add a range. A range that is there already is not counted again, as far as the ranges are kept."""
+        """Add `extent`, which cannot be read for `reason`. A range within those in `ranges` counts only once."""
         with self._lock:
             if any(each.offset <= extent.offset and extent.end <= each.end for each in self.ranges):
                 return
@@ -44,11 +45,6 @@ class UnreadableRanges:
         return bool(self.bytes)
 
     def __str__(self) -> str:
-        """Return bytes, ranges and reason, for people."""
-        return f"{self.bytes} bytes ({listed(self.ranges, more=self.more)}): {self.reason}"
-
-
-def listed(ranges: list[Extent], *, more: bool) -> str:
-    """Return ranges as OFFSET:LENGTH, as `verify` and `prefetch` have them."""
-    words = ", ".join(f"{each.offset}:{each.length}" for each in ranges)
-    return f"{words} and more" if more else words
+        """Return for users: "BYTES bytes (OFFSET:LENGTH, …): REASON"."""
+        ranges = ", ".join(f"{each.offset}:{each.length}" for each in self.ranges)
+        return f"{self.bytes} bytes ({ranges}{' and more' if self.more else ''}): {self.reason}"
