@@ -148,7 +148,7 @@ def test_what_we_do_ourselves_is_no_change_by_others(destination: Path) -> None:
 def test_a_tail_that_is_not_needed_may_be_cut(destination: Path) -> None:
     """As far as no time tells of it: of a device, or over a network."""
     with open_destination(str(destination)) as opened:
-        opened._tells = False
+        opened._has_exact_times = False
         make_room(opened, SIZE - BLOCK_SIZE)
         os.truncate(destination, SIZE - BLOCK_SIZE)
         opened.sync()
