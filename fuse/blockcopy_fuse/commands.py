@@ -77,11 +77,11 @@ def mount(args: argparse.Namespace) -> None:
         mounting.await_first_answer(mount_plan)
 
 
-def _raise_if_incomplete(what: str, status: Status) -> None:
-    """Raise IncompleteError if the copy is not complete. `what`: what happened to the mount."""
+def _raise_if_incomplete(event: str, status: Status) -> None:
+    """Raise IncompleteError if the copy is not complete. `event`: "ended" or "unmounted"."""
     if status.source_needed:
         kept = f"the progress is recorded in {status.state_file}" if status.state_file else "no state is kept"
-        raise IncompleteError(f"{what} before the copy was complete; {kept} ({summary(status)})")
+        raise IncompleteError(f"{event} before the copy was complete; {kept} ({summary(status)})")
 
 
 def _logged_in_now(plan: Plan) -> Plan:

@@ -11,7 +11,8 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from blockcopy.block.records import default_folder
 from blockcopy.errors import BlockcopyError, RemoteError
@@ -19,6 +20,7 @@ from blockcopy.optional_packages import BLAKE3, FUSE, ZSTD, install_command
 from blockcopy.paths.runtime_dir import make_runtime_dir
 from blockcopy.protocol import digests, zstd
 from blockcopy.protocol.strict_json import parse_object
+from blockcopy.replica.monitor import typed_json
 from blockcopy.stage.streams import InputStream
 from blockcopy.transport.command import Command
 from blockcopy.transport.hints import advice
@@ -44,6 +46,18 @@ class CheckResult(NamedTuple):
     message: str
 
 
+@dataclass(frozen=True)
+class HostFacts:
+    """The reply of `facts`. `digests`: speeds in MB/s by name. `size`: bytes of the source, if one was named."""
+
+    user: str
+    python: str
+    program: str
+    digests: dict[str, int]
+    zstd: bool = False
+    size: int | None = None
+
+
 def examine() -> Iterator[CheckResult]:
     """Check this host. Yields a result for each point."""
     yield CheckResult("ok", f"Python {platform.python_version()} ({sys.executable})")
@@ -67,19 +81,19 @@ def examine_host(command: Command, *, prompts: bool = False) -> Iterator[CheckRe
     host = command.location.host_shown
     started = time.monotonic()
     try:
-        found = _facts(command, prompts=prompts)
+        facts = _facts(command, prompts=prompts)
     except BlockcopyError as error:
         yield CheckResult("FAIL", str(error))
         return
-    yield CheckResult("ok", f"{host}: reached in {time.monotonic() - started:.1f} s as {found['user']}")
-    yield CheckResult("ok", f"{host}: Python {found['python']}, which runs {found['program']}")
-    yield from _both_hosts(host, found)
-    if "size" in found:
-        yield CheckResult("ok", f"{command.location} can be read: {found['size']} bytes")
+    yield CheckResult("ok", f"{host}: reached in {time.monotonic() - started:.1f} s as {facts.user}")
+    yield CheckResult("ok", f"{host}: Python {facts.python}, which runs {facts.program}")
+    yield from _both_hosts(host, facts)
+    if facts.size is not None:
+        yield CheckResult("ok", f"{command.location} can be read: {facts.size} bytes")
 
 
-def _facts(command: Command, *, prompts: bool) -> dict[str, Any]:
-    """Run `facts`, and return its fields. Raises RemoteError, with what to do, if there is no valid answer."""
+def _facts(command: Command, *, prompts: bool) -> HostFacts:
+    """Run `facts`, and return its reply. Raises RemoteError, with what to do, if there is no valid answer."""
     host = command.location.host_shown
     session = Session(command, timeout=_HOST_SECONDS, prompts=prompts)
     answer = b""
@@ -88,45 +102,36 @@ def _facts(command: Command, *, prompts: bool) -> dict[str, Any]:
             answer = _read(session.input, host)
     if session.given_up is not None:
         raise RemoteError(session.given_up)
-    said = session.said()
+    messages = session.said()
     text = answer[answer.find(b"{") :]  # without bootstrap, the login may print text first
     with contextlib.suppress(ValueError):
-        found = parse_object(text)
-        if session.status == 0 and _is_facts(found):
-            return found
-    todo = advice(command, session.status, "\n".join(said), begun=session.begun)
-    told = " | ".join(said[-3:]) or f"`{command.runs}` ended with exit status {session.status}"
-    raise RemoteError(f"{command.location}: {told}" + (f" – {todo}" if todo else ""))
+        facts = typed_json.parse(HostFacts, parse_object(text))
+        if session.status == 0:
+            return facts
+    todo = advice(command, session.status, "\n".join(messages), begun=session.begun)
+    reason = " | ".join(messages[-3:]) or f"`{command.runs}` ended with exit status {session.status}"
+    raise RemoteError(f"{command.location}: {reason}" + (f" – {todo}" if todo else ""))
 
 
 def _read(stream: InputStream, host: str) -> bytes:
     """Read to the end of `stream`. Raises RemoteError if there are more bytes than `facts` writes."""
-    room = memoryview(bytearray(_MAX_FACTS))
+    buffer = memoryview(bytearray(_MAX_FACTS))
     length = 0
-    while count := stream.read_into(room[length:]):
+    while count := stream.read_into(buffer[length:]):
         length += count
-        if length == len(room):
-            raise RemoteError(f"{host} sent no facts: {bytes(room[:100])!r} …")
-    return bytes(room[:length])
+        if length == len(buffer):
+            raise RemoteError(f"{host} sent no facts: {bytes(buffer[:100])!r} …")
+    return bytes(buffer[:length])
 
 
-def _is_facts(found: dict[str, Any]) -> bool:
-    """Return whether `found` has the required fields, each of its type."""
-    if not isinstance(found.get("digests"), dict):
-        return False
-    speeds = found["digests"].values()
-    words = [found.get(name) for name in ("user", "python", "program")]
-    return all(isinstance(word, str) for word in words) and all(type(each) is int and each > 0 for each in speeds)
-
-
-def _both_hosts(host: str, found: dict[str, Any]) -> Iterator[CheckResult]:
-    """Check what depends on this host and on `host`. `found`: the facts of `host`."""
-    yield CheckResult("ok", f"{host}: digests: {_speeds(found['digests'])}")
-    chosen = digests.choose(digests.speeds(), found["digests"])
+def _both_hosts(host: str, facts: HostFacts) -> Iterator[CheckResult]:
+    """Check what depends on this host and on `host`. `facts`: those of `host`."""
+    yield CheckResult("ok", f"{host}: digests: {_speeds(facts.digests)}")
+    chosen = digests.choose(digests.speeds(), facts.digests)
     yield CheckResult("ok", f"{host}: blocks would be compared by {chosen}")
     if chosen != "blake3":
         yield CheckResult("note", f"{host}: the package blake3 on both hosts would make it faster")
-    if not found.get("zstd"):
+    if not facts.zstd:
         yield CheckResult(
             "note",
             f"{host}: zstd is missing, so nothing would be compressed; Python 3.14 has it, and so has the package "

@@ -31,8 +31,8 @@ class ListedMount:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON: the status or, if there is none, `source`, `error` and `mountpoint`."""
-        found = self.status.as_dict() if self.status else {"error": self.error}
-        return {"source": self.mount.source, **found, "mountpoint": self.mount.mountpoint}
+        fields = self.status.as_dict() if self.status else {"error": self.error}
+        return {"source": self.mount.source, **fields, "mountpoint": self.mount.mountpoint}
 
     def cells(self) -> list[str]:
         """Return the texts of a table's row. The last one is an error if there is no status."""
@@ -53,10 +53,10 @@ class ListedMount:
 
 def replicas() -> list[ListedMount]:
     """Ask all mounted replicas for their status, side by side, and return them within about a second."""
-    found = [mount for mount in mountinfo.mounts() if mount.kind == KIND and mount.owner != NO_FUSE]
-    requests = [StatusRequest(mount) for mount in found]
+    replica_mounts = [mount for mount in mountinfo.mounts() if mount.kind == KIND and mount.owner != NO_FUSE]
+    requests = [StatusRequest(mount) for mount in replica_mounts]
     end = time.monotonic() + _SECONDS
-    return [_listed(mount, request, end) for mount, request in zip(found, requests, strict=True)]
+    return [_listed(mount, request, end) for mount, request in zip(replica_mounts, requests, strict=True)]
 
 
 def _listed(mount: Mount, request: StatusRequest, end: float) -> ListedMount:
@@ -69,9 +69,9 @@ def _listed(mount: Mount, request: StatusRequest, end: float) -> ListedMount:
     return ListedMount(mount, status, "" if status else f"no answer within {_SECONDS:g} s")
 
 
-def table(found: list[ListedMount]) -> str:
-    """Return a table of the mounts `found`, for people. An error may be longer than its column."""
-    rows = [_HEADINGS, *([printable(text) for text in each.cells()] for each in found)]
+def table(mounts: list[ListedMount]) -> str:
+    """Return a table of `mounts` for people. An error may be longer than its column."""
+    rows = [_HEADINGS, *([printable(text) for text in each.cells()] for each in mounts)]
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(_HEADINGS))]
     widths[2] = max(len(row[2]) for row in rows if len(row) == len(_HEADINGS))  # without the errors
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=False)) for row in rows]

@@ -27,17 +27,17 @@ _ENVIRONMENT = {"BLOCKCOPY_DEBUG": "The same as --verbose."}
 
 def page() -> str:
     """Return the manual page as roff, for man(1)."""
-    whole = parser()
-    made = Manpage(whole, format="single-commands-section")
-    made.description = "use a remote disk now, own a complete local copy of it soon"
-    made.manual = "User Commands"
-    made.source = f"blockcopy {__version__}"
-    made.date = ""
-    made.add_section("EXIT STATUS", ">", _list(_exit_statuses()))
-    made.add_section("STATUS FIELDS", ">", _list(_status_fields(Status)))
-    made.add_section("FILES", ">", _list(_FILES.items()))
-    made.add_section("ENVIRONMENT", ">", _list(_ENVIRONMENT.items()))
-    return str(made)
+    all_commands = parser()
+    manpage = Manpage(all_commands, format="single-commands-section")
+    manpage.description = "use a remote disk now, own a complete local copy of it soon"
+    manpage.manual = "User Commands"
+    manpage.source = f"blockcopy {__version__}"
+    manpage.date = ""
+    manpage.add_section("EXIT STATUS", ">", _list(_exit_statuses()))
+    manpage.add_section("STATUS FIELDS", ">", _list(_status_fields(Status)))
+    manpage.add_section("FILES", ">", _list(_FILES.items()))
+    manpage.add_section("ENVIRONMENT", ">", _list(_ENVIRONMENT.items()))
+    return str(manpage)
 
 
 def _exit_statuses() -> Iterator[tuple[str, str]]:
@@ -73,10 +73,10 @@ def _escaped(text: str) -> str:
 
 def completion(shell: str) -> str:
     """Return the completion script for `shell`: one of the parser's SHELLS, such as bash."""
-    whole = parser()
-    for command in commands_of(whole).values():
+    all_commands = parser()
+    for command in commands_of(all_commands).values():
         _complete(command)
-    return str(shtab.complete(whole, shell))
+    return str(shtab.complete(all_commands, shell))
 
 
 def _complete(command: argparse.ArgumentParser) -> None:

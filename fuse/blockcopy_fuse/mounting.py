@@ -81,7 +81,8 @@ class MountPlan:
 def check(mount: MountPlan) -> None:
     """Check, before anything is started, that `mount` is possible.
 
-    Raises MountError if the mountpoint or FUSE cannot be used, UsageError if the mount would hide a path in use.
+    Raises MountError if the mountpoint or FUSE cannot be used.
+    Raises UsageError if the file's name is invalid, or if the mount would hide a path in use.
     """
     mountpoint = Path(mount.mountpoint)
     if control_client.is_replica(mount.mountpoint):
@@ -89,15 +90,15 @@ def check(mount: MountPlan) -> None:
     try:
         mode = mountpoint.stat().st_mode
     except FileNotFoundError as error:
-        todo = f"mkdir -p {shlex.quote(str(mountpoint))}"
-        raise MountError(f"cannot mount on {mountpoint}: {error.strerror}. Make it first: {todo}") from error
+        fix = f"mkdir -p {shlex.quote(str(mountpoint))}"
+        raise MountError(f"cannot mount on {mountpoint}: {error.strerror}. Make it first: {fix}") from error
     except OSError as error:
         raise MountError(f"cannot mount on {mountpoint}: {error.strerror}") from error
     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
         raise MountError(f"cannot mount on {mountpoint}: it is neither a folder nor a regular file")
-    for path, what in _paths_in_use(mount):
+    for path, label in _paths_in_use(mount):
         if _hides(mountpoint, Path(path)):
-            raise UsageError(f"the mount on {mountpoint} would hide the {what} {path}")
+            raise UsageError(f"the mount on {mountpoint} would hide the {label} {path}")
     if mount.name is not None and ("/" in mount.name or mount.name in ("", ".", "..", STATUS_NAME)):
         raise UsageError(f"--name {mount.name!r} cannot be the name of the file")
     if problem := fuse_host.device_problem():
@@ -105,7 +106,7 @@ def check(mount: MountPlan) -> None:
 
 
 def _paths_in_use(mount: MountPlan) -> Iterator[tuple[str, str]]:
-    """Yield each path that is used while the mount exists, and a name of it for a message."""
+    """Yield each path that is used while the mount exists, and a label for messages."""
     plan = mount.plan
     yield plan.destination, "destination"
     if plan.command.location.host is None:
@@ -113,7 +114,7 @@ def _paths_in_use(mount: MountPlan) -> Iterator[tuple[str, str]]:
     if plan.keep_state:
         yield plan.state or str(default_folder()), "state file"
     files = {"pid file": mount.pid_file, "log file": mount.log_file, "metrics file": plan.metrics}
-    yield from ((path, what) for what, path in files.items() if path is not None)
+    yield from ((path, label) for label, path in files.items() if path is not None)
     yield plan.command.folder, "folder it is started in,"
     yield plan.command.argv[0], "program"
     yield from ((path, "folder of control sockets,") for path in map(str, runtime_dir_candidates(os.geteuid())[:1]))
@@ -201,14 +202,14 @@ async def _pid_file(path: str | None) -> AsyncIterator[None]:
         return
     write = partial(safe_write.replace, path, f"{os.getpid()}\n".encode(), 0o644)
     try:
-        ours = await abandonable.run_within(write, _FILE_SECONDS)
+        written = await abandonable.run_within(write, _FILE_SECONDS)
     except OSError as error:
         raise MountError(f"cannot write --pid-file {path}: {error.strerror}") from error
     try:
         yield
     finally:
         with suppress(TimeoutError):
-            await abandonable.run_within(partial(safe_write.remove, path, ours), _FILE_SECONDS)
+            await abandonable.run_within(partial(safe_write.remove, path, written), _FILE_SECONDS)
 
 
 def await_first_answer(mount: MountPlan) -> None:

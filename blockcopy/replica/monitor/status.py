@@ -13,7 +13,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from blockcopy.block.geometry import Extent
 from blockcopy.progress.rate import floored_percent, human_size, human_time
@@ -58,41 +58,42 @@ class LinkState(StrEnum):
         return cls.UNKNOWN
 
 
-def _about(help: str, *, metric: str = "") -> dict[str, str]:
+T = TypeVar("T")
+
+
+def _about(help: str, metric: str = "") -> dict[str, str]:
     """Return the metadata of a field. `metric`: its name for Prometheus, which ends with `_total` for a counter."""
     return {"help": help, "metric": metric and f"blockcopy_{metric}"}
+
+
+def _field(default: T, help: str, metric: str = "") -> T:
+    """Return a field with a default value: what the other process means if it does not report the field."""
+    return field(default=default, metadata=_about(help, metric))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadStatus:
     """What users read, and how long their reads waited for the source."""
 
-    reads: int = field(default=0, metadata=_about("Reads by users.", metric="reads_total"))
-    bytes: int = field(default=0, metadata=_about("Bytes that users read.", metric="read_bytes_total"))
-    waiting: int = field(default=0, metadata=_about("Reads that wait for the source now.", metric="reads_waiting"))
-    latency_p50_seconds: float | None = field(
-        default=None,
-        metadata=_about("Median of the last 1000 waits; null if no read waited.", metric="read_wait_p50_seconds"),
+    reads: int = _field(0, "Reads by users.", "reads_total")
+    bytes: int = _field(0, "Bytes that users read.", "read_bytes_total")
+    waiting: int = _field(0, "Reads that wait for the source now.", "reads_waiting")
+    latency_p50_seconds: float | None = _field(
+        None, "Median of the last 1000 waits; null if no read waited.", "read_wait_p50_seconds"
     )
-    latency_p99_seconds: float | None = field(
-        default=None, metadata=_about("99th percentile of these waits.", metric="read_wait_p99_seconds")
+    latency_p99_seconds: float | None = _field(
+        None, "99th percentile of the last 1000 waits.", "read_wait_p99_seconds"
     )
-    latency_max_seconds: float | None = field(
-        default=None, metadata=_about("Longest of these waits.", metric="read_wait_max_seconds")
-    )
+    latency_max_seconds: float | None = _field(None, "Longest of the last 1000 waits.", "read_wait_max_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinkStatus:
     """The connections to the source, all together."""
 
-    state: LinkState = field(
-        default=LinkState.UNKNOWN, metadata=_about("connecting, connected, reconnecting or closed.")
-    )
-    reconnects: int = field(
-        default=0, metadata=_about("How often a lost connection was replaced.", metric="reconnects_total")
-    )
-    last_error: str | None = field(default=None, metadata=_about("Why the last connection was lost, or null."))
+    state: LinkState = _field(LinkState.UNKNOWN, "connecting, connected, reconnecting or closed.")  # noqa: RUF009
+    reconnects: int = _field(0, "How often a lost connection was replaced.", "reconnects_total")
+    last_error: str | None = _field(None, "Why the last connection was lost, or null.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,65 +104,41 @@ class Status:
         metadata=_about(
             "starting (the source was not reached yet), hydrating, paused (also with --no-background), "
             "reconnecting, verifying, complete or failed.",
-            metric="state",
+            "state",
         )
     )
-    source: str = field(default=UNKNOWN, metadata=_about("The source, as the user named it."))
-    destination: str = field(default=UNKNOWN, metadata=_about("The path of the destination."))
-    pid: int = field(default=0, metadata=_about("The process id of the mount or sync."))
-    size: int = field(metadata=_about("Size of the source.", metric="size_bytes"))
-    hydrated_bytes: int = field(
-        default=0, metadata=_about("Bytes of the destination that are the source's.", metric="hydrated_bytes")
+    source: str = _field(UNKNOWN, "The source, as the user named it.")
+    destination: str = _field(UNKNOWN, "The path of the destination.")
+    pid: int = _field(0, "The process id of the mount or sync.")
+    size: int = field(metadata=_about("Size of the source.", "size_bytes"))
+    hydrated_bytes: int = _field(0, "Bytes of the destination that are the source's.", "hydrated_bytes")
+    hydrated_percent: float = _field(0.0, "Hydrated bytes as a percentage of the size, rounded down.")
+    resumed_bytes: int = _field(0, "Hydrated bytes that a state file recorded.", "resumed_bytes")
+    same_bytes: int = _field(0, "Hydrated bytes that were equal at both ends.", "same_bytes")
+    fetched_bytes: int = _field(0, "Hydrated bytes that the source sent.", "fetched_bytes")
+    zero_bytes: int = _field(0, "Hydrated bytes that are zeros, and were not sent.", "zero_bytes")
+    hole_bytes: int = _field(0, "Zero bytes that are holes at both ends.")
+    unreadable_bytes: int = _field(0, "Bytes that the source cannot read.")
+    unreadable_ranges: tuple[Extent, ...] = _field(
+        (), "The first 16 ranges that the source cannot read, as [offset, length]."
     )
-    hydrated_percent: float = field(default=0.0, metadata=_about("The same as a percentage, rounded down."))
-    resumed_bytes: int = field(
-        default=0, metadata=_about("Hydrated bytes that a state file recorded.", metric="resumed_bytes")
+    verified_bytes: int = _field(0, "Bytes that --verify compared again after the copy was complete.")
+    verified_percent: float | None = _field(
+        None, "Verified bytes as a percentage of the size; null without --verify."
     )
-    same_bytes: int = field(
-        default=0, metadata=_about("Hydrated bytes that were equal at both ends.", metric="same_bytes")
-    )
-    fetched_bytes: int = field(
-        default=0, metadata=_about("Hydrated bytes that the source sent.", metric="fetched_bytes")
-    )
-    zero_bytes: int = field(
-        default=0, metadata=_about("Hydrated bytes that are zeros, and were not sent.", metric="zero_bytes")
-    )
-    hole_bytes: int = field(default=0, metadata=_about("Those of the zeros that are holes at both ends."))
-    unreadable_bytes: int = field(default=0, metadata=_about("Bytes that the source cannot read."))
-    unreadable_ranges: tuple[Extent, ...] = field(
-        default=(), metadata=_about("The first 16 ranges that the source cannot read, as [offset, length].")
-    )
-    verified_bytes: int = field(
-        default=0, metadata=_about("Bytes that --verify compared again after the copy was complete.")
-    )
-    verified_percent: float | None = field(
-        default=None, metadata=_about("The same as a percentage; null without --verify.")
-    )
-    sent_bytes: int = field(default=0, metadata=_about("Bytes sent to the source.", metric="sent_bytes_total"))
-    received_bytes: int = field(
-        default=0, metadata=_about("Bytes received from the source.", metric="received_bytes_total")
-    )
-    rate_bytes_per_s: int = field(
-        default=0, metadata=_about("Bytes a second by which the copy grows.", metric="rate_bytes_per_second")
-    )
-    limit_bytes_per_s: int | None = field(
-        default=None, metadata=_about("Limit of background hydration in bytes a second, or null.")
-    )
-    eta_seconds: int | None = field(
-        default=None, metadata=_about("Seconds until the copy is complete; null if unknown.", metric="eta_seconds")
-    )
-    elapsed_seconds: float = field(
-        default=0.0, metadata=_about("Seconds since the mount or sync began.", metric="elapsed_seconds")
-    )
-    source_needed: bool = field(metadata=_about("Whether the source must stay available.", metric="source_needed"))
-    demand: ReadStatus = field(default=ReadStatus(), metadata=_about("Reads by users."))
-    link: LinkStatus = field(default=LinkStatus(), metadata=_about("The connections to the source."))
-    state_file: str | None = field(
-        default=None, metadata=_about("The path of the state file; null if none is kept.")
-    )
-    error: str | None = field(default=None, metadata=_about("What is wrong now, or null."))
-    mountpoint: str | None = field(default=None, metadata=_about("Where the replica is mounted."))
-    control_socket: str | None = field(default=None, metadata=_about("The path of the mount's control socket."))
+    sent_bytes: int = _field(0, "Bytes sent to the source.", "sent_bytes_total")
+    received_bytes: int = _field(0, "Bytes received from the source.", "received_bytes_total")
+    rate_bytes_per_s: int = _field(0, "Bytes per second by which the copy grows.", "rate_bytes_per_second")
+    limit_bytes_per_s: int | None = _field(None, "Limit of background hydration in bytes per second, or null.")
+    eta_seconds: int | None = _field(None, "Seconds until the copy is complete; null if unknown.", "eta_seconds")
+    elapsed_seconds: float = _field(0.0, "Seconds since the mount or sync began.", "elapsed_seconds")
+    source_needed: bool = field(metadata=_about("Whether the source must stay available.", "source_needed"))
+    demand: ReadStatus = _field(ReadStatus(), "Reads by users.")  # noqa: RUF009
+    link: LinkStatus = _field(LinkStatus(), "The connections to the source.")  # noqa: RUF009
+    state_file: str | None = _field(None, "The path of the state file; null if none is kept.")
+    error: str | None = _field(None, "What is wrong now, or null.")
+    mountpoint: str | None = _field(None, "Where the replica is mounted.")
+    control_socket: str | None = _field(None, "The path of the mount's control socket.")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain values for JSON, in the order of the class."""

@@ -36,6 +36,8 @@ def _parsed(kind: Any, value: object, name: str) -> Any:
         return _dataclass(kind, value)
     if get_origin(kind) is tuple and isinstance(value, list):
         return tuple(_parsed(get_args(kind)[0], each, name) for each in value)
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return {key: _parsed(get_args(kind)[1], each, key) for key, each in value.items()}
     fields = getattr(kind, "_fields", ())  # of a NamedTuple
     if fields and isinstance(value, list) and len(value) == len(fields):
         hints = get_type_hints(kind)
