@@ -23,35 +23,18 @@ from blockcopy.errors import BlockcopyError, DeviceError, MismatchError, SourceE
 from blockcopy.progress.rate import RateMeter, eta, floored_percent
 from blockcopy.replica.hydration.background import BackgroundHydration
 from blockcopy.replica.hydration.committer import Committer
-from blockcopy.replica.hydration.hydrator import Hydrator, Lane
-from blockcopy.replica.hydration.throttle import BATCH_BLOCKS, Throttle
+from blockcopy.replica.hydration.hydrator import Hydrator
+from blockcopy.replica.hydration.lanes import bulk_lane, demand_lane
+from blockcopy.replica.hydration.throttle import Throttle
 from blockcopy.replica.monitor.status import LinkState, LinkStatus, MapCell, State, Status
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.source.link import Link
-from blockcopy.replica.source.window import Window
 from blockcopy.replica.state.blockmap import BlockMap
 from blockcopy.replica.state.statefile import StateFile
 from blockcopy.replica.verify import compare
 from blockcopy.replica.volume import Volume
-from blockcopy.stage.pipeline import WORKERS
 
 logger = logging.getLogger(__name__)
-
-_DEMAND_BATCH_BLOCKS = 16
-"""Blocks of a demand fetch: 2 MiB. A reader of one of them waits for all."""
-_DEMAND_FETCHES = 64
-_DEMAND_THREADS = 4
-_DEMAND_WINDOW: dict[str, Any] = {"initial_blocks": 32, "min_blocks": 8, "max_blocks": 512}
-_DEMAND_HEDGE_SECONDS = 0.05
-"""Seconds until a reader requests a block that is in flight on the bulk lane. A fast link needs less."""
-
-_BULK_FETCHES = 64
-_BULK_WINDOW: dict[str, Any] = {"initial_blocks": 32, "min_blocks": 8, "max_blocks": 1024}
-"""In blocks. 128 MiB in flight fill 1 GB/s over a round trip of 100 ms."""
-_BULK_WINDOW_ALONE = {**_BULK_WINDOW, "initial_blocks": _BULK_WINDOW["max_blocks"]}
-"""The window of a local source without readers: nobody shares the link."""
-_BULK_HEDGE_SECONDS = 2
-"""Seconds until background hydration requests a block that is in flight on the demand lane."""
 
 _PREFETCH_BLOCKS = 512
 """Blocks that a prefetch requests at once."""
@@ -85,23 +68,9 @@ class Replica:
         self._geometry = geometry
         self._blockmap = blockmap
         self._links = links
-        demand = self._demand = Lane(
-            links[0],
-            Window(**_DEMAND_WINDOW),
-            batch_blocks=_DEMAND_BATCH_BLOCKS,
-            fetches=_DEMAND_FETCHES,
-            threads=_DEMAND_THREADS,
-            hedge_after=_DEMAND_HEDGE_SECONDS,
-        )
-        self._bulk = Lane(
-            links[-1],
-            Window(**(_BULK_WINDOW if plan.demand or plan.command.location.host else _BULK_WINDOW_ALONE)),
-            batch_blocks=BATCH_BLOCKS,
-            fetches=_BULK_FETCHES,
-            threads=WORKERS,
-            hedge_after=_BULK_HEDGE_SECONDS,
-        )
-        self._bulk.drop_behind = device.exceeds_cache()
+        demand = self._demand = demand_lane(links[0])
+        is_alone = not plan.demand and not plan.command.location.host
+        self._bulk = bulk_lane(links[-1], is_alone=is_alone, drop_behind=device.exceeds_cache())
         self._hydrator = Hydrator(device, geometry, blockmap, [demand, self._bulk], nursery, sparse=plan.sparse)
         self._committer = Committer(state_file, device, blockmap, self._hydrator)
         self._state_file = str(state_file.path) if state_file else None

@@ -11,7 +11,8 @@ from blockcopy.block.buffers import Buffer
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import Geometry
 from blockcopy.errors import BlockcopyError, SourceError
-from blockcopy.replica.hydration.hydrator import Hydrator, Lane
+from blockcopy.replica.hydration.hydrator import Hydrator
+from blockcopy.replica.hydration.lanes import Lane
 from blockcopy.replica.read_stats import ReadStats
 from blockcopy.replica.readahead import ReadAhead
 from blockcopy.replica.state.blockmap import BlockMap

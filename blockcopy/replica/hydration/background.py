@@ -14,7 +14,8 @@ import trio
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import Extent, Geometry
 from blockcopy.errors import BlockcopyError, SourceReadError
-from blockcopy.replica.hydration.hydrator import Hydrator, Lane
+from blockcopy.replica.hydration.hydrator import Hydrator
+from blockcopy.replica.hydration.lanes import Lane
 from blockcopy.replica.hydration.throttle import Throttle
 from blockcopy.replica.state.blockmap import BlockMap
 

@@ -19,7 +19,6 @@ written, or after the source said that they are equal. This holds if `_fetch` cr
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from copy import copy
 from functools import partial
@@ -30,73 +29,14 @@ from blockcopy.block.destination import Destination
 from blockcopy.block.geometry import Geometry, block_runs
 from blockcopy.block.unreadable import UnreadableRanges
 from blockcopy.errors import BlockcopyError, DeviceError, SourceError, SourceReadError
+from blockcopy.replica.hydration.lanes import Fetch, Lane
 from blockcopy.replica.hydration.signatures import read_signatures
 from blockcopy.replica.hydration.source_faults import SourceFaults
 from blockcopy.replica.hydration.writer import Writer
 from blockcopy.replica.source.dialects import Answer
-from blockcopy.replica.source.link import Link
-from blockcopy.replica.source.window import Window
 from blockcopy.replica.state.blockmap import BlockMap
 
 logger = logging.getLogger(__name__)
-
-
-class Lane:
-    """A link and the bounds for what is in flight on the link.
-
-    A replica has two lanes: `demand` for readers, `bulk` for background hydration.
-    """
-
-    def __init__(
-        self, link: Link, window: Window, *, batch_blocks: int, fetches: int, threads: int, hedge_after: float
-    ) -> None:
-        """Make a lane over `link`, with nothing in flight.
-
-        `window`: the blocks that may be in flight while nobody waits for them.
-        `batch_blocks`: most blocks of a fetch.
-        `fetches`: most fetches at once.
-        `threads`: most threads that read and digest the destination.
-        `hedge_after`: seconds to wait for a block in flight on another lane, before this lane requests it too.
-        """
-        self.link = link
-        self.window = window
-        self.batch_blocks = batch_blocks
-        self.hedge_after = hedge_after
-        self.drop_behind = False
-        """Whether bytes of the destination leave the page cache once they are digested."""
-        self.fetches = trio.CapacityLimiter(fetches)
-        self.threads = trio.CapacityLimiter(threads)
-        self.in_flight: dict[int, _Fetch] = {}
-        """The fetch of each block in flight on this lane, by block number."""
-        self.active_at = -math.inf
-        """When a fetch last began or ended, in trio's time."""
-        self.requested_at = -math.inf
-        """When a fetch last began, in trio's time."""
-        self.requested_end = 0
-        """The block number after the last block of the latest fetch."""
-
-    def add(self, fetch: _Fetch) -> None:
-        """Put the blocks of `fetch` in flight."""
-        self.in_flight.update(dict.fromkeys(fetch.blocks, fetch))
-        self.active_at = self.requested_at = trio.current_time()
-        self.requested_end = fetch.blocks[-1] + 1
-
-    def remove(self, fetch: _Fetch) -> None:
-        """Take the blocks of `fetch` out of flight."""
-        for block in fetch.blocks:
-            del self.in_flight[block]
-        self.active_at = trio.current_time()
-
-
-class _Fetch:
-    """A request for some blocks, and how it ended. `since`: when the blocks were first wanted, in trio's time."""
-
-    def __init__(self, blocks: Sequence[int], since: float) -> None:
-        self.blocks = blocks
-        self.since = since
-        self.scope = trio.CancelScope()
-        self.ended = trio.Event()
-        self.error: BlockcopyError | None = None
 
 
 class Hydrator:
@@ -178,7 +118,7 @@ class Hydrator:
 
     def _fetches_of(
         self, blocks: list[int], lane: Lane, since: float, *, may_wait: bool
-    ) -> tuple[set[_Fetch], set[_Fetch]]:
+    ) -> tuple[set[Fetch], set[Fetch]]:
         """Find or start the fetches of missing `blocks`, first wanted at `since` in trio's time.
 
         Returns the fetches of `lane`, and the fetches of other lanes to wait for.
@@ -196,19 +136,19 @@ class Hydrator:
             own.add(self._start_fetch(idle[start : start + lane.batch_blocks], lane, since))
         return own, others
 
-    def _in_flight_elsewhere(self, block: int, lane: Lane) -> _Fetch | None:
+    def _in_flight_elsewhere(self, block: int, lane: Lane) -> Fetch | None:
         return next(
             (other.in_flight[block] for other in self._lanes if other is not lane and block in other.in_flight),
             None,
         )
 
-    def _start_fetch(self, blocks: Sequence[int], lane: Lane, since: float) -> _Fetch:
-        fetch = _Fetch(blocks, since)
+    def _start_fetch(self, blocks: Sequence[int], lane: Lane, since: float) -> Fetch:
+        fetch = Fetch(blocks, since)
         lane.add(fetch)
         self._nursery.start_soon(self._run, fetch, lane)
         return fetch
 
-    async def _run(self, fetch: _Fetch, lane: Lane) -> None:
+    async def _run(self, fetch: Fetch, lane: Lane) -> None:
         blocks = fetch.blocks
         fetch.error = SourceError("the replica is being closed")  # if this task is cancelled
         try:

@@ -1,0 +1,141 @@
+"""The lanes of a replica: a link each, and the bounds for what is in flight on the link.
+
+The demand lane serves readers: small batches, which land soon. The bulk lane serves background hydration: large
+batches, which cost little per block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import trio
+
+from blockcopy.errors import BlockcopyError
+from blockcopy.replica.hydration.throttle import BATCH_BLOCKS
+from blockcopy.replica.source.link import Link
+from blockcopy.replica.source.window import Window
+from blockcopy.stage.pipeline import WORKERS
+
+_DEMAND_BATCH_BLOCKS = 16
+"""Most blocks of a demand fetch: 2 MiB. A reader of one of them waits for all."""
+
+_INITIAL_WINDOW, _MIN_WINDOW = 32, 8
+"""Blocks that a lane has in flight at first, and at least."""
+
+_MAX_DEMAND_WINDOW, _MAX_BULK_WINDOW = 512, 1024
+"""Most blocks in flight. 1024 blocks are 128 MiB, which fill 1 GB/s over a round trip of 100 ms."""
+
+_MAX_FETCHES = 64
+"""Most fetches of a lane at once."""
+
+_DEMAND_THREADS = 4
+"""Most threads that digest blocks for readers."""
+
+_DEMAND_HEDGE_SECONDS = 0.05
+"""Seconds until a reader requests a block that is in flight on the bulk lane. A fast link needs less."""
+
+_BULK_HEDGE_SECONDS = 2
+"""Seconds until background hydration requests a block that is in flight on the demand lane."""
+
+
+class Fetch:
+    """A request for some blocks, and how it ended."""
+
+    def __init__(self, blocks: Sequence[int], since: float) -> None:
+        """Make a fetch of `blocks`, block numbers. `since`: when they were first wanted, in trio's time."""
+        self.blocks = blocks
+        self.since = since
+        self.scope = trio.CancelScope()
+        """Cancelled if all blocks are present already."""
+        self.ended = trio.Event()
+        self.error: BlockcopyError | None = None
+        """Why the fetch failed. None if it has succeeded."""
+
+
+class Lane:
+    """A link and the bounds for what is in flight on the link.
+
+    A replica has two lanes: `demand` for readers, `bulk` for background hydration.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        window: Window,
+        *,
+        batch_blocks: int,
+        fetches: int,
+        threads: int,
+        hedge_after: float,
+        drop_behind: bool = False,
+    ) -> None:
+        """Make a lane over `link`, with nothing in flight.
+
+        `window`: the blocks that may be in flight while nobody waits for them.
+        `batch_blocks`: most blocks of a fetch.
+        `fetches`: most fetches at once.
+        `threads`: most threads that read and digest the destination.
+        `hedge_after`: seconds to wait for a block in flight on another lane, before this lane requests it too.
+        `drop_behind`: drop bytes of the destination from the page cache once they are digested.
+        """
+        self.link = link
+        self.window = window
+        self.batch_blocks = batch_blocks
+        self.hedge_after = hedge_after
+        self.drop_behind = drop_behind
+        self.fetches = trio.CapacityLimiter(fetches)
+        self.threads = trio.CapacityLimiter(threads)
+        self.in_flight: dict[int, Fetch] = {}
+        """The fetch of each block in flight on this lane, by block number."""
+        self.active_at = -math.inf
+        """When a fetch last began or ended, in trio's time."""
+        self.requested_at = -math.inf
+        """When a fetch last began, in trio's time."""
+        self.requested_end = 0
+        """The block number after the last block of the latest fetch."""
+
+    def add(self, fetch: Fetch) -> None:
+        """Put the blocks of `fetch` in flight."""
+        self.in_flight.update(dict.fromkeys(fetch.blocks, fetch))
+        self.active_at = self.requested_at = trio.current_time()
+        self.requested_end = fetch.blocks[-1] + 1
+
+    def remove(self, fetch: Fetch) -> None:
+        """Take the blocks of `fetch` out of flight."""
+        for block in fetch.blocks:
+            del self.in_flight[block]
+        self.active_at = trio.current_time()
+
+
+def demand_lane(link: Link) -> Lane:
+    """Make the lane of the readers over `link`."""
+    return Lane(
+        link,
+        Window(_INITIAL_WINDOW, min_blocks=_MIN_WINDOW, max_blocks=_MAX_DEMAND_WINDOW),
+        batch_blocks=_DEMAND_BATCH_BLOCKS,
+        fetches=_MAX_FETCHES,
+        threads=_DEMAND_THREADS,
+        hedge_after=_DEMAND_HEDGE_SECONDS,
+    )
+
+
+def bulk_lane(link: Link, *, is_alone: bool, drop_behind: bool) -> Lane:
+    """Make the lane of background hydration over `link`.
+
+    `is_alone`: whether neither readers nor a network share the link. Then the window is full from the start.
+    `drop_behind`: drop bytes of the destination from the page cache once they are digested.
+    """
+    return Lane(
+        link,
+        Window(
+            _MAX_BULK_WINDOW if is_alone else _INITIAL_WINDOW,
+            min_blocks=_MIN_WINDOW,
+            max_blocks=_MAX_BULK_WINDOW,
+        ),
+        batch_blocks=BATCH_BLOCKS,
+        fetches=_MAX_FETCHES,
+        threads=WORKERS,
+        hedge_after=_BULK_HEDGE_SECONDS,
+        drop_behind=drop_behind,
+    )
