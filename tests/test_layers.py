@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import itertools
 import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -236,6 +238,27 @@ def test_what_travels_to_a_host_is_as_small_as_it_is_said_to_be() -> None:
     assert said is not None
     largest = max(len(payload.opening([stage])) for stage in ("retrieve", "receive", "facts")) / 1024
     assert int(said[1]) / 2 < largest < int(said[1])
+
+
+def test_what_the_tools_import_exists() -> None:
+    """Neither mypy nor a test sees all of them: some need packages of their own, and have no .py."""
+    tools = CHECKOUT / "tools"
+    programs = [path for path in [*tools.iterdir(), *(tools / "standins").iterdir()] if path.is_file()]
+    missing = []
+    for path in programs:
+        text = path.read_text()
+        if not text.startswith("#!/usr/bin/env python3"):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("blockcopy"):
+                names = [alias.name for alias in node.names]
+                missing += [f"{path.name}: {node.module}.{name}" for name in names if not exists(node.module, name)]
+    assert not missing
+
+
+def exists(module: str, name: str) -> bool:
+    imported = importlib.import_module(module)
+    return hasattr(imported, name) or (hasattr(imported, "__path__") and find_spec(f"{module}.{name}") is not None)
 
 
 def test_product_code_does_not_assert() -> None:
