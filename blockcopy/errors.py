@@ -93,6 +93,14 @@ class ProtocolViolationError(SourceError):
 class SourceChangedError(SourceError):
     """A source that differs from the source of the blocks copied before. The two must not be mixed."""
 
+    @classmethod
+    def found(cls, source: str, changes: str) -> SourceChangedError:
+        """Return the error for `source`, a name for messages, of which `changes` says what differs."""
+        return cls(
+            f"source changed: {source} is not what it was ({changes}). "
+            "Start again; copy a snapshot if the source is in use"
+        )
+
 
 class SourceReadError(SourceError):
     """Blocks that the source cannot read. The source continues to serve all other blocks."""

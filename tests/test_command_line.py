@@ -271,7 +271,7 @@ def test_status_for_a_reader_that_went_away(mount: Mounter, tmp_path: Path) -> N
     for options in ([], ["--json"]):
         done = run_with_output(nobody_reads(), "status", *options, mounted.point)
         failed(done, 1)
-        assert done.stderr.decode() == "ERROR (status): whoever reads the output has gone away\n"
+        assert done.stderr.decode() == "ERROR (status): the reader of the output has gone away\n"
 
 
 @pytest.mark.parametrize(
@@ -290,14 +290,14 @@ def test_words_for_a_reader_that_went_away_are_one_error(words: list[str], name:
     done = run_with_output(nobody_reads(), *words)
     assert (done.returncode, done.stderr.decode()) == (
         1,
-        f"ERROR ({name}): whoever reads the output has gone away\n",
+        f"ERROR ({name}): the reader of the output has gone away\n",
     )
 
 
 def test_help_of_the_mount_helper_for_a_reader_that_went_away() -> None:
     done = run_with_output(nobody_reads(), "--help", program=[PYTHON, "-P", "-m", "blockcopy_fuse.mount_helper"])
     failed(done, 1)
-    assert done.stderr.decode() == "ERROR (mount.blockcopy): whoever reads the output has gone away\n"
+    assert done.stderr.decode() == "ERROR (mount.blockcopy): the reader of the output has gone away\n"
 
 
 @pytest.mark.parametrize("command", ["checksum", "status"])

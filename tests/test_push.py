@@ -355,7 +355,9 @@ def test_nothing_is_written_beyond_the_size_that_the_source_declared(
     receiver = Receiver(Path(loop_device(file)) if kind == "device" else file)
     hello = wire.Hello(facts(source))
     status, said, _ = receiver.ended(hello, wire.Data(0, b"within"), message, wire.Zero(7, 1), hello, wire.Done())
-    assert (status, f"for position {message.position}, and has {SIZE} bytes" in said) == (1, True), said
+    assert (status, f"for position {message.position}, but declared a size of {SIZE} bytes" in said) == (1, True), (
+        said
+    )
     assert file.read_bytes() == b"within" + before[6:]
 
 

@@ -18,7 +18,7 @@ class CompressionSpec(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> CompressionSpec:
-        """Parse an option's value: "none", "auto", "zstd" or "zstd:LEVEL". Raises ValueError for other text."""
+        """Parse `text`: "none", "auto", "zstd" or "zstd:LEVEL", as in options. Raises ValueError for other text."""
         method, _, level = text.partition(":")
         if method == "zstd" and level.isdecimal() and int(level) in zstd.LEVELS:
             return cls(method, int(level))
@@ -33,7 +33,7 @@ class CompressionSpec(NamedTuple):
 
     @classmethod
     def from_greeting(cls, fact: object) -> CompressionSpec:
-        """Read `compress` of a client's greeting (see `wire`). Returns "none" for anything unknown."""
+        """Convert `fact`, the `compress` of a client's greeting (see `wire`). Unknown values mean "none"."""
         if not isinstance(fact, dict) or fact.get("name") != "zstd":
             return cls()
         level = fact.get("level")
@@ -42,7 +42,10 @@ class CompressionSpec(NamedTuple):
         return cls("auto" if fact.get("auto") else "zstd", min(max(level, zstd.LEVELS[0]), zstd.LEVELS[-1]))
 
     def to_greeting(self) -> dict[str, Any] | None:
-        """Return `compress` of a client's greeting. Returns None for "none", and if this host has no zstd."""
+        """Return the value of `compress` for a client's greeting, a dict.
+
+        Returns None if the method is "none", or if this host has no zstd.
+        """
         if self.method == "none" or not zstd.available():
             return None
         return {"name": "zstd", "level": self.level, "auto": self.method == "auto"}

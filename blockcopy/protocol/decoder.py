@@ -24,10 +24,11 @@ _CAPACITY = _COMMAND_SIZE + FRAME_SIZE + MAX_BLOCK_SIZE + _LARGE
 class Decoder:
     """An incremental parser of one stream, whose commands `grammar` lists. Not thread-safe.
 
-    `messages` reads and parses a whole stream. Otherwise, give bytes by `feed`, which copies them. Or write bytes
-    into `get_buffer()`, call `buffer_updated`, and then take messages by `next`. Payloads are then views of the
-    buffer, and valid until the next `get_buffer`. Holds at most one incomplete message. Sizes and positions are
-    checked before their payload is awaited.
+    `messages` reads and parses a whole stream. Otherwise, pass bytes to `feed`, which copies them, and take
+    messages from `next`. To avoid the copy, write bytes into `get_buffer()` and call `buffer_updated`. Payloads are
+    then views of the buffer, valid until the next `get_buffer()`.
+
+    Holds at most one incomplete message. Checks sizes and positions before the payload arrives.
     """
 
     def __init__(self, grammar: Grammar) -> None:
@@ -46,11 +47,11 @@ class Decoder:
     def messages(self, read_into: Callable[[memoryview], int]) -> Iterator[Message | None]:
         """Read a stream up to `done`, and iterate over its messages. Yields None before each read.
 
-        `read_into`: reads available bytes into a buffer, as `InputStream.read_into`. Returns their number, or 0 at
-        the end. A None tells the caller that the next step may wait for bytes.
+        `read_into`: writes the stream's next bytes into a memoryview and returns their number, 0 at the end. It may
+        wait, so None announces each call.
 
-        Raises TruncatedStreamError if the stream ends without `done`, and StreamError if it contains anything but
-        messages.
+        Raises TruncatedStreamError if the stream ends without `done`. Raises StreamError if it contains anything
+        but messages.
         """
         while not self._done:
             message = self.next()
@@ -64,7 +65,7 @@ class Decoder:
             self.buffer_updated(count)
 
     def get_buffer(self) -> memoryview:
-        """Return the buffer for the next bytes. Invalidates all payloads. Call `buffer_updated` afterwards."""
+        """Return a memoryview for the next bytes. Invalidates earlier payloads. Call `buffer_updated` next."""
         if len(self._buffer) != _CAPACITY:
             self._replace_buffer(bytearray(_CAPACITY))
         elif self._at:
@@ -80,7 +81,7 @@ class Decoder:
             self._end += count
 
     def feed(self, data: Buffer) -> None:
-        """Accept the next bytes of the stream. Copies `data`."""
+        """Accept `data`, the next bytes of the stream. Copies them."""
         if self._done:
             return
         rest = self._end - self._at
@@ -94,7 +95,7 @@ class Decoder:
         self._buffer, self._at, self._end = memoryview(new), 0, rest
 
     def next(self) -> Message | None:
-        """Parse and return the next message. Returns None if more bytes are needed, or after `done`.
+        """Parse and return the next Message. Returns None if more bytes are needed, or after `done`.
 
         Raises StreamError if the bytes are no message of the grammar, or exceed its limits.
         """

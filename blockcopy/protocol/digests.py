@@ -27,12 +27,12 @@ NO_DIGEST = bytes(DIGEST_SIZE)
 
 
 def digest(data: Buffer) -> bytes:
-    """Return the SHA3-512 of `data`, DIGEST_SIZE bytes. Thread-safe; other threads run meanwhile."""
+    """Return the SHA3-512 of `data`, DIGEST_SIZE bytes. Thread-safe. Releases the GIL."""
     return hashlib.sha3_512(data).digest()
 
 
 class Digest:
-    """A digest function with the `name` that both ends know. Thread-safe; other threads run during a call."""
+    """A digest `function` of bytes, with a `name` that both ends know. Thread-safe. Releases the GIL."""
 
     def __init__(self, name: str, function: Callable[[Buffer], bytes]) -> None:
         self.name = name
@@ -45,7 +45,7 @@ class Digest:
         """Returns the digest of a number of zero bytes. Remembers the results."""
 
     def __call__(self, data: Buffer) -> bytes:
-        """Return the digest of `data`."""
+        """Return the digest of `data`, `size` bytes."""
         return self._function(data)
 
     def _of_zeros(self, length: int) -> bytes:

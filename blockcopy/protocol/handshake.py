@@ -40,7 +40,7 @@ class Handshake:
     """The client's side: offers digests and a compression, and believes the source's answers or refuses them."""
 
     def __init__(self, compression: CompressionSpec = NO_COMPRESSION, *, digest: str | None = None) -> None:
-        """Offer all digests of this host, or only the one called `digest`. Ask for `compression`."""
+        """Offer all digests of this host, or only the one called `digest`. Ask the source for `compression`."""
         self._offered: Mapping[str, float] = {digest: 1} if digest else digests.speeds()
         facts: dict[str, Any] = {"digests": dict(self._offered)}
         if fact := compression.to_greeting():
@@ -64,7 +64,7 @@ class Handshake:
 
 
 def read_client(hello: wire.Hello) -> ClientGreeting:
-    """Return what the source uses of a client's greeting. Raises StreamError if the ends share no digest."""
+    """Return what the source uses of a client's greeting `hello`. Raises StreamError without a common digest."""
     return ClientGreeting(
         _common_digest(hello.facts.get("digests")), CompressionSpec.from_greeting(hello.facts.get("compress"))
     )

@@ -15,7 +15,7 @@ _NUMBER_BOUND = 1 << 64
 
 
 def parse_object(data: bytes, *, errors: str = "strict") -> dict[str, Any]:
-    """Parse `data` as one JSON object.
+    """Parse `data`, the bytes of one JSON object, and return it as a dict.
 
     `errors`: how `str.encode` treats lone surrogates in text. Use "surrogateescape" if text may be any path.
 

@@ -99,7 +99,7 @@ class Hash(NamedTuple):
 
 
 class LegacyHash(NamedTuple):
-    """`hash`: request as `Hash`, at the position where the source's last read ended."""
+    """`hash`: request for `size` bytes where the source's last read ended, if their SHA3-512 is not `digest`."""
 
     size: int
     digest: bytes
@@ -112,7 +112,10 @@ class Rest(NamedTuple):
 
 
 class Asks(NamedTuple):
-    """`asks`: request for those blocks of `length` bytes at `position` that differ from the joined `digests`."""
+    """`asks`: request for the differing blocks of `length` bytes at `position`, in blocks of `block_size` bytes.
+
+    `digests`: the client's digests of these blocks, joined.
+    """
 
     position: int
     block_size: int
@@ -128,7 +131,7 @@ class Zero(NamedTuple):
 
 
 class DigestName(NamedTuple):
-    """`dgst`: name of the digest of all following `asks`. Opens the extended form."""
+    """`dgst`: the `name` of the digest in all following `asks`. Opens the extended form."""
 
     name: str
 
@@ -155,7 +158,7 @@ class ZstdData(NamedTuple):
 
 
 class Hole(NamedTuple):
-    """`hole`: request for the source's holes in `length` bytes at `position`, or one such hole."""
+    """`hole`: request of the client for holes in `length` bytes at `position`, or one hole of the source."""
 
     position: int
     length: int
@@ -168,7 +171,7 @@ class Hello(NamedTuple):
 
 
 class Fence(NamedTuple):
-    """`fenc`: request to answer all earlier requests, or the note that they are answered."""
+    """`fenc`: request to answer all earlier requests. The source then returns the same `number`."""
 
     number: int
 
@@ -304,7 +307,7 @@ FRAME_SIZE = _FRAME.size
 
 
 def encode(message: Message) -> bytes:
-    """Return all bytes of one message. Use `frame_header` for a frame whose payload must not be copied."""
+    """Return `message` as bytes of a stream. Copies a payload; `frame_header` avoids this."""
     layout = _LAYOUTS[type(message)]
     if layout.max_payload is None:
         return layout.command + layout.fields.pack(*message)
@@ -314,9 +317,10 @@ def encode(message: Message) -> bytes:
 
 
 def frame_header(kind: Kind, position: int, size: int) -> bytes:
-    """Return the bytes that precede a frame's payload of `size` bytes.
+    """Return the bytes that precede the payload of a frame.
 
-    `kind`: class of the frame: Data, XzData or ZstdData. `position`: offset of the frame's bytes in the source.
+    `kind`: class of the frame: Data, XzData or ZstdData. `position`: offset of the frame's data in the source.
+    `size`: bytes of the payload.
     """
     layout = _LAYOUTS[kind]
     return layout.command + layout.fields.pack(position, size)

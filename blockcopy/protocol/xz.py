@@ -24,14 +24,14 @@ def check_available() -> None:
 
 
 def compress(data: Buffer) -> bytes:
-    """Compress `data` to one xz stream, which can be longer than `data`."""
+    """Return `data` as one xz stream, which can be longer than `data`."""
     import lzma
 
     return lzma.compress(data)
 
 
 def expand(message: XzData) -> bytes:
-    """Expand the payload of a `dlzm` frame. Returns at most MAX_BLOCK_SIZE bytes.
+    """Return the expanded payload of a `dlzm` message, at most MAX_BLOCK_SIZE bytes.
 
     Raises StreamError if the payload is not one whole xz stream, or if it expands to more. Raises BlockcopyError
     if this Python has no xz.

@@ -50,7 +50,7 @@ def check_available() -> None:
 
 
 def compress(data: Buffer, level: int) -> bytes:
-    """Compress `data` to one zstd frame with a checksum, which can be longer than `data`.
+    """Return `data` as one zstd frame with a checksum, which can be longer than `data`.
 
     `level`: one of LEVELS. Call only if `available()`.
     """
@@ -61,7 +61,7 @@ def compress(data: Buffer, level: int) -> bytes:
 
 
 def expand(message: ZstdData) -> bytes:
-    """Expand the payload of a `dzst` frame. Returns at most MAX_BLOCK_SIZE bytes.
+    """Return the expanded payload of a `dzst` message, at most MAX_BLOCK_SIZE bytes.
 
     Raises StreamError if the payload is not one whole zstd frame, or if it expands to more. Raises BlockcopyError
     if this host has no zstd.

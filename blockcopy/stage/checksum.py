@@ -59,9 +59,9 @@ def checksum(
 ) -> None:
     """Write the hash stream of the destination `fd`, from byte `start` up to byte `end`.
 
-    `fd`: a file, device or pipe. `path`: its name for messages. `digest`: name of a digest for the extended form.
-    None selects the original form. Without `end`, a `rest` asks the source for all bytes beyond the destination's
-    end. A pipe as destination gets no `rest`.
+    `fd`: descriptor of a file, device or pipe. `path`: its name for messages. `output`: stream to write to.
+    `digest`: name of a digest, for the extended form. None selects the original form. `progress`: gets the bytes
+    read. Without `end`, a `rest` asks the source for all bytes beyond the destination's end, unless `fd` is a pipe.
 
     Raises DeviceError for the destination, and OutputError for the output. Raises BlockcopyError if `end` is not
     beyond `start`, or if this host lacks the digest.
@@ -115,9 +115,9 @@ def checksum(
 def write_signatures(
     device: Device, size: int, digest: Digest, output: OutputStream, *, stop: Callable[[], bool]
 ) -> None:
-    """Write the signatures of the first `size` bytes of `device`, in the extended form, without `dgst` and `done`.
+    """Write the signatures of the first `size` bytes of `device` to `output`. Writes no `dgst` and no `done`.
 
-    Ends early if `stop()` returns True. It is called before each piece, in a worker thread.
+    `digest`: digest of the `asks`. `stop`: called before each piece, in a worker thread. True ends this call early.
 
     Raises DeviceError for the device, and OutputError for the output.
     """
@@ -135,7 +135,10 @@ def write_signatures(
 
 
 def total_size(fd: int, start: int, end: int | None) -> int | None:
-    """Return the number of bytes that `checksum` will read from `fd`. Returns None for a pipe without `end`."""
+    """Return the number of bytes that `checksum` reads from `fd`, given `start` and `end` in bytes.
+
+    Returns None for a pipe without `end`.
+    """
     if end is not None:
         return end - start
     try:
@@ -158,12 +161,12 @@ class _OriginalWriter:
         """Write the message that opens the form, if the form has one."""
 
     def pieces(self, scanner: PieceScanner, start: int, stop: int) -> Iterator[Piece]:
-        """Divide bytes `start` to `stop` into pieces to sign. Holes are included: each block needs a message."""
+        """Divide bytes `start` to `stop` of the scanned device into pieces. Holes are included."""
         for at in range(start, stop, PIECE_SIZE):
             yield scanner.piece(at, min(PIECE_SIZE, stop - at), BLOCK_SIZE)
 
     def write(self, signature: _Signature) -> None:
-        """Write a signature. Its end must be the start of the next."""
+        """Write `signature` as one `Hash` for each block."""
         hashes, digest_size = [], self.digest.size
         for index, at in enumerate(range(0, signature.length, BLOCK_SIZE)):
             size = min(BLOCK_SIZE, signature.length - at)
@@ -174,7 +177,7 @@ class _OriginalWriter:
         self._output.write(hashes)
 
     def flush(self) -> None:
-        """Write whatever was held back."""
+        """Write what `write` has kept."""
 
 
 class _ExtendedWriter(_OriginalWriter):
@@ -190,7 +193,7 @@ class _ExtendedWriter(_OriginalWriter):
         self._output.write([wire.encode(wire.DigestName(self.digest.name))])
 
     def pieces(self, scanner: PieceScanner, start: int, stop: int) -> Iterator[Piece]:
-        """Divide bytes `start` to `stop` into pieces with data, and one piece without data for each hole."""
+        """Divide bytes `start` to `stop` of the scanned device into pieces with data, and one for each hole."""
         at = start
         for piece in scanner.pieces_with_data(start, stop - start, BLOCK_SIZE):
             if at < piece.position:
@@ -201,7 +204,7 @@ class _ExtendedWriter(_OriginalWriter):
             yield Piece(at, stop - at, [])
 
     def write(self, signature: _Signature) -> None:
-        """Write a signature, or join it with the previous one."""
+        """Keep `signature`, joined with the previous one. Write the previous one if the two do not join."""
         last = self._last
         if (
             last is not None
@@ -216,7 +219,7 @@ class _ExtendedWriter(_OriginalWriter):
             self._last = signature
 
     def flush(self) -> None:
-        """Write the last signature."""
+        """Write the signature that `write` has kept, if any."""
         last, self._last = self._last, None
         if last is None:
             return
@@ -234,7 +237,7 @@ class _DeviceSigner:
         self._unreadable = UnreadableRanges()
 
     def sign(self, piece: Piece) -> list[_Signature]:
-        """Read and digest a piece. Raises DeviceError if the device ends within the piece."""
+        """Read `piece`, and return its signatures. Raises DeviceError if the device ends within the piece."""
         if not piece.data:
             return [_Signature(piece.position, piece.length, b"")] if piece.length else []
         found = digest_piece(self._device, piece, BLOCK_SIZE, self._digest, self._unreadable)
@@ -245,11 +248,18 @@ class _DeviceSigner:
     def log_unreadable(self) -> None:
         """Log the blocks that could not be read. They are requested, and a write may repair the disk."""
         if self._unreadable:
-            logger.warning("of %s, %s. These are asked for", self._device.path, self._unreadable)
+            logger.warning(
+                "%s has unreadable blocks: %s. They are requested from the source",
+                self._device.path,
+                self._unreadable,
+            )
 
 
 def _signatures(piece: Piece, found: list[bytes | None]) -> Iterator[_Signature]:
-    """Join the digests of adjacent blocks: blocks of zeros, and blocks with digests."""
+    """Yield the signatures of `piece`: one for each run of zero blocks, one for each run of others.
+
+    `found`: the digest of each block, None for zeros.
+    """
     position, end = piece.position, piece.position + piece.length
     for _, group in itertools.groupby(found, key=lambda each: each is None):
         joined = [each or b"" for each in group]
@@ -288,7 +298,10 @@ def _reader(fd: int, path: str) -> Callable[[memoryview], int]:
 def _read_pieces(
     read_into: Callable[[memoryview], int], buffers: BufferPool, start: int, end: int | None
 ) -> Iterator[tuple[Piece, memoryview]]:
-    """Read pieces from a stream up to byte `end`, each with its buffer. Only the last block may be short."""
+    """Read bytes `start` to `end` by `read_into`. Yields pieces with their buffers, which come from `buffers`.
+
+    Only the last block may be short.
+    """
     position = start
     while end is None or position < end:
         wanted = _PIPED_SIZE if end is None else min(_PIPED_SIZE, end - position)

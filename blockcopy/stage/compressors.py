@@ -28,7 +28,7 @@ class Compressor:
     """Whether bytes can go from the device to the pipe without being read by this process."""
 
     def frame(self, position: int, data: Buffer) -> list[Buffer]:
-        """Return header and payload of the frame that has `data` at byte `position`.
+        """Return `[header, payload]` of a frame with `data`, which the source has at byte `position`.
 
         The payload is `data` itself if the compressed bytes are not smaller.
         """
@@ -81,7 +81,7 @@ class AdaptiveCompressor(ZstdCompressor):
     """Maximum number of frames that pass without a trial."""
 
     def __init__(self, level: int, output: OutputStream) -> None:
-        """Compress at zstd `level` for `output`, whose pace decides. Raises BlockcopyError without zstd."""
+        """Compress at zstd `level`, depending on the pace of `output`. Raises as ZstdCompressor does."""
         super().__init__(level)
         self._output = output
         self._skip = 0  # next frames without a trial
@@ -110,9 +110,9 @@ class AdaptiveCompressor(ZstdCompressor):
 
 
 def compressor_for(spec: CompressionSpec, output: OutputStream) -> Compressor:
-    """Return the compressor for `spec`, or "none" if this host has no zstd.
+    """Return the Compressor for `spec`. Returns the compressor "none" if this host has no zstd.
 
-    `output`: stream of the frames. Its pace decides for "auto".
+    `output`: stream of the frames. Its pace decides whether "auto" compresses.
     """
     if spec.method == "none" or not zstd.available():
         return Compressor()

@@ -36,7 +36,10 @@ class Terms(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A request for those blocks of a piece that differ from the client's. The last block may be short."""
+    """A request for the blocks of `piece` that differ from the client's, answered on `terms`.
+
+    `block_size`: bytes. The last block may be short.
+    """
 
     piece: Piece
     block_size: int
@@ -50,9 +53,9 @@ class Request(NamedTuple):
         return self.piece.length
 
     def answer(self, source: Device, buffer: memoryview) -> list[Output]:
-        """Compare the piece with `source`, and return the frames to send.
+        """Compare the piece of `source` with the client's digests. Returns the frames to send. Thread-safe.
 
-        `buffer`: at least `size` bytes. The frames may be views of the buffer.
+        `buffer`: at least `size` bytes to read into. The frames may be views of the buffer.
         """
         frames = self.piece.examine_view(source, lambda view: _Delta(self, source, view, is_view=True).frames())
         return _Delta(self, source, buffer, is_view=False).frames() if frames is None else frames
@@ -66,7 +69,7 @@ _HEAD_SIZE = 4096
 
 
 class _Delta:
-    """The comparison of one request. `at` is always the offset of a block in the piece."""
+    """The comparison for one request. Everywhere here, `at` is the offset of a block in the piece."""
 
     def __init__(self, request: Request, source: Device, buffer: memoryview, *, is_view: bool) -> None:
         """Read the piece into `buffer`, unless this is a view of the source already."""
@@ -108,7 +111,7 @@ class _Delta:
         return self._remote.startswith(digest.of_zeros(size), at // self._block_size * digest.size)
 
     def _is_not_zeros(self, at: int) -> bool:
-        """Return True if the head of a whole block shows other bytes than zeros."""
+        """Return whether the head of the block at `at` has a byte that is not zero. False if the block is short."""
         block = self._block(at)
         head = self._buffer[at : at + min(block.length, _HEAD_SIZE)]
         try:
@@ -136,7 +139,7 @@ class _Delta:
                 yield _DATA if own is None or has_zeros or digest(block) != own else _EQUAL
 
     def _odd_kind(self, at: int, size: int) -> str | None:
-        """Return the kind of a block that was not read, or not completely. Returns None for other blocks."""
+        """Return the kind of the block of `size` bytes at `at` if a part was not read. Returns None otherwise."""
         if at in self._unread:
             return _UNREAD
         local = self._buffer[at : min(at + size, self._available)]
@@ -192,7 +195,7 @@ class _Delta:
         return frames
 
     def _failed(self, at: int, reason: str) -> list[Output]:
-        """Return the `fail` of an unreadable block. If the client knows no `fail`, note the block and return []."""
+        """Return the `fail` for the block at `at`. If the client knows no `fail`, note the block and return []."""
         position, length, _ = self._block(at)
         if self._terms.negotiated:
             return [wire.encode(wire.Failure(position, reason))]

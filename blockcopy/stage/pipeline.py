@@ -35,8 +35,8 @@ def run_ordered(
 ) -> None:
     """Call `consume(work(item))` for each item, in order. Returns when all results are consumed.
 
-    WORKERS threads iterate over `items`, one at a time, and call `work`. This thread calls `consume`. `wake` is
-    called in this thread to interrupt a worker that waits in `next(items)`.
+    WORKERS threads iterate over `items`, one at a time, and call `work`. This thread calls `consume`, and `wake` at
+    the end: `wake` must interrupt a worker that waits in `next(items)`.
 
     Raises the first error of `items`, `work` or `consume`, in the order of the items.
     """

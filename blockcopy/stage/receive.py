@@ -39,7 +39,7 @@ def receive(
     sparse: bool = True,
     compression: CompressionSpec = NO_COMPRESSION,
 ) -> None:
-    """Make `path` a copy of the source that reads `output` and writes `answers`. Synced at return.
+    """Make the file or device `path` a copy of the source that reads `output` and writes `answers`. Then sync.
 
     `force`: write even to a destination in use. `sparse`: write zeros as holes. `compression`: what the source is
     asked for. Everything received before an error is written and synced.
@@ -82,15 +82,15 @@ class _Source:
         return self._handshake.greeting
 
     def read_greeting(self) -> SourceGreeting:
-        """Read the source's first message. Raises StreamError if it is no greeting that suits both ends."""
+        """Read and return the source's greeting. Raises StreamError if the ends cannot agree."""
         greeting = self._handshake.read(next((each for each in self._messages if each is not None), None))
         self._identity = greeting.identity
         return greeting
 
     def write_all(self, writer: Writer, size: int) -> None:
-        """Write all answers of a source of `size` bytes. Raises StreamError if they are invalid or break off.
+        """Pass all frames to `writer`. Note what else the source of `size` bytes says.
 
-        Raises what `Writer.take` raises.
+        Raises StreamError if the answers are invalid or break off, and what `Writer.take` raises.
         """
         for message in self._messages:
             if isinstance(message, wire.Failure):
@@ -105,16 +105,13 @@ class _Source:
                 writer.take(message)
 
     def check(self, identity: Identity) -> None:
-        """Check that the source read all blocks, and that it still has the `identity` of its first greeting.
+        """Raise SourceChangedError if the last greeting has another identity than `identity`.
 
-        Raises SourceReadError or SourceChangedError.
+        Raises SourceReadError if the source could not read some blocks.
         """
         changes = differences(identity, self._identity)
         if changes:
-            raise SourceChangedError(
-                f"source changed: it is not what it was ({'; '.join(changes)}). Start again; of a source that is "
-                "in use, take a snapshot"
-            )
+            raise SourceChangedError.found("it", "; ".join(changes))
         if self._unreadable:
             raise SourceReadError(f"the source cannot read {self._unreadable}. All else was copied")
 
@@ -123,9 +120,10 @@ class _Source:
 def _requesting(
     destination: Device, size: int, digest: str, output: OutputStream, answers: InputStream, greeting: bytes
 ) -> Iterator[None]:
-    """Write all requests, in a thread, while the context lasts. The context must read the answers.
+    """Return a context manager that writes requests for `size` bytes of `destination`, in a thread.
 
-    `size`: bytes of the destination to request. Raises the thread's error rather than one of the context.
+    The body of the `with` statement must read `answers`. `digest`: name of the agreed digest. `greeting`: sent after
+    the last request. Raises the thread's error rather than an error of the body.
     """
     stop = threading.Event()
     failures: list[BaseException] = []

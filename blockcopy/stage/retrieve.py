@@ -41,7 +41,7 @@ class _Reply(NamedTuple):
     size: int = 0
 
     def answer(self, source: Device, buffer: memoryview) -> list[Output]:
-        """Return the reply. Has the signature of `Request.answer`."""
+        """Return the reply. `source` and `buffer` are unused: `Request.answer` has the same signature."""
         return [self.stream]
 
 
@@ -69,7 +69,7 @@ def retrieve(
     progress: Progress | None = None,
     working: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> None:
-    """Answer the hash stream from `source`. Returns after `done`.
+    """Answer the requests in `hashes` from `source`, by frames to `output`. Returns after `done`.
 
     `compressor`: used unless the client's greeting asks for zstd. `progress`: gets the answered position and the
     number of sent bytes. `working`: makes a context manager for each batch, in any worker thread. The client waits
@@ -117,13 +117,13 @@ def retrieve(
     finally:
         output.release()
     if unreadable:
-        raise DeviceError(f"of {source.path}, {unreadable}. All else was answered, and nothing said of these")
+        raise DeviceError(f"{source.path} has unreadable blocks: {unreadable}. All other requests were answered")
     output.write([wire.encode(wire.Done())])
     progress.finish()
 
 
 def _items(hashes: InputStream, responder: _Responder) -> Iterator[_Item | None]:
-    """Iterate over the items to answer, in order. Yields None if no further request is at hand."""
+    """Yield the items that answer the messages in `hashes`. Yields None if no further message is at hand."""
     for message in Decoder(wire.HASH_STREAM).messages(hashes.read_into):
         if message is None:
             yield None
@@ -132,7 +132,7 @@ def _items(hashes: InputStream, responder: _Responder) -> Iterator[_Item | None]
 
 
 def _batches(items: Iterator[_Item | None]) -> Iterator[list[_Item]]:
-    """Group items into batches of at most PIECE_SIZE bytes. A None ends a batch early."""
+    """Group `items` into batches of at most PIECE_SIZE bytes and _MAX_ITEMS items. None ends a batch early."""
     batch: list[_Item] = []
     size = 0
     try:
@@ -197,7 +197,7 @@ class _Responder:
         return []
 
     def _hello(self, hello: wire.Hello) -> Iterable[_Item]:
-        """Adopt the terms of a client's greeting, and greet the client."""
+        """Adopt the terms of a client's greeting `hello`. Returns the greeting that answers."""
         self._require(self._is_first or self._terms.negotiated, "`helo` in mid-stream")
         name, spec = read_client(hello)
         compressor = self._compressor if spec == NO_COMPRESSION else compressor_for(spec, self._output)

@@ -21,7 +21,7 @@ _MAX_ZEROS = 64 * 1024 * 1024
 def save(
     destination: Destination, blocks: InputStream, *, sparse: bool = True, progress: Progress | None = None
 ) -> None:
-    """Write the block stream to `destination`, then sync. The destination is never shortened.
+    """Write the block stream `blocks` to `destination`, then sync. The destination is never shortened.
 
     `sparse`: zeros become holes if the destination can have holes. `progress`: gets the written bytes, without a
     total. If the stream breaks off or is invalid, all earlier blocks are still written and synced.
@@ -38,15 +38,18 @@ def save(
 
 
 class Writer:
-    """A context manager that writes messages to a destination, and syncs it at exit. Not thread-safe.
+    """A context manager that writes messages to a destination, and syncs the destination at exit. Not thread-safe.
 
-    Exit raises DeviceError if the sync fails, or if the destination's path leads elsewhere by then.
+    The exit raises DeviceError if the sync fails, and DestinationLostError if the path leads elsewhere.
     """
 
     def __init__(
         self, destination: Destination, sparse: bool, progress: Progress, *, size: int | None = None
     ) -> None:
-        """Write zeros as holes if `sparse`. Nothing is written beyond `size`, the source's bytes, if known."""
+        """Write to `destination`, zeros as holes if `sparse`. Report written bytes to `progress`.
+
+        `size`: bytes that the source declared. Nothing is written beyond. None if unknown.
+        """
         self._destination = destination
         self._progress = progress
         self._done = self._zeros = 0
@@ -77,7 +80,7 @@ class Writer:
             raise
 
     def take(self, message: wire.Message) -> None:
-        """Write the bytes of a frame or a `zero`. Other messages are ignored.
+        """Write the bytes of `message` if this is a frame or a Zero. Ignores other messages.
 
         Raises StreamError if the bytes lie beyond the source's size, or if the payload is damaged. Raises
         DestinationRefusedError if the device is too small, and DeviceError if the write fails.
@@ -120,5 +123,5 @@ class Writer:
         if self._device_size is not None and position + size > self._device_size:
             raise DestinationRefusedError(
                 f"{self._destination.path} is too small: it has {self._device_size} bytes, and the source sent "
-                f"{size} for position {position}. All before was written"
+                f"{size} for position {position}. All earlier blocks were written"
             )

@@ -22,9 +22,9 @@ _own = threading.local()
 def digest_piece(
     device: Device, piece: Piece, block_size: int, digest: Digest, unreadable: UnreadableRanges
 ) -> list[bytes | None]:
-    """Read `piece` of `device`, and digest its blocks of `block_size` bytes. Thread-safe.
+    """Read `piece` of `device`, and digest its blocks of `block_size` bytes by `digest`. Thread-safe.
 
-    Returns a digest for each block, or None for a block of zeros. Blocks that cannot be read are added to
+    Returns the list of digests, with None for a block of zeros. Blocks that cannot be read are added to
     `unreadable`. Their digest is `digest.impossible`, so the source sends them.
 
     Raises DeviceError if the device ends within the piece.
@@ -48,11 +48,10 @@ def digest_piece(
 def digest_blocks(
     piece: Piece, data: memoryview, block_size: int, digest: Digest, unreadable: Container[int] = ()
 ) -> list[bytes | None]:
-    """Digest the blocks of `piece`, whose bytes are in `data`. Thread-safe.
+    """Digest the blocks of `piece`, whose bytes are in `data`, by `digest`. Thread-safe.
 
-    `block_size`: bytes. `unreadable`: offsets in the piece of blocks that could not be read.
-
-    Returns a digest for each block, None for a block of zeros, and `digest.impossible` for an unreadable block.
+    `block_size`: bytes. `unreadable`: offsets of unreadable blocks in the piece. Returns the list of digests, with
+    None for a block of zeros and `digest.impossible` for an unreadable block.
     """
     return [
         digest.impossible if index * block_size in unreadable else None if block is None else digest(block)

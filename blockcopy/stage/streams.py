@@ -46,9 +46,9 @@ class InputStream:
         os.write(self._wake_write, b"x")
 
     def read_into(self, buffer: memoryview) -> int:
-        """Read available bytes into `buffer`, after waiting for at least one byte.
+        """Wait for at least one byte, and read the available bytes into `buffer`.
 
-        Returns the number of bytes, 0 at the end. Raises StreamError if the read fails.
+        Returns the number of bytes read, 0 at the end. Raises StreamError if the read fails.
         """
         if self._rest:
             count = min(len(self._rest), len(buffer))
@@ -64,9 +64,9 @@ class InputStream:
             raise StreamError(f"cannot read the input: {error.strerror}") from error
 
     def skip_past(self, mark: bytes, max_noise: int) -> bool:
-        """Skip everything up to and including `mark`. The bytes before the mark are kept in `noise`.
+        """Skip everything up to and including `mark`. Keeps the bytes before the mark in `noise`.
 
-        Returns False if the stream ends without the mark. Raises StreamError after about `max_noise` bytes.
+        Returns False if the stream ends before the mark. Raises StreamError after about `max_noise` bytes.
         """
         received = bytearray()
         buffer = memoryview(bytearray(4096))
@@ -84,7 +84,7 @@ class InputStream:
 
 
 class DeviceFrame(NamedTuple):
-    """A frame that goes from the device to the pipe unread: `header`, then `length` bytes at `offset`."""
+    """A frame that goes from a device to a pipe unread: `header`, then `length` bytes at `offset` of `device`."""
 
     device: Device
     offset: int
@@ -102,7 +102,7 @@ Output = Union[Buffer, DeviceFrame]
 """Bytes to send."""
 
 
-READER_GONE = "whoever reads the output has gone away"
+READER_GONE = "the reader of the output has gone away"
 """Message for a closed pipe."""
 
 
@@ -118,7 +118,7 @@ class OutputStream:
         enlarge_pipe(fd)
 
     def write(self, outputs: Sequence[Output]) -> None:
-        """Write all of `outputs`, in order. Raises OutputError if the reader is gone or the disk is full."""
+        """Write all of `outputs`, in order. Raises OutputError if the reader is gone, or if the disk is full."""
         started = time.perf_counter()
         size = sum(map(len, outputs))
         for is_device, group in itertools.groupby(outputs, key=lambda output: isinstance(output, DeviceFrame)):
@@ -172,7 +172,7 @@ class OutputStream:
             self._write([memoryview(frame.header), memoryview(data)])
 
     def _fill(self, frame: DeviceFrame) -> bool:
-        """Splice the frame's bytes into our pipe, before its header promises them to the reader.
+        """Splice the bytes of `frame` into our pipe, before the header promises them to the reader.
 
         Returns False if the device does not give all bytes. A read reports the reason then.
         """

@@ -168,10 +168,7 @@ class Connector:
             raise self._is_another("; ".join(differing))
 
     def _is_another(self, why: str) -> SourceChangedError:
-        self.changed = SourceChangedError(
-            f"source changed: {self.command.location} is not what it was ({why}). "
-            "Start again; of a source that is in use, take a snapshot"
-        )
+        self.changed = SourceChangedError.found(str(self.command.location), why)
         return self.changed
 
     def _accepted(self, retriever: Client) -> Client:
