@@ -15,9 +15,12 @@ import pytest
 from support import BLOCKCOPY, PATIENCE, failed, noise, run, succeeded, with_changes, written
 
 from blockcopy.block.geometry import BLOCK_SIZE
+from blockcopy.errors import StreamError
 from blockcopy.protocol import digests, wire, zstd
+from blockcopy.protocol.compression import CompressionSpec
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.digests import NO_DIGEST
+from blockcopy.protocol.handshake import Handshake, source_greeting
 from blockcopy.protocol.wire import (
     Asks,
     Data,
@@ -506,3 +509,36 @@ def test_the_original_form_is_not_hashed_where_it_is_zeros(tmp_path: Path) -> No
     assert len(done.stdout) == 2**33 // B * 80 + 16
     assert done.stdout.count(zeros) == 2**33 // B
     assert run("retrieve", path, input=done.stdout).stdout == b"done"
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("none", CompressionSpec()),
+        ("auto", CompressionSpec("auto")),
+        ("zstd", CompressionSpec("zstd")),
+        ("zstd:19", CompressionSpec("zstd", 19)),
+    ],
+)
+def test_a_compression_is_the_same_as_an_option_and_in_a_greeting(text: str, spec: CompressionSpec) -> None:
+    assert CompressionSpec.parse(text) == spec
+    assert CompressionSpec.parse(str(spec)) == spec
+    if zstd.available():
+        assert CompressionSpec.from_greeting(spec.to_greeting()) == spec
+
+
+@pytest.mark.parametrize("text", ["", "zstd:", "zstd:0", "zstd:20", "zstd:x", "auto:3", "none:1", "lzma"])
+def test_any_other_compression_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="zstd:1 to zstd:19"):
+        CompressionSpec.parse(text)
+
+
+def test_a_later_greeting_cannot_choose_another_digest() -> None:
+    identity = {"size": 0, "sample": []}
+    handshake = Handshake()
+    for name in ("sha256", "sha256"):
+        (greeting,) = decoded(source_greeting(identity, name, "none"))
+        assert handshake.read(greeting) == (identity, name)
+    (other,) = decoded(source_greeting(identity, "sha3_512", "none"))
+    with pytest.raises(StreamError, match="no agreement"):
+        handshake.read(other)

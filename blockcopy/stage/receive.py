@@ -122,8 +122,8 @@ def _requesting(
 ) -> Iterator[None]:
     """Return a context manager that writes requests for `size` bytes of `destination`, in a thread.
 
-    The body of the `with` statement must read `answers`. `digest`: name of the agreed digest. `greeting`: sent after
-    the last request. Raises the thread's error rather than an error of the body.
+    The body of the `with` statement must read `answers`. `digest`: name of the chosen digest. `greeting`: bytes to
+    send after the last request. Raises the thread's error rather than an error of the body.
     """
     stop = threading.Event()
     failures: list[BaseException] = []
