@@ -48,7 +48,7 @@ from blockcopy.transport.command import stage_command
 from blockcopy.transport.location import Location
 
 QUICKLY, NEVER = 0.05, 1000
-"""Seconds until a link that was lost is made again."""
+"""Seconds until a lost connection is replaced."""
 
 BLOCKS = 40
 DATA = support.noise(BLOCKS * BLOCK_SIZE - 1000)
@@ -61,7 +61,7 @@ QUESTION = 80
 
 @pytest.fixture(autouse=True)
 def delay(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """How long until a link is made again: `delay(seconds)`, or else QUICKLY."""
+    """Set the seconds until a lost connection is replaced: `delay(seconds)`, or else QUICKLY."""
 
     def set_delay(seconds: float) -> None:
         monkeypatch.setattr(backoff, "FIRST_SECONDS", seconds)
@@ -115,11 +115,11 @@ async def replica_of(plan: Plan) -> AsyncIterator[Replica]:
 
 
 SLOW = BLOCK_SIZE // 10
-"""A limit with which the pass brings a block, and the next one in ten seconds."""
+"""A limit at which background hydration fetches one block, and the next after ten seconds."""
 
 
 async def both_processes(replica: Replica) -> list[int]:
-    """That of the demand, and that of the pass; with SLOW, one block is present then and none on its way."""
+    """Return the process ids of both lanes once both are connected. With SLOW, one block is present then."""
     while not present(replica) or not all(each.is_connected for each in replica._links):
         await trio.testing.wait_all_tasks_blocked(0.01)
     return [each._client._process.pid for each in replica._links]
@@ -383,7 +383,7 @@ def test_a_reader_in_order_is_read_ahead_for(tmp_path: Path, program: str | None
     trio.run(main)
 
 
-def test_the_pass_goes_on_behind_the_latest_read(tmp_path: Path, program: str | None) -> None:
+def test_background_hydration_goes_on_behind_the_latest_read(tmp_path: Path, program: str | None) -> None:
     """And comes back for what is left."""
 
     async def main() -> None:
@@ -403,7 +403,7 @@ def test_the_pass_goes_on_behind_the_latest_read(tmp_path: Path, program: str | 
     trio.run(main)
 
 
-def test_without_a_pass_only_what_is_read_is_copied(tmp_path: Path, program: str | None) -> None:
+def test_without_background_hydration_only_what_is_read_is_copied(tmp_path: Path, program: str | None) -> None:
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
         async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
@@ -417,7 +417,9 @@ def test_without_a_pass_only_what_is_read_is_copied(tmp_path: Path, program: str
     trio.run(main)
 
 
-def test_without_a_pass_it_is_complete_once_everything_was_read(tmp_path: Path, program: str | None) -> None:
+def test_without_background_hydration_it_is_complete_once_everything_was_read(
+    tmp_path: Path, program: str | None
+) -> None:
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
         async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
@@ -485,7 +487,7 @@ def test_a_fetch_that_all_readers_left_is_still_stored(tmp_path: Path) -> None:
 Delay = Callable[[float], None]
 
 
-def test_a_read_that_joined_a_fetch_of_the_pass_does_not_wait_for_its_link(
+def test_a_read_that_joined_a_fetch_of_background_hydration_does_not_wait_for_its_link(
     tmp_path: Path, program: str | None, delay: Delay
 ) -> None:
     delay(NEVER)
@@ -508,17 +510,17 @@ def test_a_read_that_joined_a_fetch_of_the_pass_does_not_wait_for_its_link(
         assert destination.read_bytes() == DATA
 
     async def fail_after_joining(replica: Replica, bulk: int, asked: int) -> None:
-        await trio.testing.wait_all_tasks_blocked(0.01)  # before the reader's patience ends
+        await trio.testing.wait_all_tasks_blocked(0.01)  # before the reader requests the block itself
         assert replica.status().sent_bytes == asked
         os.kill(bulk, signal.SIGKILL)
 
     trio.run(main)
 
 
-def test_the_pass_brings_what_a_dead_demand_process_was_asked(
+def test_background_hydration_brings_what_a_dead_demand_process_was_asked(
     tmp_path: Path, program: str | None, delay: Delay
 ) -> None:
-    """Neither the pass nor a reader waits for it, as long as the other process is there."""
+    """Neither background hydration nor a reader waits for it, as long as the other process is there."""
     delay(NEVER)
 
     async def main() -> None:
@@ -529,12 +531,12 @@ def test_the_pass_brings_what_a_dead_demand_process_was_asked(
             os.kill(demand, signal.SIGSTOP)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(begin_and_kill, replica, demand)
-                assert await read_block(replica, 20)  # asked for before the pass begins
+                assert await read_block(replica, 20)  # asked for before background hydration begins
             await replica.wait_complete()
         assert destination.read_bytes() == DATA
 
     async def begin_and_kill(replica: Replica, demand: int) -> None:
-        await trio.testing.wait_all_tasks_blocked(0.1)  # shorter than the pass looks whether it may go on
+        await trio.testing.wait_all_tasks_blocked(0.1)  # sooner than the throttle looks again
         replica.throttle.limit = None
         await trio.testing.wait_all_tasks_blocked(0.1)
         os.kill(demand, signal.SIGKILL)
@@ -542,8 +544,8 @@ def test_the_pass_brings_what_a_dead_demand_process_was_asked(
     trio.run(main)
 
 
-def test_a_reader_does_not_wait_for_a_demand_process_that_stands_still(tmp_path: Path, program: str | None) -> None:
-    """The pass does not wait for it either, and brings the block."""
+def test_a_reader_does_not_wait_for_a_stalled_demand_process(tmp_path: Path, program: str | None) -> None:
+    """Background hydration does not wait for it either, and fetches the block."""
 
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
@@ -566,7 +568,7 @@ def test_a_reader_does_not_wait_for_a_demand_process_that_stands_still(tmp_path:
 def test_killed_processes_are_started_again_and_what_they_were_asked_is_asked_again(
     tmp_path: Path, program: str | None
 ) -> None:
-    """Those who wait, readers and pass, learn nothing of it."""
+    """Readers and background hydration wait, and do not notice."""
     answered: list[bool] = []
 
     async def read(replica: Replica, block: int) -> None:
@@ -653,7 +655,7 @@ def test_present_blocks_are_read_without_any_process(tmp_path: Path, program: st
     trio.run(main)
 
 
-def test_leaving_in_mid_pass_gives_waiting_readers_an_error(tmp_path: Path) -> None:
+def test_leaving_in_the_middle_gives_waiting_readers_an_error(tmp_path: Path) -> None:
     errors: list[str] = []
 
     async def read(replica: Replica) -> None:
@@ -692,7 +694,7 @@ def test_a_fault_is_made_good_by_another_connection(fault: str, answer: int, hyd
             await replica.wait_complete()
             status = replica.status()
             assert status.error is None
-            # Where the readers have brought all that was left meanwhile, the pass is not connected again.
+            # If the readers have fetched all that was left, the bulk link is not connected again.
             assert status.link.reconnects == 1 or hydrate
 
     trio.run(main)
@@ -733,14 +735,14 @@ def test_a_fault_gives_errors_and_never_wrong_bytes(fault: str, answer: int, hyd
     assert replicas or answer <= opening
     for replica in replicas:
         assert_destination_is_sound(replica, destination, data, old)
-        if not hydrate and fault != "short":  # the pass has a process of its own
+        if not hydrate and fault != "short":  # background hydration has a process of its own
             assert False in results
     if not replicas:
         assert destination.read_bytes() == old
 
 
 def test_garbled_answers_on_three_connections_are_the_sources_fault(tmp_path: Path) -> None:
-    """Of the reader who gets them, and of the pass."""
+    """Errors of the reader who gets them, and of background hydration."""
 
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
@@ -799,7 +801,7 @@ def test_a_source_that_is_truncated_gives_errors_and_never_wrong_bytes(
 # SourceFaults of the destination
 
 
-def test_a_sync_that_fails_in_mid_pass_makes_it_check_again(
+def test_a_sync_that_fails_in_the_middle_makes_it_check_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No file system here fails one sync and no other, so the device's is made to."""
@@ -830,9 +832,11 @@ def test_a_sync_that_fails_in_mid_pass_makes_it_check_again(
     trio.run(main)
 
 
-def test_a_pass_ends_where_the_disk_fails_at_each_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_background_hydration_ends_where_the_disk_fails_at_each_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It began anew after each, for ever."""
-    sweep = BackgroundHydration.run
+    real = BackgroundHydration.run
 
     def fail(device: Device) -> None:
         raise DeviceError("the write-back failed")
@@ -842,7 +846,7 @@ def test_a_pass_ends_where_the_disk_fails_at_each_sync(tmp_path: Path, monkeypat
 
         async def run(hydration: BackgroundHydration) -> None:
             try:
-                await sweep(hydration)
+                await real(hydration)
             finally:
                 ended.set()
 
@@ -898,7 +902,7 @@ def test_no_read_gets_what_the_disk_has_while_the_cache_is_dropped(
     trio.run(main)
 
 
-def test_a_full_destination_fails_the_pass_and_not_the_reads_of_what_is_there(
+def test_a_full_destination_fails_background_hydration_and_not_the_reads_of_what_is_there(
     small_tmpfs: Path, tmp_path: Path
 ) -> None:
     old = DATA[: 4 * BLOCK_SIZE]
@@ -1145,7 +1149,7 @@ def test_only_the_whole_is_a_hundred_percent(part: int, whole: int, percent: flo
     assert floored_percent(part, whole) == percent
 
 
-def test_once_complete_the_source_is_let_go(tmp_path: Path, program: str | None) -> None:
+def test_once_complete_the_source_is_disconnected(tmp_path: Path, program: str | None) -> None:
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
         async with replica_of(plan_of(source, destination, program, limit=SLOW)) as replica:

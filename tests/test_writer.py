@@ -1,4 +1,4 @@
-"""Questions about the destination, and writing what comes for them, without a source."""
+"""Signatures of the destination, and writes of what the source sends, without a source."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("blocks", [range(21), [0, 3, 4, 5, 6, 7, 9], [20], [5, 6], range(3, 10)])
-def test_questions_are_the_digests_of_what_is_there(path: Path, blocks: list[int]) -> None:
+def test_signatures_are_the_digests_of_what_is_there(path: Path, blocks: list[int]) -> None:
     data, geometry = path.read_bytes(), Geometry(SIZE)
     with open_destination(str(path)) as device:
         asked = read_signatures(device, geometry, blocks, DIGEST, UnreadableRanges())
@@ -164,7 +164,7 @@ def test_of_a_large_device_what_was_written_back_does_not_stay_in_the_cache() ->
     with_writer(scenario, is_large=True)
 
 
-def test_what_the_pass_has_read_of_a_large_device_does_not_stay_in_the_cache(
+def test_what_bulk_has_read_of_a_large_device_does_not_stay_in_the_cache(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dropped: list[tuple[int, int]] = []
