@@ -26,8 +26,8 @@ _REASONS = {
 def open_destination(path: str, *, force: bool = False, create: bool = False) -> Destination:
     """Open the file or device at `path` for reading and writing, and claim it until it is closed.
 
-    A block device is opened exclusively. So the kernel refuses a device that is mounted, used for swap, or part of
-    a volume group or array, and mounts none that is open here. A regular file gets an fcntl lock, as QEMU has it.
+    A block device is opened exclusively. The kernel refuses this if the device is mounted, used for swap, or part
+    of a volume group or array. Nor does it mount the device later. A regular file gets an fcntl lock, as by QEMU.
     `force`: go on if a claim fails. `create`: create a missing regular file, with mode 0600.
 
     Raises DestinationRefusedError if the claim fails or the kernel refuses writes, DeviceError if `path` cannot be

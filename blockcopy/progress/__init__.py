@@ -1,4 +1,4 @@
-"""Progress of a command: figures, and the bar, lines and JSON that show them.
+"""Progress of a command: its counts, and the bar, lines and JSON that show them.
 
-Has no terminal and no signals of its own. Every later room may import it. Travels to source hosts.
+This room opens no terminal and handles no signals. Every later room may import it. It travels to source hosts.
 """

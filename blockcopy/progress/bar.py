@@ -1,4 +1,4 @@
-"""The progress bar, for terminals. `rich` draws it, and is loaded by the thread that does: nobody waits for it."""
+"""The progress bar for terminals. Only the drawing thread loads `rich`, so the command does not wait for that."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 _WORDS = {"same": "equal", "zero": "zeros", "resumed": "recorded"}
-"""For names of parts that are not words for people."""
+"""Labels for parts of the counts whose name is not clear to users."""
 
-_MOST_BAR = 60
+_MAX_BAR_WIDTH = 60
 
 GOING, DONE = "bright_blue", "green"
-"""Styles of the bar: not the library's red, which looks as if something had gone wrong."""
+"""Styles of a running and a finished bar. The library's default, red, looks like an error."""
 
 
 def available() -> bool:
-    """Whether one can be render here."""
+    """Return True if a bar can be drawn, because `rich` is installed."""
     from importlib.util import find_spec
 
     return find_spec("rich") is not None
 
 
 class Bar(TimedProgress):
-    """A line or two at the end of what `stream`, a terminal, shows.
+    """A progress bar of one or two lines at the bottom of the terminal `stream`.
 
-    What others say through sys.stderr passes by above it; who writes there by other ways does so in `aside`.
+    Text written to sys.stderr appears above the bar. All other output needs `suspended`.
     """
 
     seconds = 0.2
@@ -60,19 +60,20 @@ class Bar(TimedProgress):
 
     def _report(self, figures: Figures) -> None:
         if figures.counts.total is None and not figures.counts.done:
-            return  # it never began
+            return  # the command has not begun
         with self._drawing:
             if self._live is not None:
                 self._live.update(render(figures, self._live.console.width), refresh=True)
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
+        """Remove the bar inside the context, in which the caller writes to the terminal."""
         with self._drawing:
             live = self._live
             if live is None:
                 yield
                 return
-            live.transient = True  # it is wiped out when it stops
+            live.transient = True  # wiped when it stops
             live.stop()
             try:
                 yield
@@ -82,7 +83,10 @@ class Bar(TimedProgress):
 
 
 def render(figures: Figures, width: int) -> RenderableType:
-    """For `width` columns: percent, bar, bytes, rate, time to go; below, what became of them."""
+    """Return the bar for a terminal of `width` columns, as `rich` prints it.
+
+    The first line has percent, bar, bytes, rate, and remaining time. The second line has the parts of the counts.
+    """
     from rich.console import Group
     from rich.text import Text
 
@@ -115,14 +119,14 @@ def _first_line(figures: Figures, width: int) -> RenderableType:
     else:
         time = human_time(int(figures.elapsed))
     words = [percent, size, f"{human_size(figures.rate)}/s", time]
-    room = width - sum(map(len, words)) - len(words) - 1
+    free = width - sum(map(len, words)) - len(words) - 1
     row = Table.grid(padding=(0, 1, 0, 0))
     for _ in range(len(words) + 1):
         row.add_column(no_wrap=True)
     bar = ProgressBar(
         total=max(1, counts.total or 0) if known else None,
         completed=counts.done if counts.total else 1,
-        width=min(_MOST_BAR, max(4, room)),
+        width=min(_MAX_BAR_WIDTH, max(4, free)),
         pulse=not known and not figures.finished,
         complete_style=GOING,
         finished_style=DONE,

@@ -32,6 +32,7 @@ class LineProgress(Progress):
         self._reported_percent = 0.0
 
     def update(self, counts: Counts) -> None:
+        """Write a line if one is due for the current `counts`."""
         if not counts.total:
             return
         percent = 100 * counts.done / counts.total
@@ -45,6 +46,7 @@ class LineProgress(Progress):
             )
 
     def finish(self) -> None:
+        """Write the last line, with the time that the command took."""
         self._write(f"{self._what} done in {time.monotonic() - self._started:.3f} seconds")
 
 
@@ -90,9 +92,11 @@ class TimedProgress(Progress):
         self._thread.join(_EXIT_SECONDS)
 
     def update(self, counts: Counts) -> None:
+        """Keep `counts` for the next report. Thread-safe."""
         self._counts = counts
 
     def finish(self) -> None:
+        """Note that the work is complete: the last report has the average rate."""
         self._finished = True
 
     def _run(self) -> None:

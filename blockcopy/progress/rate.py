@@ -1,6 +1,6 @@
-"""Figures of something that goes on: its rate, how much of it is done, and how people read both.
+"""Rates, percents, sizes and times of a running command, as numbers and as text for people.
 
-They count completed work, and percents are floored.
+Counts are of completed work, and percents are rounded down.
 """
 
 from __future__ import annotations
@@ -10,40 +10,48 @@ from collections import deque
 
 _RATE_SECONDS = 10
 
-_ENOUGH = 2
+_MIN_STEPS = 2
 
 
 class RateMeter:
-    """Bytes a second over the last ten seconds, of a counter that is sampled each second."""
+    """The rate of a byte counter over the last ten seconds. Not thread-safe."""
 
     def __init__(self) -> None:
         self._samples: deque[tuple[float, int]] = deque(maxlen=_RATE_SECONDS)
 
     def sample(self, count: int) -> None:
+        """Take `count`, the current value of the counter. Call once a second. A lower value restarts the meter."""
         if self._samples and count < self._samples[-1][1]:
-            self._samples.clear()  # it counts something else from now on
+            self._samples.clear()  # the counter counts something else now
         self._samples.append((time.monotonic(), count))
 
     def rate(self, count: int) -> int:
-        """Of the counter that stands at `count` now; 0 as long as nothing can be said."""
+        """Return the rate in bytes per second. `count`: the current value of the counter.
+
+        Returns 0 before the first sample.
+        """
         points = [*self._samples, (time.monotonic(), count)]
         steps = sorted((after[1] - before[1], after[0] - before[0]) for before, after in zip(points, points[1:]))
-        if len(steps) > _ENOUGH:
-            steps.pop()  # the largest: a hole that was found, say, which tells nothing of what is to come
+        if len(steps) > _MIN_STEPS:
+            steps.pop()  # the largest: perhaps a hole, which predicts nothing
         return max(0, int(sum(count for count, _ in steps) / max(sum(time for _, time in steps), 0.001)))
 
 
 def eta(done: int, total: int | None, rate: int) -> int | None:
-    """Seconds to go, rounded up; None where nobody can say."""
+    """Return the seconds until `done` bytes become `total`, at `rate` bytes per second, rounded up.
+
+    Returns None if `total` is None or `rate` is 0.
+    """
     return None if total is None or not rate else -(-max(0, total - done) // rate)
 
 
 def floored_percent(part: int, whole: int) -> float:
-    """With two digits, and 100 only for the whole."""
+    """Return `part` as a percentage of `whole`, rounded down to two decimals. 100 means that all is done."""
     return 100.0 if part >= whole else part * 10000 // whole / 100
 
 
 def human_size(count: float) -> str:
+    """Return `count` bytes as text in binary units, such as "1.5 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -52,6 +60,7 @@ def human_size(count: float) -> str:
 
 
 def human_time(seconds: int) -> str:
+    """Return `seconds` as M:SS, or as H:MM:SS from one hour on."""
     minutes, seconds = divmod(seconds, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
