@@ -32,10 +32,10 @@ _STATE_STYLES = {
 
 CELL_KINDS = {
     "reading": ("◆", "R", "bold magenta", "being read now"),
-    "in_flight": ("»", ">", "bold bright_blue", "on its way"),
-    "present": ("█", "#", "green", "here"),
+    "in_flight": ("»", ">", "bold bright_blue", "in flight"),
+    "present": ("█", "#", "green", "present"),
     "zero": ("░", "0", "cyan", "zeros"),
-    "partly": ("▄", "+", "green", "partly here"),
+    "partly": ("▄", "+", "green", "partly present"),
     "missing": ("·", ".", "dim", "missing"),
 }
 """Kinds of cells: character, ASCII character, style, meaning. The legend shows them in this order."""
@@ -119,8 +119,8 @@ def _details(status: Status) -> RenderableType:
     rows = Table.grid(padding=(0, 2, 0, 0))
     rows.add_column(style="dim", no_wrap=True)
     rows.add_column()
-    rows.add_row("here", _amount(status))
-    rows.add_row("came", _origin(status))
+    rows.add_row("present", _amount(status))
+    rows.add_row("origin", _origin(status))
     rows.add_row("link", _link(status.link))
     rows.add_row("reads", _reads(status.demand))
     rows.add_row("copy", Text(printable(status.destination)))
@@ -163,7 +163,7 @@ def _reads(reads: ReadStatus) -> Text:
     waits = [reads.latency_p50_seconds, reads.latency_p99_seconds, reads.latency_max_seconds]
     shown = [_milliseconds(seconds) for seconds in waits if seconds is not None]
     if len(shown) == len(waits):
-        text += f"; waits {', '.join(shown)} ms (half, 99 %, all)"
+        text += f"; waits {', '.join(shown)} ms (p50, p99, max)"
     return Text(text)
 
 
