@@ -30,7 +30,7 @@ DIGEST = digests.named("sha256")
 
 @pytest.fixture(params=range(4))
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Device]:
-    """Of data, zeros that are written out, and holes, in stretches that end anywhere."""
+    """Return an open file of data, written zeros, and holes, in ranges of any length."""
     chance = random.Random(request.param)
     path = tmp_path / "source"
     with path.open("wb") as file:
@@ -46,29 +46,32 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Device]:
 
 
 def copying(device: Device) -> Device:
-    """The same, of which no view is to be had."""
+    """Return the same device, but without views: it only reads."""
     other = open_source(device.path)
     other._views._possible = False
     return other
 
 
 def as_sent(frames: Sequence[Output]) -> list[tuple[str, int, bytearray]]:
-    """What comes of them, where, neighbours as one: how they are parted into frames may differ."""
+    """Return kind, position and bytes of what `frames` say; neighbours of a kind are one.
+
+    How an answer is parted into frames may differ.
+    """
     decoder = Decoder(wire.NEGOTIATED_BLOCK_STREAM)
+    found: list[tuple[str, int, bytearray]] = []
     for each in frames:
         if isinstance(each, DeviceFrame):
             decoder.feed(each.header + each.device.read(each.offset, each.length))
         else:
             decoder.feed(each)
-    found: list[tuple[str, int, bytearray]] = []
-    while (message := decoder.next()) is not None:
-        assert isinstance(message, (wire.Data, wire.Zero))
-        data = bytearray(message.payload if isinstance(message, wire.Data) else message.length)
-        name, position = type(message).__name__, message.position
-        if found and found[-1][0] == name and found[-1][1] + len(found[-1][2]) == position:
-            found[-1][2].extend(data)
-        else:
-            found.append((name, position, data))
+        while (message := decoder.next()) is not None:
+            assert isinstance(message, (wire.Data, wire.Zero))
+            data = bytearray(message.payload if isinstance(message, wire.Data) else message.length)
+            name, position = type(message).__name__, message.position
+            if found and found[-1][0] == name and found[-1][1] + len(found[-1][2]) == position:
+                found[-1][2].extend(data)
+            else:
+                found.append((name, position, data))
     return found
 
 
