@@ -145,7 +145,7 @@ def test_sync_runs_a_command_when_all_is_done(tmp_path: Path, source: Path, dest
     """The destination is let go by then: another sync of it is not refused."""
     command = f"{FACTS} env | grep ^BLOCKCOPY_DEST; {shlex.join(BLOCKCOPY)} sync source destination && exit 7"
     done = run("sync", "--on-complete", command, source.name, destination.name, cwd=tmp_path)
-    succeeded(done, stdout=f"BLOCKCOPY_DESTINATION={destination}\n")
+    succeeded(done, None, stdout=f"BLOCKCOPY_DESTINATION={destination}\n")
     assert done.stderr.decode() == "--on-complete failed: it ended with exit status 7\n"
     assert (tmp_path / "facts").read_text() == f"{len(DATA)} 0 {len(DATA)} 0\n"
 
