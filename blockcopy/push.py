@@ -1,8 +1,8 @@
-"""The source's end of a push: a `receive` on another host is started, and its questions are answered.
+"""The source's end of a push: start `receive` on another host, and answer its signatures with a delta.
 
-    source → retrieve, here → (pipe) ssh → receive → destination
+    source → retrieve, in this process → (pipe) ssh → receive → destination
 
-A connection that breaks is made again. What was written stays, and is found equal then.
+A connection that breaks is made anew. The blocks written before stay, and compare as equal then.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ import math
 import time
 
 from blockcopy.block.device import Device
-from blockcopy.errors import BlockcopyError, OutputError, RemoteError, StreamError, describe_exit
+from blockcopy.errors import BlockcopyError, OutputError, RemoteError, StreamError
 from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.stage.retrieve import retrieve
 from blockcopy.transport.backoff import Backoff
 from blockcopy.transport.command import Command
-from blockcopy.transport.hints import TRANSPORT_FAILED, advice
-from blockcopy.transport.session import Clock, Session
+from blockcopy.transport.hints import SSH_FAILED, explain_end, with_hint
+from blockcopy.transport.session import Session, SilenceTimer
 from blockcopy.untrusted_text import LineBudget
 
 logger = logging.getLogger(__name__)
 
-_ITS_ERROR = "ERROR (receive): "
-"""What it begins the line with that says how it ended."""
+_ERROR_PREFIX = "ERROR (receive): "
+"""The beginning of the line with which `receive` reports why it failed."""
 
 
-class _LostError(RemoteError):
-    """The connection broke after it had been there."""
+class _ConnectionLostError(RemoteError):
+    """A connection that broke after the stage had begun."""
 
 
-class _Paced(Progress):
-    """Tells another; and who tells it of more than `limit` bytes a second, is held up."""
+class _ThrottledProgress(Progress):
+    """A progress reporter that delays its caller to `limit` bytes per second, and forwards to another one."""
 
     def __init__(self, progress: Progress, limit: int) -> None:
         self._progress = progress
@@ -42,9 +42,9 @@ class _Paced(Progress):
 
     def update(self, counts: Counts) -> None:
         self._progress.update(counts)
-        gone_through = counts.done - counts.skipped
-        self._passed += max(0, gone_through - self._before)  # else it began again
-        self._before = gone_through
+        examined = counts.done - counts.skipped
+        self._passed += max(0, examined - self._before)  # less if the copy started anew
+        self._before = examined
         ahead = self._passed / self._limit - (time.monotonic() - self._started)
         if ahead > 0:
             time.sleep(ahead)
@@ -53,15 +53,15 @@ class _Paced(Progress):
         self._progress.finish()
 
 
-class _OurTime(Progress):
-    """Tells another, who may hold us up: meanwhile the host waits for us."""
+class _UntimedProgress(Progress):
+    """A progress reporter that forwards to another one, and pauses the silence timer meanwhile."""
 
-    def __init__(self, progress: Progress, clock: Clock) -> None:
+    def __init__(self, progress: Progress, silence: SilenceTimer) -> None:
         self._progress = progress
-        self._clock = clock
+        self._silence = silence
 
     def update(self, counts: Counts) -> None:
-        with self._clock.ours():
+        with self._silence.paused():
             self._progress.update(counts)
 
     def finish(self) -> None:
@@ -74,88 +74,85 @@ def push(
     *,
     timeout: float = math.inf,
     prompts: bool = False,
-    patience: float = math.inf,
+    give_up_after: float = math.inf,
     limit: int | None = None,
     progress: Progress,
 ) -> None:
-    """Have a `receive` make its destination the copy of `source`; synced there when this returns.
+    """Copy `source` to the destination of `command`, which runs `receive`. The copy is synced on return.
 
-    `timeout`: seconds for which the host may say nothing when it is its turn. `prompts`: a password may be asked
-    for first. `patience`: seconds for which a connection that broke is tried again. `limit`: bytes of the source
-    a second, equal or not. `progress` is told the position that was answered, and how many bytes were sent.
+    `timeout`: seconds that the host may be silent when an answer is due. `prompts`: a password may be asked for
+    first. `give_up_after`: seconds of attempts to restore a broken connection. `limit`: bytes of the source per
+    second, equal or not. `progress` gets the position up to which signatures were answered, and the bytes sent.
 
-    Raises RemoteError if the host cannot be reached or goes away, what `receive` fails with, with its exit code,
-    and DeviceError of the source.
+    Raises RemoteError if the host cannot be reached or goes away, and DeviceError if the source fails. Raises the
+    error of `receive`, with its exit status, if that fails.
     """
     backoff, lost_at = Backoff(), math.inf
-    paced = _Paced(progress, limit) if limit else progress
-    budget = LineBudget()  # for the log, of what all connections say
+    throttled = _ThrottledProgress(progress, limit) if limit else progress
+    budget = LineBudget()  # one for all connections
     while True:
         session = Session(
             command,
             timeout=timeout,
             prompts=prompts,
             syncs=True,
-            tell=lambda line: _show(command, line),
+            report=lambda line: _log(command, line),
             budget=budget,
         )
         try:
-            _push(session, source, paced)
+            _push_once(session, source, throttled)
             return
-        except _LostError as error:
+        except _ConnectionLostError as error:
             failure: RemoteError = error
             lost_at = time.monotonic()
             backoff.reset()
         except RemoteError as error:
             if math.isinf(lost_at):
-                raise  # it was never there
+                raise  # there has been no connection at all
             failure = error
         delay = backoff.next()
-        if time.monotonic() + delay - lost_at > patience:
+        if time.monotonic() + delay - lost_at > give_up_after:
             raise failure
-        logger.warning("the link is lost, and is made again: %s", failure)
+        logger.warning("connection lost, reconnecting: %s", failure)
         time.sleep(delay)
 
 
-def _show(command: Command, line: str) -> None:
-    """Log what the host says by the way, with its name."""
-    if not line.startswith(_ITS_ERROR):
+def _log(command: Command, line: str) -> None:
+    """Log a line of the host's standard error, unless it is the error that ends the stage."""
+    if not line.startswith(_ERROR_PREFIX):
         logger.warning("%s: %s", command.location, line)
 
 
-def _push(session: Session, source: Device, progress: Progress) -> None:
-    """Answer what one `receive` asks, to the end."""
+def _push_once(session: Session, source: Device, progress: Progress) -> None:
+    """Answer one `receive` until it exits."""
     failure: BlockcopyError | None = None
     try:
         with session:
             if session.begin():
-                ours = _OurTime(progress, session.clock)
-                retrieve(source, session.input, session.output, progress=ours, working=session.clock.ours)
+                untimed = _UntimedProgress(progress, session.silence)
+                retrieve(source, session.input, session.output, progress=untimed, working=session.silence.paused)
     except (StreamError, OutputError) as error:
-        failure = error  # most often because it is gone: then it has said why
+        failure = error  # most often `receive` has exited, and has reported why
     except BlockcopyError:
         raise
     except Exception as error:
-        logger.error("the connection to %s met a fault of blockcopy's", session.command.location, exc_info=error)
+        logger.error("internal error in the connection to %s", session.command.location, exc_info=error)
         failure = StreamError(f"internal error: {error!r}")
     if session.status or failure or not session.begun:
-        raise _why(session, failure)
+        raise _failure_of(session, failure)
 
 
-def _why(session: Session, failure: BlockcopyError | None) -> BlockcopyError:
-    """Return what to tell of an end that was not in order."""
-    command, status, said = session.command, session.status, session.said()
-    lost = session.begun and (status == TRANSPORT_FAILED or status < 0)
-    if session.given_up is not None:
-        return (_LostError if session.begun else RemoteError)(session.given_up)
-    todo = advice(command, status, "\n".join(said), begun=session.begun and not lost)
-    more = f" – {todo}" if todo else ""
-    own = next((text for text in said if text.startswith(_ITS_ERROR)), None)
+def _failure_of(session: Session, error: BlockcopyError | None) -> BlockcopyError:
+    """Return the error to raise for a `receive` that failed. `error`: what failed on this host, if anything."""
+    command, status, lines = session.command, session.status, session.last_lines()
+    if session.timeout_error is not None:
+        return (_ConnectionLostError if session.begun else RemoteError)(session.timeout_error)
+    lost = session.begun and (status == SSH_FAILED or status < 0)
+    begun = session.begun and not lost
+    own = next((line for line in lines if line.startswith(_ERROR_PREFIX)), None)
     if own is not None:
-        message = own[len(_ITS_ERROR) :]
-        return BlockcopyError.relayed(f"{command.location.host_shown or 'this host'}: {message}{more}", status)
-    told = f"; it said: {' | '.join(said)}" if said else ""
-    if failure is not None and not told:
-        told = f": {failure}"
-    how = describe_exit(status)
-    return (_LostError if lost else RemoteError)(f"the receive process of {command.location} {how}{told}{more}")
+        text = f"{command.location.host_shown or 'this host'}: {own[len(_ERROR_PREFIX) :]}"
+        return BlockcopyError.relayed(with_hint(text, command, status, lines, begun=begun), status)
+    return (_ConnectionLostError if lost else RemoteError)(
+        explain_end(command, status, lines, begun=begun, error=error)
+    )

@@ -89,7 +89,7 @@ def test_a_user_is_told_what_is_waited_for(
     rsh: Callable[[str], str], source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Long before it is given up: there may be a password to type."""
-    monkeypatch.setattr(start_timeout, "TELL_SECONDS", 0.2)
+    monkeypatch.setattr(start_timeout, "WARN_SECONDS", 0.2)
     monkeypatch.setattr(start_timeout, "LOGIN_SECONDS", 1)
     caplog.set_level(logging.WARNING)
     command = stage_command(parse_location("host:/x"), rsh(LOGINS["waits"]))
@@ -120,7 +120,7 @@ def silent_port() -> Iterator[int]:
 def test_a_shared_login_is_given_up_too(
     silent_port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(start_timeout, "TELL_SECONDS", 0.2)
+    monkeypatch.setattr(start_timeout, "WARN_SECONDS", 0.2)
     monkeypatch.setattr(start_timeout, "LOGIN_SECONDS", 0.5)
     rsh = f"ssh -F none -p {silent_port} -o BatchMode=yes"
     command = stage_command(parse_location("127.0.0.1:/x"), rsh, control=control_master.control_path(shared=True))
@@ -140,7 +140,7 @@ def test_a_host_that_accepts_and_says_nothing(silent_port: int, source: Path, tm
     [(30, False, 30), (30, True, 120), (300, True, 300), (math.inf, True, math.inf)],
 )
 def test_a_login_that_may_ask_has_longer(timeout: float, prompts: bool, seconds: float) -> None:
-    assert start_timeout.limit(timeout, prompts=prompts) == seconds
+    assert start_timeout.max_start_seconds(timeout, prompts=prompts) == seconds
 
 
 # A push, later on
@@ -154,7 +154,7 @@ def test_a_push_over_a_link_that_freezes_is_begun_again(source: Path, tmp_path: 
         until(lambda: destination.exists() and destination.stat().st_blocks, "the first writes")
         freeze.touch()
         assert process.stderr is not None
-        assert any(b"gave nothing for 1 seconds" in line for line in process.stderr)
+        assert any(b"sent nothing for 1 seconds" in line for line in process.stderr)
         freeze.unlink()
         process.communicate(timeout=PATIENCE)
     assert process.returncode == 0

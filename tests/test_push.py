@@ -171,7 +171,7 @@ def test_a_link_that_breaks_is_made_again(source: Path, destination: Path, tmp_p
         until(lambda: destination.exists() and destination.stat().st_size, "the first writes")
         cut.touch()
         assert process.stderr is not None
-        assert any(b"is made again" in line for line in process.stderr)
+        assert any(b"connection lost, reconnecting" in line for line in process.stderr)
         cut.unlink()
         _, rest = process.communicate(timeout=support.PATIENCE)
     assert (process.returncode, b"ERROR" in rest) == (0, False)

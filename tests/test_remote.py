@@ -71,8 +71,8 @@ def test_what_is_no_source_is_refused(text: str) -> None:
     ("text", "told"),
     [
         ("sftp://host/x", "write [user@]host:/path"),
-        ("rsync://host/module/x", "rsync is not spoken here"),
-        ("nbd://host/x", "nbd is not spoken here"),
+        ("rsync://host/module/x", "rsync is not supported"),
+        ("nbd://host/x", "nbd is not supported"),
         ("file:///x", "without file://"),
         ("host::module", "write host:/path"),
         ("fe80::1:/x", "as in [fe80::1]:/path"),
@@ -83,7 +83,7 @@ def test_what_is_no_source_is_refused(text: str) -> None:
         ("ssh://user:password@host/x", "is not ssh://"),
         ("ssh://::1/x", "is not ssh://"),
         ("ssh://host", "has no path"),
-        ("ssh://-oProxyCommand=x/x", "a host does not begin with"),
+        ("ssh://-oProxyCommand=x/x", "a host cannot begin with"),
         ("user@:/x", "has no"),
         ("host:/a\0b", "NUL"),
     ],
@@ -112,8 +112,8 @@ def test_a_source_is_shown_as_it_was_typed(text: str) -> None:
 
 def test_a_port_is_for_ssh() -> None:
     location = parse_location("ssh://host:2222/x")
-    assert stage_command(location, "ssh -4").way.by_hand == ["ssh", "-p", "2222", "-4", "host"]
-    with pytest.raises(UsageError, match="the port is for ssh"):
+    assert stage_command(location, "ssh -4").route.by_hand == ["ssh", "-p", "2222", "-4", "host"]
+    with pytest.raises(UsageError, match="a port is for ssh only"):
         stage_command(location, "rsh")
 
 
@@ -232,13 +232,13 @@ def test_without_a_program_python_is_run_and_told_what_to_be() -> None:
 
 
 def test_a_shared_login_has_a_place_a_beginning_and_an_end() -> None:
-    way = stage_command(REMOTE, "ssh -4", control="/run/x-%C").way
+    route = stage_command(REMOTE, "ssh -4", control="/run/x-%C").route
     options = [*PLAIN, *NO_FORWARDING, *KEEP_ALIVE, "-o", "ControlPath=/run/x-%C"]
     options += ["-o", "ControlMaster=auto", "-o", "ControlPersist=10"]
-    assert way.argv == ["ssh", "-4", *options, "--", "host"]
-    assert way.by_hand == ["ssh", "-4", "host"]
-    assert way.log_in == ["ssh", "-4", "-fN", *options, "--", "host"]
-    assert way.end_login == ["ssh", "-4", *options, "-O", "exit", "--", "host"]
+    assert route.argv == ["ssh", "-4", *options, "--", "host"]
+    assert route.by_hand == ["ssh", "-4", "host"]
+    assert route.login == ["ssh", "-4", "-fN", *options, "--", "host"]
+    assert route.logout == ["ssh", "-4", *options, "-O", "exit", "--", "host"]
 
 
 @pytest.mark.parametrize(
@@ -253,11 +253,11 @@ def test_a_shared_login_has_a_place_a_beginning_and_an_end() -> None:
     ],
 )
 def test_a_login_that_is_not_shared_or_not_ours_has_no_end(rsh: str, control: str | None) -> None:
-    way = stage_command(REMOTE, rsh, control=control).way
-    assert (way.log_in, way.end_login) == ((), ())
-    assert not any("ControlMaster" in word for word in way.argv)
-    assert ("ControlPath=none" in way.argv) == (control == "none")
-    assert "ControlPath=/run/x" not in way.argv
+    route = stage_command(REMOTE, rsh, control=control).route
+    assert (route.login, route.logout) == ((), ())
+    assert not any("ControlMaster" in word for word in route.argv)
+    assert ("ControlPath=none" in route.argv) == (control == "none")
+    assert "ControlPath=/run/x" not in route.argv
 
 
 @pytest.mark.parametrize("rsh", ["", "  ", "ssh 'x"])

@@ -31,7 +31,7 @@ from support import (
 
 import blockcopy
 from blockcopy.transport.command import stage_command
-from blockcopy.transport.control_master import control_path, log_in, logged_in
+from blockcopy.transport.control_master import control_path, log_in, logging_out
 from blockcopy.transport.location import parse_location
 
 Mounter = Callable[..., Mount]
@@ -213,9 +213,9 @@ def test_a_shared_login_is_made_whatever_the_settings(sshd: Sshd, source: Path, 
     """As a mount makes it at a terminal."""
     rsh = configured(sshd, tmp_path, *(each for each in SETTINGS if each != "SessionType subsystem"))
     command = stage_command(parse_location(f"{sshd.host}:{source}"), rsh, control=control_path(shared=True))
-    with logged_in(command):
+    with logging_out(command):
         log_in(command)
-        assert output(*command.way.argv, "echo", "through", "it") == "through it\n"
+        assert output(*command.route.argv, "echo", "through", "it") == "through it\n"
 
 
 def test_what_e_says_wins(sshd: Sshd, source: Path, destination: Path) -> None:

@@ -24,7 +24,7 @@ from blockcopy.errors import DeviceError, MismatchError, SourceReadError, UsageE
 from blockcopy.paths.places import absolute
 from blockcopy.protocol.compression import CompressionSpec
 from blockcopy.transport.command import Command, stage_command
-from blockcopy.transport.control_master import control_path, logged_in
+from blockcopy.transport.control_master import control_path, logging_out
 from blockcopy.transport.location import Location, parse_location
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def sync(args: argparse.Namespace) -> None:
         return
     command = source_command(args)
     check_destination(absolute(destination.path), force=args.force)  # before ssh asks for a password
-    with logged_in(command), _started(command) as started:
+    with logging_out(command), _started(command) as started:
         with needs_extra():
             from blockcopy.replica.monitor.sd_notify import Notifier
             from blockcopy.replica.sync import sync as make_copy
@@ -172,14 +172,14 @@ def _push(args: argparse.Namespace, destination: Location) -> None:
     options = [name for name, given in (("--force", args.force), ("--no-sparse", args.no_sparse)) if given]
     compression = _compression(args, destination)
     command = command_for(args, destination, "receive", [*options, "--compress", str(compression)])
-    with logged_in(command), open_source(source) as device:
+    with logging_out(command), open_source(source) as device:
         with console.progress(args, bar_by_default=True) as progress:
             push(
                 command,
                 device,
                 timeout=args.timeout,
                 prompts=prompts(destination),
-                patience=args.reconnect_timeout,
+                give_up_after=args.reconnect_timeout,
                 limit=args.limit,
                 progress=progress,
             )
@@ -255,7 +255,7 @@ def _compare(args: argparse.Namespace, command: Command, path: str, source_size:
 
     as_json = getattr(args, "json", False)
     ranges = array.array("q")  # offset and length of each: half of the blocks may be ranges
-    with logged_in(command), console.progress(args, bar_by_default=True) as progress:
+    with logging_out(command), console.progress(args, bar_by_default=True) as progress:
         run_verify = functools.partial(
             compare,
             command,

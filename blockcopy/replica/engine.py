@@ -154,7 +154,7 @@ async def _connect(
     Raises SourceError if the source is away and there is no offline start.
     """
     first, *others = links
-    shares_login = bool(plan.command.way.end_login)
+    shares_login = bool(plan.command.route.logout)
     if not (plan.prompts or shares_login):
         for link in others:
             nursery.start_soon(link.run)

@@ -1,4 +1,4 @@
-"""The way to another host: locations, the ssh command line, the payload that is sent, and why one fails.
+"""The way to another host: locations, the remote shell's command line, the payload, time limits and hints.
 
-Has no trio. `push` and `replica` may import it. Stays on this host, except for what `payload` sends.
+Has no trio. `push` and `replica` may import this room. Its modules stay on this host; `bootstrap` alone is sent.
 """

@@ -1,6 +1,6 @@
 """Exponential back-off with jitter: how long to wait before the next attempt to connect.
 
-Half of each delay is random. Many clients that lost the same host then do not return to that host at the same time.
+Half of each delay is random. So many clients that lost the same host do not return to it at the same time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a source or a destination is, and the command that runs a stage there."""
+"""The command that runs a stage at a location: ssh options, remote shell words, the local interpreter."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from blockcopy.paths.places import absolute, working_folder
 from blockcopy.transport import bootstrap, payload
 from blockcopy.transport.location import Location
 
-DEFAULT_RSH = "ssh"
-DEFAULT_PYTHON = "python3"
+DEFAULT_RSH, DEFAULT_PYTHON = "ssh", "python3"
+"""The values of `--rsh` and `--python` if the options are not given."""
 
-MOST_NOISE = 64 * 1024
-"""Bytes that a login may print before a stage begins."""
+MAX_NOISE = 64 * 1024
+"""Bytes that a login may print before the stage begins."""
 
 _KEEP_ALIVE = ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
-"""ssh notices within half a minute that the other end is gone. What was said before, in -e, it heeds first."""
+"""Options with which ssh notices a lost connection within 30 seconds. Earlier ones, of -e, take precedence."""
 
 _PLAIN = {
     "RemoteCommand": "none",
@@ -36,56 +36,59 @@ _PLAIN = {
     "ForwardAgent": "no",
     "ForwardX11": "no",
 }
-"""Options that make an ssh connection a plain pipe to a command, whatever ssh_config(5) says; as scp sets them.
+"""Options of ssh_config(5) that make a connection a plain pipe to a command, as scp sets them.
 
-ssh takes the first value that it is given, so one in -e wins."""
+ssh uses the first value that it gets, so a value in -e takes precedence."""
 
 _NO_FORWARDING = "ClearAllForwardings=yes"
-"""No port forwarding and no tunnel. ssh obeys this even against -L and the like, so these leave it out."""
+"""No port forwarding and no tunnel. This option overrides even -L, so it is left out if -e has any of these."""
 
 _FORWARDING = re.compile(r"-[LRDwW]|(?i:(-o)?\s*(tunnel|(local|remote|dynamic)forward))")
-"""A word of -e that asks for a forwarding."""
-
+"""A word of -e that requests a forwarding."""
 
 NO_CONTROL = "none"
-"""As `control`: a login for each connection, whatever ssh's configuration says."""
+"""The `control` for a login per connection, whatever ssh's configuration says."""
 
 _IDLE_SECONDS = 10
-"""How long a shared login is kept, by ssh, when nobody uses it."""
+"""Seconds for which ssh keeps an unused shared login."""
 
 
 class Route(NamedTuple):
-    """How a host is reached, as argument lists; empty for this one."""
+    """The argument lists that reach a host. All are empty for this host."""
 
     argv: Sequence[str] = ()
-    """What the words of a command are put behind."""
+    """The words before those of the remote command."""
     by_hand: Sequence[str] = ()
-    """What a user would type to log in."""
-    log_in: Sequence[str] = ()
-    end_login: Sequence[str] = ()
-    """What makes and ends the login that all connections share; nothing where each has its own."""
+    """The words with which a user would log in, for messages."""
+    login: Sequence[str] = ()
+    """The command that makes the shared login. Empty if each connection logs in by itself."""
+    logout: Sequence[str] = ()
+    """The command that ends the shared login. Empty if there is none."""
 
 
 class Command(NamedTuple):
-    """What to run to have a stage work on what is at `location`: arguments, and additions to the environment."""
+    """A command that runs a stage at a location."""
 
     location: Location
     argv: list[str]
     environment: dict[str, str]
-    folder: str
-    """Where it is run: relative paths in it are meant from there, whatever we change into."""
-    runs: str = ""
-    """What is run there, in words of who asked for it; for messages."""
-    way: Route = Route()
+    """Additions to this process's environment."""
+    working_dir: str
+    """The folder in which to run the command, to which its relative paths refer."""
+    stage: str
+    """The stage's name, such as `retrieve`."""
+    program: str = ""
+    """The program that runs the stage, as the user named it; for messages."""
+    route: Route = Route()
     own_session: bool = False
-    """It needs no terminal, and whatever happens to ours does not concern it."""
+    """The command needs no terminal, and outlives this one."""
     opening: bytes = b""
-    """What its standard input gets before anything else."""
+    """The first bytes for its standard input."""
     mark: bytes = b""
-    """What it says on standard output when the stage begins; what comes before is a login's. None if empty."""
+    """Bytes on its standard output after which the stage begins. Empty if the stage prints first."""
 
     def start(self) -> subprocess.Popen[bytes]:
-        """Run it, with three pipes. OSError where it cannot be."""
+        """Start the command with three unbuffered pipes. Raises OSError if it cannot be started."""
         return subprocess.Popen(
             self.argv,
             bufsize=0,
@@ -93,25 +96,28 @@ class Command(NamedTuple):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, **self.environment},
-            cwd=self.folder if os.path.isdir(self.folder) else None,
+            cwd=self.working_dir if os.path.isdir(self.working_dir) else None,
             start_new_session=self.own_session,
         )
 
-    def outliving_terminal(self) -> Command:
-        """The same for an ssh that asks for its password at a terminal which may be gone afterwards."""
-        return self._replace(argv=["nohup", *self.argv]).located()
+    def with_nohup(self) -> Command:
+        """Return the command for an ssh that asks for a password at the terminal, and outlives the terminal."""
+        return self._replace(argv=["nohup", *self.argv]).with_absolute_programs()
 
-    def located(self) -> Command:
-        """The same with its programs as absolute paths: PATH may name folders that are in the way later."""
-        way = self.way._replace(log_in=_located(self.way.log_in), end_login=_located(self.way.end_login))
-        return self._replace(argv=_located(self.argv), way=way)
+    def with_absolute_programs(self) -> Command:
+        """Return the command with absolute paths of programs. A mount may later hide or block folders of PATH."""
+        login, logout = _absolute_program(self.route.login), _absolute_program(self.route.logout)
+        return self._replace(
+            argv=_absolute_program(self.argv), route=self.route._replace(login=login, logout=logout)
+        )
 
-    def logged_in(self) -> Command:
-        """The same where `log_in` has asked for all there was to ask."""
+    def after_login(self) -> Command:
+        """Return the command for connections through the shared login, which never ask at a terminal."""
         return self._replace(own_session=True)
 
 
-def _located(argv: Sequence[str]) -> list[str]:
+def _absolute_program(argv: Sequence[str]) -> list[str]:
+    """Return `argv` with its program found in PATH, or unchanged if the program is not found."""
     program = shutil.which(argv[0]) if argv else None
     return [os.path.abspath(program), *argv[1:]] if program else list(argv)
 
@@ -126,60 +132,66 @@ def stage_command(
     stage: str = "retrieve",
     options: Sequence[str] = (),
 ) -> Command:
-    """The command whose standard input and output are those of a stage, of `location`, with these options.
+    """Return the command that runs `stage` with `options` at `location`, connected to its standard streams.
 
-    On a host, `python` runs the stages of this package, which are sent to it; or else `program` is there
-    already. `rsh`, `python` and `program` are command lines: `ssh -p 2222`, `sudo -n python3`. As rsync does
-    with --rsync-path, the latter two are left to the remote shell, so `~` and variables work there.
+    `rsh`: the remote shell, DEFAULT_RSH if None. `python`: the interpreter on a host that runs the sent stages,
+    DEFAULT_PYTHON if None. `program`: an installed blockcopy to run instead. All three are command lines, such as
+    `sudo -n python3`. The remote shell expands `~` and variables in the latter two, as in rsync's --rsync-path.
+
+    `control`: ssh's ControlPath, NO_CONTROL, or None to leave that to the user's configuration.
+
+    Raises UsageError if a command line is malformed.
     """
     if location.host is None:
-        return _local_command(location, program, [stage, *options])
-    way = _route_to(location, _words("-e", DEFAULT_RSH if rsh is None else rsh), control)
+        return _local_command(location, program, stage, options)
+    route = _route_to(location, _words("-e", DEFAULT_RSH if rsh is None else rsh), control)
     python = DEFAULT_PYTHON if python is None else python
-    home, rest = location.under_home()
+    home, rest = location.split_home()
     path = [rest if home else _no_option(rest)] if location.path else []
     if program is not None:
         words = _remote_words("--blockcopy-path", program)
-        named = [_for_shell(home, each) for each in path]
-        argv = [*way.argv, *words, stage, *options, *named]
-        return Command(location, argv, {}, working_folder(), runs=program, way=way)
-    # What stands behind the code is for whoever lists the processes there; it tells Python nothing.
+        quoted = [_quote_path(home, each) for each in path]
+        argv = [*route.argv, *words, stage, *options, *quoted]
+        return Command(location, argv, {}, working_folder(), stage, program=program, route=route)
+    # The words after the code are for lists of processes on the host. Python ignores all but the last, `home`.
     shown = [word for word in ("blockcopy", stage, *path) if re.fullmatch(r"[\w@%+:,./-]+", word, re.ASCII)]
-    home_word = [home] if home else []  # a shell there says where that is, or else Python does
+    home_word = [home] if home else []  # expanded by the remote shell, or else by Python
     return Command(
         location,
-        [*way.argv, *_remote_words("--python", python), "-c", payload.CODE, *shown, *home_word],
+        [*route.argv, *_remote_words("--python", python), "-c", payload.CODE, *shown, *home_word],
         {},
         working_folder(),
-        runs=python,
-        way=way,
+        stage,
+        program=python,
+        route=route,
         opening=payload.opening([stage, *options, *path], under_home=bool(home)),
         mark=bootstrap.MARK,
     )
 
 
-def _for_shell(home: str, rest: str) -> str:
-    """Return the word that a shell reads as this path. It finds `home` if that and a slash are not quoted."""
+def _quote_path(home: str, rest: str) -> str:
+    """Quote a path for a shell, except for `home` and the slash after it, which the shell expands."""
     if not home:
         return shlex.quote(rest)
     return f"{home}/{shlex.quote(rest[1:])}" if rest[1:] else home
 
 
 def _route_to(location: Location, rsh: list[str], control: str | None) -> Route:
+    """Return the route to the host of `location` by the remote shell `rsh`. `control`: as in `stage_command`."""
     host = location.host or ""
     at = next((at for at, word in enumerate(rsh) if Path(word).name == "ssh"), None)
     if at is None:
         if location.port is not None:
-            raise UsageError(f"{location}: the port is for ssh; name it in -e {shlex.join(rsh)!r}")
+            raise UsageError(f"{location}: a port is for ssh only; put it into -e {shlex.join(rsh)!r}")
         return Route([*rsh, host], [*rsh, host])
     if location.port is not None:
         rsh = [*rsh[: at + 1], "-p", str(location.port), *rsh[at + 1 :]]
-    end = ["--", host]  # whatever the host is called, it is no option
+    end = ["--", host]  # no host name is taken for an option
     options = [*_plain(rsh[at + 1 :]), *_KEEP_ALIVE]
     if at > 0:
-        control = None  # run by another program, as another user perhaps, who may not use our sockets
+        control = None  # run by another program, perhaps as a user who cannot use our sockets
     if control is None or any(word.startswith("-S") or "controlpath" in word.lower() for word in rsh):
-        return Route([*rsh, *options, *end], [*rsh, host])  # a login of the user's own is not ours to end
+        return Route([*rsh, *options, *end], [*rsh, host])  # the user's own shared login must not be ended
     options += ["-o", f"ControlPath={control}"]
     if control == NO_CONTROL:
         return Route([*rsh, *options, *end], [*rsh, host])
@@ -193,8 +205,8 @@ def _route_to(location: Location, rsh: list[str], control: str | None) -> Route:
 
 
 def _plain(given: Sequence[str]) -> list[str]:
-    """The options of ssh that undo what its configuration adds to a command; `given`: those of the user."""
-    settings = ["IgnoreUnknown=*"]  # some are newer than OpenSSH 8.4; from here on an unknown one is no error
+    """Return ssh options that undo what its configuration adds to a command. `given`: the words of -e after ssh."""
+    settings = ["IgnoreUnknown=*"]  # some below are newer than OpenSSH 8.4
     settings += [f"{name}={value}" for name, value in _PLAIN.items()]
     if not any(_FORWARDING.match(word) for word in given):
         settings.append(_NO_FORWARDING)
@@ -202,33 +214,36 @@ def _plain(given: Sequence[str]) -> list[str]:
 
 
 def _remote_words(option: str, command: str) -> list[str]:
+    """Split `command` at spaces, and leave quotes to the remote shell. `option`: its name, for messages."""
     words = command.split()
     if not words:
         raise UsageError(f"{option} is empty")
     return words
 
 
-def _local_command(location: Location, program: str | None, arguments: list[str]) -> Command:
-    path = absolute(location.path)
+def _local_command(location: Location, program: str | None, stage: str, options: Sequence[str]) -> Command:
+    arguments = [stage, *options, absolute(location.path)]
     if program is not None:
-        argv = [*_words("--blockcopy-path", program), *arguments, path]
-        return Command(location, argv, {}, working_folder(), runs=program)
-    # This very package, wherever it lies; -P, so that nothing in the working directory is taken for it.
+        argv = [*_words("--blockcopy-path", program), *arguments]
+        return Command(location, argv, {}, working_folder(), stage, program=program)
+    # Run this very package. -P keeps Python from importing modules of the working folder instead.
     package_root = str(Path(__file__).resolve().parent.parent.parent)
     python_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    argv = [sys.executable, "-P", "-m", "blockcopy", *arguments, path]
-    return Command(location, argv, {"PYTHONPATH": python_path}, working_folder(), runs="blockcopy")
+    argv = [sys.executable, "-P", "-m", "blockcopy", *arguments]
+    return Command(location, argv, {"PYTHONPATH": python_path}, working_folder(), stage, program="blockcopy")
 
 
 def _words(option: str, command: str) -> list[str]:
+    """Split `command` as a shell does. `option`: its name, for messages."""
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise UsageError(f"{option} {command!r} is no command line: {error}") from error
+        raise UsageError(f"{option} {command!r} is not a valid command line: {error}") from error
     if not words:
         raise UsageError(f"{option} is empty")
     return words
 
 
 def _no_option(path: str) -> str:
+    """Return `path` in a form that no program takes for an option."""
     return f"./{path}" if path.startswith("-") else path

@@ -1,7 +1,7 @@
-"""One ssh login for all connections to a host, by OpenSSH's connection sharing (ssh_config(5), ControlMaster).
+"""One ssh login for all connections to a host, by OpenSSH's connection sharing (ControlMaster in ssh_config(5)).
 
-The first ssh logs in, and leaves a master process behind it; the others go through that, each with a channel
-of its own. The master ends with us, or by itself when it was idle for a while.
+The first ssh logs in and leaves a master process behind. Later ones connect through the master, each with a channel
+of its own. The master ends with this program, or by itself after some idle seconds.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ from blockcopy.errors import DeviceError, RemoteError
 from blockcopy.paths.runtime_dir import make_runtime_dir
 from blockcopy.transport import start_timeout
 from blockcopy.transport.command import NO_CONTROL, Command
-from blockcopy.transport.hints import advice, cannot_run
+from blockcopy.transport.hints import explain_failed_start, with_hint
 from blockcopy.untrusted_text import LineBudget, StderrLines
 
 logger = logging.getLogger(__name__)
 
-_MOST_PATH = 107 - 40 - 18
-"""Bytes for the path of a socket, less what %C becomes, and what ssh appends while it makes one."""
+_MAX_PATH = 107 - 40 - 18
+"""Bytes for the path of a socket, less those for ssh's expansion of %C and for its temporary suffix."""
 
-_PATIENCE_SECONDS = 5
+_LOGOUT_SECONDS = 5
 
-_FAREWELL_SECONDS = 2
-"""For the last words of an ssh that has ended: the master that it left behind may hold its standard error."""
+_DRAIN_SECONDS = 2
+"""Seconds to wait for the last lines of an ssh that has ended. Its master may hold the standard error open."""
 
 
 def control_path(*, shared: bool) -> str:
-    """Where the ssh processes of this command meet; NO_CONTROL where they do not, or there is no place."""
+    """Return the ControlPath for the ssh processes of this command.
+
+    Returns NO_CONTROL if the login is not `shared`, or if there is no folder for its socket.
+    """
     if not shared:
         return NO_CONTROL
     try:
@@ -40,72 +43,70 @@ def control_path(*, shared: bool) -> str:
     except DeviceError as error:
         logger.info("each connection logs in by itself: %s", error)
         return NO_CONTROL
-    if len(os.fsencode(path)) > _MOST_PATH:
+    if len(os.fsencode(path)) > _MAX_PATH:
         return NO_CONTROL
-    return f"{path}-%C"  # of host, port and user: never a way to another host
+    return f"{path}-%C"  # a hash of host, port and user: never the way to another host
 
 
 def log_in(command: Command) -> Command:
-    """Make the login that is shared, with the terminal's help, and return what goes through it.
+    """Make the shared login, asking at the terminal if needed. Return a command that connects through the login.
 
-    Raises RemoteError if it fails, or takes longer than LOGIN_SECONDS. ssh itself, asked to go to the background,
-    minds a terminal that is closed.
+    ssh itself goes to the background, so closing the terminal does not end the login.
+    Raises RemoteError if the login fails, or takes longer than LOGIN_SECONDS.
     """
     try:
-        ssh = subprocess.Popen(command.way.log_in, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        ssh = subprocess.Popen(command.route.login, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     except OSError as error:
-        raise RemoteError(cannot_run(command, error)) from error
-    said = " | ".join(_last_words(ssh, command))
+        raise RemoteError(explain_failed_start(command, error)) from error
+    lines = _wait(ssh, command)
     if ssh.returncode:
-        todo = advice(command, ssh.returncode, said, begun=False)
-        raise RemoteError(
-            f"{command.location.host_shown}: no login; ssh said: {said}" + (f" – {todo}" if todo else "")
-        )
-    return command.logged_in()
+        text = f"{command.location.host_shown}: login failed; ssh said: {' | '.join(lines)}"
+        raise RemoteError(with_hint(text, command, ssh.returncode, lines, begun=False))
+    return command.after_login()
 
 
-def _last_words(ssh: subprocess.Popen[bytes], command: Command) -> Sequence[str]:
-    """Wait for the end of a process, and return the last lines that it said."""
-    said = StderrLines(logger.debug, LineBudget())
+def _wait(ssh: subprocess.Popen[bytes], command: Command) -> Sequence[str]:
+    """Wait for the end of the process `ssh`. Return its last lines on standard error."""
+    stderr = StderrLines(logger.debug, LineBudget())
     pipe = ssh.stderr
     if pipe is None:
-        raise ValueError("it was started without a pipe")
+        raise ValueError("ssh was started without a pipe")
 
     def listen() -> None:
         with pipe:
-            said.read_to_end(pipe.fileno())
+            stderr.read_to_end(pipe.fileno())
 
     listener = threading.Thread(target=listen, name="listen", daemon=True)
     listener.start()
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            ssh.wait(start_timeout.TELL_SECONDS)
+            ssh.wait(start_timeout.WARN_SECONDS)
         if ssh.returncode is None:
-            logger.warning("%s", start_timeout.still_waiting(command, said.last))
-            ssh.wait(start_timeout.LOGIN_SECONDS - start_timeout.TELL_SECONDS)
+            logger.warning("%s", start_timeout.still_waiting(command, stderr.last))
+            ssh.wait(start_timeout.LOGIN_SECONDS - start_timeout.WARN_SECONDS)
     except subprocess.TimeoutExpired as late:
-        raise RemoteError(start_timeout.too_late(command, start_timeout.LOGIN_SECONDS, said.last)) from late
+        raise RemoteError(start_timeout.not_started(command, start_timeout.LOGIN_SECONDS, stderr.last)) from late
     finally:
         ssh.kill()
         ssh.wait()
-        listener.join(_FAREWELL_SECONDS)
-    return said.last
+        listener.join(_DRAIN_SECONDS)
+    return stderr.last
 
 
 @contextlib.contextmanager
-def logged_in(command: Command) -> Iterator[None]:
-    """At the end the shared login, if there is one, is ended."""
+def logging_out(command: Command) -> Iterator[None]:
+    """End the shared login of `command`, if it has one, when the context is left."""
     try:
         yield
     finally:
-        if command.way.end_login:
+        if command.route.logout:
             try:
                 subprocess.run(
-                    command.way.end_login,
+                    command.route.logout,
                     check=False,
                     stdin=subprocess.DEVNULL,
                     capture_output=True,
-                    timeout=_PATIENCE_SECONDS,
+                    timeout=_LOGOUT_SECONDS,
                 )
             except (OSError, subprocess.TimeoutExpired) as error:
-                logger.debug("the login ends by itself: %s", error)
+                logger.debug("the shared login was not ended, and will end by itself: %s", error)

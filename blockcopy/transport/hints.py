@@ -1,6 +1,7 @@
-"""Why a stage on a host did not come to work, and what to do about it: told from its exit status and its words.
+"""Messages about a stage that ended or could not start: why, and what to do.
 
-The words are those of OpenSSH, sudo, shells and ourselves. Where none fits, nothing is advised.
+The hints rest on the exit status and on the last lines of standard error. The patterns match messages of OpenSSH,
+sudo, shells and this program. If none matches, there is no hint.
 """
 
 from __future__ import annotations
@@ -8,36 +9,39 @@ from __future__ import annotations
 import re
 import shlex
 import signal
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from blockcopy.errors import BlockcopyError, describe_exit
 from blockcopy.transport import payload
 from blockcopy.transport.command import Command
 
-TRANSPORT_FAILED = 255
-"""What ssh ends with where it is the connection that failed, or the command was killed."""
+SSH_FAILED = 255
+"""Exit status of ssh if the connection failed or the remote command was killed."""
 
 _BUS_ERRORS = (-signal.SIGBUS, 128 + signal.SIGBUS)
-"""Of a process, and of a shell that ran one: who looks at a device in place (see `Device.view`) dies of that."""
+"""Statuses of a process that died of SIGBUS, and of a shell that ran one. A stage dies so in `Device.view`."""
 
 
 class _Case(NamedTuple):
-    words: str
-    """A pattern of what was said."""
-    advice: str
+    pattern: str
+    """A regular expression for the last lines of stderr."""
+    hint: str
 
 
 _LOGIN = [
     _Case(
         "Could not resolve hostname|Name or service not known",
-        "{host} is not known here: look at its spelling, at ~/.ssh/config and at DNS",
+        "{host} is not known here: check its spelling, ~/.ssh/config and DNS",
     ),
     _Case(
         "Host key verification failed",
-        "log in once by hand, and see whether it is the right host: {login}",
+        "log in once by hand, and check that it is the right host: {login}",
     ),
     _Case(
         r"Permission denied \(|Too many authentication failures",
-        "{host} does not let this user in: is the name right, and the key known there? Try it by hand: {login}",
+        "{host} does not let this user in: check the user's name, and that the key is known there. "
+        "Try it by hand: {login}",
     ),
     _Case(
         "Connection refused|timed out|No route to host|unreachable|Connection closed by|Connection reset",
@@ -49,22 +53,24 @@ _LOGIN = [
     ),
     _Case(
         "(sudo|doas): .*(password|terminal|tty|uthentication).* required|(sudo|doas): no tty|doas: Authoriz",
-        "{runs} there asks for a password: let it do without (NOPASSWD in sudoers), or log in as root",
+        "{program} there asks for a password: allow it without one (NOPASSWD in sudoers), or log in as root",
     ),
     _Case("sudoers|not allowed to execute", "sudo there does not let this user do that: see its sudoers"),
-    _Case("(?m)^(sudo|doas|su): ", "it has to work without a terminal; try it by hand: {login} {runs} -V"),
+    _Case(
+        "(?m)^(sudo|doas|su): ", "the command must work without a terminal; try it by hand: {login} {program} -V"
+    ),
     _Case("[Pp]assword (change required|has expired)|account has expired", "log in once by hand: {login}"),
     _Case(
-        f"(?m)^{payload.NOT_GIVEN}",
-        "a start-up file of the login there reads standard input: have it do so at a terminal only "
-        "(`[ -t 0 ] && …`); and `docker exec` needs `-i`",
+        f"(?m)^{payload.STDIN_LOST}",
+        "a start-up file of the login there reads standard input: let it do so only on a terminal "
+        "(`[ -t 0 ] && …`); `docker exec` needs `-i`",
     ),
-    _Case("restricted", "the login there is restricted: name what it may run by --blockcopy-path"),
+    _Case("restricted", "the login there is restricted: name a program that it may run with --blockcopy-path"),
 ]
 
 _PYTHON = [
-    _Case("and blockcopy needs", "name a newer one by --python, or an installed blockcopy by --blockcopy-path"),
-    _Case("SyntaxError", "`{runs}` there is no Python 3: name one by --python"),
+    _Case("and blockcopy needs", "name a newer one with --python, or an installed blockcopy with --blockcopy-path"),
+    _Case("SyntaxError", "`{program}` there is no Python 3: name one with --python"),
 ]
 
 _DEVICE = [
@@ -74,59 +80,88 @@ _DEVICE = [
 ]
 
 
-def advice(command: Command, status: int | None, said: str, *, begun: bool) -> str | None:
-    """For a stage that ended with `status`, and `said` this on standard error; `begun`: it came to run at all."""
+def explain_end(
+    command: Command, status: int | None, lines: Sequence[str], *, begun: bool, error: BlockcopyError | None = None
+) -> str:
+    """Return the message for a stage that ended too early: how it ended, what it said, and what to do.
+
+    `status`: exit status, negative for a signal, None if the stage only closed its output. `lines`: the last lines
+    of its stderr. `begun`: whether the stage itself ran. `error`: a local error, shown if there are no lines.
+    """
+    how = "closed its output" if status is None else describe_exit(status)
+    said = f"; it said: {' | '.join(lines)}" if lines else f": {error}" if error else ""
+    text = f"the {command.stage} process of {command.location} {how}{said}"
+    return with_hint(text, command, status, lines, begun=begun)
+
+
+def with_hint(text: str, command: Command, status: int | None, lines: Sequence[str], *, begun: bool) -> str:
+    """Return `text` with a hint appended, if one is known. The other arguments: as in `explain_end`."""
+    hint = _hint(command, status, "\n".join(lines), begun=begun)
+    return f"{text} – {hint}" if hint else text
+
+
+def explain_failed_start(command: Command, error: OSError) -> str:
+    """Return the message for a command that could not be started on this host because of `error`."""
+    program = command.argv[0]
+    text = f"cannot run `{program}`: {error.strerror}"
+    if isinstance(error, FileNotFoundError):
+        text += " – it is not installed here"
+        text += " (Debian: apt install openssh-client)" if program == "ssh" else ""
+    return text
+
+
+def _hint(command: Command, status: int | None, said: str, *, begun: bool) -> str | None:
+    """Return what to do about a stage that ended with `status` and `said` these lines. Returns None if unknown."""
     host = command.location.host
-    ours = bool(command.mark)
+    sent = bool(command.mark)
+    before_stage = host is not None and not (sent and begun)
     cases = list(_DEVICE)
-    if host is not None and not (ours and begun):
+    if before_stage:
         cases = [*_LOGIN, *cases]
-        if ours:
+        if sent:
             cases += _PYTHON
-    found = next((case.advice for case in cases if re.search(case.words, said)), None)
+    found = next((case.hint for case in cases if re.search(case.pattern, said)), None)
     if found is None and status in _BUS_ERRORS:
-        found = "it was made shorter, or its disk failed, while it was looked at: see the kernel's log on {where}"
-    if found is None and host is not None and not (ours and begun):
-        found = _by_status(status, said, ours=ours)
+        found = (
+            "the device was made shorter, or its disk failed, while it was read: see the kernel's log on {where}"
+        )
+    if found is None and before_stage:
+        found = _hint_by_status(status, said, sent=sent)
     if found is None:
         return None
-    if host is None:
-        more_rights = "run blockcopy as root"
-    elif ours:
-        more_rights = f"--python {shlex.quote(f'sudo -n {command.runs}')}"
-    else:
-        more_rights = f"--blockcopy-path {shlex.quote(f'sudo -n {command.runs}')}"
     return found.format(
         host=command.location.host_shown,
         where=command.location.host_shown or "this host",
-        runs=command.runs,
-        login=shlex.join(command.way.by_hand),
-        more_rights=more_rights,
+        program=command.program,
+        login=shlex.join(command.route.by_hand),
+        more_rights=_more_rights(command),
     )
 
 
-def cannot_run(command: Command, error: OSError) -> str:
-    """Return the message for a program of this host that `error` kept from being started."""
-    program = command.argv[0]
-    told = f"cannot run `{program}`: {error.strerror}"
-    if isinstance(error, FileNotFoundError):
-        told += " – it is not installed here"
-        told += " (Debian: apt install openssh-client)" if program == "ssh" else ""
-    return told
+def _more_rights(command: Command) -> str:
+    """Return how to run the stage as root."""
+    if command.location.host is None:
+        return "run blockcopy as root"
+    option = "--python" if command.mark else "--blockcopy-path"
+    return f"{option} {shlex.quote(f'sudo -n {command.program}')}"
 
 
-def _by_status(status: int | None, said: str, *, ours: bool) -> str | None:
-    """As shells have it: 127 for what is not there, 126 for what may not be run."""
-    if status == 127 and ours:
-        return "there is no `{runs}` on {host}: install Python 3.9 or newer there, or name it by --python"
+def _hint_by_status(status: int | None, said: str, *, sent: bool) -> str | None:
+    """Return a hint for the statuses of shells: 127 if a program is missing, 126 if it cannot be run.
+
+    `sent`: the stage is sent to the host. Returns None if unknown.
+    """
+    if status == 127 and sent:
+        return "there is no `{program}` on {host}: install Python 3.9 or newer there, or name it with --python"
     if status == 127:
-        return "there is no `{runs}` on {host}: name it by --blockcopy-path; without that option python3 will do"
-    if status == TRANSPORT_FAILED and not said:
+        return "there is no `{program}` on {host}: name it with --blockcopy-path, or leave out that option"
+    if status == SSH_FAILED and not said:
         return "the connection failed without a word; try it by hand: {login}"
     if status == 126:
-        return "`{runs}` cannot be run there by that user"
-    if ours and status != TRANSPORT_FAILED:
+        return "`{program}` cannot be run there by that user"
+    if sent and status != SSH_FAILED:
         return (
-            "{host} did not run `{runs}`. Where a login may run certain programs only, name one by --blockcopy-path"
+            "{host} did not run `{program}`. If the login may run only certain programs, name one with "
+            "--blockcopy-path"
         )
     return None

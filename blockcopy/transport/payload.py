@@ -1,8 +1,9 @@
-"""The copy stages as bytes for the standard input of a remote python3: nothing has to be installed there.
+"""The copy stages as bytes for the standard input of a remote python3, so that nothing must be installed there.
 
-    python3 -c CODE  ◄─  a line, which CODE runs: `bootstrap`; the parcel, which that unpacks; the hash stream
+    python3 -c CODE  ◄─  a line with `bootstrap`, which CODE runs; the payload, which that unpacks; the hash stream
 
-What is in it is read from this package's own files, so both ends are always of the same version.
+The payload has the texts of this package's own files, so both ends always have the same version. It leaves out
+docstrings, which are nearly half of the bytes. Lines keep their numbers for tracebacks.
 """
 
 from __future__ import annotations
@@ -19,28 +20,31 @@ PACKAGE = "blockcopy"
 PROGRAM = f"{PACKAGE}.cli.stage_main"
 
 TRAVELS = ("paths", "block", "protocol", "progress", "stage", "cli")
-"""The rooms that go to a source host, with the modules of the package itself."""
+"""The rooms whose modules may be sent, besides the modules of the package itself."""
 
 _STAYS = ("push",)
-"""Modules of the package itself that a source host has no use for."""
+"""Modules of the package itself that are never sent."""
 
-NOT_GIVEN = "what was meant for this python3 did not reach it"
-"""Said by CODE where something else has read its standard input, or has not passed it on."""
+STDIN_LOST = "what was meant for this python3 did not reach it"
+"""Message of CODE if another program has read its standard input, or has not passed it on."""
 
 CODE = (
     'f\'=1;{[exec(l,globals())if(l[:5]==b"exec(")else(__import__("sys").exit("'
-    + NOT_GIVEN
+    + STDIN_LOST
     + '"))for(l)in[open(0,"rb",0,closefd=False).readline()]]}\''
 )
-"""A word that means the same whether a remote shell reads it, as behind ssh, or none does, as behind `docker
-exec`. A shell takes the quotes away, and what is left sets `f` and goes on; else it is an f-string. Unbuffered,
-so that no byte behind the line is taken. It runs its first line, if that is the one that `opening` makes."""
+"""The program for `python3 -c`. It runs the first line of its standard input, if `opening` made that line.
+
+The word means the same with a remote shell, as behind ssh, and without one, as behind `docker exec`. A shell
+removes the quotes, and the rest assigns `f`. Without a shell the word is an f-string. The line is read unbuffered,
+so no byte after it is consumed."""
 
 
 def opening(arguments: Sequence[str], *, under_home: bool = False) -> bytes:
-    """Return the first bytes for a python3 that runs CODE, so that it runs `blockcopy` with `parser`.
+    """Return the first bytes for the standard input of a python3 that runs CODE.
 
-    `under_home`: the last argument is a path below the folder that the last word behind CODE names.
+    They make that python3 run `blockcopy` with `arguments`, of which the first is the stage. `under_home`: the last
+    argument is a path relative to the folder that the last word after CODE names.
     """
     content = {
         "modules": needed_by(arguments[0]),
@@ -49,24 +53,24 @@ def opening(arguments: Sequence[str], *, under_home: bool = False) -> bytes:
         "arguments": [*arguments],
         "under_home": under_home,
     }
-    parcel = zlib.compress(json.dumps(content).encode())
+    payload = zlib.compress(json.dumps(content).encode())
     bootstrap = Path(__file__).with_name("bootstrap.py").read_text(encoding="utf-8")
-    program = f"{bootstrap}\nbegin({len(parcel)})\n"
-    return f"exec({program!a})\n".encode() + parcel
+    program = f"{bootstrap}\nbegin({len(payload)})\n"
+    return f"exec({program!a})\n".encode() + payload
 
 
 @functools.cache
 def modules() -> dict[str, str]:
-    """Return the texts of all modules that travel, by name. A package has that of its `__init__`."""
+    """Return the texts of all modules that may be sent, by name. A package has the text of its `__init__`."""
     return {_name_of(path): path.read_text(encoding="utf-8") for path in _files()}
 
 
 @functools.cache
 def needed_by(stage: str) -> dict[str, str]:
-    """Return the texts of the modules that one stage loads, by name.
+    """Return the texts of the modules that `stage` loads, by name and without docstrings.
 
-    These are the modules that its command imports, and what those import, and so on. An import inside a
-    function does not count: it is for other commands, or for packages that a host may have.
+    These are the stage, PROGRAM, the modules that both import, and so on. Imports inside functions do not count:
+    they are for other commands, or for packages that a host may have.
     """
     texts = modules()
     wanted = [PROGRAM, f"{PACKAGE}.stage.{stage}"]
@@ -74,16 +78,29 @@ def needed_by(stage: str) -> dict[str, str]:
     while wanted:
         name = wanted.pop()
         if name in texts and name not in found:
-            found[name] = texts[name]
+            found[name] = _without_docstrings(texts[name])
             wanted += [name.rpartition(".")[0], *_imported_by(texts[name])]
     return found
+
+
+_DOCSTRING = re.compile(r'^( *)r?"""[\s\S]*?"""|"""[\s\S]*?"""', re.MULTILINE)
+"""A string at the beginning of a line. The second alternative passes over other strings, which must stay."""
+
+
+def _without_docstrings(text: str) -> str:
+    """Return the `text` of a module with empty docstrings. Each line keeps its number."""
+
+    def empty(found: re.Match[str]) -> str:
+        return found[0] if found[1] is None else f'{found[1]}""' + "\n" * found[0].count("\n")
+
+    return _DOCSTRING.sub(empty, text)
 
 
 _IMPORT = re.compile(rf"^from ({PACKAGE}[\w.]*) import (\([^)]*\)|.*)$", re.MULTILINE)
 
 
 def _imported_by(text: str) -> list[str]:
-    """Return the names that a module may import from this package: modules, and names in them."""
+    """Return the names that a module with this `text` imports from the package: modules, and names in modules."""
     names = []
     for module, imported in _IMPORT.findall(text):
         names += [module, *(f"{module}.{word}" for word in re.findall(r"\w+", imported))]
@@ -91,7 +108,7 @@ def _imported_by(text: str) -> list[str]:
 
 
 def packages() -> list[str]:
-    """Return the names of those modules that are packages."""
+    """Return the names of the sent modules that are packages."""
     return [PACKAGE, *(f"{PACKAGE}.{room}" for room in TRAVELS)]
 
 

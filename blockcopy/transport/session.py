@@ -1,8 +1,7 @@
-"""A stage on a host, worked with by threads: `push` and `doctor` start it, listen to it, and watch it.
+"""A session with a stage on a host, for programs with threads: `push` and `doctor`.
 
-standard output  the login's noise, passed over; then the stage's, read by the caller
-standard error   a thread keeps the last lines
-the clock        a thread ends a stage that does not begin in time, or that is silent for too long
+The caller reads standard output, from which the login's noise is skipped. A thread keeps the last lines of standard
+error. Another thread kills a stage that does not begin in time, or is silent for too long.
 """
 
 from __future__ import annotations
@@ -21,54 +20,54 @@ from typing import IO, Callable
 from blockcopy.errors import BlockcopyError, OutputError, RemoteError
 from blockcopy.stage.streams import InputStream, OutputStream
 from blockcopy.transport import start_timeout
-from blockcopy.transport.command import MOST_NOISE, Command
-from blockcopy.transport.hints import cannot_run
+from blockcopy.transport.command import MAX_NOISE, Command
+from blockcopy.transport.hints import explain_failed_start
 from blockcopy.untrusted_text import LineBudget, StderrLines
 
 logger = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 0.5
-"""Between two looks at the clock."""
+_POLL_SECONDS = 0.5
+"""Seconds between two looks at the clock."""
 
-_FAREWELL_SECONDS = 2
-"""For the end of a process whose pipes are closed, and for the last words of one that has ended."""
+_EXIT_SECONDS = 2
+"""Seconds for a process to exit once its pipes are closed, and then for its last lines."""
 
 _FAILURE_SECONDS = 10
-"""For a stage to say why it failed."""
+"""Seconds for a stage to report why it failed."""
 
 
-class Clock:
-    """The seconds for which the other end gave nothing although it was its turn. Thread-safe."""
+class SilenceTimer:
+    """The seconds for which the remote end sent nothing although this end waited for it. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._ours = 0
+        self._paused = 0
         self._since = time.monotonic()
 
-    def sign(self) -> None:
-        """Note a sign of life."""
+    def restart(self) -> None:
+        """Count from 0 again, because the remote end was active."""
         self._since = time.monotonic()
 
     @contextlib.contextmanager
-    def ours(self) -> Iterator[None]:
-        """Do not count the time in which we work, and the other end waits."""
+    def paused(self) -> Iterator[None]:
+        """Do not count the time inside the context, in which the remote end waits for this end."""
         with self._lock:
-            self._ours += 1
+            self._paused += 1
         try:
             yield
         finally:
             with self._lock:
-                self._ours -= 1
-                self.sign()
+                self._paused -= 1
+                self.restart()
 
-    def silence(self) -> float:
-        """Return the seconds since the last sign; 0 while we work."""
+    def seconds(self) -> float:
+        """Return the seconds of silence so far. Returns 0 while the timer is paused."""
         with self._lock:
-            return 0.0 if self._ours else time.monotonic() - self._since
+            return 0.0 if self._paused else time.monotonic() - self._since
 
 
 class Session:
-    """A stage and the way to it, from its start to its end. To be entered; left, it has ended."""
+    """A stage and the connection to it. Entering the context starts the stage; leaving it waits for the end."""
 
     def __init__(
         self,
@@ -77,35 +76,36 @@ class Session:
         timeout: float = math.inf,
         prompts: bool = False,
         syncs: bool = False,
-        tell: Callable[[str], None] | None = None,
+        report: Callable[[str], None] | None = None,
         budget: LineBudget | None = None,
     ) -> None:
-        """`timeout`: seconds of silence after which it is ended. `prompts`: a password may be asked for. `syncs`:
-        at its end the stage syncs a disk, which takes as long as it takes.
+        """Prepare a session with the stage that `command` runs.
 
-        `tell` gets each line that the stage says on standard error, as far as the `budget` goes.
+        `timeout`: seconds of silence after which the stage is killed. `prompts`: a password may be asked for.
+        `syncs`: the stage syncs a disk before it exits, however long that takes. `report`: gets each line that the
+        stage writes to standard error, within `budget`.
         """
         self.command = command
-        self.clock = Clock()
+        self.silence = SilenceTimer()
         self.begun = False
-        """The stage runs; what came before was a login."""
-        self.given_up: str | None = None
-        """Why the watch ended it, in words."""
+        """Whether the stage runs. Before, the login does."""
+        self.timeout_error: str | None = None
+        """The message if the stage was killed by the time limit."""
         self._timeout = timeout
-        self._longest = start_timeout.limit(timeout, prompts=prompts)
+        self._max_start = start_timeout.max_start_seconds(timeout, prompts=prompts)
         self._syncs = syncs
-        self._tell = tell
-        self._said = StderrLines(self._note, budget or LineBudget())
+        self._report = report
+        self._stderr = StderrLines(self._note, budget or LineBudget())
         self._left = threading.Event()
 
     def __enter__(self) -> Session:
-        """Start it. Raises RemoteError if it cannot be run."""
+        """Start the stage. Raises RemoteError if it cannot be started."""
         try:
             process = self.command.start()
         except OSError as error:
-            raise RemoteError(cannot_run(self.command, error)) from error
+            raise RemoteError(explain_failed_start(self.command, error)) from error
         if process.stdin is None or process.stdout is None or process.stderr is None:
-            raise ValueError("it was started without pipes")
+            raise ValueError("the stage was started without pipes")
         self._process = process
         self._pipes: list[IO[bytes]] = [process.stdin, process.stdout]
         self.output = _Output(process.stdin.fileno(), self)
@@ -120,81 +120,81 @@ class Session:
         self._left.set()
         self._watcher.join()
         if kind is not None and not issubclass(kind, BlockcopyError):
-            self._process.kill()  # interrupted: it is not waited for
+            self._process.kill()  # interrupted: do not wait
         stdin, stdout = self._pipes
         stdin.close()
         if kind is not None:
-            stdout.close()  # it may still ask, and would wait for us; else ssh may take it for a break
+            stdout.close()  # a stage that still writes would wait; after success, ssh might see a broken connection
         try:
-            self._process.wait(self._farewell(failed=kind is not None))
+            self._process.wait(self._exit_timeout(failed=kind is not None))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._listener.join(_FAREWELL_SECONDS)  # what it has started may hold its standard error open
+        self._listener.join(_EXIT_SECONDS)  # its children may hold standard error open
         stdout.close()
         self.input.__exit__()
 
-    def _farewell(self, *, failed: bool) -> float | None:
-        """Return the seconds to wait for the end; None for as long as it takes."""
+    def _exit_timeout(self, *, failed: bool) -> float | None:
+        """Return the seconds to wait for the exit. Returns None if there is no limit."""
         if not self.begun:
-            return _FAREWELL_SECONDS
+            return _EXIT_SECONDS
         return None if self._syncs and not failed else _FAILURE_SECONDS
 
     @property
     def status(self) -> int:
-        """The exit status, as subprocess has it, once the session was left."""
+        """The exit status, negative for a signal. Valid once the session was left."""
         return self._process.returncode
 
     def begin(self) -> bool:
-        """Send the stage there, and wait until it runs. Returns False if the login ends without that.
+        """Send the stage to the host, and wait until it runs. Returns False if the login ends before.
 
-        Raises StreamError if it prints too much.
+        Raises StreamError if the login prints too much.
         """
         if self.command.mark:
-            with contextlib.suppress(OutputError):  # what it printed may tell why it went away
+            with contextlib.suppress(OutputError):  # its output may explain why it exited
                 self.output.write([self.command.opening])
-            self.begun = self.input.skip_past(self.command.mark, MOST_NOISE)
-            self.clock.sign()
+            self.begun = self.input.skip_past(self.command.mark, MAX_NOISE)
+            self.silence.restart()
             return self.begun
-        return True  # a program that is there already: its first words will tell
+        return True  # an installed program begins with its first output
 
-    def said(self) -> list[str]:
-        """Return the last lines that were said, and before the stage began those that a login printed."""
-        return [*([] if self.begun else start_timeout.printed(self.input.noise)), *self._said.last]
+    def last_lines(self) -> list[str]:
+        """Return the last lines on standard error. If the stage did not begin, the login's output comes first."""
+        return [*([] if self.begun else start_timeout.last_lines(self.input.noise)), *self._stderr.last]
 
     def _listen(self, stderr: IO[bytes]) -> None:
         with stderr:
-            self._said.read_to_end(stderr.fileno())
+            self._stderr.read_to_end(stderr.fileno())
 
     def _note(self, line: str) -> None:
-        if self.begun and self._tell is not None:
-            self._tell(line)
+        if self.begun and self._report is not None:
+            self._report(line)
 
     def _watch(self) -> None:
-        """Look at the clock until the session is left, or somebody has to be woken."""
-        started, told, ended = time.monotonic(), False, False
-        while not self._left.wait(_LOOK_SECONDS):
+        """Enforce the time limits until the session is left."""
+        started, warned, exited = time.monotonic(), False, False
+        while not self._left.wait(_POLL_SECONDS):
             waited = time.monotonic() - started
-            if not self.begun and waited >= self._longest:
-                return self._give_up(start_timeout.too_late(self.command, self._longest, self.said()))
-            if self.begun and self.clock.silence() >= self._timeout:
-                return self._give_up(f"{self.command.location} gave nothing for {self._timeout:g} seconds")
-            if not self.begun and not told and waited >= start_timeout.TELL_SECONDS:
-                told = True
-                logger.warning("%s", start_timeout.still_waiting(self.command, self.said()))
-            if ended:  # what it has started may hold its standard output open
-                self._left.wait(_FAREWELL_SECONDS)
+            if not self.begun and waited >= self._max_start:
+                return self._give_up(start_timeout.not_started(self.command, self._max_start, self.last_lines()))
+            if self.begun and self.silence.seconds() >= self._timeout:
+                return self._give_up(f"{self.command.location} sent nothing for {self._timeout:g} seconds")
+            if not self.begun and not warned and waited >= start_timeout.WARN_SECONDS:
+                warned = True
+                logger.warning("%s", start_timeout.still_waiting(self.command, self.last_lines()))
+            if exited:  # its children may hold standard output open
+                self._left.wait(_EXIT_SECONDS)
                 return self.input.wake()
-            ended = self._process.poll() is not None
+            exited = self._process.poll() is not None
 
     def _give_up(self, why: str) -> None:
-        self.given_up = self.given_up or why
+        self.timeout_error = self.timeout_error or why
         self._process.kill()
         self.input.wake()
 
 
 class _Input(InputStream):
-    """The stream from the stage. Each byte is a sign of life."""
+    """The stream from the stage. Each read restarts the silence timer."""
 
     def __init__(self, fd: int, session: Session) -> None:
         super().__init__(fd)
@@ -202,14 +202,14 @@ class _Input(InputStream):
 
     def read_into(self, buffer: memoryview) -> int:
         count = super().read_into(buffer)
-        self._session.clock.sign()
+        self._session.silence.restart()
         if count and not self._session.command.mark:
             self._session.begun = True
         return count
 
 
 class _Output(OutputStream):
-    """The stream to the stage. A stage that takes nothing is watched."""
+    """The stream to the stage, which a thread watches for silence while this one waits."""
 
     def __init__(self, fd: int, session: Session) -> None:
         super().__init__(fd)
@@ -217,9 +217,9 @@ class _Output(OutputStream):
         os.set_blocking(fd, False)
 
     def _await_room(self) -> None:
-        room = select.poll()
-        room.register(self._fd, select.POLLOUT)
-        while not room.poll(1000 * _LOOK_SECONDS):
-            if self._session.given_up is not None:
-                raise OutputError(self._session.given_up)
-        self._session.clock.sign()
+        writable = select.poll()
+        writable.register(self._fd, select.POLLOUT)
+        while not writable.poll(1000 * _POLL_SECONDS):
+            if self._session.timeout_error is not None:
+                raise OutputError(self._session.timeout_error)
+        self._session.silence.restart()

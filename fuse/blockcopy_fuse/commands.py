@@ -22,7 +22,7 @@ from blockcopy.paths.places import absolute
 from blockcopy.progress.reporter import Progress
 from blockcopy.replica.commands import command_for, needs_extra, plan_of, prompts, run, source_command
 from blockcopy.replica.monitor.status import Status, summary
-from blockcopy.transport.control_master import log_in, logged_in
+from blockcopy.transport.control_master import log_in, logging_out
 from blockcopy.transport.location import parse_location
 from blockcopy_fuse import control_client, fuse_host, options
 from blockcopy_fuse.probe import MountUnresponsiveError
@@ -41,7 +41,7 @@ def mount(args: argparse.Namespace) -> None:
     with needs_extra():
         from blockcopy.replica.monitor.sd_notify import Notifier
         from blockcopy_fuse import daemon, mounting
-    command = source_command(args).located()
+    command = source_command(args).with_absolute_programs()
     plan = plan_of(
         args,
         command,
@@ -68,7 +68,7 @@ def mount(args: argparse.Namespace) -> None:
 
     def serve(ready: Callable[[], None], progress: Progress) -> Status:
         log_sinks.preload_syslog()
-        with logged_in(command), progress:
+        with logging_out(command), progress:
             return run(lambda: mounting.serve(mount_plan, ready, progress, notifier))
 
     if args.foreground:
@@ -86,12 +86,12 @@ def _raise_if_incomplete(event: str, status: Status) -> None:
 
 def _logged_in_now(plan: Plan) -> Plan:
     """Return `plan` for processes that outlive the terminal. Asks for a password now if ssh needs one."""
-    if plan.command.way.log_in:
+    if plan.command.route.login:
         try:
             return dataclasses.replace(plan, command=log_in(plan.command), prompts=False)
         except RemoteError as error:
             logger.info("%s", error)  # a mount may begin without its source; else this error comes again
-    return dataclasses.replace(plan, command=plan.command.outliving_terminal())
+    return dataclasses.replace(plan, command=plan.command.with_nohup())
 
 
 def _name_in(mountpoint: str, args: argparse.Namespace) -> str | None:

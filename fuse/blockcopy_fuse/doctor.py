@@ -23,7 +23,7 @@ from blockcopy.protocol.strict_json import parse_object
 from blockcopy.replica.monitor import typed_json
 from blockcopy.stage.streams import InputStream
 from blockcopy.transport.command import Command
-from blockcopy.transport.hints import advice
+from blockcopy.transport.hints import explain_end
 from blockcopy.transport.session import Session
 from blockcopy_fuse import fuse_host
 
@@ -100,17 +100,14 @@ def _facts(command: Command, *, prompts: bool) -> HostFacts:
     with session:
         if session.begin():
             answer = _read(session.input, host)
-    if session.given_up is not None:
-        raise RemoteError(session.given_up)
-    messages = session.said()
+    if session.timeout_error is not None:
+        raise RemoteError(session.timeout_error)
     text = answer[answer.find(b"{") :]  # without bootstrap, the login may print text first
     with contextlib.suppress(ValueError):
         facts = typed_json.parse(HostFacts, parse_object(text))
         if session.status == 0:
             return facts
-    todo = advice(command, session.status, "\n".join(messages), begun=session.begun)
-    reason = " | ".join(messages[-3:]) or f"`{command.runs}` ended with exit status {session.status}"
-    raise RemoteError(f"{command.location}: {reason}" + (f" – {todo}" if todo else ""))
+    raise RemoteError(explain_end(command, session.status, session.last_lines(), begun=session.begun))
 
 
 def _read(stream: InputStream, host: str) -> bytes:

@@ -115,7 +115,7 @@ def _paths_in_use(mount: MountPlan) -> Iterator[tuple[str, str]]:
         yield plan.state or str(default_folder()), "state file"
     files = {"pid file": mount.pid_file, "log file": mount.log_file, "metrics file": plan.metrics}
     yield from ((path, label) for label, path in files.items() if path is not None)
-    yield plan.command.folder, "folder it is started in,"
+    yield plan.command.working_dir, "folder it is started in,"
     yield plan.command.argv[0], "program"
     yield from ((path, "folder of control sockets,") for path in map(str, runtime_dir_candidates(os.geteuid())[:1]))
     yield from ((path, "folder of Python modules,") for path in (*sys.path, *blockcopy.__path__) if path)
@@ -191,7 +191,7 @@ async def _on_complete(plan: Plan, replica: Replica, status: Callable[[], Status
     await replica.settled.wait()
     final = status()
     if plan.on_complete and not final.source_needed:
-        await on_complete.run(plan.on_complete, final, plan.command.folder)
+        await on_complete.run(plan.on_complete, final, plan.command.working_dir)
 
 
 @asynccontextmanager

@@ -28,7 +28,6 @@ from blockcopy.errors import (
     SourceError,
     StreamError,
     TruncatedStreamError,
-    describe_exit,
 )
 from blockcopy.protocol import digests, wire
 from blockcopy.protocol.compression import NO_COMPRESSION, CompressionSpec
@@ -49,8 +48,8 @@ from blockcopy.replica.source.process import Process, start
 from blockcopy.replica.source.progress_timeout import ProgressTimeout
 from blockcopy.stage.streams import InputStream, enlarge_pipe
 from blockcopy.transport import start_timeout
-from blockcopy.transport.command import MOST_NOISE, Command
-from blockcopy.transport.hints import advice
+from blockcopy.transport.command import MAX_NOISE, Command
+from blockcopy.transport.hints import explain_end
 from blockcopy.untrusted_text import LineBudget, StderrLines
 
 logger = logging.getLogger(__name__)
@@ -284,10 +283,7 @@ class Client:
             words = f"{self._command.location} sent what was not asked for: {garbled}"
             return ProtocolViolationError(words + self._last_words())
         if not self._closing:
-            how = "closed its output" if status is None else describe_exit(status)
-            words = f"the retrieve process of {self._command.location} {how}{self._last_words()}"
-            todo = advice(self._command, status, "\n".join(self._said.last), begun=self._begun)
-            return SourceError(f"{words} – {todo}" if todo else words)
+            return SourceError(explain_end(self._command, status, self._said.last, begun=self._begun))
         return None
 
     def _fail(self, error: SourceError) -> None:
@@ -354,7 +350,7 @@ class Client:
     def _begins(self, stream: InputStream) -> bool:
         """Pass over what a login prints. Where nothing else comes, that may tell why."""
         self._stream = stream
-        self._begun = stream.skip_past(self._command.mark, MOST_NOISE)
+        self._begun = stream.skip_past(self._command.mark, MAX_NOISE)
         if not self._begun:
             self._token.run_sync_soon(self._said.feed, stream.noise + b"\n")
         return self._begun
@@ -362,7 +358,7 @@ class Client:
     def said(self) -> list[str]:
         """Return the last lines on standard error, and before the stage begins those that a login printed."""
         noise = self._stream.noise if self._stream and not self._begun else b""
-        return [*start_timeout.printed(noise), *self._said.last]
+        return [*start_timeout.last_lines(noise), *self._said.last]
 
     def _take(self, message: wire.Message) -> None:
         if isinstance(message, wire.Hello) and self._hello is None:

@@ -115,15 +115,15 @@ class Connector:
 
     async def _first_greeting(self, retriever: Client) -> Identity:
         """Wait for the source to begin. SourceError if it takes too long; where it takes long, that is told."""
-        seconds = start_timeout.limit(self._timeout, prompts=self._prompts and self.identity is None)
-        with trio.move_on_after(min(seconds, start_timeout.TELL_SECONDS)):
+        seconds = start_timeout.max_start_seconds(self._timeout, prompts=self._prompts and self.identity is None)
+        with trio.move_on_after(min(seconds, start_timeout.WARN_SECONDS)):
             return await retriever.greet()
-        if seconds > start_timeout.TELL_SECONDS:
+        if seconds > start_timeout.WARN_SECONDS:
             if self.identity is None:  # else somebody tells that it is away
                 logger.warning("%s", start_timeout.still_waiting(self.command, retriever.said()))
-            with trio.move_on_after(seconds - start_timeout.TELL_SECONDS):
+            with trio.move_on_after(seconds - start_timeout.WARN_SECONDS):
                 return await retriever.greet()
-        raise SourceError(start_timeout.too_late(self.command, seconds, retriever.said()))
+        raise SourceError(start_timeout.not_started(self.command, seconds, retriever.said()))
 
     async def _open_original(self, nursery: trio.Nursery) -> Client:
         start = partial(self._start, nursery, original=True)

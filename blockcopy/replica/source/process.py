@@ -14,7 +14,7 @@ import trio
 from blockcopy.errors import SourceError
 from blockcopy.replica.tasks import abandonable
 from blockcopy.transport.command import Command
-from blockcopy.transport.hints import cannot_run
+from blockcopy.transport.hints import explain_failed_start
 
 logger = logging.getLogger(__name__)
 
@@ -91,4 +91,4 @@ async def start(command: Command) -> Process:
     try:
         return Process(await abandonable.start_process(command.start))
     except OSError as error:
-        raise SourceError(cannot_run(command, error)) from error
+        raise SourceError(explain_failed_start(command, error)) from error
