@@ -18,7 +18,7 @@ class BlockcopyError(Exception):
 
     @classmethod
     def relayed(cls, message: str, exit_code: int) -> BlockcopyError:
-        """Return the error with the `message` and exit status that another blockcopy process reported."""
+        """Return an error with the `message` and `exit_code` that another blockcopy process reported."""
         error = cls(message)
         error.exit_code = exit_code
         return error
@@ -50,9 +50,9 @@ class DeviceError(BlockcopyError):
 
     @classmethod
     def from_os_error(cls, action: str, path: str, error: OSError) -> DeviceError:
-        """Return the error "cannot ACTION PATH: REASON", with the reason and number of `error`.
+        """Return the DeviceError "cannot ACTION PATH: REASON" for `error`, the OSError of a system call.
 
-        `action`: a verb with its objects, such as "read 4096 bytes at 0 of".
+        `action`: a verb with its objects, such as "read 4096 bytes at 0 of". `path`: the file or device.
         """
         reason = os.strerror(error.errno) if error.errno else str(error)
         made = cls(f"cannot {action} {path}: {reason}")
@@ -152,9 +152,9 @@ class Interrupted(BaseException):
 
 
 def describe_exit(returncode: int) -> str:
-    """Return in words how a process ended, such as "ended with exit status 1" or "was killed by SIGKILL".
+    """Return how a process ended, in words such as "ended with exit status 1" or "was killed by SIGKILL".
 
-    `returncode`: as `subprocess.Popen` has it, negative for a signal.
+    `returncode`: the exit status, or the negative number of the signal, as in `subprocess.Popen.returncode`.
     """
     if returncode >= 0:
         return f"ended with exit status {returncode}"
@@ -173,10 +173,10 @@ _LIMITS = {
 
 
 def as_user_error(error: BaseException) -> BlockcopyError:
-    """Return the error to report to the user for any exception that ended a command.
+    """Return the BlockcopyError to report to the user for `error`, any exception that ended a command.
 
     A BlockcopyError is returned as it is. OSError and MemoryError become an OperatingSystemError, all others an
-    InternalError. An exception group is reported by its first unforeseen exception, if any.
+    InternalError. Of an exception group, the first member that is no BlockcopyError counts, else the first member.
     """
     leaves = _leaves(error)
     unforeseen = next((each for each in leaves if not isinstance(each, BlockcopyError)), leaves[0])

@@ -62,7 +62,7 @@ class LineBudget:
         return self._left
 
     def take(self) -> bool:
-        """Count one line. Returns False if the line must not be logged; then it counts as dropped."""
+        """Count one line. Returns True if the line may be logged, else False: then it counts as dropped."""
         if not self.left:
             self._dropped += 1
             return False
@@ -88,14 +88,17 @@ class StderrLines:
     """
 
     def __init__(self, log: Callable[[str], None], budget: LineBudget) -> None:
-        """Pass each line to `log`. All connections to one host share one `budget`."""
+        """Pass each line, as text that may be unprintable, to `log`, as far as `budget` allows.
+
+        All connections to one host share one `budget`.
+        """
         self.last: deque[str] = deque(maxlen=_LAST_LINES)
         self._log = log
         self._budget = budget
         self._rest = b""
 
     def feed(self, data: bytes) -> None:
-        """Take bytes that were read from standard error. Keeps only the end of an unfinished line."""
+        """Take `data`, any number of bytes from standard error. Of an unfinished line, only the end is kept."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         self._rest = self._rest[-_MAX_LINE_BYTES:]
         skipped = len(lines) - self._budget.left - _LAST_LINES
@@ -107,7 +110,10 @@ class StderrLines:
         self._budget.drop(max(0, skipped))
 
     def read_to_end(self, fd: int) -> None:
-        """Read and feed everything from the file descriptor `fd` until its end. Blocks: call in a thread."""
+        """Read standard error from the file descriptor `fd` until its end. Blocks: call in a thread.
+
+        Raises OSError if a read fails.
+        """
         while data := os.read(fd, _READ_BYTES):
             self.feed(data)
         self.finish()

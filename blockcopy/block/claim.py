@@ -27,8 +27,8 @@ def open_destination(path: str, *, force: bool = False, create: bool = False) ->
     """Open the file or device at `path` for reading and writing, and claim it until it is closed.
 
     A block device is opened exclusively. The kernel refuses this if the device is mounted, used for swap, or part
-    of a volume group or array. Nor does it mount the device later. A regular file gets an fcntl lock, as by QEMU.
-    `force`: go on if a claim fails. `create`: create a missing regular file, with mode 0600.
+    of a volume group or array. Nor can the device be mounted while it is open. A regular file gets an fcntl lock,
+    which QEMU respects. `force`: go on if a claim fails. `create`: create a missing regular file, with mode 0600.
 
     Raises DestinationRefusedError if the claim fails or the kernel refuses writes, DeviceError if `path` cannot be
     opened.
@@ -51,10 +51,10 @@ def open_destination(path: str, *, force: bool = False, create: bool = False) ->
 
 
 def existing_destination(path: str, *, force: bool) -> Destination | None:
-    """Open and claim `path` as `open_destination`, before any host is contacted. Creates nothing.
+    """Open and claim the file or device at `path`, before any host is contacted. Creates nothing.
 
-    Returns None if there is no file, but one can be created. Raises DeviceError if none can be created, or as
-    `open_destination`.
+    `force`: as for `open_destination`. Returns None if `path` is missing, but a file can be created there.
+    Raises DeviceError if no file can be created, or as `open_destination`.
     """
     if os.path.exists(path):
         return open_destination(path, force=force)
@@ -63,14 +63,17 @@ def existing_destination(path: str, *, force: bool) -> Destination | None:
 
 
 def check_destination(path: str, *, force: bool) -> None:
-    """Check that `path` can be claimed or created now, then release the claim. Raises DeviceError if not."""
+    """Check that the destination at `path` can be claimed or created now. Keeps no claim and creates nothing.
+
+    `force`: as for `open_destination`. Raises DeviceError if the destination cannot be used.
+    """
     device = existing_destination(path, force=force)
     if device is not None:
         device.close()
 
 
 def make_room(device: Destination, size: int) -> None:
-    """Extend a shorter file to `size` bytes. A longer file or device keeps its tail, with a warning.
+    """Make `device` hold at least `size` bytes. Extends a shorter file; logs a warning if a tail remains.
 
     Raises DestinationRefusedError if a block device is too small.
     """

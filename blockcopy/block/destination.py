@@ -39,60 +39,81 @@ class Destination(Device):
         self._mtime_ns = self.status().st_mtime_ns
 
     def require_size(self, size: int) -> None:
-        """Set the minimum size in bytes: from now on, the device counts as truncated only below `size`."""
+        """Set the minimum size to `size` bytes. From now on, only a shorter device counts as truncated."""
         with self._checking:
             self._min_size = size
 
     def check(self) -> None:
-        """Check whether another program has truncated the device or written to it.
+        """Check that no other program has truncated the device or written to it.
 
-        Writes show only if the file system keeps exact times. Raises DestinationLostError if there was one.
+        Writes show only if the file system keeps exact times. Raises DestinationLostError if there was a change.
         """
         with self._checking:
             self._check()
 
     def check_in_place(self) -> None:
-        """Check that `path` still leads to this device, and that no other program has changed the device."""
+        """Check that `path` still leads to this device, and that no other program has changed the device.
+
+        Raises DestinationLostError if not. Blocks while a file system on the path hangs.
+        """
         super().check_in_place()
         self.check()
 
     def write(self, offset: int, data: Buffer) -> None:
-        """Write all of `data` at `offset`. Checks for foreign changes before and after."""
+        """Write all of `data` at byte `offset`, and check before and after for changes by other programs.
+
+        Raises DestinationLostError if there was one, DeviceError if the write fails.
+        """
         with self._changing(offset + len(memoryview(data))):
             super().write(offset, data)
 
     def write_zeros(self, offset: int, length: int, *, sparse: bool) -> None:
-        """Write zeros as `Device.write_zeros`. Checks for foreign changes before and after."""
+        """Write `length` zero bytes at `offset`, and check before and after for changes by other programs.
+
+        `sparse`: punch a hole if the file system can. Raises errors as `write`.
+        """
         with self._changing(0):
             super().write_zeros(offset, length, sparse=sparse)
 
     def grow(self, size: int) -> None:
-        """Extend a regular file to `size` bytes. Checks for foreign changes before and after."""
+        """Extend a regular file to `size` bytes, and check before and after for changes by other programs.
+
+        Raises errors as `write`.
+        """
         with self._changing(size):
             super().grow(size)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Read exactly `length` bytes at `offset`, then check for foreign changes."""
+        """Read exactly `length` bytes at `offset`, then check for changes by other programs.
+
+        Raises DestinationLostError if there was one, DeviceError if the read fails or the device ends early.
+        """
         data = super().read(offset, length)
         self.check_without_blocking()
         return data
 
     def read_cached(self, offset: int, length: int) -> memoryview | None:
-        """Read from the page cache as `Device.read_cached`, then check for foreign changes."""
+        """Read exactly `length` bytes at `offset` from the page cache, then check as `read`.
+
+        Returns None if the read would wait. The result is valid until the next call. Call from one thread only.
+        """
         data = super().read_cached(offset, length)
         if data is not None:
             self.check_without_blocking()
         return data
 
     def sync(self) -> None:
-        """Wait until everything written is on stable storage, then check for foreign changes."""
+        """Wait until everything written is on stable storage, then check for changes by other programs.
+
+        Raises DestinationLostError if there was one, DeviceError if the sync fails.
+        """
         super().sync()
         self.check()
 
     def check_without_blocking(self) -> None:
-        """Check for foreign changes as `check`, but only if the file system certainly answers at once.
+        """Check as `check`, but only if the file system certainly answers at once.
 
-        Safe to call from trio's thread. Raises DestinationLostError if there was a foreign change.
+        Safe to call from trio's thread. Raises DestinationLostError if another program has changed the device.
         """
         if self.lost is not None:
             raise copy(self.lost)
@@ -101,7 +122,7 @@ class Destination(Device):
 
     @contextlib.contextmanager
     def _changing(self, end: int) -> Iterator[None]:
-        """Check for foreign changes before and after our own change, after which the file has at least `end` bytes.
+        """Check for changes by others before and after our own, after which the file has at least `end` bytes.
 
         A block device needs no check: it refuses writes beyond its end.
         """

@@ -60,7 +60,7 @@ class Device:
         return _file_id(os.fstat(self._fd))
 
     def lock(self) -> None:
-        """Lock the whole file for writing (fcntl) until it is closed.
+        """Lock the whole file for writing (fcntl) until the device is closed. Does not wait.
 
         Raises OSError if another program has a lock, or if the file system has none.
         """
@@ -90,15 +90,12 @@ class Device:
             )
 
     def file_system(self) -> str:
-        """Return the ID of the file system that has the file.
-
-        The ID survives a restart if the file system has a UUID.
-        """
+        """Return the ID of the file system of the file, as text. It survives a restart if it is a UUID."""
         with self._errors("find the file system of"):
             return f"{os.fstatvfs(self._fd).f_fsid:x}"
 
     def has_exact_times(self) -> bool:
-        """Return True if the ctime of this file shows every write, which no program can hide."""
+        """Return True if this is a file whose ctime shows every write. No program can hide a write then."""
         return not self.is_block_device and syscalls.has_exact_times(self._fd)
 
     def size(self) -> int:
@@ -112,7 +109,7 @@ class Device:
             os.ftruncate(self._fd, size)
 
     def read_up_to(self, offset: int, length: int) -> bytes:
-        """Read `length` bytes at `offset`. Returns fewer only if the device ends there."""
+        """Read `length` bytes at byte `offset`. Returns fewer only if the device ends early."""
         pieces = []
         with self._errors(f"read {length} bytes at {offset} of"):
             while length:
@@ -125,7 +122,7 @@ class Device:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Read exactly `length` bytes at `offset`. Raises DeviceError if the device ends early."""
+        """Read exactly `length` bytes at byte `offset`. Raises DeviceError if the device ends early."""
         data = self.read_up_to(offset, length)
         if len(data) != length:
             raise DeviceError(
@@ -135,7 +132,10 @@ class Device:
         return data
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Read from `offset` until `buffer` is full. Returns the number of bytes, fewer only if the device ends."""
+        """Read from byte `offset` into `buffer` until that is full. Returns the number of bytes read.
+
+        The buffer stays partly unfilled only if the device ends early.
+        """
         filled = 0
         with self._errors(f"read {len(buffer)} bytes at {offset} of"):
             while filled < len(buffer):
@@ -146,11 +146,10 @@ class Device:
         return filled
 
     def view(self, offset: int, length: int, extents: Sequence[Extent]) -> memoryview | None:
-        """Map `length` bytes at `offset` into memory, without copying them.
+        """Map `length` bytes at `offset` into memory and return them as a view, without a copy.
 
-        Only the ranges in `extents` are read from the device, and the caller must access no others. Call
-        `release_view` after use. Returns None if the kernel cannot map the bytes. Then call `read`, which reports
-        the reason.
+        `extents`: the ranges of the device that are read into memory. The caller must access no others, and must
+        call `release_view` after use. Returns None if the kernel cannot map the bytes; `read` reports the reason.
 
         An access kills the process by SIGBUS if the file is truncated, or the disk fails, at that moment.
         """
@@ -165,7 +164,7 @@ class Device:
         return self.size() >= offset + length  # beyond the end of a file, its last page has zeros
 
     def splice_to(self, pipe: int, offset: int, length: int) -> int:
-        """Move up to `length` bytes at `offset` into the file descriptor `pipe`, without copying them.
+        """Move up to `length` bytes at `offset` into the file descriptor `pipe` without a copy or a wait.
 
         Returns the number of bytes, or 0 at the end of the device. Raises OSError, not DeviceError, if splice(2) is
         not possible or the pipe is full.
@@ -173,9 +172,9 @@ class Device:
         return os.splice(self._fd, pipe, length, offset_src=offset, flags=os.SPLICE_F_NONBLOCK)
 
     def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
-        """Yield the byte ranges within `length` bytes at `offset` that are not holes, ascending.
+        """Yield the ranges with data, not holes, within `length` bytes at `offset`, ascending.
 
-        Yields the whole range if the file system does not know its holes.
+        Yields all `length` bytes if the file system does not know its holes.
         """
         end = offset + length
         while offset < end:
@@ -212,7 +211,7 @@ class Device:
         return None
 
     def write(self, offset: int, data: Buffer) -> None:
-        """Write all of `data` at `offset`."""
+        """Write all of `data` at byte `offset`."""
         view = memoryview(data)
         with self._errors(f"write {len(view)} bytes at {offset} of"):
             while view:
@@ -229,7 +228,7 @@ class Device:
             os.pwrite(self._fd, b"", 0)
 
     def write_zeros(self, offset: int, length: int, *, sparse: bool) -> None:
-        """Write `length` zeros at `offset`. If `sparse`, punch a hole instead if the file system can."""
+        """Write `length` zero bytes at `offset`. `sparse`: punch a hole instead if the file system can."""
         if sparse and length:
             try:
                 syscalls.punch_hole(self._fd, offset, length)
@@ -268,8 +267,8 @@ class Device:
     def write_back_until(self, deadline: float) -> bool:
         """Write all dirty pages of a file to the disk, even those that other programs have mapped.
 
-        After that, the next write through a mapping changes the file's times. Returns False if dirty pages are left
-        at `deadline`, in seconds of the monotonic clock.
+        After that, the next write through a mapping changes the file's times.
+        `deadline`: seconds of the monotonic clock. Returns False if dirty pages are left then.
         """
         for offset in range(0, self.size(), _WRITE_BACK_BYTES):
             if time.monotonic() > deadline:
@@ -296,7 +295,7 @@ class Device:
 
 
 def open_source(path: str) -> Device:
-    """Open the regular file or block device at `path` for reading.
+    """Open the regular file or block device at `path` for reading, and return its Device.
 
     Raises DeviceError if `path` cannot be opened, is anything else, or is a regular file among devices.
     """

@@ -51,7 +51,7 @@ class Geometry(NamedTuple):
 
 
 def block_runs(blocks: Iterable[int]) -> Iterator[range]:
-    """Yield ascending block numbers as ranges of consecutive numbers."""
+    """Yield `blocks`, ascending block numbers, as ranges of consecutive numbers."""
     start = stop = -1
     for block in blocks:
         if block != stop:
@@ -94,7 +94,7 @@ class ExtentJoiner:
 
 
 def join_extents(extents: Iterable[Extent], *, gap: int = 0) -> list[Extent]:
-    """Return ascending byte ranges with those joined that overlap, touch, or are at most `gap` bytes apart."""
+    """Return `extents`, ascending byte ranges, joined where they overlap or are at most `gap` bytes apart."""
     joined: list[Extent] = []
     joiner = ExtentJoiner(joined.append, gap=gap)
     for extent in extents:

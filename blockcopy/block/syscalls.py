@@ -37,7 +37,7 @@ _EXACT_TIMES = (
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
-    """Replace `length` bytes at `offset` of a file by a hole, which reads as zeros and takes no space.
+    """Replace `length` bytes at `offset` of file `fd` by a hole, which reads as zeros and takes no space.
 
     On a block device, the kernel zeroes the range if the device has a reliable command for that.
     Raises OSError (EOPNOTSUPP, EINVAL, …) if the file system or device cannot do this.
@@ -46,12 +46,18 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:
-    """Start to write the dirty pages of `length` bytes at `offset` to the disk, without waiting for them."""
+    """Start to write the dirty pages of `length` bytes at `offset` of file `fd` to the disk. Does not wait.
+
+    Raises OSError if the kernel refuses.
+    """
     _call("sync_file_range", fd, offset, length, _SYNC_FILE_RANGE_WRITE)
 
 
 def write_back(fd: int, offset: int, length: int) -> None:
-    """Write the dirty pages of `length` bytes at `offset` to the disk, and wait until they are written."""
+    """Write the dirty pages of `length` bytes at `offset` of file `fd` to the disk, and wait for that.
+
+    Raises OSError if a write fails.
+    """
     _call("sync_file_range", fd, offset, length, _SYNC_FILE_RANGE_WHOLLY)
 
 
@@ -97,7 +103,10 @@ def populate_returns(release: str) -> bool:
 
 
 def unpopulate(address: int, length: int) -> None:
-    """Unmap the pages of `length` mapped bytes at `address` for now. The next read maps them again."""
+    """Unmap the pages of `length` mapped bytes at `address`, until the next access maps them again.
+
+    Raises OSError if the memory is locked.
+    """
     _call("madvise", address, length, mmap.MADV_DONTNEED)
 
 

@@ -33,7 +33,10 @@ class Views:
         self._paused = False
 
     def acquire(self, offset: int, length: int, extents: Sequence[Extent]) -> memoryview | None:
-        """Return a view of `length` bytes at `offset`, of which the `extents` are in memory. See `Device.view`."""
+        """Return a view of `length` bytes at `offset`, with the ranges in `extents` read into memory.
+
+        Returns None if the kernel cannot map the bytes, or while views are paused. See `Device.view`.
+        """
         with self._changed:
             if not self._possible or self._paused:
                 return None

@@ -13,13 +13,13 @@ from pathlib import Path
 
 
 def create(path: Path) -> None:
-    """Create an empty file with mode 0600. Raises FileExistsError if `path` exists."""
+    """Create an empty file with mode 0600 at `path`. Raises FileExistsError if something is there."""
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     sync_folder(path.parent)
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder with mode 0700, and all missing folders above it. Does nothing if `folder` exists."""
+    """Create `folder` with mode 0700, and all missing folders above it. Does nothing if it exists."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -29,9 +29,9 @@ def make_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove the file at `path`, if any.
+    """Remove the file at `path`, if any, and sync its folder.
 
-    Its folder is synced even if there is no such file: the disk may still have the name.
+    The folder is synced even if there is no such file, because the disk may still have the name.
     """
     if os.path.lexists(path):  # else a read-only file system refuses
         path.unlink(missing_ok=True)
@@ -42,7 +42,7 @@ def remove(path: Path) -> None:
 
 
 def rename(path: Path, new: Path) -> None:
-    """Rename a file to `new`, a path in the same folder. A file that has this name is replaced."""
+    """Rename the file at `path` to `new`, a path in the same folder. Replaces a file of that name."""
     path.replace(new)
     sync_folder(new.parent)
 

@@ -83,7 +83,7 @@ class Bar(TimedProgress):
 
 
 def render(figures: Figures, width: int) -> RenderableType:
-    """Return the bar for a terminal of `width` columns, as `rich` prints it.
+    """Return the bar that shows `figures` on a terminal of `width` columns, as an object that `rich` prints.
 
     The first line has percent, bar, bytes, rate, and remaining time. The second line has the parts of the counts.
     """

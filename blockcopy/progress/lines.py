@@ -141,7 +141,7 @@ class JsonProgress(TimedProgress):
 
 
 def as_json(figures: Figures) -> dict[str, Any]:
-    """Return the fields of a line of `--progress=json`. Unknown values are None."""
+    """Return `figures` as the fields of a line of `--progress=json`. Unknown values are None."""
     counts = figures.counts
     return {
         "state": counts.state,

@@ -20,13 +20,13 @@ class RateMeter:
         self._samples: deque[tuple[float, int]] = deque(maxlen=_RATE_SECONDS)
 
     def sample(self, count: int) -> None:
-        """Take `count`, the current value of the counter. Call once a second. A lower value restarts the meter."""
+        """Note the current value of the counter, `count` bytes. Call once a second. A lower value restarts."""
         if self._samples and count < self._samples[-1][1]:
             self._samples.clear()  # the counter counts something else now
         self._samples.append((time.monotonic(), count))
 
     def rate(self, count: int) -> int:
-        """Return the rate in bytes per second. `count`: the current value of the counter.
+        """Return the rate in bytes per second. `count`: the current value of the counter, in bytes.
 
         Returns 0 before the first sample.
         """
@@ -46,7 +46,7 @@ def eta(done: int, total: int | None, rate: int) -> int | None:
 
 
 def floored_percent(part: int, whole: int) -> float:
-    """Return `part` as a percentage of `whole`, rounded down to two decimals. 100 means that all is done."""
+    """Return `part` as a percentage of `whole`, rounded down to two decimals. Only the whole is 100."""
     return 100.0 if part >= whole else part * 10000 // whole / 100
 
 
