@@ -14,8 +14,11 @@ from support import failed, run, succeeded
 from blockcopy import errors
 from blockcopy.cli.parser import SHELLS, parser
 from blockcopy.cli.suggestions import commands_of
+from blockcopy.replica.monitor.status import State, Status
 
 COMMANDS = commands_of(parser())
+
+STATUS = Status(state=State.STARTING, size=0, source_needed=True).as_dict()
 
 _TALLEST = {"mount": 60, "sync": 50}
 """Lines of help; the others fit a screen of 24, and the options of these two fit one of today's."""
@@ -66,6 +69,13 @@ def test_the_manual_has_every_command_option_and_exit_status() -> None:
         if issubclass(error, errors.BlockcopyError):
             assert f".B {error.exit_code}\n" in statuses
     assert ".B 130\n" in statuses
+
+
+def test_the_manual_describes_every_field_of_a_status() -> None:
+    fields = run("manual").stdout.decode().partition(".SH STATUS FIELDS")[2].partition(".SH FILES")[0]
+    names = {line.removeprefix(".B ") for line in fields.splitlines() if line.startswith(".B ")}
+    demand, link = ({f"{name}.{field}" for field in STATUS[name]} for name in ("demand", "link"))
+    assert names == STATUS.keys() - {"demand", "link"} | demand | link
 
 
 @pytest.mark.skipif(shutil.which("man") is None, reason="man is not installed")

@@ -376,7 +376,7 @@ def test_list_tells_of_all_and_waits_for_none(mount: Mounter, tmp_path: Path) ->
     assert found[str(living.point)]["state"] == "complete"
     assert "fusermount3 -uz" in found[str(dead.point)]["error"]
     assert found[str(stopped.point)]["error"] == "no answer within 1 s"
-    assert table[0].split() == ["MOUNTPOINT", "SOURCE", "STATE", "HERE", "RATE", "TO", "GO", "SOURCE", "IS"]
+    assert table[0].split() == ["MOUNTPOINT", "SOURCE", "STATE", "PRESENT", "RATE", "TO", "GO", "SOURCE", "IS"]
     [line] = [line for line in table if str(living.point) in line]
     assert re.search(r"complete +100\.00 % .* not needed$", line)
 

@@ -18,7 +18,7 @@ from blockcopy_fuse.mountinfo import NO_FUSE, Mount
 _SECONDS = 1.0
 """How long all mounts together may take to answer."""
 
-_HEADINGS = ["MOUNTPOINT", "SOURCE", "STATE", "HERE", "RATE", "TO GO", "SOURCE IS"]
+_HEADINGS = ["MOUNTPOINT", "SOURCE", "STATE", "PRESENT", "RATE", "TO GO", "SOURCE IS"]
 
 
 @dataclass(frozen=True)

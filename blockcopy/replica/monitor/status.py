@@ -102,7 +102,7 @@ class Status:
 
     state: State = field(
         metadata=_about(
-            "starting (the source was not reached yet), hydrating, paused (also with --no-background), "
+            "State: starting (the source was not reached yet), hydrating, paused (also with --no-background), "
             "reconnecting, verifying, complete or failed.",
             "state",
         )
