@@ -69,9 +69,10 @@ _WRITE_BACK_SECONDS = 5
 
 
 def source_identity(device: Device) -> Identity:
-    """Return the identity of an opened source. Reads its sample, and waits up to 5 seconds for its write-back.
+    """Return the identity of the source `device`. Reads its sample; waits for the write-back of a file.
 
-    Raises DeviceError if the size or times cannot be found. A piece that cannot be read is marked in the sample.
+    Blocks for some seconds: call in a thread. A piece that cannot be read is marked in the sample.
+    Raises DeviceError if the size or the times cannot be found.
     """
     found: Identity = {}
     if device.is_block_device:
@@ -91,13 +92,13 @@ def source_identity(device: Device) -> Identity:
 
 
 def settled_times(device: Device, write_back: Callable[[], object]) -> Times:
-    """Return the times of a file, after making sure that every later write changes them.
+    """Return the times of the file `device`, after making sure that every later write changes them.
 
-    `write_back` must write all dirty pages of the file to its disk. A write through a mapping changes the times
-    only if its page is clean. So any such write after the first `write_back` changes them. Any before the second
-    `write_back` precedes all later reads. Then the clock's tick is waited out.
+    `write_back`: writes all dirty pages of the file to its disk, and is called twice. A write through a mapping
+    changes the times only if its page is clean. So any such write after the first call changes them. Any such
+    write before the second call precedes all later reads. Then this waits until the file system's clock advances.
 
-    Returns NO_TIMES for a block device. Raises DeviceError, and whatever `write_back` raises.
+    Blocks: call in a thread. Raises DeviceError, and whatever `write_back` raises.
     """
     write_back()
     times = times_of(device)
@@ -107,7 +108,7 @@ def settled_times(device: Device, write_back: Callable[[], object]) -> Times:
 
 
 def times_of(device: Device) -> Times:
-    """Return the current times of a file. Returns NO_TIMES for a block device."""
+    """Return the current times of the file `device`. Returns NO_TIMES for a block device."""
     if device.is_block_device:
         return NO_TIMES
     status = device.status()
@@ -141,7 +142,7 @@ def _source_times(device: Device) -> Times:
 
 
 def destination_identity(device: Device) -> Identity:
-    """Return the identity of an opened destination, without its size. Raises DeviceError if it cannot be found."""
+    """Return the identity of the destination `device`, without its size. Raises DeviceError if there is none."""
     status = device.status()
     if device.is_block_device:
         number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
@@ -162,17 +163,17 @@ def sample_extents(size: int) -> list[Extent]:
 
 
 def sample_of(pieces: Iterable[bytes | None]) -> list[str]:
-    """Return the entries of a sample: the hexadecimal SHA-256 of each of the `pieces`.
+    """Return the sample that consists of `pieces`: the SHA-256 of each, in hexadecimal.
 
-    None stands for an unreadable piece.
+    `pieces`: the bytes of each piece, or None for an unreadable piece.
     """
     return [hashlib.sha256(piece).hexdigest() if piece is not None else _UNREADABLE for piece in pieces]
 
 
 def sample_matches(device: Device, identity: Identity, extents: Iterable[Extent]) -> bool:
-    """Return True if `device` has the bytes of the sample in a source's `identity`.
+    """Return True if `device`, a copy, has the bytes of the sample in the source's `identity`.
 
-    Only the `extents` are compared, some of those from `sample_extents`. Unreadable pieces count as equal.
+    `extents`: the ranges to compare, some or all of `sample_extents`. Unreadable pieces count as equal.
     """
     sample = dict(zip(sample_extents(identity["size"]), identity["sample"]))
     return all(_same_piece(sample_of([_read_or_none(device, extent)])[0], sample[extent]) for extent in extents)
@@ -184,7 +185,7 @@ def _same_piece(known: str, found: str) -> bool:
 
 
 def is_identity(value: object) -> bool:
-    """Return True if untrusted JSON `value` has the form of a source's identity, within its bounds."""
+    """Return True if `value`, untrusted JSON, has the form of a source's identity and is within its bounds."""
     if not isinstance(value, dict) or len(value) > _MAX_FIELDS:
         return False
     size, sample = value.get("size"), value.get("sample")
@@ -203,12 +204,12 @@ def _is_plain(value: object) -> bool:
 
 
 def shows_writes(identity: Identity) -> bool:
-    """Return True if every write changes this identity of a source, because it has a ctime."""
+    """Return True if every write to the source changes `identity`, because that has a ctime."""
     return "ctime_ns" in identity
 
 
 def differences(known: Identity, found: Identity) -> list[str]:
-    """Return in words how two identities of a source differ. Returns an empty list for the same source.
+    """Return in words, one item a field, how two identities of a source differ. Returns [] for the same source.
 
     An identity that was found through the original program has only size and sample. If `known` is one, only size
     and sample are compared. If `found` is one, the fields that it lacks are differences.

@@ -30,7 +30,7 @@ class Piece(NamedTuple):
     data: list[Extent]
 
     def without(self, blocks: frozenset[int], block_size: int) -> Piece:
-        """Return this piece with some blocks of `block_size` bytes left out of its `data`.
+        """Return a copy of this piece without some blocks of `block_size` bytes in its `data`.
 
         `blocks`: the offsets of these blocks in the piece, in bytes.
         """
@@ -64,7 +64,7 @@ class Piece(NamedTuple):
     def read_skipping_errors(
         self, device: Device, buffer: memoryview, block_size: int
     ) -> tuple[int, dict[int, DeviceError]]:
-        """Read as `read`, but skip unreadable blocks of `block_size` bytes. A bad sector costs only its block.
+        """Read the `data` of this piece into `buffer` as `read`, but skip unreadable blocks of `block_size` bytes.
 
         Returns how many bytes of the piece the device has, and the errors of the skipped blocks. The keys of the
         errors are the offsets of these blocks in the piece. Their bytes in `buffer` are undefined.
@@ -85,7 +85,7 @@ class Piece(NamedTuple):
         return self.length, errors
 
     def block(self, at: int, block_size: int) -> Piece:
-        """Return the block of at most `block_size` bytes at offset `at` of this piece, as a piece."""
+        """Return one block of this piece, as a piece: at most `block_size` bytes at offset `at` in this piece."""
         position = self.position + at
         length = min(block_size, self.length - at)
         return Piece(position, length, [Extent(position, length)] if self._has_data(position) else [])
@@ -108,9 +108,9 @@ class Piece(NamedTuple):
         return result if is_valid else None
 
     def blocks(self, data: memoryview, block_size: int) -> Iterator[tuple[int, memoryview | None]]:
-        """Yield the length and bytes of each block of `block_size` bytes, with None for a block of zeros.
+        """Yield the length and the bytes of each block of this piece. The bytes are None for a block of zeros.
 
-        `data`: the buffer that `read` filled, or the view that `examine_view` gives.
+        `data`: the buffer that `read` filled, or the view that `examine_view` gives. `block_size`: in bytes.
         """
         solid = self.data == [(self.position, self.length)]
         for start in range(0, self.length, block_size):
@@ -134,7 +134,7 @@ class PieceScanner:
         self._data = Extent(0, 0)
 
     def next_data(self, offset: int) -> Extent:
-        """Return the next range of data at or behind `offset`. It begins at MAX_POSITION if there is none."""
+        """Return the next range of data at or behind byte `offset`. It begins at MAX_POSITION if there is none."""
         if not self._from <= offset < self._data.end:
             extents = self._device.data_extents(offset, MAX_POSITION - offset)
             self._from, self._data = offset, next(extents, Extent(MAX_POSITION, 0))
