@@ -1,4 +1,4 @@
-"""tools/bench: what it makes of figures, and a run so small that its figures mean nothing."""
+"""tools/bench: its arithmetic, and runs too small for meaningful figures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_memory_is_touched_and_not_kept():
     def kib(what):
         return int(Path("/proc/self/status").read_text().split(f"{what}:")[1].split()[0])
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current size
     before, size = kib("VmRSS"), 64 << 10
     memory.touch(size << 10)
     assert kib("VmHWM") > before + size // 2
@@ -54,8 +54,8 @@ def test_medians_and_ratios() -> None:
     group.add("other", peak=3.0)
     assert group.median("slow", "seconds") == 5
     assert group.ratio("fast", "seconds") == 10  # less is better
-    assert group.ratio("fast", "first") == 4  # more is
-    assert group.ratio("other", "peak") is None  # there is nothing to compare it with
+    assert group.ratio("fast", "first") == 4  # more is better
+    assert group.ratio("other", "peak") is None  # the reference lacks this figure
     assert "0.50 (10.0×)" in tables.table(group)
 
 
@@ -129,7 +129,7 @@ def test_copies_are_measured_and_nothing_is_left(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_a_wrong_copy_fails_loudly(tmp_path: Path) -> None:
-    """The original is a program that says it is done, and is not."""
+    """Measure an original that copies nothing, and ends with status 0."""
     liar = support.written(
         tmp_path / "liar.py", b"import sys; sys.stdin.read() if sys.argv[1] != 'checksum' else 0\n"
     )
@@ -141,7 +141,7 @@ def test_a_wrong_copy_fails_loudly(tmp_path: Path) -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_takes_everything_down_and_keeps_what_was_measured(tmp_path: Path, number: signal.Signals) -> None:
-    """In the middle of a mount."""
+    """Send the signal in the middle of a mount."""
     support.require_fuse()
     folder, found = tmp_path / "folder", tmp_path / "found"
     folder.mkdir()

@@ -1,4 +1,7 @@
-"""tools/fresh: what a command finds there, and what is left of it. The Debian is a few programs of this machine."""
+"""tools/fresh: the environment of a command, and what is left behind.
+
+The Debian is a few programs of this machine.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ PROGRAMS = ("sh", "env", "losetup", "sleep", "truncate")
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    """A cache whose Debian has a shell and a few programs, with the libraries that these load."""
+    """A cache whose Debian has a shell and a few programs, with their libraries."""
     support.require_root()
     for name in ("git", "mkfs.ext4"):
         if shutil.which(name, path="/usr/bin:/usr/sbin") is None:
@@ -67,7 +70,7 @@ def test_nothing_is_left_of_one_that_is_ended(cache: Path, number: signal.Signal
         device = process.stdout.readline().strip()
         assert device.startswith("/dev/loop")
         process.send_signal(number)
-        assert process.stdout.read() == ""  # all that had it open have ended
+        assert process.stdout.read() == ""  # all processes with this output have ended
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     until(lambda: device not in output("losetup", "--list", "--noheadings", "--output", "NAME").split(), "its end")
     until(

@@ -1,7 +1,7 @@
-"""Every command line of README.md is run, as it is written, on a machine of its own where all that it names exists.
+"""All command lines of README.md, run as they are written, on a machine that has everything they name.
 
-That machine is a mount namespace: a copy-on-write view of this one, with devices, an sshd and stand-ins for LVM,
-systemd and docker. What cannot be run there, because it installs packages, is run by `tools/fresh`.
+The machine is a mount namespace: a copy-on-write view of this machine, with devices, an sshd and stand-ins for LVM,
+systemd and docker. `tools/fresh` runs the command lines that install packages.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 README = (CHECKOUT / "README.md").read_text()
 
 PROGRAMS = "apt-get blockcopy cp docker ln losetup lvcreate man mkdir mount pip pipx qemu-img ssh systemctl"
-"""A code span of three words or more that begins with one of these is a command line."""
+"""A code span of three words or more is a command line if it begins with one of these programs."""
 
 MENTIONED = {
     "blockcopy COMMAND --help": "test_command_line",
@@ -33,10 +33,10 @@ MENTIONED = {
     'blockcopy umount "$BLOCKCOPY_MOUNTPOINT" && …': "test_boot",
     "docker exec -i": "test_readme",
 }
-"""Command lines in running text, and the test that runs them with values for what is in capitals."""
+"""Command lines in running text, and the tests that run them with values for the words in capitals."""
 
 BY_FRESH = ("tools/demo ", "apt-get install ")
-"""Blocks that begin so change the machine: `tools/fresh` runs them. The second one is `test_install`."""
+"""Beginnings of blocks that change the machine. `tools/fresh` runs these blocks; `test_install` is the second."""
 
 MOUNT = "blockcopy mount --limit 8M root@host:/dev/vg/disk /dev/vg/copy /mnt/disk"
 EQUAL = "cmp /dev/vg/disk /dev/vg/copy"
@@ -44,7 +44,7 @@ SNAPSHOT = "lvcreate -s -n snap -L 5G vg/disk"
 
 
 class Scene(NamedTuple):
-    """What has to be there before a block is run, and what must hold after it."""
+    """Scripts that run before and after a block."""
 
     before: str = ""
     after: str = ""
@@ -71,7 +71,7 @@ SCENES = {
         after="test -s /usr/local/share/man/man1/blockcopy.1; test -s ~/.config/fish/completions/blockcopy.fish"
     ),
 }
-"""By how a block begins. A block that is not here is run all the same, with nothing before it."""
+"""The scenes of blocks, by the beginning of the block. Other blocks run without a scene."""
 
 SETUP = """
 mount -t tmpfs none {folder}
@@ -143,7 +143,7 @@ Host host old here
     LogLevel ERROR
 END
 echo ready
-trap '' CHLD  # what loses its parent is reaped
+trap '' CHLD  # orphans are reaped
 exec cat
 """
 
@@ -204,7 +204,7 @@ class Block(NamedTuple):
 
 
 def blocks() -> list[Block]:
-    """The indented blocks, without the fenced ones."""
+    """Find the indented blocks of the README, without the fenced ones."""
     text = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
     found, section = [], ""
     for title, lines in re.findall(r"^## (.*)|((?:^    .*\n)+)", text, re.MULTILINE):
@@ -218,13 +218,13 @@ RUN_HERE = [block for block in blocks() if not block.text.startswith(BY_FRESH)]
 
 
 class World:
-    """The machine: `run` runs a script on it, at a terminal."""
+    """The machine. `holder`: the process id of its namespace's first process."""
 
     def __init__(self, holder: int) -> None:
         self._enter = ["nsenter", "--target", str(holder), "--mount", "--pid", "--root", "--wd"]
 
     def run(self, script: str) -> None:
-        """In the checkout. What asks for a key to end gets a `q`."""
+        """Run a script in the checkout, at a terminal. Types `q` repeatedly, for programs that end at a key."""
         environment = ["env", "-i", "HOME=/root", "TERM=xterm", "LANG=C.UTF-8"]
         environment += ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
         shell = shlex.join(["bash", "-eo", "pipefail", "-c", f"cd {shlex.quote(str(CHECKOUT))}\n{script}"])
@@ -235,8 +235,10 @@ class World:
         assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
 
     def tidy(self, folders: str = "/mnt/disk") -> None:
-        """Let go of what a block left: a file system in the replica, its loop device, the replica. `folders`: those
-        on whose file systems no loop device may stay."""
+        """Remove what a block left: a file system in the replica, its loop device, the replica.
+
+        `folders`: detach loop devices on the file systems of these folders.
+        """
         self.run(TIDY.format(folders=folders))
 
 

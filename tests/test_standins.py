@@ -1,4 +1,4 @@
-"""The stand-ins themselves: each fault has to happen, or the tests that ask for it show nothing."""
+"""The stand-ins: each fault must happen, or the tests that request it prove nothing."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ LOST = 255
 
 
 def standin(name: str, *arguments: object) -> list[str]:
-    """The command."""
+    """Return the command line of a stand-in."""
     return [PYTHON, str(STANDINS / name), *map(str, arguments)]
 
 
 def finish(command: list[str], input: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    """Run it to its end."""
+    """Run a command to its end."""
     return subprocess.run(command, input=input, capture_output=True, timeout=PATIENCE, check=False)
 
 
 @contextlib.contextmanager
 def running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """With pipes, unbuffered; killed where it has not ended."""
+    """Run a command with unbuffered pipes during the block. Kills it at the end."""
     pipe = subprocess.PIPE
     with subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe) as process:
         try:
@@ -46,14 +46,14 @@ def running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def says(process: subprocess.Popen[bytes], size: int = 1, seconds: float = PATIENCE) -> bytes:
-    """The next bytes of its output; none where they do not come in time."""
+    """Return the next bytes of the output, or none after `seconds`."""
     assert process.stdout is not None
     ready, _, _ = select.select([process.stdout], [], [], seconds)
     return process.stdout.read(size) or b"" if ready else b""
 
 
 def line(process: subprocess.Popen[bytes]) -> bytes:
-    """The next line of its output, or what there is of it."""
+    """Return the next line of the output, or its part until the time is up."""
     text = b""
     while not text.endswith(b"\n") and (more := says(process)):
         text += more
@@ -66,7 +66,7 @@ def tell(process: subprocess.Popen[bytes], data: bytes) -> None:
 
 
 def ending(process: subprocess.Popen[bytes]) -> tuple[int, bytes]:
-    """Its exit status, and what it said to standard error, when it has ended by itself."""
+    """Wait for the end of a process. Returns its exit status and its standard error."""
     status = process.wait(timeout=PATIENCE)
     assert process.stderr is not None
     return status, process.stderr.read()
@@ -88,7 +88,7 @@ def test_the_link_carries_both_ways_and_the_exit_status() -> None:
 def test_delay_is_the_time_of_a_byte_and_not_of_each_piece(tmp_path: Path) -> None:
     with running(link("--delay", 150, "host", "cat")) as process:
         tell(process, b"1")
-        assert says(process) == b"1"  # now it runs
+        assert says(process) == b"1"  # the command runs now
         start = time.monotonic()
         tell(process, b"2")
         assert says(process) == b"2"
@@ -96,7 +96,7 @@ def test_delay_is_the_time_of_a_byte_and_not_of_each_piece(tmp_path: Path) -> No
     data = bytes(64 * 1024 * 1024)
     start = time.monotonic()
     assert finish(link("--delay", 150, "host", "cat"), data).stdout == data
-    assert time.monotonic() - start < 3  # one piece after the other would take 9.6 s
+    assert time.monotonic() - start < 3  # delaying one piece after the other would take 9.6 s
 
 
 def test_rate() -> None:
@@ -203,7 +203,7 @@ def decoded(stream: bytes) -> list[wire.Message]:
 
 
 def truth() -> list[wire.Message]:
-    """What is answered to QUESTION, after the greeting."""
+    """Return the right answers to QUESTION, without the greeting."""
     blocks = [wire.Data(position, DATA[position : position + BLOCK_SIZE]) for position in POSITIONS]
     return [*blocks, wire.Fence(7), wire.Done()]
 
@@ -232,7 +232,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("fault", LIES)
-def test_one_answer_is_another(source: Path, fault: str) -> None:
+def test_one_answer_is_wrong(source: Path, fault: str) -> None:
     said = answers(source, f"--{fault}-at", 2)
     assert LIES[fault](said.pop(1))
     assert said == [each for each in truth() if each != SECOND]
@@ -269,7 +269,7 @@ def test_death(source: Path) -> None:
         assert process.wait(timeout=PATIENCE) == -signal.SIGKILL
 
 
-def test_standing_still(source: Path) -> None:
+def test_a_stall(source: Path) -> None:
     with running(retrieve(source, "--stall-at", 2)) as process:
         tell(process, QUESTION)
         decoder = Decoder(wire.NEGOTIATED_BLOCK_STREAM)
@@ -278,7 +278,9 @@ def test_standing_still(source: Path) -> None:
             decoder.feed(stream)
             said += iter(decoder.next, None)
         assert said[1:] == truth()[:1]
-        tell(process, 200_000 * QUESTION[QUESTION.index(b"fenc") :])  # more than pipes hold, so it is read
+        tell(
+            process, 200_000 * QUESTION[QUESTION.index(b"fenc") :]
+        )  # more than pipes hold, so the process must read
         assert says(process, seconds=0.1) == b""
         assert process.poll() is None
 
@@ -296,8 +298,8 @@ def test_a_trickle(source: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["exit", "stall"])
-def test_a_fault_for_a_place(source: Path, kind: str) -> None:
-    """Whatever was sent before."""
+def test_a_fault_at_an_offset(source: Path, kind: str) -> None:
+    """Let a fault happen at an offset, whatever was sent before."""
     with running(retrieve(source, f"--{kind}-for", BLOCK_SIZE)) as process:
         tell(process, QUESTION)
         assert process.stdin is not None
@@ -318,7 +320,7 @@ def test_a_fault_once_only(source: Path, tmp_path: Path) -> None:
 
 
 def answers_to_a_run(source: Path, *options: object) -> list[wire.Message]:
-    """Of all blocks at once, from a source that compresses; without the greeting and the fence."""
+    """Return the answers to one request for all blocks, without greeting and fence. The source compresses."""
     stream = b"".join(map(wire.encode, (wire.Hello(WISH), RUN, wire.Fence(7), wire.Done())))
     done = finish(retrieve(source, *options), stream)
     assert done.returncode == 0, done.stderr
@@ -332,14 +334,14 @@ def test_a_run_is_answered_block_by_block(source: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", LIES)
-def test_one_block_of_a_run_is_another(source: Path, fault: str) -> None:
+def test_one_block_of_a_run_is_wrong(source: Path, fault: str) -> None:
     said = answers_to_a_run(source, f"--{fault}-at", 2)
     assert LIES[fault](said.pop(1))
     assert said == [each for each in truth()[:BLOCKS] if each != SECOND]
 
 
 def test_zeros_and_compressed_blocks_are_counted_too(source: Path) -> None:
-    """The second of two blocks of zeros, and the one of two that were compressed as one."""
+    """Hit the second of two blocks of zeros, and one of two blocks that were compressed together."""
     text = b"to be compressed " * BLOCK_SIZE
     source.write_bytes(bytes(2 * BLOCK_SIZE) + text[: 2 * BLOCK_SIZE])
     assert answers_to_a_run(source, "--fail-for", BLOCK_SIZE) == answers_to_a_run(source, "--fail-at", 2)
@@ -365,7 +367,10 @@ Disk = Callable[..., Path]
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    """`disk(*options)` → the file, whose bytes are DATA in `backing`; unmounted after the test."""
+    """A function that mounts faulty_disk with options, and returns its file with the bytes DATA.
+
+    Unmounts at the end.
+    """
     support.require_fuse()
     point = tmp_path / "disk"
     with contextlib.ExitStack() as stack:
@@ -382,7 +387,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 def take_down(process: subprocess.Popen[bytes], point: Path) -> None:
-    """With SIGTERM, which has to unmount it."""
+    """End faulty_disk with SIGTERM, which must unmount it."""
     process.terminate()
     try:
         assert ending(process) == (0, b"")
@@ -393,7 +398,7 @@ def take_down(process: subprocess.Popen[bytes], point: Path) -> None:
 
 
 def is_mounted(point: Path) -> bool:
-    """Also where nobody serves it any more."""
+    """Tell whether something is mounted on `point`, even a dead mount."""
     return f" {point} " in os.fsdecode(Path("/proc/mounts").read_bytes())  # others mount names of any bytes
 
 
