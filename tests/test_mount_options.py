@@ -70,7 +70,7 @@ def test_options_are_parted_as_others_do(text: str, parts: list[str]) -> None:
         ("umask=8", "octal"),
         ("umask=1000", "octal"),
         ("noexec=1", "takes no value"),
-        ("subtype=a,subtype=b c", "it is a word"),
+        ("subtype=a,subtype=b c", "one word"),
         ("allow_other,allow_root", "exclude each other"),
         ("ServerAliveInterval=15", "-e 'ssh -o …'"),
         ("kernel_cache", "there are allow_other,"),

@@ -70,7 +70,7 @@ class StatusRequest:
             status = replica_status.parse(reply.get("status"))
         except ValueError as error:
             raise invalid_reply(self._mount, error) from error
-        return dataclasses.replace(status, pid=reply.get("pid", status.pid))  # the kernel knows better
+        return dataclasses.replace(status, pid=reply.get("pid", status.pid))  # the kernel reports the true one
 
     def close(self) -> None:
         """End the request. May be called more than once."""
@@ -169,11 +169,14 @@ def command(mountpoint: str, request: dict[str, Any]) -> None:
     """
     mount = _mount_at(mountpoint)
     _status_of(mount)
+    name = str(request.get("command"))
+    seconds = _seconds_for(name)
     with contextlib.closing(MountRequest(mount, request)) as sent:
-        seconds = _seconds_for(str(request.get("command")))
         reply = sent.reply(seconds)
     if reply is None:
-        raise MountError(f"the mount on {mountpoint} did not do that within {seconds} s: see `blockcopy status`")
+        raise MountError(
+            f"the mount on {mountpoint} did not finish `{name}` within {seconds} s: see `blockcopy status`"
+        )
     error, exit_code = reply.get("error"), reply.get("exit_code")
     if isinstance(error, str):
         raise BlockcopyError.relayed(error, exit_code if type(exit_code) is int and 0 < exit_code < 256 else 1)
@@ -243,7 +246,7 @@ def _await_end(process: int, mount: Mount, pid: int) -> None:
     poll.register(process, select.POLLIN)
     if poll.poll(_OWN_END_SECONDS * 1000):
         return
-    # Another mount namespace, say, keeps the mount alive in the kernel. Its program has to end all the same.
+    # The kernel may keep the mount, for another mount namespace for example. Its program must end all the same.
     with (
         contextlib.closing(MountRequest(mount, {"command": "end"}, pid)) as request,
         contextlib.suppress(MountError),

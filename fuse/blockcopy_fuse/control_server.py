@@ -162,7 +162,7 @@ async def _change(replica: Replica, request: dict[str, Any]) -> None:
     """Do what `request` asks for. Raises UsageError if it is unknown or malformed, BlockcopyError if it fails."""
     command = request.get("command")
     if command in ("pause", "resume", "limit") and not replica.hydrates:
-        raise UsageError(f"there is nothing to {command}: it was mounted with --no-background")
+        raise UsageError(f"there is nothing to {command}: the replica was mounted with --no-background")
     if command in ("pause", "resume"):
         replica.throttle.paused = command == "pause"
         if replica.throttle.paused:
@@ -172,7 +172,7 @@ async def _change(replica: Replica, request: dict[str, Any]) -> None:
     elif command == "prefetch" and _are_extents(request.get("extents")):
         await replica.prefetch(_extents(request["extents"], replica.volume.size))
     else:
-        raise UsageError(f"the mount does not understand {json.dumps(request)[:200]}")
+        raise UsageError(f"unknown or invalid request: {json.dumps(request)[:200]}")
 
 
 def _extents(ranges: list[list[int]], size: int) -> list[Extent]:

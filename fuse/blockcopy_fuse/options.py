@@ -32,7 +32,7 @@ REFUSED = {
     "max_read": "it makes the mount vanish at once (a fault of libfuse's bindings)",
     "max_background": "set /sys/fs/fuse/connections/*/max_background instead",
     "rw": "the replica is read-only",
-    "remount": "a replica is what it was mounted as; unmount it, and mount it again",
+    "remount": "options of a mounted replica cannot change; unmount it, and mount it again",
 }
 """Options that cannot work, and why."""
 
@@ -93,7 +93,7 @@ def parse(texts: list[str]) -> MountOptions:
     _check_sharing(flags)
     subtype = values.get("subtype", "blockcopy")
     if not re.fullmatch(r"[\w.+-]+", subtype, re.ASCII):
-        raise UsageError(f"-o subtype={subtype} is not possible: it is a word, as in fuse.blockcopy")
+        raise UsageError(f"-o subtype={subtype} is not possible: it must be one word, as in fuse.blockcopy")
     return MountOptions(
         frozenset(flags - _DEFAULTS),
         uid=_id("uid", values["uid"]) if "uid" in values else os.getuid(),
@@ -109,9 +109,9 @@ def _why_not(name: str) -> str:
         return "it needs a value"
     if name in FLAGS:
         return "it takes no value"
-    if name[:1].isupper():  # as sshfs takes
-        return "what ssh is told goes into -e 'ssh -o …'"
-    return f"there is no such option of a mount; there are {', '.join(sorted({*FLAGS, *VALUES}))}"
+    if name[:1].isupper():  # sshfs has these
+        return "options of ssh go into -e 'ssh -o …'"
+    return f"a mount has no such option; there are {', '.join(sorted({*FLAGS, *VALUES}))}"
 
 
 def _check_sharing(flags: set[str]) -> None:
@@ -143,5 +143,5 @@ def _id(option: str, text: str) -> int:
 
 def _umask(text: str) -> int:
     if not re.fullmatch(r"0?[0-7]{1,3}", text):
-        raise UsageError(f"-o umask={text} is not possible: it is octal, as 022 or 077")
+        raise UsageError(f"-o umask={text} is not possible: it must be octal, such as 022 or 077")
     return int(text, 8)

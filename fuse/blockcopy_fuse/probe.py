@@ -229,7 +229,7 @@ def _reply(mount: Mount, head: str, found: dict[str, Any] | None) -> dict[str, A
     if kind == "errno":
         raise MountError(f"cannot ask the mount on {mount.mountpoint}: {os.strerror(int(number))}")
     if kind == "file":
-        raise MountError(f"{mount.mountpoint}/{STATUS_NAME} is not a replica's")
+        raise MountError(f"{mount.mountpoint}/{STATUS_NAME} is no status file of a replica")
     if os.geteuid() not in (0, mount.owner):
         raise MountError(f"cannot ask the mount on {mount.mountpoint}: only the user who mounted it may, and root")
     raise MountError(
@@ -240,7 +240,7 @@ def _reply(mount: Mount, head: str, found: dict[str, Any] | None) -> dict[str, A
 
 def invalid_reply(mount: Mount, reason: ValueError) -> MountError:
     """Return the error for a malformed reply of `mount`. `reason`: what is wrong with the reply."""
-    return MountError(f"the reply of the mount on {mount.mountpoint} is not a replica's: {reason}")
+    return MountError(f"the mount on {mount.mountpoint} sent an invalid reply: {reason}")
 
 
 def dead_mount_message(mountpoint: str) -> str:

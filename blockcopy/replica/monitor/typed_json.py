@@ -45,7 +45,7 @@ def _parsed(kind: Any, value: object, name: str) -> Any:
     if isinstance(kind, type) and issubclass(kind, Enum) and isinstance(value, str):
         return kind(value)
     if kind not in _SCALARS or not _SCALARS[kind](value):
-        raise ValueError(f"{name} is wrong")
+        raise ValueError(f"{name} has an invalid value")
     return value
 
 
