@@ -302,7 +302,8 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 WORKERS = """
 import os, sys
-os.sched_getaffinity = lambda _: range(int(sys.argv.pop(1)))
+workers = int(sys.argv.pop(1))
+os.sched_getaffinity = lambda _: range(workers)
 from blockcopy.cli.main import main
 main()
 """

@@ -17,8 +17,9 @@ The original form is that of messa/blockcopy 0.0.2. It has no handshake. Digests
     dlzm  position 8 · size 4 · xz stream       as `data`, compressed
     done                                        clean end
 
-Answers come in the order of the requests. An equal block has no answer. A stream that ends without `done` is an
-error. An empty `Hash` with a wrong digest is answered by an empty `data`.
+Answers come in the order of the requests. An equal block has no answer. If the source ends within a requested
+block, it sends what it has. If it ends before the block, it sends nothing. An empty `Hash` with a wrong digest is
+answered by an empty `data`. A stream that ends without `done` is an error.
 
 The extended form is for two ends of this program. It adds these messages:
 
@@ -44,8 +45,8 @@ The negotiated form is the extended form with a greeting in both directions. It 
     block stream
     fail  position 8 · size 4 · text            the block at `position` cannot be read, and why
 
-In the negotiated form, no answer before `fenc` means "equal". The source sends `fail` for bytes that it lacks.
-The JSON of `helo` is an object with these names. Other names are ignored.
+In the negotiated form, no answer before `fenc` means "equal", because the source sends `fail` for bytes that it
+lacks. `Hash` keeps SHA3-512 in every form. The JSON of `helo` is an object with these names. Others are ignored.
 
     protocol   1
     program    name and version, for messages

@@ -28,7 +28,7 @@ from blockcopy.stage.streams import InputStream, OutputStream
 
 logger = logging.getLogger(__name__)
 
-ASKED_SIZE = PIECE_SIZE
+_ASKED_SIZE = PIECE_SIZE
 """Maximum bytes that one `asks` covers here."""
 
 _PIPED_SIZE = 1024 * 1024
@@ -71,7 +71,7 @@ def checksum(
     writer = _ExtendedWriter(output, digests.named(digest)) if digest else _OriginalWriter(output)
     writer.open()
     progress = progress or Progress()
-    total = total_size(fd, start, end)
+    total = _total_size(fd, start, end)
     seekable = _seek(fd, path, start)
     reached = start
 
@@ -88,20 +88,11 @@ def checksum(
         signer = _DeviceSigner(device, writer.digest)
         run_ordered(writer.pieces(PieceScanner(device), start, stop), signer.sign, write)
         signer.log_unreadable()
-    else:
-        buffers = BufferPool(PIECE_SIZE)
-
-        def sign(filled: tuple[Piece, memoryview]) -> list[_Signature]:
-            piece, buffer = filled
-            signatures = list(_signatures(piece, digest_blocks(piece, buffer, BLOCK_SIZE, writer.digest)))
-            buffers.release(buffer)
-            return signatures
-
-        if seekable:
-            run_ordered(_read_pieces(_reader(fd, path), buffers, start, end), sign, write)
-        else:  # a pipe may stay silent: its reader must be woken if the output fails
-            with InputStream(fd) as pipe:
-                run_ordered(_read_pieces(pipe.read_into, buffers, start, end), sign, write, wake=pipe.wake)
+    elif seekable:
+        _sign_stream(_reader(fd, path), writer.digest, write, start, end)
+    else:  # a pipe may stay silent: its reader must be woken if the output fails
+        with InputStream(fd) as pipe:
+            _sign_stream(pipe.read_into, writer.digest, write, start, end, wake=pipe.wake)
     writer.flush()
     if end is not None and reached < end:
         raise DeviceError(f"{path} ends at {reached}, before the requested --end {end}")
@@ -134,7 +125,7 @@ def write_signatures(
     writer.flush()
 
 
-def total_size(fd: int, start: int, end: int | None) -> int | None:
+def _total_size(fd: int, start: int, end: int | None) -> int | None:
     """Return the number of bytes that `checksum` reads from `fd`, given `start` and `end` in bytes.
 
     Returns None for a pipe without `end`.
@@ -210,7 +201,7 @@ class _ExtendedWriter(_OriginalWriter):
             last is not None
             and last.end == signature.position
             and bool(last.digests) == bool(signature.digests)
-            and (not signature.digests or last.length + signature.length <= ASKED_SIZE)
+            and (not signature.digests or last.length + signature.length <= _ASKED_SIZE)
         ):
             length, joined = last.length + signature.length, last.digests + signature.digests
             self._last = _Signature(last.position, length, joined)
@@ -266,6 +257,27 @@ def _signatures(piece: Piece, found: list[bytes | None]) -> Iterator[_Signature]
         length = min(len(joined) * BLOCK_SIZE, end - position)
         yield _Signature(position, length, b"".join(joined))
         position += length
+
+
+def _sign_stream(
+    read_into: Callable[[memoryview], int],
+    digest: Digest,
+    write: Callable[[list[_Signature]], None],
+    start: int,
+    end: int | None,
+    *,
+    wake: Callable[[], None] | None = None,
+) -> None:
+    """Read bytes `start` to `end` by `read_into`. Pass their signatures to `write`. `wake` interrupts a read."""
+    buffers = BufferPool(PIECE_SIZE)
+
+    def sign(filled: tuple[Piece, memoryview]) -> list[_Signature]:
+        piece, buffer = filled
+        signatures = list(_signatures(piece, digest_blocks(piece, buffer, BLOCK_SIZE, digest)))
+        buffers.release(buffer)
+        return signatures
+
+    run_ordered(_read_pieces(read_into, buffers, start, end), sign, write, wake=wake)
 
 
 def _is_device(fd: int) -> bool:

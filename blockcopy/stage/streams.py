@@ -118,7 +118,10 @@ class OutputStream:
         enlarge_pipe(fd)
 
     def write(self, outputs: Sequence[Output]) -> None:
-        """Write all of `outputs`, in order. Raises OutputError if the reader is gone, or if the disk is full."""
+        """Write all of `outputs`, bytes and DeviceFrames, in order.
+
+        Raises OutputError if the reader is gone, or if the disk is full.
+        """
         started = time.perf_counter()
         size = sum(map(len, outputs))
         for is_device, group in itertools.groupby(outputs, key=lambda output: isinstance(output, DeviceFrame)):
