@@ -27,7 +27,10 @@ CONNECTIONS = Path("/sys/fs/fuse/connections")
 """The mountpoint of `fusectl`: a folder for each FUSE mount."""
 
 READ_AHEAD_KB = 4096
-"""How far the kernel reads ahead, in KiB. Its default of 128 makes only two requests of 128 KiB at a time."""
+"""How far the kernel reads ahead, in KiB.
+
+Its default of 128 makes requests of 128 KiB, two at a time. With 4096, requests are of 1 MiB, several at a time.
+"""
 
 MAX_BACKGROUND = 256
 """Reads that may wait for the source at once.
