@@ -1,4 +1,4 @@
-"""Destinations that are no place for a copy: refused with words, before anything is asked or created."""
+"""Destinations that cannot hold a copy are refused with a reason, before any connection or new file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def name() -> Iterator[str]:
-    """Of a file that nothing may leave in /dev."""
+    """Give the name of a file that no test may leave in /dev."""
     name = f"blockcopy-test-{uuid.uuid4().hex}"
     yield name
     left = [path for path in (Path("/dev", name), Path("/dev/shm", name)) if path.exists()]
@@ -39,7 +39,7 @@ def name() -> Iterator[str]:
 
 @pytest.fixture
 def asked(tmp_path: Path) -> tuple[str, Path]:
-    """An rsh, and the file that is there once it was run; beside it a mountpoint."""
+    """Give an --rsh, and the path of a file that it creates when it runs. Makes a mountpoint beside the file."""
     (tmp_path / "point").mkdir()
     script, mark = tmp_path / "rsh", tmp_path / "asked"
     script.write_text(f"#!/bin/sh\ntouch {mark}\nexit 1\n")
@@ -65,7 +65,7 @@ def test_no_file_is_created_among_devices(tmp_path: Path, name: str, place: str)
     assert not os.path.exists(path)
 
 
-def test_a_second_mount_of_dev_is_a_place_of_devices(tmp_path: Path, name: str) -> None:
+def test_a_second_mount_of_dev_counts_as_dev(tmp_path: Path, name: str) -> None:
     require_root()
     point = tmp_path / "dev"
     point.mkdir()
@@ -77,8 +77,8 @@ def test_a_second_mount_of_dev_is_a_place_of_devices(tmp_path: Path, name: str) 
         output("umount", point)
 
 
-def test_a_tmpfs_as_dev_is_a_place_of_devices_too() -> None:
-    """As in a container."""
+def test_a_tmpfs_at_dev_counts_as_dev() -> None:
+    """Containers have such a /dev."""
     require_root()
     asked = "from blockcopy.paths.places import obstacle; print(obstacle('/dev/x'), obstacle('/dev/new/x'))"
     script = f'mount -t tmpfs none /dev && mkdir /dev/new && exec {PYTHON} -c "{asked}"'
@@ -112,12 +112,12 @@ def test_no_command_creates_a_file_among_devices(
     assert not (tmp_path / "copy").exists()
 
 
-def test_a_tmpfs_of_its_own_below_dev_is_a_place_for_files(source: Path, name: str) -> None:
+def test_a_separate_tmpfs_below_dev_may_hold_files(source: Path, name: str) -> None:
     assert run("sync", source, f"/dev/shm/{name}").returncode == 0
     assert Path("/dev/shm", name).read_bytes() == source.read_bytes()
 
 
-def test_a_file_that_is_left_among_devices_is_neither_source_nor_destination(source: Path, name: str) -> None:
+def test_a_regular_file_among_devices_is_refused(source: Path, name: str) -> None:
     require_root()
     left = written(Path("/dev", name), b"left")
     try:
@@ -144,7 +144,7 @@ def test_a_file_that_is_left_among_devices_is_neither_source_nor_destination(sou
     ],
     ids=lambda command: str(command[0]),
 )
-def test_a_read_only_device_is_refused_before_anything_is_asked(
+def test_a_read_only_device_is_refused_before_any_connection(
     tmp_path: Path, loop_device: Callable[..., str], command: tuple[str, ...], asked: tuple[str, Path]
 ) -> None:
     device = loop_device(written(tmp_path / "backing", bytes(MIB)), "--read-only")
@@ -156,7 +156,7 @@ def test_a_read_only_device_is_refused_before_anything_is_asked(
 @pytest.mark.parametrize(
     ("attribute", "told"), [("i", "it is immutable or append-only"), ("a", "it is immutable or append-only")]
 )
-def test_an_attribute_that_forbids_writes_is_told(tmp_path: Path, attribute: str, told: str) -> None:
+def test_an_attribute_that_forbids_writes_is_named(tmp_path: Path, attribute: str, told: str) -> None:
     require_root()
     path = written(tmp_path / "file", b"old")
     output("chattr", f"+{attribute}", path)
@@ -167,7 +167,7 @@ def test_an_attribute_that_forbids_writes_is_told(tmp_path: Path, attribute: str
         output("chattr", f"-{attribute}", path)
 
 
-def test_a_file_that_is_swapped_on_is_refused(tmp_path: Path) -> None:
+def test_an_active_swap_file_is_refused(tmp_path: Path) -> None:
     require_root()
     path = written(tmp_path / "swap", bytes(MIB))
     path.chmod(0o600)
@@ -180,7 +180,7 @@ def test_a_file_that_is_swapped_on_is_refused(tmp_path: Path) -> None:
         output("swapoff", path)
 
 
-def test_a_read_only_file_system_is_told(tmp_path: Path) -> None:
+def test_a_read_only_file_system_is_named(tmp_path: Path) -> None:
     require_root()
     output("mount", "-t", "tmpfs", "tmpfs", tmp_path)
     try:
@@ -194,7 +194,7 @@ def test_a_read_only_file_system_is_told(tmp_path: Path) -> None:
         output("umount", tmp_path)
 
 
-def test_a_folder_of_the_kernel_is_told() -> None:
+def test_a_folder_of_the_kernel_is_named() -> None:
     for path in ("/proc/file", "/sys/file"):
         with pytest.raises(DeviceError, match="belongs to the kernel"):
             existing_destination(path, force=False)
@@ -204,7 +204,7 @@ def test_a_folder_of_the_kernel_is_told() -> None:
 
 
 @pytest.mark.parametrize("reason", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINTR, errno.EIO])
-def test_a_lock_that_cannot_be_had_is_not_told_as_held_by_another(
+def test_a_missing_lock_server_is_not_reported_as_a_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int
 ) -> None:
     def lockf(*_: object) -> None:
@@ -222,7 +222,7 @@ def test_a_lock_that_cannot_be_had_is_not_told_as_held_by_another(
 
 @pytest.mark.parametrize("place", ["new/", "new/.", "new/..", "folder", "folder/", "folder/.", "file/"])
 @pytest.mark.parametrize("command", ["sync", "receive", "save"])
-def test_the_name_of_a_folder_makes_no_file(tmp_path: Path, source: Path, place: str, command: str) -> None:
+def test_the_name_of_a_folder_creates_no_file(tmp_path: Path, source: Path, place: str, command: str) -> None:
     (tmp_path / "folder").mkdir()
     written(tmp_path / "file", b"old")
     for path in (place, f"{tmp_path}/{place}"):
@@ -233,7 +233,7 @@ def test_the_name_of_a_folder_makes_no_file(tmp_path: Path, source: Path, place:
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
-def test_a_source_with_the_name_of_a_folder_is_none(source: Path, tmp_path: Path) -> None:
+def test_the_name_of_a_folder_is_no_source(source: Path, tmp_path: Path) -> None:
     for command in ("sync", "verify"):
         done = run(command, f"{source}/", written(tmp_path / "copy", b""))
         failed(done, 3, b"Not a directory")
@@ -241,7 +241,7 @@ def test_a_source_with_the_name_of_a_folder_is_none(source: Path, tmp_path: Path
 
 @pytest.mark.parametrize("option", ["--state", "--metrics", "--log-file"])
 @pytest.mark.parametrize("place", ["new/", "", "."])
-def test_a_file_of_ours_is_not_named_as_a_folder(tmp_path: Path, source: Path, option: str, place: str) -> None:
+def test_an_output_file_is_not_named_like_a_folder(tmp_path: Path, source: Path, option: str, place: str) -> None:
     done = run("sync", f"{option}={place}", source, tmp_path / "copy", cwd=tmp_path)
     failed(done, 2, b"is no name of a file")
     assert not (tmp_path / "new").exists()
@@ -249,9 +249,7 @@ def test_a_file_of_ours_is_not_named_as_a_folder(tmp_path: Path, source: Path, o
 
 @pytest.mark.parametrize("option", ["--state", "--metrics", "--pid-file"])
 @pytest.mark.parametrize("kind", ["device", "pipe", "standard output"])
-def test_a_file_of_ours_replaces_nothing_that_is_no_file(
-    tmp_path: Path, source: Path, option: str, kind: str
-) -> None:
+def test_an_output_file_replaces_only_a_file(tmp_path: Path, source: Path, option: str, kind: str) -> None:
     (tmp_path / "point").mkdir()
     path = tmp_path / "it"
     if kind == "device":
@@ -268,8 +266,8 @@ def test_a_file_of_ours_replaces_nothing_that_is_no_file(
     assert os.lstat(path).st_ino == before.st_ino
 
 
-def test_a_path_means_what_it_means_to_the_kernel(tmp_path: Path, source: Path) -> None:
-    """`link/..` is the folder above the one that the link leads to."""
+def test_dot_dot_after_a_link_means_what_the_kernel_means(tmp_path: Path, source: Path) -> None:
+    """`link/..` is the parent of the folder that the link leads to."""
     (tmp_path / "there" / "inner").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "there" / "inner")
     assert run("sync", source, "link/../copy", cwd=tmp_path).returncode == 0
@@ -287,7 +285,7 @@ def test_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert absolute("/") == "/"
 
 
-def test_a_missing_folder_is_told_before_anything_is_asked(tmp_path: Path, asked: tuple[str, Path]) -> None:
+def test_a_missing_folder_is_reported_before_any_connection(tmp_path: Path, asked: tuple[str, Path]) -> None:
     missing = tmp_path / "no" / "file"
     done = run("sync", "-e", asked[0], "host:/source", missing)
     failed(done, 1, f"there is no folder {missing.parent} to write into")
@@ -297,7 +295,7 @@ def test_a_missing_folder_is_told_before_anything_is_asked(tmp_path: Path, asked
 # Longer than the source
 
 
-def test_a_longer_destination_is_told_of_and_keeps_its_tail(tmp_path: Path, source: Path) -> None:
+def test_a_longer_destination_keeps_its_tail_with_a_warning(tmp_path: Path, source: Path) -> None:
     copy = written(tmp_path / "copy", bytes(MIB) + b"tail")
     link = f"{PYTHON} {Path(__file__).parent.parent / 'tools/standins/link'}"
     for way in (("sync", source, copy), ("sync", "-e", link, "--python", PYTHON, source, f"host:{copy}")):

@@ -1,4 +1,4 @@
-"""A destination that others remove, replace, cut or write while it is ours: never a status 0, never zeros."""
+"""Destinations that other programs remove, replace, truncate or write: never exit status 0, never zeros."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ DATA = noise(SIZE)
 OLD = bytes(SIZE)
 
 
-# What others may do to it
+# Changes by other programs
 
 
 def remove(path: Path) -> None:
@@ -89,16 +89,16 @@ def each(acts: dict[Act, str]) -> pytest.MarkDecorator:
 
 
 def let_time_pass(path: Path) -> None:
-    """Have the clock of the file system go on: before Linux 6.13, what happens in one tick has one time."""
+    """Wait for the next tick of the file system's clock. Before Linux 6.13, all changes in a tick have one time."""
     until(lambda: time.clock_gettime_ns(_COARSE_CLOCK) > path.stat().st_mtime_ns, "a tick")
 
 
-# By itself
+# Destination alone
 
 
 @each(CHANGED)
 @pytest.mark.parametrize("use", ["read", "read_cached", "write", "write_zeros", "sync", "check_in_place"])
-def test_who_uses_it_learns_of_it_and_again(destination: Path, act: Act, told: str, use: str) -> None:
+def test_every_use_after_a_foreign_change_fails(destination: Path, act: Act, told: str, use: str) -> None:
     uses: dict[str, Callable[[], object]] = {
         "read": lambda: opened.read(0, 100),
         "read_cached": lambda: opened.read_cached(0, 100),
@@ -119,11 +119,11 @@ def test_who_uses_it_learns_of_it_and_again(destination: Path, act: Act, told: s
         for _ in range(2):
             with pytest.raises(DestinationLostError, match=f"{destination} {told}"):
                 uses[use]()
-        assert destination.stat().st_size == size <= before  # a cut is not covered by a write behind it
+        assert destination.stat().st_size == size <= before  # a later write does not hide the truncation
 
 
 @each(MOVED)
-def test_its_path_is_looked_at(destination: Path, act: Act, told: str) -> None:
+def test_check_in_place_notices_another_file_at_the_path(destination: Path, act: Act, told: str) -> None:
     with open_destination(str(destination)) as opened:
         opened.check_in_place()
         act(destination)
@@ -131,7 +131,7 @@ def test_its_path_is_looked_at(destination: Path, act: Act, told: str) -> None:
             opened.check_in_place()
 
 
-def test_what_we_do_ourselves_is_no_change_by_others(destination: Path) -> None:
+def test_our_own_writes_are_no_foreign_change(destination: Path) -> None:
     with open_destination(str(destination)) as opened:
         make_room(opened, 2 * SIZE)
         for position in range(0, 2 * SIZE, BLOCK_SIZE):
@@ -145,8 +145,8 @@ def test_what_we_do_ourselves_is_no_change_by_others(destination: Path) -> None:
         opened.check_in_place()
 
 
-def test_a_tail_that_is_not_needed_may_be_cut(destination: Path) -> None:
-    """As far as no time tells of it: of a device, or over a network."""
+def test_an_unneeded_tail_may_be_truncated(destination: Path) -> None:
+    """If no time shows it: for a device, or over a network."""
     with open_destination(str(destination)) as opened:
         opened._has_exact_times = False
         make_room(opened, SIZE - BLOCK_SIZE)
@@ -159,7 +159,9 @@ def test_a_tail_that_is_not_needed_may_be_cut(destination: Path) -> None:
             opened.sync()
 
 
-def test_a_device_that_shrinks(tmp_path: Path, destination: Path, loop_device: Callable[[Path], str]) -> None:
+def test_a_shrunken_device_is_noticed(
+    tmp_path: Path, destination: Path, loop_device: Callable[[Path], str]
+) -> None:
     device = loop_device(destination)
     with open_destination(device) as opened:
         make_room(opened, SIZE)
@@ -169,7 +171,7 @@ def test_a_device_that_shrinks(tmp_path: Path, destination: Path, loop_device: C
             opened.sync()
 
 
-def test_a_device_whose_node_is_removed(
+def test_a_removed_device_node_is_noticed(
     tmp_path: Path, destination: Path, loop_device: Callable[[Path], str]
 ) -> None:
     node = tmp_path / "node"
@@ -181,7 +183,7 @@ def test_a_device_whose_node_is_removed(
             opened.check_in_place()
 
 
-def test_a_cut_in_the_midst_of_a_write_is_noticed(destination: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncation_during_a_write_is_noticed(destination: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pwrite = os.pwrite
 
     def cutting(*args: Any) -> int:
@@ -194,12 +196,12 @@ def test_a_cut_in_the_midst_of_a_write_is_noticed(destination: Path, monkeypatch
             opened.write(40 * BLOCK_SIZE, DATA[:BLOCK_SIZE])
 
 
-# By the replica
+# In the replica
 
 
 @each(MOVED)
 @pytest.mark.parametrize("looked_at", ["each second", "in the end"])
-def test_a_replica_of_a_destination_that_is_moved_is_not_complete(
+def test_a_replica_is_not_complete_if_its_destination_was_moved(
     monkeypatch: pytest.MonkeyPatch, source: Path, destination: Path, act: Act, told: str, looked_at: str
 ) -> None:
     at_the_end = looked_at == "in the end"
@@ -217,7 +219,7 @@ def test_a_replica_of_a_destination_that_is_moved_is_not_complete(
     trio.run(scenario)
 
 
-# By the commands
+# In the commands
 
 
 @contextmanager
@@ -234,7 +236,7 @@ def has_begun(path: Path) -> None:
 
 
 @each(ALL)
-def test_a_sync_ends_with_an_error_and_is_not_complete(
+def test_sync_fails_after_a_foreign_change(
     tmp_path: Path, source: Path, destination: Path, act: Act, told: str
 ) -> None:
     mark, state = tmp_path / "complete", tmp_path / "state"
@@ -254,7 +256,7 @@ def test_a_sync_ends_with_an_error_and_is_not_complete(
 
 @each(ALL)
 @pytest.mark.parametrize("command", ["save", "receive"])
-def test_a_stage_that_writes_ends_with_an_error(
+def test_stages_that_write_fail_after_a_foreign_change(
     source: Path, destination: Path, act: Act, told: str, command: str
 ) -> None:
     with under_way(command, destination) as process:
@@ -280,10 +282,10 @@ def _facts(source: Path) -> dict[str, object]:
 
 
 @each(CHANGED)
-def test_a_complete_mount_reads_no_bytes_that_are_not_the_sources(
+def test_a_complete_mount_reads_only_bytes_of_the_source(
     mount: Callable[..., Mount], source: Path, destination: Path, act: Act, told: str
 ) -> None:
-    """Of what the kernel does not have in its cache of the mount already."""
+    """This concerns bytes that are not yet in the page cache of the mount."""
     mounted = mount(source, destination, wait=True)
     let_time_pass(destination)
     act(destination)
@@ -297,10 +299,10 @@ def test_a_complete_mount_reads_no_bytes_that_are_not_the_sources(
 
 
 @each(CHANGED)
-def test_a_complete_mount_whose_copy_is_changed_is_complete_no_more(
+def test_a_complete_mount_fails_after_a_foreign_change(
     mount: Callable[..., Mount], source: Path, destination: Path, act: Act, told: str
 ) -> None:
-    """Though nobody reads it."""
+    """This happens even if nobody reads the mount."""
     mounted = mount(source, destination, wait=True)
     let_time_pass(destination)
     act(destination)
@@ -310,7 +312,7 @@ def test_a_complete_mount_whose_copy_is_changed_is_complete_no_more(
 
 
 @each(CHANGED)
-def test_a_mount_under_way_reads_no_bytes_that_are_not_the_sources(
+def test_an_incomplete_mount_reads_only_bytes_of_the_source(
     mount: Callable[..., Mount], source: Path, destination: Path, act: Act, told: str
 ) -> None:
     mounted = mount(source, destination, "--no-background")
@@ -335,7 +337,7 @@ def _reads_nothing_wrong(mounted: Mount) -> None:
     assert failed
 
 
-def test_a_mount_whose_destination_is_removed_is_never_complete(
+def test_a_mount_is_never_complete_if_its_destination_was_removed(
     mount: Callable[..., Mount], source: Path, destination: Path
 ) -> None:
     mounted = mount(source, destination, "--limit", "2M")
@@ -345,12 +347,12 @@ def test_a_mount_whose_destination_is_removed_is_never_complete(
     assert mounted.file.read_bytes() == DATA
 
 
-# A disk that does not take what its file system has taken
+# A disk that fails to write what the file system accepted
 
 
 @pytest.fixture
 def failing(tmp_path: Path) -> Iterator[Path]:
-    """A file of zeros, on an ext4 whose disk has a bad sector below the file."""
+    """Make a file of zeros on an ext4 file system, with a bad sector of the disk below the file."""
     support.require_fuse()
     support.require_root()
     backing, faulty, point = written(tmp_path / "backing", b""), tmp_path / "faulty", tmp_path / "point"
@@ -386,6 +388,8 @@ WAYS: dict[str, Callable[[Path, Path], int]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_is_in_the_cache_only_is_no_copy_the_next_time_either(way: str, failing: Path, tmp_path: Path) -> None:
+def test_after_a_failed_sync_the_next_run_does_not_believe_the_cache(
+    way: str, failing: Path, tmp_path: Path
+) -> None:
     source = written(tmp_path / "source", noise(32 << 20))
     assert [WAYS[way](source, failing) for _ in range(2)] == [1, 1]

@@ -67,8 +67,8 @@ def test_read_up_to_ends_where_the_file_does(file: Path) -> None:
         assert opened.read_up_to(0, 0) == b""
 
 
-def test_a_read_error_is_told_with_its_place(tmp_path: Path, device: str) -> None:
-    """A loop device whose backing file has become shorter cannot be read beyond."""
+def test_a_read_error_names_the_offset(tmp_path: Path, device: str) -> None:
+    """Truncate the backing file of a loop device: reads beyond its end fail."""
     os.truncate(tmp_path / "backing", MIB)
     with open_source(device) as opened:
         os.posix_fadvise(opened._fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -91,11 +91,11 @@ def test_a_view_has_the_bytes(request: pytest.FixtureRequest, kind: str) -> None
             assert view.readonly
             assert view == data[offset : offset + length]
             assert opened.release_view(offset, length)
-            assert view == data[offset : offset + length]  # it may still be sent
+            assert view == data[offset : offset + length]  # its bytes stay valid
 
 
 @needs_views
-def test_a_view_is_not_had_of_what_is_not_there(file: Path) -> None:
+def test_no_view_goes_beyond_the_end(file: Path) -> None:
     with open_source(str(file)) as opened:
         assert opened.view(MIB, 101, [Extent(MIB, 101)]) is None
         assert opened.view(2 * MIB, 1, [Extent(2 * MIB, 1)]) is None
@@ -103,9 +103,9 @@ def test_a_view_is_not_had_of_what_is_not_there(file: Path) -> None:
 
 
 @needs_views
-def test_of_a_device_that_failed_once_no_more_views_are_had(tmp_path: Path, device: str) -> None:
+def test_after_a_read_error_there_are_no_views(tmp_path: Path, device: str) -> None:
     with open_source(device) as opened:
-        assert opened.view(0, 4 * MIB, [Extent(0, 5000)]) is not None  # the rest is not to be looked at
+        assert opened.view(0, 4 * MIB, [Extent(0, 5000)]) is not None  # the rest must not be accessed
         opened.release_view(0, 4 * MIB)
         os.truncate(tmp_path / "backing", MIB)
         os.posix_fadvise(opened._fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -116,8 +116,8 @@ def test_of_a_device_that_failed_once_no_more_views_are_had(tmp_path: Path, devi
 
 @needs_views
 @pytest.mark.parametrize("left", [0, MIB, MIB + 99])
-def test_who_gives_a_view_back_learns_that_it_was_cut_off(file: Path, left: int) -> None:
-    """The last page of a file has zeros behind its end, which nobody must take for the file's."""
+def test_release_view_reports_a_truncation(file: Path, left: int) -> None:
+    """A view shows zeros behind the end of a file, in its last page. They must not count as bytes of the file."""
     with open_source(str(file)) as opened:
         assert opened.view(0, MIB + 100, [Extent(0, MIB + 100)]) is not None
         os.truncate(file, left)
@@ -126,7 +126,7 @@ def test_who_gives_a_view_back_learns_that_it_was_cut_off(file: Path, left: int)
 
 
 @needs_views
-def test_a_file_that_grows_is_viewed_to_its_new_end(file: Path) -> None:
+def test_views_of_a_growing_file_reach_its_new_end(file: Path) -> None:
     with open_destination(str(file)) as opened:
         old = opened.view(0, 100, [Extent(0, 100)])
         opened.write(3 * MIB, b"more")
@@ -135,8 +135,8 @@ def test_a_file_that_grows_is_viewed_to_its_new_end(file: Path) -> None:
 
 
 @needs_views
-def test_what_is_looked_at_is_dropped_from_the_cache_afterwards(device: str) -> None:
-    """The kernel drops nothing that is mapped, and what should come from the disk would come from the cache."""
+def test_drop_cache_waits_for_the_release_of_views(device: str) -> None:
+    """The kernel drops no mapped page. A later read would come from the cache instead of the disk."""
     with open_destination(device) as opened:
         assert opened.view(0, MIB, [Extent(0, MIB)]) is not None
         dropper = threading.Thread(target=opened.drop_cache)
@@ -153,7 +153,7 @@ def test_what_is_looked_at_is_dropped_from_the_cache_afterwards(device: str) -> 
 
 
 @needs_views
-def test_a_view_is_gone_with_the_last_who_has_it(file: Path) -> None:
+def test_the_mapping_ends_with_the_last_view(file: Path) -> None:
     def is_mapped() -> bool:
         return str(file) in Path("/proc/self/maps").read_text()
 
@@ -167,7 +167,7 @@ def test_a_view_is_gone_with_the_last_who_has_it(file: Path) -> None:
 
 @needs_views
 @pytest.mark.parametrize("reason", [errno.EINVAL, errno.ENODEV, errno.EOPNOTSUPP])
-def test_where_there_are_no_views_they_are_asked_for_once(
+def test_after_a_permanent_error_no_view_is_tried_again(
     file: Path, monkeypatch: pytest.MonkeyPatch, reason: int
 ) -> None:
     asked = []
@@ -184,17 +184,17 @@ def test_where_there_are_no_views_they_are_asked_for_once(
 
 
 @pytest.mark.parametrize(("offset", "length"), [(0, 1), (0, 4096), (100, 5000), (MIB - 1, MIB), (3 * MIB, MIB)])
-def test_read_cached_is_read_once_it_is_in_the_cache(device: str, offset: int, length: int) -> None:
+def test_read_cached_returns_cached_bytes(device: str, offset: int, length: int) -> None:
     with open_source(device) as opened:
         data = opened.read(offset, length)
         assert opened.read_cached(offset, length) == data == noise(4 * MIB)[offset : offset + length]
 
 
-def test_read_cached_does_not_wait_for_what_is_not_in_the_cache(device: str) -> None:
+def test_read_cached_does_not_wait_for_the_disk(device: str) -> None:
     with open_source(device) as opened:
         opened.read(0, MIB)
 
-        def dropped() -> bool:  # not at once where somebody else, udev say, looks at a new device
+        def dropped() -> bool:  # may take a while: udev, for example, reads a new device
             os.posix_fadvise(opened._fd, 0, 0, os.POSIX_FADV_DONTNEED)
             return opened.read_cached(0, MIB) is None
 
@@ -202,7 +202,7 @@ def test_read_cached_does_not_wait_for_what_is_not_in_the_cache(device: str) -> 
         assert opened.read(0, MIB) == noise(4 * MIB)[:MIB]
 
 
-def test_read_cached_gives_no_short_answer(device: str, file: Path) -> None:
+def test_read_cached_is_never_short(device: str, file: Path) -> None:
     for path in (device, str(file)):
         with open_source(path) as opened:
             size = opened.size()
@@ -211,14 +211,14 @@ def test_read_cached_gives_no_short_answer(device: str, file: Path) -> None:
             assert opened.read_cached(size, 1) is None
 
 
-def test_read_cached_does_without_where_the_file_system_refuses_it(tmp_path: Path) -> None:
+def test_read_cached_gives_up_if_the_file_system_refuses_it(tmp_path: Path) -> None:
     path = Path("/proc/version")
     with Device(str(path), os.open(path, os.O_RDONLY)) as opened:
         assert opened.read_cached(0, 5) in (None, b"Linux")
         assert opened.read(0, 5) == b"Linux"
 
 
-def test_a_write_goes_where_it_belongs_and_nowhere_else(file: Path) -> None:
+def test_a_write_changes_its_range_only(file: Path) -> None:
     before = file.read_bytes()
     with open_destination(str(file)) as opened:
         opened.write(1000, memoryview(b"abc"))
@@ -233,14 +233,14 @@ def test_a_write_beyond_a_block_device_is_an_error(device: str) -> None:
         opened.sync()
 
 
-def test_a_file_grows_with_a_hole(tmp_path: Path) -> None:
+def test_grow_extends_a_file_by_a_hole(tmp_path: Path) -> None:
     with open_destination(str(tmp_path / "new"), create=True) as opened:
         opened.grow(2**40)
         assert opened.size() == 2**40
     assert os.stat(tmp_path / "new").st_blocks == 0
 
 
-def test_identity_is_that_of_the_file_and_not_of_its_name(tmp_path: Path, file: Path, device: str) -> None:
+def test_file_id_depends_on_the_file_not_on_its_name(tmp_path: Path, file: Path, device: str) -> None:
     (tmp_path / "link").hardlink_to(file)
     (tmp_path / "symlink").symlink_to(device)
     (tmp_path / "copy").write_bytes(file.read_bytes())
@@ -266,7 +266,7 @@ def test_a_file_is_created_only_on_request(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_create_keeps_what_is_there(file: Path) -> None:
+def test_create_keeps_an_existing_file(file: Path) -> None:
     with open_destination(str(file), create=True) as opened:
         assert opened.read(0, 100) == noise(MIB + 100)[:100]
         assert opened.size() == MIB + 100
@@ -279,7 +279,7 @@ def test_only_files_and_block_devices_are_opened(
 ) -> None:
     path = tmp_path / "it"
     if kind == "fifo":
-        os.mkfifo(path)  # whose open would wait for somebody at the other end
+        os.mkfifo(path)  # its open would wait for a writer
     elif kind == "directory":
         path.mkdir()
     else:
@@ -289,7 +289,7 @@ def test_only_files_and_block_devices_are_opened(
 
 
 @pytest.mark.parametrize("open_it", [open_source, open_destination])
-def test_a_path_that_leads_nowhere_is_told(tmp_path: Path, open_it: Callable[[str], Device]) -> None:
+def test_a_missing_path_is_reported(tmp_path: Path, open_it: Callable[[str], Device]) -> None:
     for path, reason in (
         (tmp_path / "none", "No such file"),
         (tmp_path / "none" / "x", "No such file|there is no folder"),
@@ -304,7 +304,7 @@ def test_a_path_that_leads_nowhere_is_told(tmp_path: Path, open_it: Callable[[st
 # Claiming
 
 
-def test_a_destination_is_locked_as_long_as_it_is_open(file: Path) -> None:
+def test_a_destination_is_locked_while_it_is_open(file: Path) -> None:
     with open_destination(str(file)), pytest.raises(AssertionError), held_by_another_process(file):
         pass
     with held_by_another_process(file):
@@ -346,14 +346,14 @@ def test_a_device_that_another_program_holds_is_refused(device: str) -> None:
         open_destination(device, force=True).close()
 
 
-def test_a_destination_cannot_be_mounted_meanwhile(tmp_path: Path, device: str) -> None:
+def test_an_open_destination_cannot_be_mounted(tmp_path: Path, device: str) -> None:
     output("mkfs.ext4", "-q", "-F", device)
     (tmp_path / "mnt").mkdir()
     with open_destination(device), pytest.raises(AssertionError, match=r"busy|already mounted|Can't open blockdev"):
         output("mount", device, tmp_path / "mnt")
 
 
-def test_a_refused_destination_is_not_kept_open(file: Path) -> None:
+def test_a_refused_destination_is_closed(file: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with held_by_another_process(file), suppress(DestinationRefusedError):
         open_destination(str(file))

@@ -1,4 +1,4 @@
-"""What outlives a loss of power, on a real file system: an image of its disk as it is at that moment."""
+"""Survival of a power loss, on a real file system: the tests copy the image of its disk at that moment."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OTHER = noise(8 * BLOCK_SIZE, seed=2)
 
 
 class Disk:
-    """An ext4 that writes nothing by itself; `after_power_loss` has what is on its disk now."""
+    """An ext4 file system that writes nothing by itself. `after_power_loss` mounts what its disk has now."""
 
     def __init__(self, folder: Path) -> None:
         self._image, self._copy = folder / "image", folder / "copy"
@@ -81,7 +81,7 @@ def names(folder: Path) -> set[str]:
     ],
     ids=["create", "make_folder", "rename", "remove", "remove what is missing", "write"],
 )
-def test_a_change_of_names_is_on_the_disk(change: Callable[[Path], object], expected: set[str], disk: Disk) -> None:
+def test_name_changes_are_on_the_disk(change: Callable[[Path], object], expected: set[str], disk: Disk) -> None:
     written(disk.point / "old", b"1")
     os.sync()
     change(disk.point)
@@ -90,7 +90,7 @@ def test_a_change_of_names_is_on_the_disk(change: Callable[[Path], object], expe
         assert not (folder / "new").exists() or (folder / "new").read_text() in ("", "1", "text")
 
 
-def test_nothing_has_to_be_removed_where_nothing_is(disk: Disk) -> None:
+def test_remove_accepts_a_missing_file(disk: Disk) -> None:
     support.output("mount", "-o", "remount,ro", disk.point)
     for missing in ("name", "folder/name"):
         durable.remove(disk.point / missing)
@@ -104,17 +104,17 @@ def save(source: Path, destination: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", ["default", "elsewhere"])
-def test_a_record_that_save_has_ended_does_not_come_back(
+def test_a_record_that_save_invalidated_does_not_come_back(
     kept: str, disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The state's disk is as it was when the power was lost, and the destination's as `save` left it."""
+    """The disk of the state lost power, and the disk of the destination is as `save` left it."""
     source, destination = written(tmp_path / "source", DATA), written(tmp_path / "destination", OTHER)
     monkeypatch.setenv("STATE_DIRECTORY", str(disk.point))
     options = ["--state", tmp_path / "state"] if kept == "elsewhere" else []
     assert run("sync", *options, source, destination).returncode == 0
     os.sync()
     save(written(tmp_path / "other", OTHER), destination)
-    if options:  # else the times of the file would tell
+    if options:  # else the times of the file would show it
         with open_source(str(destination)) as device, contextlib.closing(StateFile(tmp_path / "state")) as journal:
             status = device.status()
             journal.write_times(WriteTimes(status.st_mtime_ns, status.st_ctime_ns, None))
@@ -129,7 +129,7 @@ def test_a_record_that_save_has_ended_does_not_come_back(
 def test_the_name_of_a_destination_is_durable_before_it_is_written(
     is_new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sync of the file brings its name to the disk on some file systems only."""
+    """Only some file systems write the name of a file to the disk when the file is synced."""
     synced: list[Path] = []
     monkeypatch.setattr(durable, "sync_folder", synced.append)
     (tmp_path / "link").symlink_to("folder/file")
@@ -140,8 +140,8 @@ def test_the_name_of_a_destination_is_durable_before_it_is_written(
     assert synced == [tmp_path / "folder"]
 
 
-def test_a_file_that_is_written_keeps_its_record(disk: Disk, tmp_path: Path) -> None:
-    """The times on record are not ahead of those on the disk; nobody but us wrote to it until then."""
+def test_after_a_power_loss_the_record_of_a_file_is_believed(disk: Disk, tmp_path: Path) -> None:
+    """The recorded times are not later than the times on the disk, and nobody else has written."""
     source, destination = written(tmp_path / "source", DATA), written(disk.point / "destination", OTHER)
     os.sync()
     with open_source(str(destination)) as device:
@@ -156,7 +156,7 @@ def test_a_file_that_is_written_keeps_its_record(disk: Disk, tmp_path: Path) -> 
             return len(seen)
 
         def has_blocks() -> bool:
-            """A commit of blocks is over: SQLite has removed its journal."""
+            """Return True if a commit of blocks is over, because SQLite has removed its journal."""
             copy = shutil.copy(state, tmp_path / "copy of the state")
             with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(copy)) as base:
                 [count] = base.execute("SELECT count(*) FROM chunks").fetchone()
@@ -174,8 +174,8 @@ def test_a_file_that_is_written_keeps_its_record(disk: Disk, tmp_path: Path) -> 
         assert (folder / "destination").read_bytes() == DATA
 
 
-def test_what_a_record_was_before_does_not_come_back(disk: Disk, tmp_path: Path) -> None:
-    """A commit is on the disk when it returns, and nothing beside the file rolls it back."""
+def test_a_commit_is_not_rolled_back(disk: Disk, tmp_path: Path) -> None:
+    """A commit is on the disk when it returns, and no journal beside the file rolls it back."""
     identity = {"size": 0, "sample": []}
     with contextlib.closing(StateFile(disk.point / "state")) as journal:
         journal.begin_record(Binding(identity, {"file": 1}, 0, BLOCK_SIZE), WriteTimes(1, 1, None))
@@ -191,7 +191,7 @@ def test_what_a_record_was_before_does_not_come_back(disk: Disk, tmp_path: Path)
         assert found.record.chunks == {}
 
 
-def test_the_default_place_of_a_state_is_made_once_and_for_all(
+def test_the_default_folder_of_state_files_is_durable(
     disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, destination = written(tmp_path / "source", DATA), written(tmp_path / "destination", OTHER)
@@ -225,8 +225,8 @@ def changes_a_name(node: ast.AST) -> bool:
     )
 
 
-def test_names_that_carry_a_promise_are_changed_by_durable_alone() -> None:
-    """Each other place that makes, removes or renames a file is listed, with why nothing follows from it."""
+def test_only_durable_changes_names_that_matter() -> None:
+    """The list has every other place that creates, removes or renames a file, with the reason why it may."""
     found = {
         str(path.relative_to(CHECKOUT))
         for root in ("blockcopy", "fuse/blockcopy_fuse")

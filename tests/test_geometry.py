@@ -32,7 +32,7 @@ def test_extents_cover_the_size_without_gap_or_overlap(size: int) -> None:
 
 
 @pytest.mark.parametrize(("size", "block"), [(0, 0), (10, 1), (11, 2), (10, -1)])
-def test_a_block_that_is_not_there_has_no_extent(size: int, block: int) -> None:
+def test_a_missing_block_has_no_extent(size: int, block: int) -> None:
     with pytest.raises(IndexError):
         Geometry(size, 10).extent(block)
 
@@ -55,7 +55,7 @@ def test_a_block_that_is_not_there_has_no_extent(size: int, block: int) -> None:
         (1000, 10, range(0)),
     ],
 )
-def test_span_is_what_a_byte_range_touches(offset: int, length: int, blocks: range) -> None:
+def test_span_has_the_blocks_that_a_byte_range_touches(offset: int, length: int, blocks: range) -> None:
     assert Geometry(25, 10).span(offset, length) == blocks
 
 
@@ -81,7 +81,7 @@ def test_an_empty_device_has_no_span() -> None:
         ([0, 2, 3, 9], [range(0, 1), range(2, 4), range(9, 10)]),
     ],
 )
-def test_runs_join_neighbours(blocks: list[int], expected: list[range]) -> None:
+def test_consecutive_blocks_are_one_run(blocks: list[int], expected: list[range]) -> None:
     assert list(block_runs(iter(blocks))) == expected
 
 

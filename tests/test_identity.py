@@ -1,4 +1,4 @@
-"""Who a source is: whatever is written to it after it was told, shows the next time, on each file system."""
+"""Identities of sources: every write after a greeting changes the identity, on each file system."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FILE_SYSTEMS = {
 
 @contextlib.contextmanager
 def file_system(name: str, folder: Path) -> Iterator[Path]:
-    """A new one, mounted; skipped where it cannot be made."""
+    """Create and mount a new file system. Skips the test if that is not possible here."""
     support.require_root()
     if shutil.which(FILE_SYSTEMS[name][0]) is None:
         pytest.skip(f"{FILE_SYSTEMS[name][0]} is not installed")
@@ -51,8 +51,8 @@ def identity(path: Path) -> Identity:
 
 
 @pytest.mark.parametrize("name", FILE_SYSTEMS)
-def test_each_write_after_it_was_told_shows(name: str, tmp_path: Path) -> None:
-    """A second write in the same tick, and a store through a mapping into a page that is dirty."""
+def test_every_write_after_a_greeting_changes_the_identity(name: str, tmp_path: Path) -> None:
+    """Such as a second write in the same tick, or a write through a mapping into a dirty page."""
     with file_system(name, tmp_path) as folder:
         source = support.written(folder / "source", bytes(SIZE))
         with source.open("r+b", buffering=0) as opened:
@@ -73,8 +73,8 @@ def test_each_write_after_it_was_told_shows(name: str, tmp_path: Path) -> None:
         assert identity(source) == fourth  # of a source that stays as it is
 
 
-def test_a_write_in_the_tick_of_the_last_one_shows_where_the_kernel_has_one_clock_for_both(tmp_path: Path) -> None:
-    """As before Linux 6.13: it is told only when that clock has moved on."""
+def test_a_write_in_the_same_clock_tick_changes_the_identity(tmp_path: Path) -> None:
+    """Before Linux 6.13, both times come from one coarse clock: the greeting waits until it has advanced."""
     source = support.written(tmp_path / "source", bytes(SIZE))
     found = identity(source)
     assert time.clock_gettime_ns(time.CLOCK_REALTIME) - found["ctime_ns"] >= 20_000_000
@@ -105,17 +105,17 @@ MOVED = {**ONE, "ctime_ns": 4}
         (ONE, {**MOVED, "mtime_ns": 5}, ["ctime_ns was 3, is 4", "mtime_ns was 2, is 5"]),
     ],
 )
-def test_what_differs_is_told(known: Identity, found: Identity, words: list[str]) -> None:
+def test_differences_are_named(known: Identity, found: Identity, words: list[str]) -> None:
     assert differences(known, found) == words
 
 
-def test_only_who_tells_the_ctime_tells_of_writes() -> None:
+def test_only_an_identity_with_a_ctime_shows_writes() -> None:
     assert [shows_writes(each) for each in (ONE, OLDER, ORIGINAL)] == [True, False, False]
 
 
 @pytest.mark.parametrize("end", ["source", "destination"])
-def test_a_write_is_found_where_a_file_system_has_no_ctime_of_its_own(end: str, tmp_path: Path) -> None:
-    """As FAT and sshfs: who puts the mtime back has put both times back."""
+def test_without_a_ctime_of_its_own_a_write_is_found_by_comparing(end: str, tmp_path: Path) -> None:
+    """On FAT and sshfs, a program that sets the mtime back also sets the ctime back."""
     support.require_fuse()
     data = support.noise(4 * SIZE)
     unsampled = sample_extents(len(data))[3].end

@@ -1,4 +1,4 @@
-"""Who may import whom, and what product code may not do. Read from the sources, without running them."""
+"""Rules for imports and for product code, checked by parsing the sources."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TRAVELS = (
     *("errors", "optional_packages", "untrusted_text", "__main__"),
     *("paths", "block", "protocol", "progress", "stage", "cli"),
 )
-"""The rooms and modules of `blockcopy` that travel to a source host."""
+"""The rooms and modules of `blockcopy` that travel to source hosts."""
 
 OPTIONAL = {"blockcopy.protocol.digests": "blake3", "blockcopy.progress.bar": "rich"}
 """The package that a module which travels uses where it is installed. (`protocol.zstd` names its own as a string,
@@ -134,13 +134,13 @@ def test_the_sources_are_found() -> None:
     assert {"blockcopy.replica", "blockcopy.replica.engine", "blockcopy_fuse.mounting"} <= set(SOURCES)
 
 
-def test_each_package_says_what_is_in_it_and_imports_nothing() -> None:
+def test_each_package_has_a_docstring_and_imports_nothing() -> None:
     for package in PACKAGES:
         assert ast.get_docstring(ast.parse(SOURCES[package].read_text())), package
         assert {each.module for each in READ[package].imports} <= {"__future__"}, package
 
 
-def test_what_travels_imports_the_standard_library_and_what_travels_only() -> None:
+def test_travelling_modules_import_only_each_other_and_the_standard_library() -> None:
     foreign = {
         f"{module} imports {each.module}"
         for module in TRAVELLING
@@ -152,7 +152,7 @@ def test_what_travels_imports_the_standard_library_and_what_travels_only() -> No
     assert not foreign
 
 
-def test_what_travels_loads_without_any_installed_package() -> None:
+def test_travelling_modules_load_without_installed_packages() -> None:
     lines = "\n".join(f"import {module}" for module in TRAVELLING)
     done = subprocess.run(
         [PYTHON, "-S", "-E", "-c", f"import sys; sys.path.insert(0, {str(CHECKOUT)!r})\n{lines}"],
@@ -162,7 +162,7 @@ def test_what_travels_loads_without_any_installed_package() -> None:
     succeeded(done)
 
 
-def test_the_payload_is_made_of_what_travels() -> None:
+def test_the_payload_consists_of_the_travelling_modules() -> None:
     assert sorted(payload.modules()) == TRAVELLING
 
 
@@ -190,7 +190,7 @@ def test_one_place_prints_and_one_exits() -> None:
 
 
 def test_each_command_is_in_the_module_of_its_layer() -> None:
-    """They are named in strings, so that one host needs not have them all."""
+    """Strings name these modules, because a host may lack some of them."""
     for module, commands in main._LAYERS.items():
         assert set(commands) <= READ[module].functions
     [named] = [action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)]
@@ -198,7 +198,7 @@ def test_each_command_is_in_the_module_of_its_layer() -> None:
 
 
 def _module_map() -> Iterator[str]:
-    """The modules in the order of CONTRIBUTING.md's map."""
+    """Yield the modules in the order of the map in CONTRIBUTING.md."""
     text = (CHECKOUT / "CONTRIBUTING.md").read_text().partition("## Module map\n")[2].partition("\n## ")[0]
     packages: list[str] = []
     for line in text.splitlines():
@@ -209,7 +209,7 @@ def _module_map() -> Iterator[str]:
                 yield ".".join(packages)
 
 
-def test_imports_are_of_what_stands_higher_in_the_module_map() -> None:
+def test_imports_point_upwards_in_the_module_map() -> None:
     order = [*_module_map()]
     assert sorted(order) == sorted(SOURCES.keys() - PACKAGES), "the map in CONTRIBUTING.md has each module once"
     wrong = [
@@ -221,7 +221,7 @@ def test_imports_are_of_what_stands_higher_in_the_module_map() -> None:
     assert wrong == []
 
 
-def test_the_module_map_has_the_rooms_in_their_order() -> None:
+def test_the_module_map_has_the_rooms_in_order() -> None:
     for rooms in ROOMS:
         dotted = [each if each == "blockcopy_fuse" else f"blockcopy.{each}" for each in rooms]
         places = [
@@ -233,7 +233,7 @@ def test_the_module_map_has_the_rooms_in_their_order() -> None:
             assert before[-1] < behind[0]
 
 
-def test_what_travels_to_a_host_is_as_small_as_it_is_said_to_be() -> None:
+def test_the_payload_is_as_small_as_documented() -> None:
     said = re.search(r"\| (\d+) KiB, run from memory \|", (CHECKOUT / "CONTRIBUTING.md").read_text())
     assert said is not None
     largest = max(len(payload.opening([stage])) for stage in ("retrieve", "receive", "facts")) / 1024
@@ -241,7 +241,7 @@ def test_what_travels_to_a_host_is_as_small_as_it_is_said_to_be() -> None:
 
 
 def test_what_the_tools_import_exists() -> None:
-    """Neither mypy nor a test sees all of them: some need packages of their own, and have no .py."""
+    """Neither mypy nor another test covers all tools: some have no .py, and need packages of their own."""
     tools = CHECKOUT / "tools"
     programs = [path for path in [*tools.iterdir(), *(tools / "standins").iterdir()] if path.is_file()]
     missing = []
@@ -262,5 +262,5 @@ def exists(module: str, name: str) -> bool:
 
 
 def test_product_code_does_not_assert() -> None:
-    """`python -O` leaves assertions out, so nothing may rest on one."""
+    """`python -O` removes assertions, so product code must not depend on them."""
     assert not [module for module in SOURCES if READ[module].asserts]

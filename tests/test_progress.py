@@ -1,4 +1,4 @@
-"""What the commands tell while they run: lines, JSON, nothing, and the bar (see test_sync, too)."""
+"""Progress of the commands: lines, JSON, nothing, and the bar. test_sync has more tests of the bar."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LINK = f"{PYTHON} {STANDINS / 'link'}"
 
 
 def last(stderr: bytes) -> dict[str, Any]:
-    """The last line of JSON; all are objects with the same fields."""
+    """Return the last line of JSON. Checks that all lines are objects with the same fields."""
     lines = [json.loads(line) for line in stderr.splitlines()]
     assert len({tuple(line) for line in lines}) == 1
     return lines[-1]  # type: ignore[no-any-return]
@@ -53,7 +53,7 @@ def test_percents_are_floored_and_only_the_whole_is_100(part: int, whole: int, p
     assert floored_percent(part, whole) == percent
 
 
-def test_figures_for_people() -> None:
+def test_sizes_and_times_as_text() -> None:
     assert [human_size(size) for size in (0, 1023, 1024, 3 << 20, 5 << 40)] == [
         *("0 B", "1023 B", "1.0 KiB", "3.0 MiB", "5.00 TiB")
     ]
@@ -61,14 +61,14 @@ def test_figures_for_people() -> None:
     assert (eta(0, None, 5), eta(0, 10, 0), eta(1, 10, 2), eta(10, 10, 2)) == (None, None, 5, 0)
 
 
-def test_a_rate_of_what_begins_again_is_not_negative() -> None:
+def test_the_rate_of_a_restarted_counter_is_not_negative() -> None:
     meter = RateMeter()
     meter.sample(1000)
     meter.sample(10)
     assert meter.rate(10) == 0
 
 
-def test_a_leap_tells_nothing_of_what_is_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leap_does_not_count_for_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     meter, clock = RateMeter(), iter(range(100))
     monkeypatch.setattr("blockcopy.progress.rate.time.monotonic", lambda: float(next(clock)))
     for count in (0, 10**9, 10**9 + 100, 10**9 + 200):
@@ -76,7 +76,7 @@ def test_a_leap_tells_nothing_of_what_is_to_come(monkeypatch: pytest.MonkeyPatch
     assert meter.rate(10**9 + 300) == 100
 
 
-def test_plain_lines_are_the_originals() -> None:
+def test_plain_lines_are_those_of_the_original_program() -> None:
     told: list[str] = []
     progress = LineProgress("checksum", told.append)
     for done in range(0, 101):
@@ -112,7 +112,7 @@ def test_sync_as_lines_and_quiet(source: Path, destination: Path) -> None:
     assert run("sync", source, destination).stderr == b""
 
 
-def test_push_as_json_and_no_faster_than_its_limit(source: Path, destination: Path) -> None:
+def test_push_as_json_keeps_its_rate_limit(source: Path, destination: Path) -> None:
     way = ["-e", LINK, "--python", PYTHON]
     done = run("sync", "--progress=json", "--limit", "4M", *way, source, f"host:{destination}")
     assert done.returncode == 0
@@ -123,7 +123,7 @@ def test_push_as_json_and_no_faster_than_its_limit(source: Path, destination: Pa
     assert destination.read_bytes() == DATA
 
 
-def test_verify_as_json_and_its_result_apart(source: Path, destination: Path) -> None:
+def test_verify_as_json_with_its_result_on_stdout(source: Path, destination: Path) -> None:
     done = run("verify", "--progress=json", source, destination)
     *lines, error = done.stderr.splitlines()
     assert error.startswith(b"ERROR (verify)")
@@ -149,7 +149,7 @@ def test_the_stages_as_json(source: Path, destination: Path) -> None:
     assert destination.read_bytes() == DATA
 
 
-def test_a_stage_whose_stdin_is_closed_early_tells_that_it_did_not_finish(source: Path) -> None:
+def test_a_stage_whose_stdin_ends_early_reports_that_it_did_not_finish(source: Path) -> None:
     blocks = run("retrieve", "--progress=json", source, input=b"")
     failed(blocks, 1)
     assert json.loads(blocks.stderr.splitlines()[0])["finished"] is False
@@ -159,7 +159,7 @@ def test_a_stage_whose_stdin_is_closed_early_tells_that_it_did_not_finish(source
 
 
 def on_a_terminal(*arguments: object, **environment: str) -> str:
-    """What a command shows on one of 80 columns; its standard error is there, its output elsewhere."""
+    """Return what a command writes to standard error on a terminal of 80 columns. Its output goes elsewhere."""
     ours, theirs = pty.openpty()
     command = [*BLOCKCOPY, *map(str, arguments)]
     shown = b""
@@ -181,7 +181,7 @@ def on_a_terminal(*arguments: object, **environment: str) -> str:
     return shown.decode()
 
 
-def test_each_command_draws_a_bar_of_its_own_accord(
+def test_each_command_draws_a_bar_without_an_option(
     source: Path, destination: Path, mount: Callable[..., Mount]
 ) -> None:
     assert "100.00 %" in on_a_terminal("verify", source, source)
@@ -196,7 +196,7 @@ def test_each_command_draws_a_bar_of_its_own_accord(
     assert on_a_terminal("sync", "-q", source, destination) == ""
 
 
-def test_without_colour_or_screen(source: Path, destination: Path) -> None:
+def test_no_colour_or_no_terminal(source: Path, destination: Path) -> None:
     shown = on_a_terminal("sync", source, destination, NO_COLOR="1")
     assert "100.00 %" in shown
     assert "\x1b[31m" not in shown

@@ -1,4 +1,4 @@
-"""Files that root writes in folders of others: nothing that was planted there is followed, or waited for."""
+"""Files that root writes into folders of other users: planted links are not followed, FIFOs not waited for."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def untouched(secret: Path) -> bool:
     return secret.read_bytes() == b"root's" and secret.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_planted_link_is_replaced_and_its_target_is_not(tmp_path: Path, source: Path, secret: Path) -> None:
+def test_a_planted_link_is_replaced_and_its_target_stays(tmp_path: Path, source: Path, secret: Path) -> None:
     metrics = tmp_path / "metrics.prom"
     metrics.symlink_to(secret)
     assert run("sync", "--metrics", metrics, source, tmp_path / "copy").returncode == 0
@@ -41,8 +41,8 @@ def test_a_planted_link_is_replaced_and_its_target_is_not(tmp_path: Path, source
     assert not [each for each in tmp_path.iterdir() if each.name.endswith(".new")]
 
 
-def test_the_name_of_a_file_on_its_way_cannot_be_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And where it is guessed all the same, nothing is followed."""
+def test_the_temporary_name_cannot_be_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even a link at a guessed name is not followed."""
     folder, secret = tmp_path / "folder", written(tmp_path / "secret", b"root's")
     folder.mkdir()
     monkeypatch.setattr(os, "urandom", lambda _: b"known")
@@ -53,7 +53,7 @@ def test_the_name_of_a_file_on_its_way_cannot_be_guessed(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device"])
-def test_what_is_no_file_is_neither_written_nor_waited_for(tmp_path: Path, source: Path, kind: str) -> None:
+def test_a_fifo_or_device_is_neither_written_nor_waited_for(tmp_path: Path, source: Path, kind: str) -> None:
     path = "/dev/null" if kind == "device" else str(tmp_path / "fifo")
     if kind == "fifo":
         os.mkfifo(path)
@@ -75,10 +75,10 @@ def test_a_log_is_not_written_through_a_planted_link(
     assert untouched(secret)
 
 
-def test_a_log_that_is_moved_away_is_made_anew_but_not_through_a_link(
+def test_a_rotated_log_is_recreated_but_not_through_a_link(
     tmp_path: Path, secret: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As logrotate does it. What cannot be written anew goes on where it was, and is told once."""
+    """Move the log as logrotate does. If no new file can be created, the log stays in the old one, and says so once."""
     said: list[str] = []
     monkeypatch.setattr(console, "say", said.append)
     path, moved, more = (tmp_path / name for name in ("log", "log.1", "log.2"))
@@ -97,7 +97,7 @@ def test_a_log_that_is_moved_away_is_made_anew_but_not_through_a_link(
     assert len(said) == 1
 
 
-def test_a_pid_file_is_ours_alone(tmp_path: Path, secret: Path) -> None:
+def test_a_pid_file_is_written_safely(tmp_path: Path, secret: Path) -> None:
     pid_file = tmp_path / "pid"
     pid_file.symlink_to(secret)
 
@@ -116,7 +116,7 @@ def test_a_pid_file_is_ours_alone(tmp_path: Path, secret: Path) -> None:
 
 
 @pytest.mark.parametrize("absolute", [True, False])
-def test_a_link_to_a_folder_is_followed_where_it_is_ours(tmp_path: Path, absolute: bool) -> None:
+def test_our_own_link_to_a_folder_is_followed(tmp_path: Path, absolute: bool) -> None:
     real = tmp_path / "real" / "inner"
     real.mkdir(parents=True)
     (tmp_path / "hop").symlink_to(tmp_path / "real" if absolute else "real")
@@ -128,7 +128,7 @@ def test_a_link_to_a_folder_is_followed_where_it_is_ours(tmp_path: Path, absolut
         safe_write.replace(str(tmp_path / "loop" / "file"), b"new", 0o600)
 
 
-def test_a_link_to_a_folder_that_is_another_users_is_not_followed(tmp_path: Path) -> None:
+def test_another_users_link_to_a_folder_is_not_followed(tmp_path: Path) -> None:
     support.require_root()
     real = tmp_path / "real"
     real.mkdir()
