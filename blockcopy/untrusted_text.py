@@ -88,7 +88,7 @@ class StderrLines:
     """
 
     def __init__(self, log: Callable[[str], None], budget: LineBudget) -> None:
-        """Pass each line, as text that may be unprintable, to `log`, as far as `budget` allows.
+        """Pass each line to `log`, within the rate limit of `budget`. The text may be unprintable.
 
         All connections to one host share one `budget`.
         """

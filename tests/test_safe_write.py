@@ -78,7 +78,7 @@ def test_a_log_is_not_written_through_a_planted_link(
 def test_a_rotated_log_is_recreated_but_not_through_a_link(
     tmp_path: Path, secret: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Move the log as logrotate does. Without permission for a new file, the log stays in the old one, and says so."""
+    """Move the log as logrotate does. If no new file is possible, the log stays in the old one and says so."""
     said: list[str] = []
     monkeypatch.setattr(console, "say", said.append)
     path, moved, more = (tmp_path / name for name in ("log", "log.1", "log.2"))

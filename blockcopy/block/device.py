@@ -74,7 +74,7 @@ class Device:
     def check_in_place(self) -> None:
         """Check that `path` still leads to this file or device. Blocks while a file system on the path hangs.
 
-        Raises DestinationLostError if the path leads nowhere or elsewhere, DeviceError if nobody can tell.
+        Raises DestinationLostError if the path leads nowhere or elsewhere, DeviceError if that is unknown.
         """
         try:
             found = os.stat(self.path)

@@ -242,7 +242,7 @@ def _read_or_none(device: Device, extent: Extent) -> bytes | None:
     try:
         return device.read(*extent)
     except DeviceError:
-        return None  # a bad sector, or a source that shrinks: whoever asks for these bytes gets the error
+        return None  # a bad sector, or a source that shrinks; a later read of these bytes reports it
 
 
 def _kernel_name(number: int) -> str | None:
