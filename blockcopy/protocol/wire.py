@@ -87,8 +87,8 @@ MAX_ASKED = 16 * 1024 * 1024
 MIN_ASKED_BLOCK = 4096
 """Minimum block size of `asks`, in bytes."""
 
-_MAX_REASON = 4096
-"""Bytes of a `fail`'s reason that the receiver keeps."""
+_MAX_TEXT_KEPT = 4096
+"""Bytes of a reason or name that the receiver keeps."""
 
 
 class Hash(NamedTuple):
@@ -224,6 +224,10 @@ def _check_nothing(*_: object) -> None:
     pass
 
 
+def _dump_facts(facts: dict[str, Any]) -> bytes:
+    return json.dumps(facts).encode()
+
+
 def _load_facts(payload: Buffer) -> dict[str, Any]:
     try:
         return parse_object(bytes(payload))
@@ -233,6 +237,10 @@ def _load_facts(payload: Buffer) -> dict[str, Any]:
 
 def _dump_text(text: str) -> bytes:
     return text.encode(errors="replace")[:MAX_TEXT_SIZE]
+
+
+def _load_text(payload: Buffer) -> str:
+    return bytes(payload[:_MAX_TEXT_KEPT]).decode(errors="replace")
 
 
 def _unchanged(payload: Buffer) -> Buffer:
@@ -268,36 +276,14 @@ _LAYOUTS: dict[Kind, Layout] = {
         Layout(Rest, b"rest", _NUMBER, _check_range),
         Layout(Asks, b"asks", struct.Struct(">QIII"), _check_asks, MAX_ASKED // MIN_ASKED_BLOCK * DIGEST_SIZE),
         Layout(Zero, b"zero", _RANGE, _check_range),
-        Layout(
-            DigestName,
-            b"dgst",
-            _SIZE,
-            max_payload=MAX_TEXT_SIZE,
-            dump=_dump_text,
-            load=lambda payload: bytes(payload).decode(errors="replace"),
-        ),
+        Layout(DigestName, b"dgst", _SIZE, _check_nothing, MAX_TEXT_SIZE, _dump_text, _load_text),
         Layout(Data, b"data", _FRAME, _check_range, MAX_BLOCK_SIZE),
         Layout(XzData, b"dlzm", _FRAME, _check_range, MAX_BLOCK_SIZE),
         Layout(ZstdData, b"dzst", _FRAME, _check_range, MAX_BLOCK_SIZE),
         Layout(Hole, b"hole", _RANGE, _check_range),
-        Layout(
-            Hello,
-            b"helo",
-            _SIZE,
-            max_payload=MAX_TEXT_SIZE,
-            dump=lambda facts: json.dumps(facts).encode(),
-            load=_load_facts,
-        ),
+        Layout(Hello, b"helo", _SIZE, _check_nothing, MAX_TEXT_SIZE, _dump_facts, _load_facts),
         Layout(Fence, b"fenc", _NUMBER),
-        Layout(
-            Failure,
-            b"fail",
-            _FRAME,
-            _check_range,
-            MAX_TEXT_SIZE,
-            dump=_dump_text,
-            load=lambda payload: bytes(payload[:_MAX_REASON]).decode(errors="replace"),
-        ),
+        Layout(Failure, b"fail", _FRAME, _check_range, MAX_TEXT_SIZE, _dump_text, _load_text),
         Layout(Done, b"done", struct.Struct("")),
     )
 }
