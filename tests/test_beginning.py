@@ -95,7 +95,7 @@ def test_a_user_is_told_what_is_waited_for(
     command = stage_command(parse_location("host:/x"), rsh(LOGINS["waits"]))
 
     async def pull() -> None:
-        connector = Connector(command, guess=0, timeout=0.5, prompts=True)
+        connector = Connector(command, size_guess=0, timeout=0.5, prompts=True)
         async with trio.open_nursery() as nursery:
             with pytest.raises(SourceError, match="after 1 seconds"):
                 await connector.open(nursery)

@@ -30,8 +30,8 @@ from blockcopy.protocol.handshake import Handshake, read_client
 from blockcopy.replica.monitor import prometheus
 from blockcopy.replica.monitor.sd_notify import Notifier
 from blockcopy.replica.plan import Plan
+from blockcopy.replica.source.batches import HoleQuery
 from blockcopy.replica.source.client import Client
-from blockcopy.replica.source.dialects import HoleQuery
 from blockcopy.replica.sync import sync
 from blockcopy.transport.command import stage_command
 from blockcopy.transport.location import Location
@@ -367,5 +367,5 @@ def test_a_size_that_no_map_can_have_is_refused(tmp_path: Path) -> None:
 
 def test_holes_of_one_answer_are_bounded() -> None:
     survey = HoleQuery(Extent(0, 64 << 30), 1, lambda: None)
-    assert all(survey.hole(Extent(2 * number, 1)) for number in range(1 << 17))
+    assert all(survey.take_hole(Extent(2 * number, 1)) for number in range(1 << 17))
     assert len(survey.holes) == 1 << 16

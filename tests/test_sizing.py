@@ -72,7 +72,7 @@ def find(path: object, guesses: list[int], program: str | None) -> list[int]:
                     for guess in guesses:
                         search = SizeSearch(retriever, connect)
                         found.append(await search.find(guess))
-                        retriever = search.retriever
+                        retriever = search.client
                         assert retriever.failure is None
             finally:
                 with trio.CancelScope(shield=True):

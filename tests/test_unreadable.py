@@ -59,9 +59,11 @@ def disk_of(tmp_path: Path, *bad: int) -> Iterator[Path]:
     command = [PYTHON, str(STANDINS / "faulty_disk"), *offsets, str(backing), str(point)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        yield point / "disk"
-        process.terminate()
+        try:
+            assert process.stdout.readline() == b"ready\n"
+            yield point / "disk"
+        finally:
+            process.terminate()
 
 
 @pytest.fixture
@@ -133,6 +135,30 @@ def test_the_original_may_end_at_the_sample(
     with disk_of(tmp_path, position) as disk:
         trio.run(main, disk)
     assert len(DATA) - destination.read_bytes().count(b"\0") > (BLOCKS - 2) * BLOCK_SIZE * 0.99
+
+
+@pytest.mark.parametrize("block", [0, BLOCKS - 1], ids=["first", "last"])
+@pytest.mark.parametrize("is_size_known", [True, False])
+def test_the_original_may_end_at_the_search_for_the_size(
+    block: int, is_size_known: bool, destination: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backoff, "FIRST_SECONDS", 0.01)
+    if not is_size_known:
+        destination.unlink()
+
+    async def main(source: Path) -> None:
+        plan = Plan(stage_command(Location(None, str(source)), program=QUEUEING), str(destination), demand=False)
+        with trio.fail_after(50):
+            async with open_replica(plan) as replica:
+                with pytest.raises(SourceReadError, match="ended with exit status 1"):
+                    await replica.wait_complete()
+                assert replica.snapshot()["unreadable_ranges"] == [[block * BLOCK_SIZE, BLOCK_SIZE]]
+
+    with disk_of(tmp_path, block and len(DATA) - 1) as disk:
+        trio.run(main, disk)
+    copy = bytearray(DATA)
+    copy[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE] = bytes(BLOCK_SIZE)
+    assert destination.read_bytes() == copy
 
 
 @pytest.mark.parametrize("empty", [True, False])

@@ -69,7 +69,7 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
                 guess = record.binding.source["size"] if record else existing.size() if existing else 0
                 connector = Connector(
                     plan.command,
-                    guess=guess,
+                    size_guess=guess,
                     timeout=plan.timeout,
                     prompts=plan.prompts,
                     compression=plan.compression,

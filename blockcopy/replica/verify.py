@@ -75,7 +75,7 @@ async def verify(
         before = await trio.to_thread.run_sync(source_identity, device)
         async with trio.open_nursery() as nursery:
             local_size = device.size()
-            connector = Connector(command, guess=local_size, timeout=timeout, prompts=prompts)
+            connector = Connector(command, size_guess=local_size, timeout=timeout, prompts=prompts)
             link = Link(connector, nursery, give_up_after=give_up_after)
             await link.open()
             nursery.start_soon(link.run)

@@ -33,7 +33,7 @@ from blockcopy.replica.hydration.lanes import Fetch, Lane
 from blockcopy.replica.hydration.signatures import read_signatures
 from blockcopy.replica.hydration.source_faults import SourceFaults
 from blockcopy.replica.hydration.writer import Writer
-from blockcopy.replica.source.dialects import Answer
+from blockcopy.replica.source.batches import Delta
 from blockcopy.replica.state.blockmap import BlockMap
 
 logger = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ class Hydrator:
         self._mark(blocks, answer)
         self._cancel_redundant(blocks, lane)
 
-    def _mark(self, blocks: Sequence[int], answer: Answer) -> None:
+    def _mark(self, blocks: Sequence[int], answer: Delta) -> None:
         for extent in answer.data:
             self._blockmap.mark(self._geometry.span(*extent), "fetched")
         for extent in answer.zeros:

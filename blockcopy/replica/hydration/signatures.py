@@ -13,7 +13,7 @@ from blockcopy.block.pieces import PIECE_SIZE, PieceScanner
 from blockcopy.block.unreadable import UnreadableRanges
 from blockcopy.protocol.digests import Digest
 from blockcopy.protocol.wire import MAX_ASKED
-from blockcopy.replica.source.dialects import Signatures
+from blockcopy.replica.source.batches import Signatures
 from blockcopy.stage.signature import digest_piece
 
 

@@ -1,4 +1,4 @@
-"""The source: connections to retrieve processes, their dialects, and how a lost one is made again.
+"""The source: connections to `retrieve` processes, their dialects, and reconnection.
 
 Never touches the destination. The later rooms of the replica may import it.
 """

@@ -1,11 +1,10 @@
-"""The client of one `retrieve` process. What is said with it is `dialects`' to know.
+"""The client of one `retrieve` process: it starts the process, sends requests, and receives the answers.
 
     ask ─ stream ─► _write ─► (pipe) … (pipe) ─► _receive, a thread ─► the batch's sink ─► settled
 
-Tasks: `run` owns the process, `_write` writes, `_read_messages` collects what it says to standard error.
-One thread receives: it decodes, checks, and gives each answer to its sink, so that a block of data is
-not handed from one to another on its way to the destination. `ask` may be called by any task. Whatever
-ends the process ends every wait.
+Any task may call `ask`. The task `run` owns the process, `_write` writes, `_read_stderr` keeps its error messages.
+One thread receives. It decodes and checks each answer, and gives the answer to its sink. So no block is handed from
+one thread to another on its way to the destination. The end of the process, whatever its cause, ends every wait.
 """
 
 from __future__ import annotations
@@ -34,17 +33,9 @@ from blockcopy.protocol.compression import NO_COMPRESSION, CompressionSpec
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.digests import Digest
 from blockcopy.protocol.handshake import Handshake
-from blockcopy.replica.source.dialects import (
-    Answer,
-    Batch,
-    ByteProbe,
-    HoleQuery,
-    NegotiatedDialect,
-    OriginalDialect,
-    Signatures,
-    Sink,
-)
-from blockcopy.replica.source.process import Process, start
+from blockcopy.replica.source.batches import Batch, ByteProbe, Delta, HoleQuery, Signatures, Sink
+from blockcopy.replica.source.dialects import NegotiatedDialect, OriginalDialect
+from blockcopy.replica.source.process import Process, start_process
 from blockcopy.replica.source.progress_timeout import ProgressTimeout
 from blockcopy.stage.streams import InputStream, enlarge_pipe
 from blockcopy.transport import start_timeout
@@ -54,19 +45,23 @@ from blockcopy.untrusted_text import LineBudget, StderrLines
 
 logger = logging.getLogger(__name__)
 
-Kind = TypeVar("Kind", bound=Batch)
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
-_MOST_WORDS = 64 * 1024
-"""Bytes of its words that are read at once."""
-_NOT_ITS_OWN = 126
-"""Exit statuses from here on are of shells, of signals, and of ssh (255)."""
+_STDERR_BYTES = 64 * 1024
+"""Bytes of standard error that are read at once."""
 
-_FAREWELL_SECONDS = 2
-"""How long a process that closed its output, or was told to end, is waited for before it is killed."""
+_FIRST_FOREIGN_STATUS = 126
+"""Exit statuses from 126 on are those of shells, of signals, and of ssh (255), not of a stage."""
+
+_END_SECONDS = 2
+"""Seconds from a request to end, or from the end of the output, until a process is killed."""
 
 
 class Client:
-    """One `retrieve` process. Start `run` in a nursery, `greet` it where it may be ours, then `ask`."""
+    """The client of one `retrieve` process.
+
+    Start `run` in a nursery. In the negotiated dialect, call `greet` before `ask`. Call from trio's thread only.
+    """
 
     def __init__(
         self,
@@ -79,19 +74,21 @@ class Client:
         started: Process | None = None,
         budget: LineBudget | None = None,
     ) -> None:
-        """Kill the process if it makes no progress for `timeout` seconds while it is asked something.
+        """Prepare a client of the process that `command` starts.
 
-        `digest`: the only one that will do; any if None. `compression`: what the source is asked for.
-        `started`: the process, where it was started already. `budget`: of what it says, for the log.
+        `original`: use the dialect of the original program. `timeout`: seconds after which a process is killed if
+        it owes an answer and makes no progress. `digest`: the only one to offer, or None for all. `compression`:
+        what to ask the source for. `started`: the process, if it was started before. `budget`: how many lines of
+        its standard error may be logged.
         """
         self._command = command
         self._started = started
         self._dialect = (OriginalDialect if original else NegotiatedDialect)(str(command.location))
         self.digest = digests.named(digests.ORIGINAL) if original else digest
-        """What questions are digested with; None until it was greeted."""
-        # Unbounded, yet bounded by those who ask: each waits for its answer before it asks again.
+        """The digest of all signatures. None until the greeting is answered."""
+        # Unbounded, but bounded by the tasks that ask: each waits for its answer before it asks again.
         self._send, self._outgoing = trio.open_memory_channel[bytes](math.inf)
-        self._said = StderrLines(self._log, budget or LineBudget())
+        self._stderr = StderrLines(self._log, budget or LineBudget())
         self._process: Process | None = None
         self._token = trio.lowlevel.current_trio_token()
         self._greeted = trio.Event()
@@ -100,44 +97,43 @@ class Client:
         self._begun = not command.mark
         self._stream: InputStream | None = None
         self.ended = trio.Event()
+        """Set when the process has ended, and `failure` tells why."""
         self._closing = False
         self._stalled = False
         self.unanswered: Sequence[Signatures] | None = None
-        """The questions that were next when the process ended by itself, as a program does at a read error."""
-        self._fault: Exception | None = None
-        """Raised by a part of this connection, and foreseen by none."""
+        """The signatures that were next when the process ended by itself, as a program does at a read error."""
+        self._fault: Exception | None = None  # unforeseen, of a part of this client
         self.failure: SourceError | None = None
-        """Why nothing can be asked any more; None while it can."""
-        self.quiet = True
-        """What it says is logged for developers only: as long as somebody else tells it."""
+        """Why the process can answer no more. None while it can."""
+        self._quiet = True  # log its standard error for developers only, until `accept`
         self.sent_bytes = 0
         self.received_bytes = 0
         self._handshake = Handshake(compression, digest=self.digest.name if self.digest else None)
         if original:
-            self._greeted.set()  # the original has no greeting
-        else:  # before anything else, and without waiting for whoever asks
+            self._greeted.set()  # the original program knows no greeting
+        else:  # at once, before any task asks
             self._transmit(command.opening + self._handshake.greeting)
 
     @property
     def answered_at(self) -> float | None:
-        """Return when it last gave a whole answer since it was accepted, in trio's time. None before."""
+        """The time of the last whole answer since `accept`, by trio's clock. None if there was none."""
         return self._silence.answered_at
 
     def accept(self) -> None:
-        """Begin to serve: what it says from now on is told by nobody else, and nobody was helped so far."""
-        self.quiet = False
+        """Begin to serve requests: log standard error from now on, and forget earlier answers."""
+        self._quiet = False
         self._silence.answered_at = None
 
     async def greet(self) -> Identity:
-        """Wait for the greeting of the agreed form to be returned; what the source says of itself.
+        """Wait for the answer to the greeting. Returns the identity of the source, and sets `digest`.
 
-        OriginalProgramError where the process knows no `helo`; SourceError where it dies of anything
-        else or says what cannot be agreed to.
+        Raises OriginalProgramError if the process does not know the greeting. Raises SourceError if it ends for
+        another reason, or if its answer is not acceptable.
         """
         await self._greeted.wait()
         if self._hello is None:
-            failure = self.failure or SourceError(self._let_go())
-            if any("helo" in line for line in self._said.last):
+            failure = self.failure or self._closed_error()
+            if any("helo" in line for line in self._stderr.last):
                 raise OriginalProgramError(str(failure))
             raise copy(failure)
         try:
@@ -148,43 +144,48 @@ class Client:
         return identity
 
     async def greet_again(self) -> Identity:
-        """What the source says of itself by now; in the agreed form. SourceError."""
+        """Send the greeting once more, and do as `greet`: returns the identity that the source has now."""
         self._check_open()
         self._hello, self._greeted = None, trio.Event()
         self._transmit(self._handshake.greeting)
         return await self.greet()
 
-    async def ask(self, questions: Sequence[Signatures], sink: Sink) -> Answer:
-        """Have the source's bytes, where they differ, given to `sink`; and tell where that was.
+    async def ask(self, signatures: Sequence[Signatures], sink: Sink) -> Delta:
+        """Give the source's bytes to `sink` where they differ from `signatures`. Returns their extents.
 
-        `questions` in ascending positions, digested with `digest`. SourceError where the process is gone
-        or went away, sent what was not asked for, or, in the original form, no longer has all that was asked;
-        and what the sink raised. Then some of it may have been given.
+        `signatures`: in ascending positions, made with `digest`. Raises SourceError if the process ends, or sends
+        an unexpected reply. In the original dialect, also if the source has become too short. Raises what `sink`
+        raises. After an error, `sink` may have had some of the bytes.
         """
-        return (await self._exchange(partial(Batch, questions, sink))).answer
+        return (await self._exchange(partial(Batch, signatures, sink))).delta
 
-    async def holes(self, extent: Extent, least: int) -> list[Extent]:
-        """The source's holes of `least` bytes and more in `extent`; in the original form, none. SourceError."""
+    async def holes(self, extent: Extent, min_length: int) -> list[Extent]:
+        """Return the holes of the source in `extent` that have `min_length` bytes or more.
+
+        Returns none in the original dialect. Raises SourceError as `ask` does.
+        """
         if isinstance(self._dialect, OriginalDialect):
             return []
-        return (await self._exchange(partial(HoleQuery, extent, least))).holes
+        return (await self._exchange(partial(HoleQuery, extent, min_length))).holes
 
     async def reaches(self, positions: Sequence[int]) -> list[bool]:
-        """For each of the ascending positions: does the source have a byte there? In the original form.
+        """Return, for each of `positions`, whether the source has a byte at it. Only for the original dialect.
 
-        Past the end of a block device the original dies of it (SourceError).
+        `positions`: ascending. Raises SourceError if the process ends, as the original program does past the end of
+        a block device.
         """
-        answer = (await self._exchange(partial(ByteProbe, positions))).answer
-        found = {extent.offset for extent in answer.data}
+        delta = (await self._exchange(partial(ByteProbe, positions))).delta
+        found = {extent.offset for extent in delta.data}
         return [position in found for position in positions]
 
-    async def _exchange(self, make: Callable[[Callable[[], None]], Kind]) -> Kind:
+    async def _exchange(self, make: Callable[[Callable[[], None]], AnyBatch]) -> AnyBatch:
+        """Send the batch that `make` returns, and return it when it is settled."""
         self._check_open()
         if not self._dialect.pending:
             self._silence.begin()
         settled = trio.Event()
         batch = make(partial(self._token.run_sync_soon, settled.set))
-        self._transmit(self._dialect.ask(batch))
+        self._transmit(self._dialect.request(batch))
         await settled.wait()
         if batch.error is not None:
             raise copy(batch.error)
@@ -195,13 +196,14 @@ class Client:
         self._send.send_nowait(stream)
 
     def _check_open(self) -> None:
-        if self.failure is not None:
-            raise copy(self.failure)
-        if self._closing:
-            raise SourceError(self._let_go())
+        if self.failure is not None or self._closing:
+            raise copy(self.failure or self._closed_error())
+
+    def _closed_error(self) -> SourceError:
+        return SourceError(f"the connection to {self._command.location} is closed")
 
     async def close(self) -> None:
-        """Let the source go: `done` where nothing is being asked, else at once. Returns when it is gone."""
+        """End the process: with `done` if it is idle, else at once. Returns when it has ended."""
         if self._process is None or self.ended.is_set():
             self._closing = True
             return
@@ -214,51 +216,53 @@ class Client:
         else:
             self._send.send_nowait(wire.encode(wire.Done()))
             self._send.close()
-        with trio.move_on_after(_FAREWELL_SECONDS):
+        with trio.move_on_after(_END_SECONDS):
             await self.ended.wait()
-        if not self.ended.is_set():
-            self._process.kill()
-            await self.ended.wait()
+            return
+        self._process.kill()
+        await self.ended.wait()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Start the process, reports `started`, and see it to its end; returns, does not raise, then.
+        """Start the process, report `started`, and return when the process has ended; `failure` then tells why.
 
-        SourceError where it cannot be started at all.
+        Raises SourceError if the process cannot be started.
         """
-        process = self._process = self._started or await start(self._command)
-        failure = SourceError(self._let_go())
+        process = self._process = self._started or await start_process(self._command)
+        failure = self._closed_error()
         task_status.started()
         try:
             failure = await self._converse(process) or failure
         except Exception as error:  # noqa: BLE001  (logged with its traceback, and told to whoever asks)
             self._note_fault(error)
-            failure = self._why(process, None) or failure
+            failure = self._end_error(process, None) or failure
         finally:
             await process.aclose()
             self._fail(failure)
             self.ended.set()
 
     async def _converse(self, process: Process) -> SourceError | None:
-        """See the process to its end. Returns why it ended, or None if it was told to."""
+        """Run all parts until the process ends. Returns why it ended, or None if `close` ended it."""
         with InputStream(process.stdout) as stream:
             async with trio.open_nursery() as nursery:
-                messages_read = trio.Event()
+                stderr_ended = trio.Event()
                 for part in (
                     self._write(process),
                     self._watch(process),
-                    self._read_messages(process, messages_read),
-                    self._end_with(process, stream),
+                    self._read_stderr(process, stderr_ended),
+                    self._wake_after_exit(process, stream),
                 ):
-                    nursery.start_soon(self._part, process, part)
-                garbled = await self._read(process, stream)
-                with trio.move_on_after(_FAREWELL_SECONDS):
+                    nursery.start_soon(self._run_part, process, part)
+                violation = await trio.to_thread.run_sync(self._receive, stream, limiter=trio.CapacityLimiter(1))
+                if violation is not None or self._fault is not None:
+                    process.kill()
+                with trio.move_on_after(_END_SECONDS):
                     await process.wait()
-                    await messages_read.wait()
+                    await stderr_ended.wait()
                 nursery.cancel_scope.cancel()
-        return self._why(process, garbled)
+        return self._end_error(process, violation)
 
-    async def _part(self, process: Process, part: Awaitable[None]) -> None:
-        """Run a part of the connection. Whatever it raises ends this connection, and nothing else."""
+    async def _run_part(self, process: Process, part: Awaitable[None]) -> None:
+        """Run `part`. Whatever exception it raises ends this connection only."""
         try:
             await part
         except Exception as error:  # noqa: BLE001  (logged with its traceback, and told to whoever asks)
@@ -266,28 +270,28 @@ class Client:
             process.kill()
 
     def _note_fault(self, error: Exception) -> None:
-        """Log what nobody foresaw, with its traceback. Thread-safe."""
-        logger.error("the connection to %s met a fault of blockcopy's", self._command.location, exc_info=error)
+        """Log an unforeseen exception with its traceback. Thread-safe."""
+        logger.error("internal error in the connection to %s", self._command.location, exc_info=error)
         self._fault = error
 
-    def _why(self, process: Process, garbled: BlockcopyError | None) -> SourceError | None:
-        """Why it ended, unless it was told to."""
+    def _end_error(self, process: Process, violation: BlockcopyError | None) -> SourceError | None:
+        """Return why the connection ended, or None if `close` ended it. `violation`: what the source sent wrong."""
+        location, status = self._command.location, process.returncode
         if self._fault is not None:
-            return ProtocolViolationError(f"{self._command.location}: internal error: {self._fault!r}")
-        status = process.returncode
-        if self._dialect.pending and (self._stalled or 0 < (status or 0) < _NOT_ITS_OWN):
-            self.unanswered = self._dialect.pending[0].questions
+            return ProtocolViolationError(f"{location}: internal error: {self._fault!r}")
+        if self._dialect.pending and (self._stalled or 0 < (status or 0) < _FIRST_FOREIGN_STATUS):
+            self.unanswered = self._dialect.pending[0].signatures
         if self._stalled:
-            return SourceError(f"{self._command.location} gave no answer for {self._silence.timeout:g} seconds")
-        if garbled is not None:
-            words = f"{self._command.location} sent what was not asked for: {garbled}"
-            return ProtocolViolationError(words + self._last_words())
-        if not self._closing:
-            return SourceError(explain_end(self._command, status, self._said.last, begun=self._begun))
-        return None
+            return SourceError(f"no answer from {location} for {self._silence.timeout:g} seconds")
+        if violation is not None:
+            said = "; it said: " + " | ".join(self._stderr.last) if self._stderr.last else ""
+            return ProtocolViolationError(f"unexpected reply from {location}: {violation}{said}")
+        if self._closing:
+            return None
+        return SourceError(explain_end(self._command, status, self._stderr.last, begun=self._begun))
 
     def _fail(self, error: SourceError) -> None:
-        """Nothing can be asked any more: every wait ends with `error`."""
+        """End every wait with `error`."""
         self.failure = error
         while self._dialect.pending:
             self._dialect.pending.popleft().fail(error)
@@ -302,38 +306,20 @@ class Client:
                     await process.stdin.send_all(stream)
                     self.sent_bytes += len(stream)
         except trio.BrokenResourceError:
-            return  # it went away: reading tells why
-
-    async def _read(self, process: Process, stream: InputStream) -> BlockcopyError | None:
-        """Settle batches until the output ends, in a thread; what was not asked for, if that ended it."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._wake_when_cancelled, stream)
-            garbled = await trio.to_thread.run_sync(self._receive, stream, limiter=trio.CapacityLimiter(1))
-            nursery.cancel_scope.cancel()
-        if garbled is not None or self._fault is not None:
-            process.kill()
-        return garbled
-
-    @staticmethod
-    async def _wake_when_cancelled(stream: InputStream) -> None:
-        """A thread cannot be cancelled: have it see the end of the stream."""
-        try:
-            await trio.sleep_forever()
-        finally:
-            stream.wake()
+            return  # the process has ended, and the reader finds out why
 
     def _receive(self, stream: InputStream) -> BlockcopyError | None:
-        """In the thread. Returns what was not asked for, or could not be taken, if that ended it."""
+        """Settle batches until the output ends, in a thread. Returns the unexpected reply that ended it, if any."""
         decoder = Decoder(self._dialect.grammar)
         try:
-            if not self._begun and not self._begins(stream):
+            if not self._begun and not self._skip_login_output(stream):
                 return None
             for message in decoder.messages(partial(self._read_into, stream)):
                 if message is not None:
                     with self._silence.interrupted():
-                        self._take(message)
+                        self._handle(message)
         except TruncatedStreamError:
-            return None  # `_why` tells how the process ended
+            return None  # `_end_error` tells how the process ended
         except BlockcopyError as error:
             return error
         except Exception as error:  # noqa: BLE001  (logged with its traceback, and told to whoever asks)
@@ -341,65 +327,64 @@ class Client:
         return None
 
     def _read_into(self, stream: InputStream, buffer: memoryview) -> int:
-        """Read as `InputStream.read_into`, and count the bytes."""
+        """Read from `stream` into `buffer`, and count the bytes. Returns their number, 0 at the end."""
         count = stream.read_into(buffer)
         self.received_bytes += count
         self._silence.receive(count)
         return count
 
-    def _begins(self, stream: InputStream) -> bool:
-        """Pass over what a login prints. Where nothing else comes, that may tell why."""
+    def _skip_login_output(self, stream: InputStream) -> bool:
+        """Skip what a login prints. Returns False if nothing follows it: then it may tell why."""
         self._stream = stream
         self._begun = stream.skip_past(self._command.mark, MAX_NOISE)
         if not self._begun:
-            self._token.run_sync_soon(self._said.feed, stream.noise + b"\n")
+            self._token.run_sync_soon(self._stderr.feed, stream.noise + b"\n")
         return self._begun
 
     def said(self) -> list[str]:
-        """Return the last lines on standard error, and before the stage begins those that a login printed."""
+        """Return the last lines of standard error, and before the stage begins also those that a login printed."""
         noise = self._stream.noise if self._stream and not self._begun else b""
-        return [*start_timeout.last_lines(noise), *self._said.last]
+        return [*start_timeout.last_lines(noise), *self._stderr.last]
 
-    def _take(self, message: wire.Message) -> None:
+    def _handle(self, message: wire.Message) -> None:
         if isinstance(message, wire.Hello) and self._hello is None:
             self._hello = message
             self._token.run_sync_soon(self._greeted.set)
             return
-        before = self._dialect.answers
-        self._dialect.take(message)
-        if self._dialect.answers > before:
+        before = self._dialect.answer_count
+        self._dialect.receive(message)
+        if self._dialect.answer_count > before:
             self._silence.answer()
 
-    async def _end_with(self, process: Process, stream: InputStream) -> None:
-        """What it started may hold its output open, behind a script or a sudo: that is not waited for."""
-        await process.wait()
-        await trio.sleep(_FAREWELL_SECONDS)
-        stream.wake()
+    async def _wake_after_exit(self, process: Process, stream: InputStream) -> None:
+        """End `stream` soon after the process has exited, because a child of it may keep its output open.
+
+        Also on cancellation, because the thread that reads `stream` cannot be cancelled.
+        """
+        try:
+            await process.wait()
+            await trio.sleep(_END_SECONDS)
+        finally:
+            stream.wake()
 
     async def _watch(self, process: Process) -> None:
-        """Kill it if it owes an answer and makes no progress: whoever waits learns that, and asks another."""
+        """Kill the process if it owes an answer and makes no progress, so that its callers can ask another."""
+        silence = self._silence
         while not self._stalled:
-            silence = self._silence
             await trio.sleep_until(silence.ends_at if self._owes() else trio.current_time() + silence.timeout)
             self._stalled = self._owes() and trio.current_time() >= silence.ends_at
         process.kill()
 
     def _owes(self) -> bool:
+        """Return whether the process has to answer, and not this end to take an answer."""
         return bool(self._dialect.pending) and not self._silence.taking
 
-    async def _read_messages(self, process: Process, finished: trio.Event) -> None:
-        """What the process says to standard error is logged with the source's name, and kept."""
-        while data := await process.stderr.receive_some(_MOST_WORDS):
-            self._said.feed(data)
-        self._said.finish()
-        finished.set()
+    async def _read_stderr(self, process: Process, ended: trio.Event) -> None:
+        """Log the standard error of the process with the source's name, and keep its last lines."""
+        while data := await process.stderr.receive_some(_STDERR_BYTES):
+            self._stderr.feed(data)
+        self._stderr.finish()
+        ended.set()
 
-    def _log(self, text: str) -> None:
-        level = logging.DEBUG if self.quiet else logging.WARNING
-        logger.log(level, "%s: %s", self._command.location, text)
-
-    def _last_words(self) -> str:
-        return "; it said: " + " | ".join(self._said.last) if self._said.last else ""
-
-    def _let_go(self) -> str:
-        return f"{self._command.location} has been let go"
+    def _log(self, line: str) -> None:
+        logger.log(logging.DEBUG if self._quiet else logging.WARNING, "%s: %s", self._command.location, line)

@@ -1,7 +1,8 @@
-"""Opens connections to one source. All of them have the same form, and see the same source.
+"""The connector of one source: it opens connections, of one dialect, and checks that all see the same source.
 
-Ours says who it is when greeted. The original ends at the first command that it does not know; it is
-started again then, asked in its own form, and what there is to know of it is found by asking.
+Our own program answers a greeting with the identity of its source. The original program exits at the first command
+that it does not know. The connector then starts it again, and uses the dialect of the original. It finds the
+identity of the source by asking for a sample of its bytes.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from blockcopy.block.identity import Identity, differences, sample_extents, samp
 from blockcopy.errors import OriginalProgramError, SourceChangedError, SourceError
 from blockcopy.protocol.compression import NO_COMPRESSION, CompressionSpec
 from blockcopy.protocol.digests import Digest
+from blockcopy.replica.source.batches import unconditional
 from blockcopy.replica.source.client import Client
-from blockcopy.replica.source.dialects import unconditional
 from blockcopy.replica.source.process import Process
 from blockcopy.replica.source.size_search import SizeSearch
 from blockcopy.transport import start_timeout
@@ -32,64 +33,66 @@ logger = logging.getLogger(__name__)
 
 
 class Connector:
-    """See the module. `identity` is the source's, once it was reached or is known from elsewhere."""
+    """The connector of one source, for all links. Call from trio's thread only."""
 
     def __init__(
         self,
         command: Command,
         *,
-        guess: int,
+        size_guess: int,
         timeout: float = math.inf,
         prompts: bool = False,
         compression: CompressionSpec = NO_COMPRESSION,
         started: list[Popen[bytes]] | None = None,
     ) -> None:
-        """`guess` is the size in bytes that a search tries first; `compression` what the source is asked for.
-        `started`: a process that was started already, taken out of the list when it is put to use.
+        """Prepare connections of the processes that `command` starts.
 
-        `timeout`: seconds without a sign of life after which a connection that was asked something is
-        given up. The first one may take longer to begin where a password may be asked for, `prompts`.
+        `size_guess`: bytes, tried first if the size must be searched for. `timeout`: seconds without progress after
+        which a connection that owes an answer is closed. `prompts`: a login may ask for a password, so the first
+        connection may take longer. `compression`: what to ask the source for. `started`: a process that runs
+        already. It is removed from the list at its first use.
         """
         self.command = command
         self.identity: Identity | None = None
+        """The identity of the source. None until it is known from a connection or from a record."""
         self.digest: Digest | None = None
-        """What questions are digested with, on all connections, once the source was reached."""
+        """The digest of all signatures, on all connections. None until the source was reached."""
         self.changed: SourceChangedError | None = None
-        """It was found to be another: from then on nothing of it is believed."""
-        self._bad_pieces: set[int] = set()  # positions of the sample at which the original ended
+        """Set once the source is found to be another. From then on no answer of it is accepted."""
+        self._unreadable_pieces: set[int] = set()  # positions in the sample at which the original exited
         self.links_changed = trio.Event()
-        """Set, and replaced, when a link has a connection, or will never have one again."""
+        """Set, and replaced by a new event, if a link connects or will never connect again."""
         self.fatal_blocks = 0
-        """Blocks that no connection outlived."""
-        self._guess = guess
+        """The number of blocks at which every connection ended."""
+        self._size_guess = size_guess
         self._timeout = timeout
         self._prompts = prompts
         self._compression = compression
         self._started = started if started is not None else []
-        self._budget = LineBudget()  # for the log, of what all connections say
+        self._budget = LineBudget()  # for standard error of all connections in the log
         self._original = False
-        self._finding_out = trio.Lock()
+        self._opening_original = trio.Lock()
 
     async def open(self, nursery: trio.Nursery) -> Client:
-        """A connection, whose tasks run in `nursery`. SourceError where it cannot be had.
+        """Open a connection, whose tasks run in `nursery`. Returns its client, which can be asked.
 
-        SourceChangedError where the source is not the one that it was.
+        Raises SourceError if that fails, and SourceChangedError if the source is another than before.
         """
         while not self._original:
-            retriever = await self._start(nursery, original=False)
-            async with _closed_on_failure(retriever):
+            client = await self._start(nursery, original=False)
+            async with _closed_on_failure(client):
                 try:
-                    self._compare(await self._first_greeting(retriever))
-                    if self.digest in (None, retriever.digest):
-                        return self._accepted(retriever)
+                    self._compare(await self._first_greeting(client))
+                    if self.digest in (None, client.digest):
+                        return self._accept(client)
                 except OriginalProgramError:
                     self._original = True
-            await retriever.close()  # also one that, asked at the same time as another, chose another digest
-        async with self._finding_out:  # its size, once
+            await client.close()  # also one that chose another digest than a connection opened at the same time
+        async with self._opening_original:  # one search for the size
             return await self._open_original(nursery)
 
     async def _start(self, nursery: trio.Nursery, *, original: bool) -> Client:
-        retriever = Client(
+        client = Client(
             self.command,
             original=original,
             timeout=self._timeout,
@@ -98,70 +101,76 @@ class Connector:
             started=Process(self._started.pop()) if self._started else None,
             budget=self._budget,
         )
-        await nursery.start(retriever.run)
-        return retriever
+        await nursery.start(client.run)
+        return client
 
-    async def check(self, retriever: Client) -> None:
-        """Over an open connection: is the source still what it was? SourceChangedError, SourceError."""
+    async def check(self, client: Client) -> None:
+        """Check over an open connection that the source is what it was.
+
+        Raises SourceChangedError if it is another, and SourceError if it does not answer.
+        """
         if self._original and self.identity is not None:
-            await self._sample(retriever, self.identity["size"])
-        else:
-            self._compare(await self._greeting_again(retriever))
-
-    async def _greeting_again(self, retriever: Client) -> Identity:
+            await self._sample(client, self.identity["size"])
+            return
         with trio.move_on_after(self._timeout):
-            return await retriever.greet_again()
-        raise SourceError(f"{self.command.location} gave no answer for {self._timeout:g} seconds")
+            self._compare(await client.greet_again())
+            return
+        raise SourceError(f"no answer from {self.command.location} for {self._timeout:g} seconds")
 
-    async def _first_greeting(self, retriever: Client) -> Identity:
-        """Wait for the source to begin. SourceError if it takes too long; where it takes long, that is told."""
+    async def _first_greeting(self, client: Client) -> Identity:
+        """Wait for the source to start. Logs a warning if that takes long.
+
+        Raises SourceError if it takes too long.
+        """
         seconds = start_timeout.max_start_seconds(self._timeout, prompts=self._prompts and self.identity is None)
         with trio.move_on_after(min(seconds, start_timeout.WARN_SECONDS)):
-            return await retriever.greet()
+            return await client.greet()
         if seconds > start_timeout.WARN_SECONDS:
-            if self.identity is None:  # else somebody tells that it is away
-                logger.warning("%s", start_timeout.still_waiting(self.command, retriever.said()))
+            if self.identity is None:  # else the link logs that the source is away
+                logger.warning("%s", start_timeout.still_waiting(self.command, client.said()))
             with trio.move_on_after(seconds - start_timeout.WARN_SECONDS):
-                return await retriever.greet()
-        raise SourceError(start_timeout.not_started(self.command, seconds, retriever.said()))
+                return await client.greet()
+        raise SourceError(start_timeout.not_started(self.command, seconds, client.said()))
 
     async def _open_original(self, nursery: trio.Nursery) -> Client:
         start = partial(self._start, nursery, original=True)
         search = SizeSearch(await start(), start)
         async with _closed_on_failure(search):
-            size = self.identity["size"] if self.identity else await search.find(self._guess)
-            each = False
+            size = self.identity["size"] if self.identity else await search.find(self._size_guess)
+            one_by_one = False
             while True:
                 try:
-                    await self._sample(search.retriever, size, each=each)
-                    return self._accepted(search.retriever)
+                    await self._sample(search.client, size, one_by_one=one_by_one)
+                    return self._accept(search.client)
                 except SourceError:
-                    ended_at = search.retriever.unanswered
+                    ended_at = search.client.unanswered
                     if ended_at is None:
                         raise
-                    if each:
-                        self._bad_pieces.add(ended_at[0].position)
-                    each, search.retriever = True, await start()
+                    if one_by_one:
+                        self._unreadable_pieces.add(ended_at[0].position)
+                    one_by_one, search.client = True, await start()
 
-    async def _sample(self, retriever: Client, size: int, *, each: bool = False) -> None:
-        """Find out who a source is that does not say so: ask for the pieces that stand for it.
+    async def _sample(self, client: Client, size: int, *, one_by_one: bool = False) -> None:
+        """Read the sample of a source that cannot report its identity, and compare its identity.
 
-        `each`: by itself, so that one at which the source ends is found out.
+        `size`: bytes of the source. `one_by_one`: ask for each piece by itself, to find one at which the original
+        exits.
         """
         pieces = sample_extents(size)
-        asked = [unconditional(*extent) for extent in pieces if extent.offset not in self._bad_pieces]
-        found = _Pieces()
+        asked = [unconditional(*extent) for extent in pieces if extent.offset not in self._unreadable_pieces]
+        received = _Pieces()
         try:
-            for questions in [[question] for question in asked] if each else filter(None, [asked]):
-                await retriever.ask(questions, found)
-            sample = sample_of(found.at.get(extent.offset) for extent in pieces)
+            for signatures in [[each] for each in asked] if one_by_one else filter(None, [asked]):
+                await client.ask(signatures, received)
+            sample = sample_of(received.at.get(extent.offset) for extent in pieces)
         except SourceError as error:
-            if self.identity is None or retriever.failure is not None:
+            if self.identity is None or client.failure is not None:
                 raise
-            raise self._is_another(str(error)) from error  # it lives, and is too short
+            raise self._is_another(str(error)) from error  # the process runs, and the source is too short
         self._compare({"size": size, "sample": sample})
 
     def _compare(self, identity: Identity) -> None:
+        """Keep the first identity. Raises SourceChangedError if a later one differs from the first."""
         if self.identity is None:
             self.identity = identity
         elif differing := differences(self.identity, identity):
@@ -171,19 +180,19 @@ class Connector:
         self.changed = SourceChangedError.found(str(self.command.location), why)
         return self.changed
 
-    def _accepted(self, retriever: Client) -> Client:
-        self.digest = self.digest or retriever.digest
-        retriever.accept()
-        return retriever
+    def _accept(self, client: Client) -> Client:
+        self.digest = self.digest or client.digest
+        client.accept()
+        return client
 
     def wake(self) -> None:
-        """All that wait for a link look again."""
+        """Wake all tasks that wait for `links_changed`."""
         self.links_changed.set()
         self.links_changed = trio.Event()
 
 
 class _Pieces:
-    """Keeps what it is given: position → bytes."""
+    """A sink that keeps all bytes, by position."""
 
     def __init__(self) -> None:
         self.at: dict[int, bytes] = {}
@@ -197,10 +206,10 @@ class _Pieces:
 
 @asynccontextmanager
 async def _closed_on_failure(holder: Client | SizeSearch) -> AsyncIterator[None]:
-    """A connection that is given up, or whose opening is cancelled, is not left behind."""
+    """Close the client of `holder` if the `with` block raises or is cancelled."""
     try:
         yield
     except BaseException:
         with trio.CancelScope(shield=True):
-            await (holder.retriever if isinstance(holder, SizeSearch) else holder).close()
+            await (holder.client if isinstance(holder, SizeSearch) else holder).close()
         raise

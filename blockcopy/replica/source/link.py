@@ -1,10 +1,10 @@
-"""A connection to the source that is started again when it breaks, for as long as the replica wants it.
+"""A link to the source: a connection that is opened again after each failure, until the link is closed.
 
-    ask → a connection that is up → its answer; where it breaks first, the next connection is asked
+    ask → the connection → its answer; if the connection fails first, the next connection is asked
 
-What was in flight is asked again, because it is the asker's task that waits here. Who may not wait
-for ever has a patience: counted in the time for which the source gave no whole answer, whether there is
-a connection meanwhile or not. While this one is away, its substitute is asked.
+A request without an answer is repeated over the next connection, because the asking task waits in this module.
+`ask` gives up after some seconds without a whole answer. These seconds count with and without a connection. While a
+link has no connection, its fallback is asked.
 """
 
 from __future__ import annotations
@@ -21,36 +21,40 @@ from blockcopy.block.buffers import Buffer
 from blockcopy.block.geometry import Extent
 from blockcopy.errors import BlockcopyError, ProtocolViolationError, SourceChangedError, SourceError
 from blockcopy.protocol.digests import Digest
+from blockcopy.replica.source.batches import Delta, Signatures, Sink, UnreadableBlock
 from blockcopy.replica.source.client import Client
 from blockcopy.replica.source.connector import Connector
-from blockcopy.replica.source.dialects import Answer, Signatures, Sink, UnreadableBlock
 from blockcopy.transport.backoff import Backoff
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_WANTED_DELAY = 5
-"""The longest delay while somebody waits who will not wait for ever."""
+_MAX_DELAY_IF_WANTED = 5
+"""Seconds until the next attempt, at most, while a task waits that will give up."""
 
-_MOST_GARBLED = 3
-"""Connections that one question may end by garbled answers: then it is the source and not the link."""
-
+_MAX_VIOLATIONS = 3
+"""Connections that one request may end by unexpected replies. Then the fault is the source's, not the link's."""
 
 _SUSPECT_AFTER, _FATAL_AFTER = 2, 3
-"""Connections that end by themselves at the same questions. After the first number, each block is asked for by
-itself. A block that ended the second number of them counts as one that the source cannot read."""
+"""Connections that end by themselves at the same signatures.
 
-_MOST_FATAL = 64
-"""Blocks that may be found so. Each costs some connections: a source that is bad all over would take for ever."""
+After the first number, each block is asked for by itself. A block that ended the second number of connections
+counts as one that the source cannot read.
+"""
+
+_MAX_FATAL = 64
+"""Blocks that may be found unreadable so. Each costs connections: a source that is bad all over would take for
+ever.
+"""
 
 
 class _FatalError(SourceError):
-    """Connection after connection ended at the same questions."""
+    """Connection after connection ended at the same signatures."""
 
 
-class _Guarded:
-    """Lets answers through as long as the source is not found to be another, on whatever connection."""
+class _GuardedSink:
+    """A sink that drops answers once the source is found to be another, on whatever connection."""
 
     def __init__(self, sink: Sink, connector: Connector) -> None:
         self._sink = sink
@@ -70,19 +74,22 @@ class _Guarded:
 
 
 class Link:
-    """See the module. Start `run` in a nursery; `ask` may be called by any task."""
+    """A link to the source. Start `run` in a nursery; any task may call `ask`. Call from trio's thread only."""
 
     def __init__(self, connector: Connector, nursery: trio.Nursery, *, give_up_after: float) -> None:
-        """`give_up_after`: seconds without an answer of the source after which `ask` gives up."""
+        """Prepare a link whose connections run in `nursery`.
+
+        `give_up_after`: seconds without an answer of the source after which a request fails.
+        """
         self._connector = connector
         self._nursery = nursery
         self._give_up_after = give_up_after
         self.fallback: Link | None = None
-        """Who is asked while this one is away."""
+        """The link to ask while this one has no connection."""
         self._client: Client | None = None
         self._waiting = 0
         self._wanted = trio.Event()
-        """Set while somebody waits with a patience that ends."""
+        """Set while a task waits that will give up."""
         self._closing = False
         self._running = trio.CancelScope()
         self._finished: trio.Event | None = None  # of `run`
@@ -90,30 +97,35 @@ class Link:
         self._past_bytes = (0, 0)
         self._connections = 0
         self.last_error: SourceError | None = None
+        """Why the last connection ended, or the last attempt failed. None if there was no failure."""
 
     @property
     def is_connected(self) -> bool:
+        """Whether there is a connection, or one that has just ended."""
         return self._client is not None
 
     @property
     def changed(self) -> SourceChangedError | None:
-        """The source was found to be another: there will be no answers any more."""
+        """Set if the source is found to be another: there will be no more answers. None before."""
         return self._connector.changed
 
     @property
     def reconnects(self) -> int:
+        """The number of connections after the first one."""
         return max(0, self._connections - 1)
 
     @property
     def sent_bytes(self) -> int:
+        """Bytes sent over all connections."""
         return self._past_bytes[0] + (self._client.sent_bytes if self._client else 0)
 
     @property
     def received_bytes(self) -> int:
+        """Bytes received over all connections."""
         return self._past_bytes[1] + (self._client.received_bytes if self._client else 0)
 
     async def open(self) -> None:
-        """A connection, the first one. SourceError where there is none to be had."""
+        """Open a connection. Raises SourceError if that fails."""
         try:
             self._client = await self._connector.open(self._nursery)
         except SourceError as error:
@@ -121,183 +133,202 @@ class Link:
             raise
         except Exception as error:
             location = self._connector.command.location
-            logger.error("connecting to %s met a fault of blockcopy's", location, exc_info=error)
+            logger.error("internal error while connecting to %s", location, exc_info=error)
             self.last_error = SourceError(f"{location}: internal error: {error!r}")
             raise self.last_error from error
         self._connections += 1
         self._connector.wake()
 
     async def run(self) -> None:
-        """Keep a connection, until the link is closed or the source is another."""
+        """Keep a connection open. Returns after `close`, or once the source is found to be another."""
         self._finished = trio.Event()
         try:
             with self._running:
-                await self._keep_up()
-        finally:  # also where it is cancelled from outside
+                await self._keep_connected()
+        finally:  # also if it is cancelled from outside
             self._connector.wake()
             self._finished.set()
 
-    async def _keep_up(self) -> None:
+    async def _keep_connected(self) -> None:
         backoff = Backoff()
         while not self._connector.changed:
             if self._client is not None:
                 await self._client.ended.wait()
                 if self._client.answered_at is not None or self._client.unanswered is not None:
-                    backoff.reset()  # an end that tells of what it comes is as good as an answer
-                self._lose(self._client)
-            if self.last_error is not None:  # else it has not been tried yet
-                await self._rest(backoff.next())
-            await self._try()
+                    backoff.reset()  # a process that exits at a block tells as much as an answer
+                self._drop(self._client)
+            if self.last_error is not None:  # else this is the first attempt
+                await self._sleep(backoff.next())
+            await self._reconnect()
 
-    async def _rest(self, delay: float) -> None:
+    async def _sleep(self, delay: float) -> None:
+        """Sleep for `delay` seconds, or for _MAX_DELAY_IF_WANTED if a task waits that will give up."""
         with trio.move_on_after(delay):
-            await trio.sleep(_WANTED_DELAY)
+            await trio.sleep(_MAX_DELAY_IF_WANTED)
             await self._wanted.wait()
 
-    async def _try(self) -> None:
+    async def _reconnect(self) -> None:
         try:
             await self.open()
         except SourceChangedError as error:
             logger.error("%s", error)
         except SourceError as error:
-            logger.warning("%s cannot be reached: %s", self._connector.command.location, error)
+            logger.warning("cannot connect to %s: %s", self._connector.command.location, error)
         else:
             if self.reconnects:
-                logger.warning("the link to %s is up again", self._connector.command.location)
+                logger.warning("reconnected to %s", self._connector.command.location)
 
-    def _lose(self, retriever: Client) -> None:
+    def _drop(self, client: Client) -> None:
+        """Forget a connection that has ended."""
         sent, received = self._past_bytes
-        self._past_bytes = (sent + retriever.sent_bytes, received + retriever.received_bytes)
+        self._past_bytes = (sent + client.sent_bytes, received + client.received_bytes)
         self._answered_at = self._last_answer()
         self._client = None
         if not self._closing:
-            self.last_error = retriever.failure
-            logger.warning("the link is lost, and is made again: %s", retriever.failure)
+            self.last_error = client.failure
+            logger.warning("connection lost, reconnecting: %s", client.failure)
 
     def _last_answer(self) -> float:
-        here = self._client.answered_at if self._client is not None else None
-        return self._answered_at if here is None else here
+        """Return when the last whole answer came, by trio's clock."""
+        answered_at = self._client.answered_at if self._client is not None else None
+        return self._answered_at if answered_at is None else answered_at
 
     async def digest(self, since: float) -> Digest:
-        """What questions are to be digested with: known once the source was reached. SourceError as in `ask`."""
+        """Return the digest to make signatures with. Waits until the source was reached once.
+
+        `since` and errors as for `ask`.
+        """
         while (digest := self._connector.digest) is None:
             await self._connected(since)
         return digest
 
-    async def ask(self, questions: Sequence[Signatures], sink: Sink, since: float) -> Answer:
-        """As `Client.ask`, over as many connections as it takes.
+    async def ask(self, signatures: Sequence[Signatures], sink: Sink, since: float) -> Delta:
+        """Do as `Client.ask` does: give the source's bytes to `sink`, and return the extents where they differ.
 
-        `since`: when it was first wanted, in trio's time. SourceError where the patience ends, and where the
-        link is closed or the source another.
+        Takes as many connections as needed. `since`: when the bytes were first wanted, by trio's clock. Raises
+        SourceError if the source gives no answer for `give_up_after` seconds, or if the link is closed. Raises
+        SourceChangedError if the source is another.
         """
-        guarded = _Guarded(sink, self._connector)
-        if len(questions) > 1 or questions[0].length > questions[0].block_size:
+        guarded = _GuardedSink(sink, self._connector)
+        if len(signatures) > 1 or signatures[0].length > signatures[0].block_size:
             try:
-                return await self._ask(questions, guarded, since, _SUSPECT_AFTER)
+                return await self._ask(signatures, guarded, since, _SUSPECT_AFTER)
             except _FatalError as error:
-                logger.warning("%s; each block of what it was asked is asked for by itself", error)
-        return await self._ask_each([each for question in questions for each in question.split()], guarded, since)
+                logger.warning("%s; now asking for each block of that request by itself", error)
+        return await self._ask_each([block for each in signatures for block in each.split()], guarded, since)
 
-    async def _ask(self, questions: Sequence[Signatures], sink: Sink, since: float, most: int) -> Answer:
-        """Do as `ask`. Raises _FatalError if `most` connections ended while this was to be answered next."""
-        ended = 0
+    async def _ask(self, signatures: Sequence[Signatures], sink: Sink, since: float, max_ends: int) -> Delta:
+        """Do as `ask`. Raises _FatalError if `max_ends` connections ended at these signatures."""
+        ends = 0
 
-        async def ask(retriever: Client) -> Answer:
-            nonlocal ended
+        async def ask(client: Client) -> Delta:
+            nonlocal ends
             try:
-                return await retriever.ask(questions, sink)
+                return await client.ask(signatures, sink)
             except SourceError as error:
-                if retriever.unanswered is questions:
-                    ended += 1
-                    if ended == most:
+                if client.unanswered is signatures:
+                    ends += 1
+                    if ends == max_ends:
                         raise _FatalError(str(error)) from error
                 raise
 
         return await self._over_connections(ask, since)
 
-    async def _ask_each(self, questions: Sequence[Signatures], sink: Sink, since: float) -> Answer:
-        """Ask for blocks, each by itself. One that ends connection after connection cannot be read."""
-        answer = Answer([], [], [])
+    async def _ask_each(self, blocks: Sequence[Signatures], sink: Sink, since: float) -> Delta:
+        """Ask for `blocks`, each by itself. A block that ends connection after connection counts as unreadable."""
+        delta = Delta([], [], [])
         errors: list[BlockcopyError] = []
 
-        async def ask(question: Signatures) -> None:
+        async def ask(block: Signatures) -> None:
             try:
-                found = await self._ask([question], sink, since, _FATAL_AFTER)
+                found = await self._ask([block], sink, since, _FATAL_AFTER)
             except _FatalError as error:
-                found = Answer([], [], [UnreadableBlock(Extent(question.position, question.length), str(error))])
+                found = Delta([], [], [UnreadableBlock(Extent(block.position, block.length), str(error))])
                 self._connector.fatal_blocks += 1
-                if self._connector.fatal_blocks > _MOST_FATAL:
-                    errors.append(SourceError(f"the source ended at more than {_MOST_FATAL} blocks: {error}"))
+                if self._connector.fatal_blocks > _MAX_FATAL:
+                    errors.append(SourceError(f"the source ended at more than {_MAX_FATAL} blocks: {error}"))
             except BlockcopyError as error:
                 errors.append(error)
                 return
-            answer.data.extend(found.data)
-            answer.zeros.extend(found.zeros)
-            answer.unreadable.extend(found.unreadable)
+            delta.data.extend(found.data)
+            delta.zeros.extend(found.zeros)
+            delta.unreadable.extend(found.unreadable)
 
         async with trio.open_nursery() as nursery:
-            for question in questions:
-                nursery.start_soon(ask, question)
+            for block in blocks:
+                nursery.start_soon(ask, block)
         if errors:
             raise errors[0]
-        return answer
+        return delta
 
-    async def holes(self, extent: Extent, least: int, since: float) -> list[Extent]:
-        """As `Client.holes`, over as many connections as it takes. SourceError as in `ask`."""
-        return await self._over_connections(lambda retriever: retriever.holes(extent, least), since)
+    async def holes(self, extent: Extent, min_length: int, since: float) -> list[Extent]:
+        """Return the holes of the source in `extent` that have `min_length` bytes or more.
+
+        Takes as many connections as needed. `since` and errors as for `ask`.
+        """
+        return await self._over_connections(lambda client: client.holes(extent, min_length), since)
 
     async def _over_connections(
         self, ask: Callable[[Client], Awaitable[T]], since: float, others: Sequence[Link] = ()
     ) -> T:
-        garbled, late = 0, False
+        """Call `ask` with one connection after another, until it returns an answer.
+
+        `since`, `others`: as for `_connected`.
+        """
+        violations, is_late = 0, False
         while True:
-            retriever = await self._connected(since, others)
+            client = await self._connected(since, others)
             try:
-                answers = await ask(retriever)
+                answer = await ask(client)
                 if self._connector.changed is None:
-                    return answers
+                    return answer
             except ProtocolViolationError:
-                garbled += 1
-                if garbled == _MOST_GARBLED:
+                violations += 1
+                if violations == _MAX_VIOLATIONS:
                     raise
             except SourceError as error:
-                if retriever.failure is None or self._closing or isinstance(error, _FatalError):
+                if client.failure is None or self._closing or isinstance(error, _FatalError):
                     raise
             if self._connector.changed is None:
-                await retriever.ended.wait()
+                await client.ended.wait()
                 if trio.current_time() >= self._deadline(since):
-                    if late or self._up() is None:
-                        raise self._given_up(retriever.failure)
-                    late = True  # whoever has no patience at all is served by the other link all the same, once
+                    if is_late or self._connection() is None:
+                        raise self._gave_up(client.failure)
+                    is_late = True  # even a request that gives up at once is served by the fallback, once
 
     async def _connected(self, since: float, others: Sequence[Link] = ()) -> Client:
+        """Wait for a connection that can be asked: of this link, of its fallback, or of `others`.
+
+        `since`: when the answer was first wanted, by trio's clock. Raises SourceError as `ask` does.
+        """
         while True:
             if self._connector.changed is not None:
                 raise copy(self._connector.changed)
             if self._closing:
-                raise SourceError(f"{self._connector.command.location} has been let go")
-            if (retriever := self._up(others)) is not None:
-                return retriever
+                raise SourceError(f"the connection to {self._connector.command.location} is closed")
+            if (client := self._connection(others)) is not None:
+                return client
             if not await self._wait_until(self._deadline(since)):
-                raise self._given_up(self.last_error)
+                raise self._gave_up(self.last_error)
 
-    def _up(self, others: Sequence[Link] = ()) -> Client | None:
-        """Return a connection that can be asked now: of this link, or else of its substitute, or of `others`."""
+    def _connection(self, others: Sequence[Link] = ()) -> Client | None:
+        """Return a connection of this link, its fallback, or `others`. Returns None if none can be asked now."""
         for link in filter(None, (self, self.fallback, *others)):
             if link._client is not None and link._client.failure is None:
                 return link._client
         return None
 
     def _deadline(self, since: float) -> float:
-        """Return when what is wanted since then is given up, in trio's time."""
+        """Return when a request gives up, by trio's clock. `since`: when the answer was first wanted."""
         return max(since, self._last_answer()) + self._give_up_after
 
-    def _given_up(self, error: SourceError | None) -> SourceError:
-        words = f"{self._connector.command.location} has been away for {self._give_up_after:g} seconds"
-        return SourceError(f"{words}: {error}" if error else words)
+    def _gave_up(self, error: SourceError | None) -> SourceError:
+        location = self._connector.command.location
+        text = f"gave up on {location} after {self._give_up_after:g} seconds without an answer"
+        return SourceError(f"{text}: {error}" if error else text)
 
     async def _wait_until(self, deadline: float) -> bool:
-        """Until there is a connection, or there will never be one; False where the deadline was first."""
+        """Wait until a link connects, or will never connect again. Returns False if `deadline` comes first."""
         self._waiting += 1
         if not math.isinf(deadline):
             self._wanted.set()
@@ -311,23 +342,23 @@ class Link:
         return not waiting.cancelled_caught
 
     async def check(self, *others: Link) -> None:
-        """Ask whether the source is what it was, over as many connections as it takes, also those of `others`.
+        """Check that the source is what it was. Takes as many connections as needed, also those of `others`.
 
-        Raises SourceChangedError if it is another, SourceError as in `ask`.
+        Raises SourceChangedError if the source is another, and SourceError as `ask` does.
         """
 
-        async def check(retriever: Client) -> None:
+        async def check(client: Client) -> None:
             try:
-                await self._connector.check(retriever)
+                await self._connector.check(client)
             except SourceError:
                 if self._connector.changed is None:
-                    await retriever.close()  # one that gives no answer is replaced
+                    await client.close()  # a connection without an answer is replaced
                 raise
 
         await self._over_connections(check, trio.current_time(), others)
 
     async def close(self) -> None:
-        """Let the source go, for good; who waits for it gets an error now. Returns when it is gone."""
+        """Close the link for ever. Requests that wait fail now. Returns when the connection has ended."""
         self._closing = True
         self._running.cancel()
         self._connector.wake()

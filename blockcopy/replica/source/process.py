@@ -1,6 +1,6 @@
-"""A child process of ours with its three pipes, for trio.
+"""A child process with its three pipes, for trio.
 
-It may have been started before trio was there: loading that takes as long as a `retrieve` does to begin.
+The process may have been started before trio was imported, which takes as long as a `retrieve` takes to begin.
 """
 
 from __future__ import annotations
@@ -20,54 +20,61 @@ logger = logging.getLogger(__name__)
 
 
 class Process:
-    """`stdin` and `stderr` for tasks, `stdout` a descriptor for a thread. To be closed by `aclose`."""
+    """A child process: `stdin` and `stderr` are streams for tasks, `stdout` is a descriptor for a thread.
+
+    Close it by `aclose`.
+    """
 
     def __init__(self, popen: subprocess.Popen[bytes]) -> None:
-        """Of one that was started with three pipes, unbuffered."""
+        """Take over `popen`, which was started with three unbuffered pipes."""
         self._popen = popen
-        self._ended = os.pidfd_open(popen.pid)
+        self._pidfd = os.pidfd_open(popen.pid)
         self._waiting = trio.Lock()
         self._killed = trio.Event()
-        self._left = False
-        self.stdout = _own(popen.stdout)
-        self.stdin = trio.lowlevel.FdStream(_own(popen.stdin))
-        self.stderr = trio.lowlevel.FdStream(_own(popen.stderr))
+        self._abandoned = False
+        self.stdout = _take_descriptor(popen.stdout)
+        self.stdin = trio.lowlevel.FdStream(_take_descriptor(popen.stdin))
+        self.stderr = trio.lowlevel.FdStream(_take_descriptor(popen.stderr))
 
     @property
     def pid(self) -> int:
+        """The process id."""
         return self._popen.pid
 
     @property
     def returncode(self) -> int | None:
-        """As subprocess has it; None as long as `wait` has not returned."""
+        """The exit status in the form of `subprocess`. None until `wait` has returned."""
         return self._popen.returncode
 
     def kill(self) -> None:
-        """End it, if it did not end yet. Call from trio's thread only."""
+        """Kill the process if it has not exited. Call from trio's thread only."""
         self._popen.kill()
         self._killed.set()
 
     async def wait(self) -> None:
-        """Return when it has ended and is reaped, or is left behind: killed, and in a call that does not return."""
+        """Return when the process has exited and is reaped.
+
+        A killed process in a system call that does not return is abandoned after `abandonable.EXIT_SECONDS`.
+        """
         async with self._waiting:  # one task at a time may wait for a descriptor
-            if self._popen.returncode is None and not self._left:
+            if self._popen.returncode is None and not self._abandoned:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._leave, nursery.cancel_scope)
-                    await trio.lowlevel.wait_readable(self._ended)
+                    nursery.start_soon(self._abandon_when_killed, nursery.cancel_scope)
+                    await trio.lowlevel.wait_readable(self._pidfd)
                     self._popen.wait()
                     nursery.cancel_scope.cancel()
 
-    async def _leave(self, waiting: trio.CancelScope) -> None:
-        """Some seconds after it was killed, end `waiting`."""
+    async def _abandon_when_killed(self, waiting: trio.CancelScope) -> None:
+        """Abandon the process and cancel `waiting`, EXIT_SECONDS after it was killed."""
         await self._killed.wait()
         await trio.sleep(abandonable.EXIT_SECONDS)
-        self._left = True
+        self._abandoned = True
         logger.warning("process %d was killed, and waits for its disk: it is left behind", self.pid)
         abandonable.abandon_process(self._popen)
         waiting.cancel()
 
     async def aclose(self) -> None:
-        """Kill it, and return when nothing of it is left that can be ended."""
+        """Kill the process if it still runs, and close its pipes. Returns when it has exited or is abandoned."""
         with trio.CancelScope(shield=True):
             if self._popen.returncode is None:
                 self.kill()
@@ -75,19 +82,19 @@ class Process:
             await self.stdin.aclose()
             await self.stderr.aclose()
         os.close(self.stdout)
-        os.close(self._ended)
+        os.close(self._pidfd)
 
 
-def _own(file: object) -> int:
-    """The descriptor of a pipe of Popen's, which lets go of it."""
+def _take_descriptor(file: object) -> int:
+    """Return a descriptor of our own for a pipe of Popen's, and close that pipe there."""
     if not hasattr(file, "fileno"):
-        raise ValueError("it was started without three pipes")
+        raise ValueError("the process was started without three pipes")
     with file:  # type: ignore[attr-defined]
         return os.dup(file.fileno())
 
 
-async def start(command: Command) -> Process:
-    """Start a process without waiting for a path in trio's thread. Raises SourceError if it cannot be started."""
+async def start_process(command: Command) -> Process:
+    """Start the process of `command`, in a thread. Raises SourceError if it cannot be started."""
     try:
         return Process(await abandonable.start_process(command.start))
     except OSError as error:

@@ -1,7 +1,8 @@
-"""The time for which a source that was asked has made no progress. The clock of `--timeout`.
+"""The time limit `--timeout`: the seconds for which a source that owes an answer may make no progress.
 
-Progress is a whole answer, or LEAST_BYTES. Bytes alone are none: a source that sends one a second would keep
-who waits for ever. One thread receives, and tells of all that it takes; tasks of trio ask, and watch.
+Progress is a whole answer, or MIN_PROGRESS_BYTES. Fewer bytes are no progress: a source that sends one byte a
+second would keep its caller waiting for ever. One thread receives and reports all that arrives. Tasks of trio ask
+and watch.
 """
 
 from __future__ import annotations
@@ -12,48 +13,51 @@ from contextlib import contextmanager
 
 import trio
 
-LEAST_BYTES = 32 * 1024
-"""Bytes within the time limit that show a slow link, and no trickle, as long as no whole answer comes. With the
-default of 30 seconds these are 9 kbit/s: a link of 56 kbit/s that carries two connections brings the threefold."""
+MIN_PROGRESS_BYTES = 32 * 1024
+"""Bytes within the time limit that count as progress without a whole answer: a slow link, and no trickle.
+
+The default limit of 30 seconds makes them 9 kbit/s. A link of 56 kbit/s that carries two connections has three
+times as much.
+"""
 
 
 class ProgressTimeout:
-    """See the module. Made in trio's thread."""
+    """The clock of a source's progress. Make it in trio's thread."""
 
     def __init__(self, timeout: float) -> None:
-        """`timeout`: seconds without progress that are too many."""
+        """Start the clock. `timeout`: seconds without progress after which the time is up."""
         self.timeout = timeout
         self.answered_at: float | None = None
-        """When the last whole answer came, in trio's time. None before the first one."""
+        """The time of the last whole answer, by trio's clock. None before the first one."""
         self.taking = False
-        """Something that came is being taken: the time that the destination needs for it is no silence."""
+        """True while an answer is being processed: the time that the destination needs does not count."""
         self._began_at = trio.current_time()
         self._bytes = 0  # received since then
         self._clock_starts_at = trio.current_time() - time.perf_counter()
 
     @property
     def ends_at(self) -> float:
-        """Return when it has lasted too long, in trio's time."""
+        """The time when the source has made no progress for too long, by trio's clock."""
         return self._began_at + self.timeout
 
     def begin(self) -> None:
-        """Begin anew: the source was asked, and owed nothing before."""
+        """Restart the clock, because the source was asked and owed nothing before. Thread-safe."""
         self._began_at, self._bytes = self._now(), 0
 
     def receive(self, count: int) -> None:
-        """Count bytes that came."""
+        """Count `count` bytes that arrived. Restarts the clock at MIN_PROGRESS_BYTES."""
         self._bytes += count
-        if self._bytes >= LEAST_BYTES:
+        if self._bytes >= MIN_PROGRESS_BYTES:
             self.begin()
 
     def answer(self) -> None:
-        """Note a whole answer."""
+        """Note a whole answer, and restart the clock."""
         self.begin()
         self.answered_at = self._began_at
 
     @contextmanager
     def interrupted(self) -> Iterator[None]:
-        """While what came is being taken, the clock stands still."""
+        """Stop the clock during the `with` block, which processes what arrived."""
         self.taking, before = True, self._now()
         try:
             yield
@@ -63,5 +67,5 @@ class ProgressTimeout:
             self.taking = False
 
     def _now(self) -> float:
-        """Return trio's time. Thread-safe."""
+        """Return the time by trio's clock. Thread-safe."""
         return time.perf_counter() + self._clock_starts_at

@@ -1,75 +1,130 @@
-"""How large the source is, asked of a process that has no word for it.
+"""A search for the size of the source, over the original program, which cannot report a size.
 
-A 1-byte question that cannot be equal is answered if and only if the source reaches there. Files,
-and our own `retrieve`, stay silent past the end, so the search asks many positions at a time. The
-original dies past the end of a block device: from then on one position is asked at a time, of a
-new process after each miss. Because a process can die of other things too, a size that rests on a
-death is proved at the end: its last byte is there, and asking right behind it is survived.
+The search asks for single bytes, by signatures that cannot be equal. The process answers if and only if the source
+has that byte. Past the end of a file the process is silent. So the search asks for many positions at a time.
+
+Past the end of a block device the original exits. From then on the search asks for one position at a time, and
+starts another process after each exit. A process may exit for other reasons. So a size that rests on an exit is
+proved at the end. The process must survive a request for the byte behind the last one.
+
+The original also exits at a byte that it cannot read. If that is the first byte, the search begins at a later
+block. If that is the last byte, the guess and the next sectors are tried as sizes, with the same proof.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from blockcopy.block.geometry import MAX_POSITION
+from blockcopy.block.geometry import BLOCK_SIZE, MAX_POSITION
 from blockcopy.errors import ProtocolViolationError, SourceError
 from blockcopy.replica.source.client import Client
 
-_AT_ONCE = 64
+_POSITIONS = 64
+"""Positions that are asked for at once."""
+
 _SECTOR = 512
-"""Block devices have whole sectors; the search tries those first once it knows it asks one."""
+"""Bytes of a sector. A block device has whole sectors, so the search tries those first."""
+
+_STARTS = (0, BLOCK_SIZE, 8 * BLOCK_SIZE)
+"""Positions that are tried for the first readable byte, in this order."""
+
+_BAD_SECTORS = 8
+"""Sectors at the end that may be unreadable. The kernel reads pages of 4 KiB, so these are the least."""
 
 
 class SizeSearch:
-    """Finds the size over one retriever, or over as many as it kills; `client` is the one alive."""
+    """A search over one client, and over a new one after each exit. `client` is the one whose process runs."""
 
-    def __init__(self, retriever: Client, connect: Callable[[], Awaitable[Client]]) -> None:
-        self.retriever = retriever
+    def __init__(self, client: Client, connect: Callable[[], Awaitable[Client]]) -> None:
+        """Search over `client`. `connect`: returns another client, once the process of this one has exited."""
+        self.client = client
         self._connect = connect
-        self._low = 0  # it has at least so many bytes
+        self._low = 0  # the source has at least so many bytes
         self._high = MAX_POSITION  # and at most so many
-        self._mortal = False  # it died of a question
+        self._exited = False  # a process exited at a request
 
     async def find(self, guess: int) -> int:
-        """The size in bytes. `guess` is tried first. SourceError where the source does not tell."""
-        if not (await self.retriever.reaches([0]))[0]:
+        """Return the size of the source in bytes. `guess`: the size to try first.
+
+        Raises SourceError if the size cannot be found.
+        """
+        if not await self._find_start():
             return 0
-        self._low = 1
-        if guess > 1:
+        if guess > self._low:
             await self._ask([guess - 1])
             if self._low == guess:
                 await self._ask([guess])
+            elif self._exited and await self._ends_at(guess):
+                return guess
         while self._low < self._high:
-            await self._ask(self._positions())
-        if self._mortal and await self.retriever.reaches([self._low - 1, self._low]) != [True, False]:
-            raise SourceError("the source gives no steady answer to how large it is")
-        return self._low
+            await self._ask(self._next_positions())
+        if not self._exited:
+            return self._low
+        first = self._low // _SECTOR + 1
+        for size in (self._low, *(sector * _SECTOR for sector in range(first, first + _BAD_SECTORS))):
+            if await self._ends_at(size):
+                return size
+        raise SourceError("cannot find the size of the source: its answers contradict one another")
 
-    def _positions(self) -> list[int]:
-        """Where to ask next: ascending, each in low … high-1."""
+    async def _find_start(self) -> bool:
+        """Find a readable byte in the first blocks. Returns False if the source is empty."""
+        failure: SourceError | None = None
+        for position in _STARTS:
+            try:
+                if (await self.client.reaches([position]))[0]:
+                    self._low = position + 1
+                    return True
+            except SourceError as error:
+                failure = failure or error
+                await self._replace_client(error)
+            else:
+                break  # the source ends before this position
+        if failure is not None:
+            raise failure
+        return False
+
+    async def _ends_at(self, size: int) -> bool:
+        """Return whether the source has exactly `size` bytes, be the last one readable or not."""
+        return await self._probe(size) is False and await self._probe(size - 1) is not False
+
+    async def _probe(self, position: int) -> bool | None:
+        """Return whether the source has a byte at `position`. Returns None if the process exits at the request."""
+        try:
+            return (await self.client.reaches([position]))[0]
+        except SourceError as error:
+            await self._replace_client(error)
+            return None
+
+    async def _replace_client(self, error: SourceError) -> None:
+        """Connect again after `error`. Raises `error` if it is not the exit of a program at a request."""
+        if isinstance(error, ProtocolViolationError) or self.client.unanswered is None:
+            raise error
+        self.client = await self._connect()
+
+    def _next_positions(self) -> list[int]:
+        """Return the positions to ask for next: ascending, from `_low` to `_high` - 1."""
         low, high = self._low, self._high
         if high == MAX_POSITION:
-            return [min(low * _AT_ONCE, high - 1)]
-        if self._mortal:
+            return [min(low * _POSITIONS, high - 1)]
+        if self._exited:
             first, last = low // _SECTOR + 1, high // _SECTOR
             if first <= last:
                 return [(first + last) // 2 * _SECTOR - 1]
             if low % _SECTOR == 0:
                 return [low]
-        return list(range(low, high, -(-(high - low) // _AT_ONCE)))
+        return list(range(low, high, -(-(high - low) // _POSITIONS)))
 
     async def _ask(self, positions: list[int]) -> None:
+        """Ask for the bytes at `positions`, ascending, and narrow the limits by the answers."""
         try:
-            answers = await self.retriever.reaches(positions)
+            answers = await self.client.reaches(positions)
         except ProtocolViolationError:
             raise
         except SourceError:
-            # A block device of that size is shorter than the last of the positions.
-            self._mortal = True
-            self._high = min(self._high, positions[-1] - 1)
-            if self._high < self._low:
-                raise
-            self.retriever = await self._connect()
+            # If the source is a block device, it ends before the last of the positions.
+            self._exited = True
+            self._high = max(self._low, min(self._high, positions[-1] - 1))
+            self.client = await self._connect()
             return
         for position, reached in zip(positions, answers, strict=True):
             if reached:
@@ -77,4 +132,4 @@ class SizeSearch:
             else:
                 self._high = min(self._high, position)
         if self._high < self._low:
-            raise SourceError("the source changed its size while it was asked for it")
+            raise SourceError("the source changed its size during the search for it")

@@ -1,10 +1,10 @@
-"""The window of a link: how many blocks may be in flight, which is enough to fill the link without a queue in it.
+"""The window of a link: how many blocks may be outstanding, to fill the link without a queue in it.
 
-In flight are blocks that were asked for and have not arrived. They cost hardly any memory, because answers are
-written as they arrive. But they delay a pause, and everybody who shares the route.
+Outstanding blocks were asked for and have not arrived. They cost hardly any memory, because answers are written as
+they arrive. But they delay a pause, and everybody who shares the route.
 
-So the window grows while a fetch takes about as long as the quickest recent one, which is the round trip. The
-window shrinks when fetches take much longer: then they wait for one another. The idea is that of TCP Vegas (Brakmo,
+So the window grows while a fetch takes about as long as the quickest recent one, the round trip. The window
+shrinks when fetches take much longer: then they wait for one another. The idea is that of TCP Vegas (Brakmo,
 O'Malley and Peterson, 1994). A route may become slower. So the quickest fetch is forgotten after BASE_SECONDS, as
 BBR does (Cardwell et al., 2016).
 """
@@ -25,7 +25,7 @@ BASE_SECONDS = 10
 
 
 class Window:
-    """The number of blocks that may be in flight over one link."""
+    """The number of blocks that may be outstanding on one link."""
 
     def __init__(
         self, initial_blocks: int, *, min_blocks: int, max_blocks: int, clock: Callable[[], float] = time.monotonic
