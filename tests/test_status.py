@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
@@ -312,12 +313,13 @@ def test_a_mount_that_stands_still_is_told_and_watched_on(mount: Mounter, tmp_pa
         os.kill(pid, signal.SIGSTOP)
         try:
             shown_until(terminal, b"has not answered for")
-            done = run("status", mounted.point)
-            failed(done, 4, b"gave no answer")
-            done = run("umount", mounted.point)
-            failed(done, 4, b"fusermount3 -uz")
-            done = run("mount", source, tmp_path / "other", mounted.point)
-            failed(done, 4, b"gave no answer")
+            with ThreadPoolExecutor() as pool:  # each waits for 5 seconds
+                status = pool.submit(run, "status", mounted.point)
+                umount = pool.submit(run, "umount", mounted.point)
+                second = pool.submit(run, "mount", source, tmp_path / "other", mounted.point)
+            failed(status.result(), 4, b"gave no answer")
+            failed(umount.result(), 4, b"fusermount3 -uz")
+            failed(second.result(), 4, b"gave no answer")
         finally:
             os.kill(pid, signal.SIGCONT)
         shown_until(terminal, b"missing")  # the map is drawn again
