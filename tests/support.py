@@ -338,12 +338,15 @@ def _marked(mark: str) -> list[int]:
 
 
 def reap(mark: str) -> list[str]:
-    """Processes of this test that do not end by themselves; ended now."""
-    with contextlib.suppress(AssertionError):
-        end = time.monotonic() + 10
-        until(lambda: not _marked(mark) or time.monotonic() > end)
+    """Kill the processes of a test that do not end by themselves, and return their command lines.
+
+    `mark`: the value of `TEST_ID` in their environment. They have 10 seconds to end.
+    """
+    end = time.monotonic() + 10
+    while (pids := _marked(mark)) and time.monotonic() < end:
+        time.sleep(0.01)
     left = []
-    for pid in _marked(mark):
+    for pid in pids:
         with contextlib.suppress(OSError):
             left.append(os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")))
             os.kill(pid, signal.SIGKILL)

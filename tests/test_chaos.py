@@ -20,7 +20,7 @@ def test_rounds(tmp_path: Path, first: int) -> None:
     """A round takes about 5 seconds. The folder of a round that fails stays below pytest's."""
     support.require_fuse()
     support.require_root()
-    options = ["--seed", SEED, "--first", first, "--rounds", ROUNDS, "--size", 16, "--folder", tmp_path]
+    options = ["--seed", SEED, "--first", first, "--rounds", ROUNDS, "--size", 8, "--folder", tmp_path]
     command = [PYTHON, CHAOS, *options]
     done = subprocess.run([str(each) for each in command], capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
