@@ -206,7 +206,7 @@ NO_PROMISE = {
     "blockcopy/paths/runtime_dir.py": "sockets: gone with the machine's run",
     "blockcopy/paths/safe_write.py": "--metrics, --pid-file, --log-file: of a process that runs",
     "fuse/blockcopy_fuse/control_server.py": "sockets",
-    "blockcopy/block/claim.py": "a destination: its name is made durable by `_keep_name`",
+    "blockcopy/block/claim.py": "a destination: its name is made durable by `_sync_name`",
 }
 
 

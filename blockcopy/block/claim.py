@@ -43,7 +43,7 @@ def open_destination(path: str, *, force: bool = False, create: bool = False) ->
         if not device.is_block_device:
             if not force:
                 _claim_file(device)
-            _keep_name(device)
+            _sync_name(device)
     except BaseException:
         device.close()
         raise
@@ -116,12 +116,12 @@ def _open(path: str, flags: int) -> Destination:
         if flags & os.O_EXCL and error.errno == errno.EBUSY:
             raise DestinationRefusedError(
                 f"{path} is in use: mounted, swapped on, or held by LVM, RAID or another program. "
-                "Release it first (lsblk shows the user); --force writes all the same"
+                "Release it first (lsblk shows what uses it); --force writes all the same"
             ) from error
         raise _refused(path, error, is_block_device=Path(path).is_block_device()) from error
 
 
-def _keep_name(device: Destination) -> None:
+def _sync_name(device: Destination) -> None:
     """Make the name of the file durable: after a power loss, a copy without a name would be lost."""
     try:
         durable.sync_folder(Path(device.path).resolve().parent)
