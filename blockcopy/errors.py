@@ -59,6 +59,14 @@ class DeviceError(BlockcopyError):
         made.errno = error.errno
         return made
 
+    @classmethod
+    def ended_early(cls, path: str, offset: int, length: int, count: int) -> DeviceError:
+        """Return the error for a read of `length` bytes at `offset` of `path` that got only `count` bytes."""
+        return cls(
+            f"cannot read {length} bytes at {offset} of {path}: "
+            f"it is shorter than it was, or than it says, and ends after {count}"
+        )
+
 
 class DestinationRefusedError(DeviceError):
     """A destination that is in use, locked, mounted, read-only or too small."""

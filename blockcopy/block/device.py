@@ -125,10 +125,7 @@ class Device:
         """Read exactly `length` bytes at byte `offset`. Raises DeviceError if the device ends early."""
         data = self.read_up_to(offset, length)
         if len(data) != length:
-            raise DeviceError(
-                f"cannot read {length} bytes at {offset} of {self.path}: "
-                f"it is shorter than it was, and ends after {len(data)}"
-            )
+            raise DeviceError.ended_early(self.path, offset, length, len(data))
         return data
 
     def read_into(self, offset: int, buffer: memoryview) -> int:

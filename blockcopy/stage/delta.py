@@ -203,10 +203,6 @@ class _Delta:
         return []
 
     def _reason(self, at: int) -> str:
-        if at in self._failures:
-            return str(self._failures[at])
-        block = self._block(at)
-        return (
-            f"cannot read {block.length} bytes at {block.position} of {self._source.path}: "
-            f"it is shorter than it was, or than it says, and ends at {self._piece.position + self._available}"
-        )
+        position, length, _ = self._block(at)
+        ended_early = DeviceError.ended_early(self._source.path, position, length, max(0, self._available - at))
+        return str(self._failures.get(at, ended_early))

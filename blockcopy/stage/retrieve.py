@@ -246,8 +246,8 @@ class _Responder:
             yield Request(piece, BLOCK_SIZE, b"".join(map(self._terms.digest.of_zeros, sizes)), self._terms)
         beyond = max(position, end)
         if self._terms.negotiated and beyond < position + length:
-            reason = f"cannot read at {beyond} of {self._source.path}: it is shorter than it was"
-            yield _Reply(wire.encode(wire.Failure(beyond, reason)))
+            error = DeviceError.ended_early(self._source.path, beyond, position + length - beyond, 0)
+            yield _Reply(wire.encode(wire.Failure(beyond, str(error))))
 
     def _rest(self, rest: wire.Rest) -> Iterator[_Item]:
         at, end = rest.offset, self._source.size()

@@ -38,10 +38,7 @@ def digest_piece(
         position, length, _ = piece.block(at, block_size)
         unreadable.add(Extent(position, length), str(error))
     if count < piece.length:  # bytes beyond the end are no hole
-        raise DeviceError(
-            f"cannot read {piece.length} bytes at {piece.position} of {device.path}: "
-            f"it is shorter than it was, and ends after {count}"
-        )
+        raise DeviceError.ended_early(device.path, piece.position, piece.length, count)
     return digest_blocks(piece, buffer, block_size, digest, errors)
 
 
