@@ -162,7 +162,7 @@ def _seconds_for(command: str) -> float | None:
 
 
 def command(mountpoint: str, request: dict[str, Any]) -> None:
-    """Send `request` to the mount on `mountpoint`, and return when the mount has done it.
+    """Send `request`, an object of JSON, to the mount on `mountpoint`, and return when the mount has done it.
 
     Raises MountError if the mount cannot be asked or takes too long.
     Raises BlockcopyError with the mount's message and exit status if the mount reports an error.

@@ -74,8 +74,9 @@ def quoted(name: str) -> str:
 
 
 def parse(texts: list[str]) -> MountOptions:
-    """Parse `texts`, the values of all `-o`. libfuse is not asked, because its own messages come too late.
+    """Parse `texts`, the values of all `-o`, into MountOptions.
 
+    libfuse is not asked, because its own messages come too late.
     Raises UsageError if an option is unknown, has a wrong value, or is not allowed.
     """
     flags: set[str] = set()

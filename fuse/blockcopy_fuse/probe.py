@@ -73,7 +73,7 @@ class ForkedCall:
         os.close(child_end)
 
     def result(self, seconds: float | None) -> bytes | None:
-        """Wait at most `seconds` for the result; without end if `seconds` is None.
+        """Wait at most `seconds` for the result, which is bytes; without end if `seconds` is None.
 
         Returns None if there is no result yet. Raises ValueError if the result is longer than 1 MiB.
         """
@@ -185,12 +185,15 @@ class MountRequest:
     """A request to a mount, under way. Call `close` in the end, or `reply` until it returns a reply."""
 
     def __init__(self, mount: Mount, request: dict[str, Any], pid: int | None = None) -> None:
-        """Send `request` to `mount`. `pid`: the only process that may answer, or None for any of the owner's."""
+        """Send `request`, an object of JSON, to `mount`.
+
+        `pid`: the only process that may answer, or None for any process of the owner.
+        """
         self._mount = mount
         self._call: ForkedCall | None = ForkedCall(partial(_request_in_child, mount, request, pid))
 
     def reply(self, seconds: float | None) -> dict[str, Any] | None:
-        """Wait at most `seconds` for the reply; without end if `seconds` is None.
+        """Wait at most `seconds` for the reply, an object of JSON; without end if `seconds` is None.
 
         Returns None if there is no reply yet. Raises MountError if there will be none.
         """

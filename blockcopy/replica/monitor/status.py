@@ -172,7 +172,7 @@ class Status:
 
 
 def parse(found: object) -> Status:
-    """Convert the decoded JSON of another process into a Status.
+    """Convert `found`, the decoded JSON of another process, into a Status.
 
     Missing fields get their defaults, fields of a newer version are ignored, an unknown state is `State.UNKNOWN`.
     Raises ValueError if `found` is no status, or if a field has a wrong type or an impossible value.
@@ -181,7 +181,7 @@ def parse(found: object) -> Status:
 
 
 def summary(status: Status) -> str:
-    """Return one line for people: state, progress, origin of the bytes, need of the source, errors."""
+    """Return a line about `status` for people: state, progress, origin of the bytes, need of the source, errors."""
     origin = f"{human_size(status.same_bytes)} were equal, {human_size(status.fetched_bytes)} fetched"
     if status.zero_bytes:
         origin += f", {human_size(status.zero_bytes)} zeros"
@@ -201,7 +201,7 @@ def summary(status: Status) -> str:
 
 
 def short_summary(status: Status) -> str:
-    """Return one line for `systemctl status`: state, progress, remaining time, and what is wrong."""
+    """Return a line about `status` for `systemctl status`: state, progress, remaining time, and what is wrong."""
     error = status.error
     if status.link.state is LinkState.RECONNECTING:
         error = error or status.link.last_error
@@ -231,7 +231,10 @@ class MapCell:
 
 
 def parse_cells(found: object, max_cells: int) -> list[MapCell]:
-    """Convert the decoded JSON of a map. Returns an empty list if it is no map of at most `max_cells` cells."""
+    """Convert `found`, the decoded JSON of a map, into its cells.
+
+    Returns an empty list if `found` is no map of at most `max_cells` cells.
+    """
     if not isinstance(found, list) or len(found) > max_cells:
         return []
     try:
