@@ -101,7 +101,7 @@ def tmpfs(folder: Path, options: str) -> Iterator[Path]:
 def test_what_is_recorded_is_read_again(path: Path) -> None:
     record = begun(path)
     assert (record.binding, record.chunks) == (binding(), CHUNKS)
-    assert record.clock == clock(30, None)
+    assert record.times == clock(30, None)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     with contextlib.closing(StateFile(path)) as journal:
         journal.write_times(clock(40))
@@ -109,7 +109,7 @@ def test_what_is_recorded_is_read_again(path: Path) -> None:
     found = load(path)
     assert found
     assert found.chunks == {**CHUNKS, 1: FULL}
-    assert found.clock == clock(50)
+    assert found.times == clock(50)
     with contextlib.closing(StateFile(path)) as journal:
         journal.begin_record(binding(inode=9), clock(60))
     found = load(path)
@@ -176,7 +176,7 @@ def test_any_steps_leave_what_a_dictionary_would(steps: list[tuple[str, Any]]) -
                     assert found
                     assert found.binding == model["binding"]
                     assert found.chunks == model["chunks"]
-                    assert found.clock == model["clock"]
+                    assert found.times == model["clock"]
             elif "binding" not in model:
                 continue  # nobody does it before
             elif step == "add":

@@ -82,8 +82,8 @@ class Committer:
         if state_file is None:
             return
         if self._blockmap.resumed_bytes and state_file.record:
-            clock = state_file.record.clock
-            self._durable = Times(clock.mtime_ns, clock.ctime_ns)
+            recorded = state_file.record.times
+            self._durable = Times(recorded.mtime_ns, recorded.ctime_ns)
             await self._record(state_file.write_times)
             return
         binding = Binding(source, destination_identity(self._device), self._device.size(), block_size)

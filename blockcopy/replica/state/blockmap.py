@@ -1,8 +1,8 @@
-"""Which blocks of the destination are known to be right. Pure state: one bit a block and counters.
+"""The block map: which blocks of the destination are present, in one bit per block and counters. No I/O.
 
-A block is unknown until it is marked. One that the source cannot read is set aside: missing as before, and not
-wanted by the pass. Blocks on their way are the hydrator's to know. What was
-marked since it was last asked for is handed out in chunks, for the journal.
+A present block has the source's bytes. All others are missing. A block that the source cannot read is marked
+unreadable: it stays missing, and background hydration does not fetch it. The hydrator knows which blocks are being
+fetched. The bits that changed are handed out in chunks, for the state file.
 """
 
 from __future__ import annotations
@@ -15,60 +15,63 @@ from blockcopy.block.geometry import Extent, Geometry
 from blockcopy.block.unreadable import MAX_RANGES, UnreadableRanges
 
 CHUNK_BLOCKS = 16384
-"""Blocks whose bits are kept and recorded as one: 2 KiB for 2 GiB of the device."""
+"""Blocks of a chunk, whose bits are recorded together: 2 KiB for 2 GiB of the device."""
 
 Kind = Literal["same", "fetched", "zero"]
-"""How a block became present: it was equal, was sent, or is zeros, of which nobody sends the bytes."""
+"""How a block became present: its bytes were equal, or were sent, or are zeros, which are not sent."""
 
 _CHUNK_BYTES = CHUNK_BLOCKS // 8
 
 _COARSE_CELLS = 4096
-"""Ranges of the device of which it is known how many zeros they have: enough for a map on a screen."""
+"""Parts of the device whose blocks of zeros are counted: enough for a map on a screen."""
 
 _NOT_FULL = re.compile(rb"[^\xff]", re.DOTALL)
 
 
 class BlockMap:
-    """The present blocks of one destination, and where their bytes came from."""
+    """The present blocks of one destination, and counters of how they became present. Not thread-safe."""
 
     def __init__(self, geometry: Geometry) -> None:
+        """Start with no block present."""
         self._geometry = geometry
         self.generation = 0
-        """Grows with each `clear`: what was learnt before one must not be marked after it."""
+        """Grows with each `clear`. What was learnt in one generation must not be marked in a later one."""
         self.clear()
 
     def clear(self) -> None:
-        """Nothing is known: every block has to be checked again."""
+        """Make every block missing, so that each is checked again."""
         self.generation += 1
         self._bits = bytearray(-(-self._geometry.block_count // 8))
-        self._aside = bytearray()  # bits of the blocks that were set aside, once there are any
+        self._unreadable = bytearray()  # bits of the unreadable blocks, if there are any
         self._fill_padding()
         self._changed: set[int] = set()
         self.resumed_bytes = 0
-        """Bytes that an earlier run has recorded."""
+        """Present bytes that an earlier run recorded."""
         self.same_bytes = 0
-        """Bytes the destination had already."""
+        """Present bytes that the destination had before."""
         self.fetched_bytes = 0
-        """Bytes that were fetched because they differed."""
+        """Present bytes that were sent because they differed."""
         self.zero_bytes = 0
-        """Bytes that the source has as zeros, and did not have to send."""
-        self._last_was_missing = True  # the last block, which may be short
+        """Present bytes that are zeros at the source, and were not sent."""
+        self._last_was_missing = True  # of the device; it may be short
         self._coarse = max(1, -(-self._geometry.block_count // _COARSE_CELLS))
         self._zeros = [0] * -(-self._geometry.block_count // self._coarse)
-        """Blocks of zeros, in ranges of _coarse blocks."""
+        """The number of zero blocks in each part of _coarse blocks."""
 
     @property
     def present_bytes(self) -> int:
+        """The present bytes of the device, whatever their origin."""
         return self.resumed_bytes + self.same_bytes + self.fetched_bytes + self.zero_bytes
 
     @property
     def complete(self) -> bool:
+        """Whether all blocks are present."""
         return self.present_bytes == self._geometry.size
 
     def mark(self, blocks: range, kind: Kind) -> None:
-        """`blocks` are right on the destination: all their bytes were written, or were found equal.
+        """Make consecutive `blocks` present, once all their bytes were written or found equal. `kind`: how.
 
-        Counted are those that were not marked before. IndexError outside of the device.
+        Counts only those that were missing. Raises IndexError if a block is outside of the device.
         """
         if not blocks:
             return
@@ -90,7 +93,7 @@ class BlockMap:
             self.same_bytes += length
 
     def _set_zeros(self, blocks: range) -> int:
-        """Do as `_set` for present blocks, and count those that were not set before, range by range."""
+        """Make `blocks` present, and count their zeros. Returns how many were missing."""
         added = 0
         for cell in range(blocks.start // self._coarse, blocks[-1] // self._coarse + 1):
             start = cell * self._coarse
@@ -100,7 +103,7 @@ class BlockMap:
         return added
 
     def count(self, blocks: range) -> tuple[int, int]:
-        """How many of consecutive `blocks` are present, and how many of these about are zeros that nobody sent."""
+        """Return how many of consecutive `blocks` are present, and about how many of these are zeros not sent."""
         if not blocks:
             return 0, 0
         first, last = blocks.start >> 3, (blocks.stop - 1) >> 3
@@ -112,9 +115,9 @@ class BlockMap:
         return present, min(present, zeros)
 
     def resume(self, chunks: Mapping[int, bytes]) -> None:
-        """Take recorded chunks as they are; for a map of which nothing is marked yet.
+        """Make the blocks of recorded `chunks` (number → bits) present, in a map with no block present.
 
-        ValueError for a chunk that this device does not have, or of another length.
+        Raises ValueError if the device has no such chunk, or if its length is another.
         """
         for number, bits in chunks.items():
             start = number * _CHUNK_BYTES
@@ -130,63 +133,63 @@ class BlockMap:
             self.resumed_bytes -= block_size - self._geometry.extent(blocks - 1).length
 
     def _fill_padding(self) -> None:
-        """Bits behind the last block count as present, so that no search finds them."""
+        """Set the bits behind the last block, so that no search finds them missing."""
         if self._geometry.block_count % 8:
             self._bits[-1] |= 0xFF << self._geometry.block_count % 8 & 0xFF
 
     def take_changes(self) -> dict[int, bytes]:
-        """The chunks that were marked in since the last time, as they are now; number → bits."""
+        """Return the chunks (number → bits) that changed since the last call, as they are now."""
         changes = {number: self._chunk(number) for number in sorted(self._changed)}
         self._changed.clear()
         return changes
 
     def restore_changes(self, numbers: Iterable[int]) -> None:
-        """These chunks, taken before, could not be recorded."""
+        """Count chunks of `take_changes` as changed again, by `numbers`, if they could not be recorded."""
         self._changed.update(numbers)
 
     def _chunk(self, number: int) -> bytes:
         return bytes(self._bits[number * _CHUNK_BYTES : (number + 1) * _CHUNK_BYTES])
 
     def missing(self, blocks: range) -> Iterator[int]:
-        """The unknown ones of consecutive `blocks`, ascending; present ones are passed over quickly."""
+        """Yield the missing ones of consecutive `blocks`, ascending. Skips present blocks quickly."""
         block = blocks.start
         while (found := self._next_missing(block)) is not None and found < blocks.stop:
             yield found
             block = found + 1
 
     def mark_unreadable(self, blocks: range) -> None:
-        """Note that consecutive blocks cannot be read at the source. They are missing until they are marked."""
-        self._aside = self._aside or bytearray(len(self._bits))
-        _set(self._aside, blocks)
+        """Note that the source cannot read consecutive `blocks`. They stay missing until `mark`."""
+        self._unreadable = self._unreadable or bytearray(len(self._bits))
+        _set(self._unreadable, blocks)
 
     def is_unreadable(self, block: int) -> bool:
-        """Return whether it was set aside, be it present by now."""
-        return bool(self._aside) and bool(self._aside[block >> 3] & 1 << (block & 7))
+        """Return whether `block` was marked unreadable, even if it is present by now."""
+        return bool(self._unreadable) and bool(self._unreadable[block >> 3] & 1 << (block & 7))
 
     def fetchable(self, blocks: range) -> Iterator[int]:
-        """Return those that are missing and were not set aside, as `missing` does."""
-        found = self._next_wanted(blocks.start)
+        """Yield those of consecutive `blocks` that are missing and not marked unreadable, ascending."""
+        found = self._next_fetchable(blocks.start)
         while found is not None and found < blocks.stop:
             yield found
-            found = self._next_wanted(found + 1)
+            found = self._next_fetchable(found + 1)
 
-    def _next_wanted(self, block: int) -> int | None:
+    def _next_fetchable(self, block: int) -> int | None:
         while True:
             found = self._next_missing(block)
             if found is None or not self.is_unreadable(found):
                 return found
-            behind = _next_clear(self._aside, found)
+            behind = _next_clear(self._unreadable, found)
             if behind is None:
                 return None
             block = behind
 
     def unreadable_ranges(self, reason: str = "") -> UnreadableRanges:
-        """Return what was set aside and is missing."""
+        """Return the ranges that are unreadable and missing. `reason`: put into the result."""
         found = UnreadableRanges()
-        if not self._aside:
+        if not self._unreadable:
             return found
         found.reason = reason
-        left = int.from_bytes(self._aside, "little") & ~int.from_bytes(self._bits, "little")
+        left = int.from_bytes(self._unreadable, "little") & ~int.from_bytes(self._bits, "little")
         found.bytes = left.bit_count() * self._geometry.block_size
         if left >> self._geometry.block_count - 1:
             found.bytes -= self._geometry.block_size - self._geometry.extent(self._geometry.block_count - 1).length
@@ -203,7 +206,7 @@ class BlockMap:
         return found
 
     def any_missing(self, blocks: Sequence[int]) -> bool:
-        """Whether one of them is unknown; quick for a range."""
+        """Return whether one of `blocks` is missing. Fast if `blocks` is a range."""
         if isinstance(blocks, range):
             found = self._next_missing(blocks.start) if blocks else None
             return found is not None and found < blocks.stop
@@ -227,7 +230,7 @@ def _next_clear(bits: bytearray, block: int) -> int | None:
     index = block >> 3
     if index >= len(bits):
         return None
-    byte = bits[index] | (1 << (block & 7)) - 1  # what lies before `block` does not count
+    byte = bits[index] | (1 << (block & 7)) - 1  # bits before `block` do not count
     if byte == 0xFF:
         found = _NOT_FULL.search(bits, index + 1)
         if found is None:

@@ -1,7 +1,8 @@
 """Recovery after a restart: which blocks a state file of an earlier run proves to be present.
 
-A state file names the source and the destination that its record is about. The record is believed only if both are
-the same today, and if nobody else has written to the destination since. The log tells why a record is ignored.
+A state file names the source and the destination that its record is about. Both must be the same today, and nobody
+else may have written to the destination since. Otherwise the record is not believed. The log tells why a record is
+ignored.
 
     open_state_file → usable_record → matches_source → resume_blockmap
 """
@@ -32,12 +33,11 @@ logger = logging.getLogger(__name__)
 
 
 def open_state_file(path: str | None, destination: Device, *, keep: bool) -> StateFile | None:
-    """Open or create the state file of `destination`, at `path` or at its default place if that is None.
+    """Open or create the state file of `destination`, at `path`, or at the default place if `path` is None.
 
-    Returns None if `keep` is false. Returns None with a warning if no state file can be written. Either way
-    every older record of the destination is removed.
-    Raises StateError if another process uses the file, if it is not a regular file, or if an older record
-    cannot be removed.
+    Returns None if `keep` is false. Returns None with a warning if no state file can be written. In both cases
+    every older record of the destination is removed. Raises StateError if an older record cannot be removed. Raises
+    StateError if another process uses the file, or if the file is not a regular file.
     """
     if not keep:
         invalidate_records(destination)
@@ -76,22 +76,24 @@ def usable_record(state_file: StateFile, destination: Device, block_size: int) -
         _warn_ignored(
             state_file, f"another command, with its state elsewhere, may have written to {destination.path} since"
         )
-    elif was_written_by_others(record.clock, times_of(destination)):
+    elif was_written_by_others(record.times, times_of(destination)):
         _warn_ignored(state_file, f"another program has written to {destination.path} since")
     else:
         return record
     return None
 
 
-def was_written_by_others(clock: WriteTimes, times: Times) -> bool:
+def was_written_by_others(recorded: WriteTimes, times: Times) -> bool:
     """Return whether another program wrote to a destination that has these `times` now.
 
-    `clock`: the times on record.
+    `recorded`: the times on record.
     """
-    known = Times(clock.mtime_ns, clock.ctime_ns)
-    if clock.until_ns is None:
+    known = Times(recorded.mtime_ns, recorded.ctime_ns)
+    if recorded.until_ns is None:
         return times != known
-    return not all(before <= now <= max(before, clock.until_ns) for before, now in zip(known, times, strict=True))
+    return not all(
+        before <= now <= max(before, recorded.until_ns) for before, now in zip(known, times, strict=True)
+    )
 
 
 def matches_source(state_file: StateFile, record: Record, source: Identity) -> bool:

@@ -1,13 +1,17 @@
-"""The state file: which blocks of a destination are right and durable, and of which source.
+"""The state file of a destination: the record of which blocks are present and durable, and of which source.
 
-An SQLite database with two tables. `facts` has one row: what the record is bound to (JSON), and when
-the destination was last known to be written by nobody else. `chunks` has the bits of the block map,
-CHUNK_BLOCKS blocks a row; a chunk that is wholly present is stored empty, one of which nothing is
-known not at all. SQLite makes each commit whole or nothing, also over a loss of power; a check over
-each row, keyed with the token of its record, finds what SQLite does not: a bit that flipped, a row
-of another file. A file that fails any of it is set aside, never overwritten and never believed.
+The file is an SQLite database with two tables:
 
-Every method may be called from any thread, by one at a time.
+- `facts` has one row of JSON: the source and destination of the record, and the times of the destination.
+
+- `chunks` has the bits of the block map, CHUNK_BLOCKS blocks per row. A chunk whose blocks are all present is
+stored empty. A chunk with no present block is not stored.
+
+SQLite makes each commit atomic, also if the power fails. Each row has a seal, a checksum with the token of its
+record as key. A seal finds what SQLite does not: a flipped bit, or a row of another file. A file with any such
+fault is renamed and kept. It is never overwritten and never believed.
+
+Any thread may call any method, one thread at a time.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 _APPLICATION_ID = 0x62637079  # "bcpy"
 _FORMAT = 2
-"""1 had no ctime."""
+"""The version of the format. Version 1 had no ctime."""
 
 _SCHEMA = f"""
 CREATE TABLE facts (id INTEGER PRIMARY KEY, text TEXT NOT NULL, seal BLOB NOT NULL);
@@ -50,12 +54,12 @@ _FULL = b"\xff" * (CHUNK_BLOCKS // 8)
 
 
 class _UnusableError(Exception):
-    """What is in the file cannot be believed, and why."""
+    """The content of the file cannot be believed. The message tells why."""
 
 
 @dataclass(frozen=True)
 class Binding:
-    """What a record is about. The sizes are bytes."""
+    """The source and destination that a record is about. The sizes are bytes."""
 
     source: Identity
     destination: Identity
@@ -65,10 +69,10 @@ class Binding:
 
 @dataclass(frozen=True)
 class WriteTimes:
-    """When the destination was written, in nanoseconds. Of a file; a device has no such times.
+    """The times when a destination file was written, in nanoseconds. A block device has no such times.
 
-    `mtime_ns`, `ctime_ns`: its times, as they are durable. `until_ns`: we may have written to it since, up to this
-    time of the system's clock; None once it is closed, with these times exactly.
+    `mtime_ns`, `ctime_ns`: the durable times of the file. `until_ns`: this program may have written until that time
+    of the system's clock. `until_ns` is None once the file is closed, with exactly these times.
     """
 
     mtime_ns: int
@@ -78,26 +82,26 @@ class WriteTimes:
 
 @dataclass(frozen=True)
 class Record:
-    """What an earlier run has left: chunk number → bits, as `BlockMap.resume` takes them."""
+    """The content of a state file. `chunks`: number → bits, for `BlockMap.resume`."""
 
     binding: Binding
-    clock: WriteTimes
+    times: WriteTimes
     chunks: dict[int, bytes]
 
 
 class StateFile:
-    """One state file, kept by this process alone as long as it is open; `record` is what was in it."""
+    """An open state file, which this process alone can use. `record`: its content when it was opened, or None."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create `path`; a file that cannot be believed is set aside, and the log says why.
+        """Open or create the state file `path`. Renames a file that cannot be believed, and logs why.
 
-        StateError where another process keeps it or it is no regular file, StateWriteError where
-        it cannot be written, or others decide what is there.
+        Raises StateError if another process uses the file, or if it is not a regular file. Raises StateWriteError
+        if the file cannot be written, or if other users can replace it.
         """
         self.path = path = path.parent.resolve() / path.name
         self.record: Record | None = None
         self.is_stuck = False
-        """A call of another thread may never return: from then on `close` does nothing."""
+        """Set it if a call in another thread may never return. From then on `close` does nothing."""
         self._token = ""
         self._facts: dict[str, Any] = {}
         try:
@@ -150,7 +154,7 @@ class StateFile:
             raise _UnusableError(str(error)) from error
 
     def _load(self, db: sqlite3.Connection, *, is_new: bool) -> Record | None:
-        """What is recorded; the file is this process's own from now on. Raises sqlite3.Error."""
+        """Lock the database for this process. Returns its record, or None. Raises sqlite3.Error."""
         for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = DELETE", "synchronous = EXTRA"):
             db.execute(f"PRAGMA {pragma}")
         if is_new:
@@ -185,63 +189,63 @@ class StateFile:
             if seal != _seal(f"{token} {number}", bits):
                 raise ValueError(f"chunk {number}")
             believed[number] = bits or _FULL
-        binding, clock = Binding(**facts["binding"]), WriteTimes(**facts.pop("clock"))
+        binding, written = Binding(**facts["binding"]), WriteTimes(**facts.pop("clock"))
         if not is_identity(binding.source) or not isinstance(binding.destination, dict):
             raise ValueError("what it is about")
-        times = [clock.mtime_ns, clock.ctime_ns, clock.until_ns if clock.until_ns is not None else 0]
+        times = [written.mtime_ns, written.ctime_ns, written.until_ns if written.until_ns is not None else 0]
         if not all(type(each) is int for each in (binding.destination_size, binding.block_size, *times)):
             raise ValueError("a size or a time")
         self._token, self._facts = token, facts
-        return Record(binding, clock, believed)
+        return Record(binding, written, believed)
 
     @property
     def token(self) -> str:
         """Return the token that tells this record from all others, also from earlier ones of the same file."""
         return self._token
 
-    def begin_record(self, binding: Binding, clock: WriteTimes) -> None:
-        """Begin a new record, of which no block is known yet. Raises StateWriteError, here and below."""
+    def begin_record(self, binding: Binding, times: WriteTimes) -> None:
+        """Replace the record by a new one without chunks. Raises StateWriteError if it cannot be written."""
         self._token = secrets.token_hex(16)
         self._facts = {"token": self._token, "binding": vars(binding)}
         with self._transaction():
             self._db.execute("DELETE FROM chunks")
-            self._write_clock(clock)
+            self._write_facts(times)
 
-    def write_chunks(self, chunks: Mapping[int, bytes], clock: WriteTimes) -> None:
-        """Record `chunks`, which are durable on the destination."""
+    def write_chunks(self, chunks: Mapping[int, bytes], times: WriteTimes) -> None:
+        """Record `chunks` (number → bits), whose blocks are durable. Raises StateWriteError if that fails."""
         rows = []
         for number, bits in chunks.items():
             stored = b"" if bits == _FULL else bits
             rows.append((number, stored, _seal(f"{self._token} {number}", stored)))
         with self._transaction():
             self._db.executemany("INSERT OR REPLACE INTO chunks VALUES (?, ?, ?)", rows)
-            self._write_clock(clock)
+            self._write_facts(times)
 
-    def write_times(self, clock: WriteTimes) -> None:
-        """Record when the destination was written, and will be."""
+    def write_times(self, times: WriteTimes) -> None:
+        """Record when the destination was written, and may be. Raises StateWriteError if that fails."""
         with self._transaction():
-            self._write_clock(clock)
+            self._write_facts(times)
 
     def clear(self) -> None:
-        """Nothing of what is recorded is known any more."""
+        """Remove all chunks from the record. Raises StateWriteError if that fails."""
         with self._transaction():
             self._db.execute("DELETE FROM chunks")
 
     def delete(self) -> None:
-        """Have no record any more, where none can be written. StateError."""
+        """Close and delete the file, if it cannot be written. Raises StateError if it cannot be deleted."""
         self._db.close()
         invalidate(self.path)
 
     def close(self) -> None:
-        """A file that was made here and has nothing in it does not stay."""
+        """Close the file. Deletes a file that was created here and has no record."""
         if self.is_stuck:
             return
         self._db.close()
         if self._made and not self._facts:
             durable.remove(self.path)
 
-    def _write_clock(self, clock: WriteTimes) -> None:
-        text = json.dumps({**self._facts, "clock": vars(clock)})
+    def _write_facts(self, times: WriteTimes) -> None:
+        text = json.dumps({**self._facts, "clock": vars(times)})
         self._db.execute("INSERT OR REPLACE INTO facts VALUES (1, ?, ?)", (text, _seal("facts", text.encode())))
 
     @contextlib.contextmanager
@@ -263,7 +267,11 @@ def _seal(key: str, data: bytes) -> bytes:
 
 
 def _make(path: Path) -> bool:
-    """Have a file at `path`; True where it was not there. StateError, StateWriteError."""
+    """Create `path` if it does not exist. Returns False if it exists.
+
+    Raises StateError if it is not a regular file. Raises StateWriteError if it cannot be created, or if other users
+    can replace it.
+    """
     try:
         durable.make_folder(path.parent)
         if why := distrust_reason(path.parent):  # or else they could change what SQLite opens after we looked at it
@@ -279,10 +287,11 @@ def _make(path: Path) -> bool:
 
 
 def _check_files(path: Path) -> int:
-    """Look at all files that SQLite would read, which writes to any database that it opens.
+    """Check all files that SQLite would read, before it opens them: it writes to any database.
 
-    Returns the size of the database. Raises _UnusableError. From https://www.sqlite.org/fileformat.html, 1.3: 100
-    bytes; how it is written at 18 and 19, the user's version at 60, the application's id at 68.
+    Returns the size of the database in bytes. Raises _UnusableError if a file cannot be believed. The header has
+    100 bytes. The write version is at 18, the read version at 19. The user version is at 60, the application id at
+    68. Source: https://www.sqlite.org/fileformat.html, section 1.3.
     """
     try:
         for each in _beside(path):
@@ -312,13 +321,13 @@ def _check_owner(path: Path, status: os.stat_result) -> None:
 
 
 def _beside(path: Path) -> list[Path]:
-    """Return the files beside a database that SQLite would read, whoever left them."""
+    """Return the existing files beside the database `path` that SQLite would read."""
     found = (path.with_name(f"{path.name}-{kind}") for kind in ("journal", "wal", "shm"))
     return [each for each in found if os.path.lexists(each)]
 
 
 def _set_aside(path: Path) -> Path:
-    """Rename `path` to a name that is free; what SQLite left beside it belongs to it, and goes too."""
+    """Rename `path`, and the files of SQLite beside it, to a free name. Returns that name."""
     number = 1
     while (aside := path.with_name(f"{path.name}.unusable-{number}")).exists():
         number += 1

@@ -1,4 +1,4 @@
-"""How trio programs are run: signals, and threads and processes that may be left behind.
+"""Helpers to run trio programs: signals, and threads and processes that can be abandoned.
 
-Knows nothing of copies. Every room of the replica, and the mount, may import it.
+This room knows nothing of copies. Every room of the replica, and the mount, may import it.
 """

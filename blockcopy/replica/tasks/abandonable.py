@@ -1,6 +1,7 @@
-"""Calls that can hang, in threads that may be left behind: the event loop itself touches no path of a user.
+"""Calls that may never return, in threads and processes that can be abandoned.
 
-A path can lie on a file system that gives no answer. It can lie in the mount that the event loop serves.
+The event loop itself touches no path of a user. Such a path may lie on a file system that does not answer. It may
+lie in the mount that the event loop serves.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ T = TypeVar("T")
 subprocess._USE_VFORK = False  # type: ignore[misc]  # documented for this use
 
 EXIT_SECONDS = 5
-"""How long a killed process is waited for. It may be in a call that nothing ends, of a disk that is away."""
+"""Seconds to wait for the exit of a killed process. A system call on a dead disk may keep the process for ever."""
 
 _NO_LIMIT = trio.CapacityLimiter(math.inf)
-"""A thread that was left behind takes nobody's place."""
+"""The default limiter: an abandoned thread takes no other thread's place."""
 
 
 async def run(work: Callable[[], T], *, limiter: trio.CapacityLimiter = _NO_LIMIT) -> T:
-    """Return `work()`, from a thread. Cancelled, the caller goes on and leaves the thread behind."""
+    """Call `work` in a thread, and return its result. Cancellation abandons the thread."""
     return await trio.to_thread.run_sync(work, limiter=limiter, abandon_on_cancel=True)
 
 
 async def run_within(work: Callable[[], T], seconds: float, *, limiter: trio.CapacityLimiter = _NO_LIMIT) -> T:
-    """Return `work()`, from a thread; no cancellation ends it early.
+    """Call `work` in a thread, and return its result. Cancellation does not end the call early.
 
-    Raises TimeoutError if `work` takes longer than `seconds`: the thread is left behind then.
+    Raises TimeoutError if the call takes longer than `seconds`. The thread is then abandoned.
     """
     with trio.CancelScope(shield=True, deadline=trio.current_time() + seconds):
         return await run(work, limiter=limiter)
@@ -45,13 +46,13 @@ async def run_within(work: Callable[[], T], seconds: float, *, limiter: trio.Cap
 
 
 async def start_process(make: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
-    """Return the process that `make` starts.
+    """Call `make` in a thread, and return the process that it starts.
 
-    Cancelled, the process is killed whenever it comes to be. The caller waits for that, EXIT_SECONDS at most.
+    On cancellation the process is killed as soon as it exists. The caller waits for that, EXIT_SECONDS at most.
     """
     made: list[subprocess.Popen[bytes]] = []
     unwanted = False
-    deciding = threading.Lock()  # who ends a process that nobody wants
+    deciding = threading.Lock()  # whether this task or the thread ends an unwanted process
     finished = trio.Event()
     token = trio.lowlevel.current_trio_token()
 
@@ -82,7 +83,7 @@ async def start_process(make: Callable[[], subprocess.Popen[bytes]]) -> subproce
 
 
 def abandon_process(process: subprocess.Popen[bytes]) -> threading.Thread:
-    """Kill a process, and close its pipes. Returns the thread that waits for its end, however long that takes."""
+    """Kill `process`, close its pipes, and wait for its exit in a thread. Returns the thread at once."""
     thread = threading.Thread(target=_end, args=(process,), daemon=True)
     thread.start()
     return thread
@@ -97,7 +98,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 async def wait_for_exit(process: subprocess.Popen[bytes]) -> int:
-    """Return the status of a process once it has ended, as subprocess has it."""
+    """Wait until `process` exits. Returns its exit status in the form of `subprocess`."""
     descriptor = os.pidfd_open(process.pid)
     try:
         await trio.lowlevel.wait_readable(descriptor)

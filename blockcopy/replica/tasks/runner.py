@@ -1,4 +1,4 @@
-"""How a trio program of ours is run: its signals, and the one error that a user has to be told."""
+"""The runner of trio programs: it handles signals, and raises the one error to report to the user."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _noted: list[int] = []
-"""Signals that came while trio ran and nobody received them."""
+"""Signals that arrived while trio ran and no task received signals."""
 
 
 def ending_signals() -> list[signal.Signals]:
-    """The signals that end a program in order; one that it was started to ignore, as by nohup, does not."""
+    """Return the signals that end a program in order, without those that it ignores, as under nohup."""
     wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     return [each for each in wanted if signal.getsignal(each) != signal.SIG_IGN]
 
 
 def run(main: Callable[[], Awaitable[T]]) -> T:
-    """trio.run, with the one error that a user has to be told taken out of its exception groups."""
+    """Run `main` in trio, and return its result.
+
+    If it raises an exception group of BlockcopyError and Interrupted, raises one of these instead. Raises
+    Interrupted if a signal arrived that no task received.
+    """
     try:
         with _noting():
             return trio.run(main)
@@ -40,17 +44,20 @@ def run(main: Callable[[], Awaitable[T]]) -> T:
 
 
 async def run_optional(name: str, part: Callable[[], Awaitable[None]]) -> None:
-    """Run a part that the copy does without: whatever it raises is logged, and ends nothing else."""
+    """Run a `part` that the copy does not need. Logs whatever it raises. `name`: the part in the log."""
     try:
         await part()
     except Exception as error:
-        logger.error("%s ended by a fault of blockcopy's; all else goes on", name, exc_info=error)
+        logger.error("internal error in %s; everything else continues", name, exc_info=error)
 
 
 @contextmanager
 def _noting() -> Iterator[None]:
-    """A signal that came just before or behind `receive_signals` would raise in trio's own midst, which breaks it.
-    So it is noted: the first who receives signals gets it, or else it is raised behind the run."""
+    """Keep ending signals that arrive while no task receives signals.
+
+    Such a signal would raise inside of trio, which breaks trio. The first `receive_signals` gets it, or else it is
+    raised as Interrupted behind the `with` block.
+    """
     _noted.clear()
     before = {each: signal.signal(each, lambda signum, _: _noted.append(signum)) for each in ending_signals()}
     try:
@@ -64,7 +71,7 @@ def _noting() -> Iterator[None]:
 
 @asynccontextmanager
 async def receive_signals() -> AsyncIterator[AsyncIterator[int]]:
-    """The ending signals as they come, those that came before it too."""
+    """Receive the ending signals in the `with` block, as an iterator, also those that arrived before."""
     with trio.open_signal_receiver(*ending_signals()) as signals:
         while _noted:
             os.kill(os.getpid(), _noted.pop())
@@ -79,7 +86,7 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
 
 
 async def run_interruptible(main: Callable[[], Awaitable[T]]) -> T:
-    """`main()`; a signal cancels it, and is raised as Interrupted when it has come to its orderly end."""
+    """Run `main`, and return its result. On a signal, cancels `main`, and raises Interrupted once it has ended."""
     async with receive_signals() as signals, trio.open_nursery() as nursery:
         nursery.start_soon(_raise_interrupted, signals)
         result = await main()
