@@ -153,7 +153,7 @@ def test_helpers_end_no_copy(
         raise RuntimeError("the metrics")
 
     monkeypatch.setattr(prometheus, "_write", broken)
-    monkeypatch.setattr(Notifier, "keep_telling", broken)
+    monkeypatch.setattr(Notifier, "keep_notifying", broken)
     source, destination = written(tmp_path / "source", DATA), tmp_path / "destination"
     plan = Plan(
         stage_command(Location(None, str(source))),

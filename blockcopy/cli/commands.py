@@ -1,6 +1,7 @@
-"""The copy stages as commands, each named as users type it.
+"""The copy stages as commands.
 
-A command opens the streams and devices that its arguments name, and runs the stage. It imports only that stage.
+Each public function runs the command of its name with the parsed arguments, and raises a BlockcopyError if that
+fails. It opens the streams and devices that the arguments name, and imports only its own stage.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from blockcopy.stage import streams
 
 
 def checksum(args: argparse.Namespace) -> None:
-    """Write the hashes of a destination's blocks to standard output."""
+    """Run `checksum`: write the hashes of a destination's blocks to standard output. `args`: its options."""
     from blockcopy.stage.checksum import checksum as write_hashes
 
     streams.refuse_terminal(1)
@@ -45,7 +46,7 @@ def _digest(name: str | None) -> str | None:
 
 @contextlib.contextmanager
 def _checksum_input(path: str) -> Iterator[int]:
-    """Open the file, device or pipe at `path` for reading; `-` is standard input. Raises DeviceError."""
+    """Open the file, device or pipe at `path` to read it; `-` is stdin. Raises DeviceError if that fails."""
     if path == "-":
         yield 0
         return
@@ -60,7 +61,7 @@ def _checksum_input(path: str) -> Iterator[int]:
 
 
 def retrieve(args: argparse.Namespace) -> None:
-    """Read hashes from standard input, and write the source's blocks that differ to standard output."""
+    """Run `retrieve`: read hashes from stdin, write the blocks that differ to stdout. `args`: its options."""
     from blockcopy.block.device import open_source
     from blockcopy.stage.compressors import XzCompressor, compressor_for
     from blockcopy.stage.retrieve import retrieve as answer
@@ -79,7 +80,7 @@ def retrieve(args: argparse.Namespace) -> None:
 
 
 def save(args: argparse.Namespace) -> None:
-    """Write blocks from standard input to the destination, and sync it."""
+    """Run `save`: write blocks from standard input to the destination, and sync it. `args`: its options."""
     from blockcopy.block.claim import open_destination
     from blockcopy.block.records import invalidate_records
     from blockcopy.stage.save import save as write_blocks
@@ -95,7 +96,7 @@ def save(args: argparse.Namespace) -> None:
 
 
 def receive(args: argparse.Namespace) -> None:
-    """Request blocks on standard output, and write what standard input answers to the destination."""
+    """Run `receive`: request blocks on stdout, write blocks from stdin to a file. `args`: its options."""
     from blockcopy.stage.receive import receive as write_answers
 
     _refuse_dash(args.destination_file)
@@ -112,7 +113,7 @@ def receive(args: argparse.Namespace) -> None:
 
 
 def facts(args: argparse.Namespace) -> None:
-    """Print what this host can do for a copy, as JSON."""
+    """Run `facts`: print what this host can do for a copy, as JSON. `args`: its options."""
     from blockcopy.stage.facts import facts as found
 
     console.write(json.dumps(found(args.source_file)))

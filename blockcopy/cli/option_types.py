@@ -16,7 +16,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 def size(text: str) -> int:
     """Return the bytes that `text` names, such as `4096`, `64K` or `1G`. K, M, G and T are binary units.
 
-    Raises ArgumentTypeError.
+    Raises ArgumentTypeError if `text` is no such number.
     """
     found = re.fullmatch(r"(\d+)([KMGT]?)", text.upper())
     if not found:
@@ -60,7 +60,7 @@ def compression(text: str) -> CompressionSpec:
 def rate(text: str) -> int | None:
     """Return the bytes per second that `text` names, as `size` parses it. Returns None for `none`.
 
-    Raises ArgumentTypeError, also for 0.
+    Raises ArgumentTypeError if `text` is 0 or no number.
     """
     if text == "none":
         return None
@@ -73,7 +73,7 @@ def rate(text: str) -> int | None:
 
 
 def extent(text: str) -> tuple[int, int]:
-    """Return the offset and length in bytes that `OFFSET:LENGTH` names. Raises ArgumentTypeError."""
+    """Parse `OFFSET:LENGTH` into two numbers of bytes. Raises ArgumentTypeError if `text` is anything else."""
     offset, colon, length = text.partition(":")
     if not colon:
         raise argparse.ArgumentTypeError(f"{text!r} is not OFFSET:LENGTH")
@@ -84,7 +84,7 @@ def extent(text: str) -> tuple[int, int]:
 
 
 def seconds(text: str) -> float:
-    """Return `text` as seconds, 0 or more; fractions are allowed. Raises ArgumentTypeError."""
+    """Return `text` as seconds; fractions are allowed. Raises ArgumentTypeError if it is negative or no number."""
     try:
         count = float(text)
     except ValueError:
@@ -95,7 +95,7 @@ def seconds(text: str) -> float:
 
 
 def positive_seconds(text: str) -> float:
-    """Return `text` as seconds, more than 0. Raises ArgumentTypeError."""
+    """Return `text` as seconds. Raises ArgumentTypeError if it is not a number above 0."""
     count = seconds(text)
     if not count:
         raise argparse.ArgumentTypeError("a timeout of 0 seconds is too short for any answer")

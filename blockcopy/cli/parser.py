@@ -215,14 +215,14 @@ def _add_control(commands: Any) -> None:
     add("umount", "unmount, and return when the destination is synced")
     add("pause", "pause background copying; reads go on")
     add("resume", "resume background copying")
-    limit = add("limit", "limit background copying", "RATE", "20M")
+    limit = add("limit", "limit the rate of background copying", "RATE", "20M")
     limit.add_argument(
         "rate",
         metavar="RATE",
         type=option_types.rate,
         help="bytes per second, such as 20M; none lifts the limit",
     )
-    prefetch = add("prefetch", "fetch ranges first, and wait for them", "OFFSET:LENGTH...", "0:64M 1G:128K")
+    prefetch = add("prefetch", "fetch ranges now, and wait for them", "OFFSET:LENGTH...", "0:64M 1G:128K")
     prefetch.add_argument(
         "extents",
         metavar="OFFSET:LENGTH",

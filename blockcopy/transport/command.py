@@ -81,11 +81,11 @@ class Command(NamedTuple):
     """The program that runs the stage, as the user named it; for messages."""
     route: Route = Route()
     own_session: bool = False
-    """The command needs no terminal, and outlives this one."""
+    """Whether the command runs in a session of its own: without the terminal, and unharmed if that closes."""
     opening: bytes = b""
-    """The first bytes for its standard input."""
+    """The first bytes to write to its standard input."""
     mark: bytes = b""
-    """Bytes on its standard output after which the stage begins. Empty if the stage prints first."""
+    """The bytes on its standard output after which the stage begins. Empty if the stage's output comes first."""
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start the command with three unbuffered pipes. Raises OSError if it cannot be started."""
@@ -189,7 +189,7 @@ def _route_to(location: Location, rsh: list[str], control: str | None) -> Route:
     end = ["--", host]  # no host name is taken for an option
     options = [*_plain(rsh[at + 1 :]), *_KEEP_ALIVE]
     if at > 0:
-        control = None  # run by another program, perhaps as a user who cannot use our sockets
+        control = None  # run by another program, perhaps as a user who cannot use these sockets
     if control is None or any(word.startswith("-S") or "controlpath" in word.lower() for word in rsh):
         return Route([*rsh, *options, *end], [*rsh, host])  # the user's own shared login must not be ended
     options += ["-o", f"ControlPath={control}"]
@@ -222,6 +222,7 @@ def _remote_words(option: str, command: str) -> list[str]:
 
 
 def _local_command(location: Location, program: str | None, stage: str, options: Sequence[str]) -> Command:
+    """Return the command for a `location` on this host. The other arguments: as in `stage_command`."""
     arguments = [stage, *options, absolute(location.path)]
     if program is not None:
         argv = [*_words("--blockcopy-path", program), *arguments]

@@ -40,31 +40,31 @@ class Location:
         return (found[1], self.path[found.end() :]) if found else ("", self.path)
 
 
-def parse_location(text: str, what: str = "SOURCE", *, needs_path: bool = True) -> Location:
-    """Parse a location as rsync does. `what`: the argument's name, for messages.
+def parse_location(text: str, argument: str = "SOURCE", *, needs_path: bool = True) -> Location:
+    """Parse a location as rsync does. `argument`: its name in messages.
 
     A colon before any slash separates host and path. An IPv6 address stands in brackets. A local path with a colon
     in its first part is written `./a:b`. Unless `needs_path`, a name alone is a host.
 
-    Raises UsageError, which says what to write instead, for anything else.
+    Raises UsageError, which says what to write instead, if `text` is no location.
     """
-    _refuse_mistakes(text, what)
+    _refuse_mistakes(text, argument)
     if text.startswith("ssh://"):
-        location = _parse_url(text, what)
+        location = _parse_url(text, argument)
     else:
-        host, path = _split(text, what) if needs_path or ":" in text else (text, "")
+        host, path = _split(text, argument) if needs_path or ":" in text else (text, "")
         if host is None:
             return Location(None, path)
         location = Location(host, path, typed=text)
     host, path = location.host or "", location.path
     if not host.rpartition("@")[2] or (needs_path and not path):
-        raise UsageError(f"{what} {text!r} has no {'path' if host else 'host'}; {_SYNTAX}")
+        raise UsageError(f"{argument} {text!r} has no {'path' if host else 'host'}; {_SYNTAX}")
     if host.startswith("-"):
-        raise UsageError(f"{what} {text!r}: a host cannot begin with `-`")
+        raise UsageError(f"{argument} {text!r}: a host cannot begin with `-`")
     return location
 
 
-def _split(text: str, what: str) -> tuple[str | None, str]:
+def _split(text: str, argument: str) -> tuple[str | None, str]:
     """Split `text` into host and path as rsync does. The host is None if the path is local."""
     bracketed = re.fullmatch(r"((?:[^/:@]+@)?)\[([^/\]]*)\](?::(.*))?", text, re.DOTALL)
     if bracketed and (bracketed[3] is not None or ":" in bracketed[2]):
@@ -72,12 +72,12 @@ def _split(text: str, what: str) -> tuple[str | None, str]:
     host, colon, path = text.partition(":")
     if not colon or "/" in host:
         if not text:
-            raise UsageError(f"{what} is empty; {_SYNTAX}")
+            raise UsageError(f"{argument} is empty; {_SYNTAX}")
         return None, text
     return host, path
 
 
-def _parse_url(text: str, what: str) -> Location:
+def _parse_url(text: str, argument: str) -> Location:
     """Parse an `ssh://` URL as git does. The path is absolute, unless it begins with `/~`. A `%20` is a space."""
     from urllib.parse import unquote_to_bytes  # slow to load, and seldom needed
 
@@ -87,7 +87,7 @@ def _parse_url(text: str, what: str) -> Location:
         re.DOTALL,
     )
     if not found or not 0 < int(found["port"] or 22) < 65536 or ":" in (found["user"] or ""):
-        raise UsageError(f"{what} {text!r} is not ssh://[user@]host[:port]/path")
+        raise UsageError(f"{argument} {text!r} is not ssh://[user@]host[:port]/path")
     path = os.fsdecode(unquote_to_bytes(found["path"] or ""))
     host = (found["user"] or "") + (found["address"] or found["name"])
     return Location(
@@ -95,23 +95,23 @@ def _parse_url(text: str, what: str) -> Location:
     )
 
 
-def _refuse_mistakes(text: str, what: str) -> None:
+def _refuse_mistakes(text: str, argument: str) -> None:
     """Raise UsageError for the syntax of other programs, and for likely mistakes."""
     if "\0" in text:
-        raise UsageError(f"{what} {text!r} contains a NUL, which no path can have")
+        raise UsageError(f"{argument} {text!r} contains a NUL, which no path can have")
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
     if scheme and scheme[1] == "file":
-        raise UsageError(f"{what} {text!r}: write the path itself, without file://")
+        raise UsageError(f"{argument} {text!r}: write the path itself, without file://")
     if scheme and scheme[1] != "ssh":
         raise UsageError(
-            f"{what} {text!r}: {scheme[1]} is not supported, ssh is: write [user@]host:/path or "
+            f"{argument} {text!r}: {scheme[1]} is not supported, ssh is: write [user@]host:/path or "
             "ssh://[user@]host[:port]/path"
         )
     if re.match(r"[A-Za-z]:\\", text):
-        raise UsageError(f"{what} {text!r} looks like a path of Windows; write ./{text} if it is a file here")
+        raise UsageError(f"{argument} {text!r} looks like a path of Windows; write ./{text} if it is a file here")
     double = re.match(r"[^/\[\]:]+::", text)
     if double:
         raise UsageError(
-            f"{what} {text!r}: modules of an rsync daemon are not supported, write host:/path; an IPv6 "
+            f"{argument} {text!r}: modules of an rsync daemon are not supported, write host:/path; an IPv6 "
             "address stands in brackets, as in [fe80::1]:/path"
         )

@@ -18,6 +18,7 @@ from pathlib import Path
 PACKAGE = "blockcopy"
 
 PROGRAM = f"{PACKAGE}.cli.stage_main"
+"""The module whose `main` runs a stage there."""
 
 TRAVELS = ("paths", "block", "protocol", "progress", "stage", "cli")
 """The rooms whose modules may be sent, besides the modules of the package itself."""
