@@ -264,3 +264,8 @@ def exists(module: str, name: str) -> bool:
 def test_product_code_does_not_assert() -> None:
     """`python -O` removes assertions, so product code must not depend on them."""
     assert not [module for module in SOURCES if READ[module].asserts]
+
+
+def test_the_map_of_the_tests_has_each_file_once() -> None:
+    rows = re.findall(r"^\| (test_.*?) \|", (CHECKOUT / "tests/README.md").read_text(), re.MULTILINE)
+    assert sorted(", ".join(rows).split(", ")) == sorted(path.stem for path in CHECKOUT.glob("tests/test_*.py"))
