@@ -12,6 +12,7 @@ import math
 import time
 
 from blockcopy.block.device import Device
+from blockcopy.cli.program import error_line
 from blockcopy.errors import BlockcopyError, OutputError, RemoteError, StreamError
 from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.stage.retrieve import retrieve
@@ -23,7 +24,7 @@ from blockcopy.untrusted_text import LineBudget
 
 logger = logging.getLogger(__name__)
 
-_ERROR_PREFIX = "ERROR (receive): "
+_ERROR_PREFIX = error_line("receive", "")
 """The beginning of the line with which `receive` reports why it failed."""
 
 

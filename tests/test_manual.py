@@ -15,6 +15,7 @@ from blockcopy import errors
 from blockcopy.cli.parser import SHELLS, parser
 from blockcopy.cli.suggestions import commands_of
 from blockcopy.replica.monitor.status import State, Status
+from blockcopy.transport.command import DEFAULT_PYTHON, DEFAULT_RSH
 
 COMMANDS = commands_of(parser())
 
@@ -31,6 +32,13 @@ def test_help_fits_a_screen_and_ends_with_an_example(command: str) -> None:
     assert len(lines) <= _TALLEST.get(command, 30)
     assert max(map(len, lines[:-1])) <= 80
     assert lines[-1].startswith("example: blockcopy ")
+
+
+@pytest.mark.parametrize("command", ["mount", "sync", "verify", "doctor"])
+def test_help_names_the_defaults_that_are_not_the_parsers(command: str) -> None:
+    said = {action.dest: action.help or "" for action in COMMANDS[command]._actions}
+    assert said["rsh"].endswith(f"(default: {DEFAULT_RSH})")
+    assert said["python"].endswith(f"(default: {DEFAULT_PYTHON})")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

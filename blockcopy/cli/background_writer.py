@@ -49,7 +49,7 @@ class BackgroundWriter(Generic[Item]):
                     self._running = True
 
     def drain(self, seconds: float) -> bool:
-        """Wait until the queue is written, for at most `seconds`. Returns False if some items are left."""
+        """Wait until the queue is written, for at most `seconds`. Returns False if items are left. Thread-safe."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._running, seconds)
 

@@ -55,7 +55,7 @@ def say(text: str | Callable[[], str]) -> None:
 
 
 def drain(seconds: float) -> None:
-    """Wait until every line given to `say` is written, for at most `seconds`."""
+    """Wait until every line given to `say` is written, for at most `seconds`. Thread-safe."""
     _stderr.drain(seconds)
 
 

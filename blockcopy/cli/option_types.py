@@ -50,7 +50,7 @@ def regular_file(text: str) -> str:
 
 
 def compression(text: str) -> CompressionSpec:
-    """Parse `zstd`, `zstd:LEVEL`, `auto` or `none`. Raises ArgumentTypeError."""
+    """Parse `zstd`, `zstd:LEVEL`, `auto` or `none`. Raises ArgumentTypeError if `text` is anything else."""
     try:
         return CompressionSpec.parse(text)
     except ValueError as error:

@@ -44,6 +44,11 @@ def run(
     _exit(0)
 
 
+def error_line(command: str, message: object) -> str:
+    """Return the line that reports why `command` failed. Scripts and `push` rely on its beginning."""
+    return f"ERROR ({command}): {message}"
+
+
 def _set_up_log(args: argparse.Namespace) -> None:
     """Log as the options say."""
     verbose = bool(getattr(args, "verbose", False) or os.environ.get("BLOCKCOPY_DEBUG"))
@@ -65,5 +70,5 @@ def _exit(status: int) -> NoReturn:
 
 
 def _exit_with(command: str, error: BlockcopyError) -> NoReturn:
-    console.say(log.log_failure(f"ERROR ({command}): {error}", error if isinstance(error, InternalError) else None))
+    console.say(log.log_failure(error_line(command, error), error if isinstance(error, InternalError) else None))
     _exit(error.exit_code)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from blockcopy.cli import console
+from blockcopy.cli.program import error_line
 from blockcopy.errors import OutputError
 
 
@@ -23,7 +24,7 @@ class ConsoleParser(argparse.ArgumentParser):
         try:
             console.write(message.removesuffix("\n"))
         except OutputError as error:
-            self.exit(error.exit_code, f"ERROR ({self.prog}): {error}\n")
+            self.exit(error.exit_code, error_line(self.prog, error) + "\n")
 
 
 class Parser(ConsoleParser):
