@@ -103,7 +103,7 @@ class SourceChangedError(SourceError):
 
     @classmethod
     def found(cls, source: str, changes: str) -> SourceChangedError:
-        """Return the error for `source`, a name for messages, of which `changes` says what differs."""
+        """Return the error for a changed source. `source`: its name in messages. `changes`: what differs."""
         return cls(
             f"source changed: {source} is not what it was ({changes}). "
             "Start again; copy a snapshot if the source is in use"

@@ -32,7 +32,7 @@ class Destination(Device):
         super().__init__(path, fd)
         self.lost: DestinationLostError | None = None
         """The error that every later call raises. None if no foreign change was detected."""
-        self._checking = threading.Lock()  # of what follows
+        self._checking = threading.Lock()  # guards the attributes below
         self._writers = 0
         self._min_size = self.size()
         self._has_exact_times = self.has_exact_times()

@@ -28,7 +28,7 @@ class Views:
         self._size = size
         self._mapped: tuple[int, memoryview] | None = None
         self._possible = True
-        self._changed = threading.Condition()  # of what follows
+        self._changed = threading.Condition()  # guards the attributes below
         self._count = 0
         self._paused = False
 

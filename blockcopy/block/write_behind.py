@@ -30,7 +30,7 @@ class WriteBehind:
         self._device = device
         self._sequential = sequential
         self._drops = device.exceeds_cache()
-        self._lock = threading.Lock()  # of what follows
+        self._lock = threading.Lock()  # guards the attributes below
         self._batch: list[Extent] = []
         self._batch_bytes = 0
         self._previous: list[Extent] = []

@@ -34,7 +34,7 @@ class Progress:
     """A reporter that reports nothing. The base class of all others."""
 
     silent = True
-    """Whether `update` has no effect, so that callers may leave it out."""
+    """True if `update` has no effect, so that callers need not call it."""
 
     def __enter__(self) -> Progress:
         return self
