@@ -269,3 +269,17 @@ def test_product_code_does_not_assert() -> None:
 def test_the_map_of_the_tests_has_each_file_once() -> None:
     rows = re.findall(r"^\| (test_.*?) \|", (CHECKOUT / "tests/README.md").read_text(), re.MULTILINE)
     assert sorted(", ".join(rows).split(", ")) == sorted(path.stem for path in CHECKOUT.glob("tests/test_*.py"))
+
+
+def test_the_guide_names_what_there_is() -> None:
+    """CONTRIBUTING.md names modules and what is in them as `module.name`."""
+    text = (CHECKOUT / "CONTRIBUTING.md").read_text()
+    short = {module.rpartition(".")[2]: SOURCES[module] for module in SOURCES}
+    named = set(re.findall(r"`(?:\w+\.)?(\w+)\.(_?[a-z]\w+)`", text))
+    named = {pair for pair in named if not any(f".{each}".endswith(f".{'.'.join(pair)}") for each in SOURCES)}
+    modules = {(owner, name) for owner, name in named if owner in short}
+    missing = {(owner, name) for owner, name in modules if not re.search(rf"\b{name}\b", short[owner].read_text())}
+    assert missing == set()
+    everything = "\n".join(path.read_text() for path in SOURCES.values())
+    classes = {(owner, name) for owner, name in named - modules if owner[:1].isupper()}
+    assert {pair for pair in classes if f"class {pair[0]}" not in everything or pair[1] not in everything} == set()
