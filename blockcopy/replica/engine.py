@@ -2,27 +2,7 @@
 
     open_replica ─ destination ─ state file ─ links ─ recovery ─ Replica … disconnect ─ sync ─ record
 
-The failure table: what goes wrong, what a read of a missing block gets, and what the replica does.
-
-    the source is unreachable at the start  –                     open_replica raises; with a record and
-                                                                  `resume_offline` it starts, reconnecting
-    the destination is refused, too small   –                     open_replica raises, nothing written
-    a link breaks, stalls or sends garbage  waits, then           reconnects for ever; requests in flight
-                                            SourceError           are sent again
-    the source has changed                  SourceError           state failed, its data is rejected
-    the source cannot read a block          SourceReadError       all else is copied, then state failed
-    the destination cannot read a block     served                fetched and written again
-    the destination fails or is full        DeviceError           state failed once background hydration
-                                                                  meets it
-    the destination is truncated, or        DeviceError           state failed, nothing counts as present
-        written by another program
-    the destination is removed, replaced    served                state failed
-    a sync fails                            checked again         state failed, nothing counts as present
-    the state file cannot be written        served                goes on; a restart checks more
-    the caller of open_replica ends         SourceError           synced, recorded, processes ended
-    killed, or the power is lost            –                     the next run resumes from the record
-    the destination is truncated, or its    –                     killed by SIGBUS: likewise
-        disk fails, while it is viewed
+CONTRIBUTING.md has the failure table ("What can fail") and the crash table.
 """
 
 from __future__ import annotations
