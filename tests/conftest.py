@@ -1,4 +1,4 @@
-"""Fixtures for every level. What they are made of is in support.py."""
+"""Fixtures that several test files use. Their parts are in support.py."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import support
 def nothing_left_behind(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
-    """A mount, process, thread or file descriptor that outlives its test fails it."""
+    """Fail a test that leaves a mount, process, thread or file descriptor behind."""
     mark = uuid.uuid4().hex
     monkeypatch.setenv(support.TEST_ID, mark)
-    # Where states are kept: a test knows nothing of another, nor of what this machine is used for.
+    # The folder of state files: a test must not see those of other tests, nor of this machine.
     monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path_factory.mktemp("state")))
     ours = tmp_path_factory.getbasetemp()
     mounts, threads, descriptors = (
@@ -51,7 +51,10 @@ def destination(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def loop_device(tmp_path: Path) -> Iterator[Callable[[Path], str]]:
-    """Attach a file to a loop device: `loop_device(path)` → /dev/loopN, detached after the test."""
+    """Return a function that attaches a file to a loop device: `loop_device(path, *options)` → "/dev/loopN".
+
+    The devices are detached after the test.
+    """
     support.require_root()
     with ExitStack() as stack:
 
@@ -65,7 +68,10 @@ def loop_device(tmp_path: Path) -> Iterator[Callable[[Path], str]]:
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[..., support.Mount]]:
-    """Mount a replica: `mount(source, destination, *options, program=…)`, unmounted after the test."""
+    """Return a function that mounts a replica: `mount(source, destination, *options, program=…)` → Mount.
+
+    The replicas are unmounted after the test.
+    """
     support.require_fuse()
     with ExitStack() as stack:
 
@@ -81,7 +87,7 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., support.Mount]]:
 
 @pytest.fixture(scope="session")
 def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[support.Sshd]:
-    """A real sshd on loopback, with keys of its own."""
+    """Start an sshd on loopback, with keys of its own. It serves all tests of a session."""
     support.require_sshd()
     with support.Sshd(tmp_path_factory.mktemp("sshd")) as server:
         yield server
@@ -89,7 +95,7 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[support.Sshd]:
 
 @pytest.fixture(scope="session")
 def original() -> list[str]:
-    """The original program, where BLOCKCOPY_ORIGINAL names its blockcopy.py."""
+    """Return the command line of the original program. Skip the test if BLOCKCOPY_ORIGINAL does not name it."""
     path = os.environ.get("BLOCKCOPY_ORIGINAL")
     if not path:
         pytest.skip("BLOCKCOPY_ORIGINAL does not name the original blockcopy.py")

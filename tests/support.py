@@ -1,4 +1,4 @@
-"""What the fixtures are made of: data, commands, mounts, an sshd, and the hunt for what is left behind."""
+"""Helpers of the tests: data, commands, mounts, an sshd, and the search for what a test leaves behind."""
 
 from __future__ import annotations
 
@@ -26,21 +26,23 @@ from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.block.identity import sample_extents
 
 for name in ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):
-    os.environ.pop(name, None)  # few users have them, and they hide faults: output that fails when it is flushed
+    os.environ.pop(
+        name, None
+    )  # few users set these variables, and they hide faults: output that fails when it is flushed
 
 PYTHON = sys.executable
 BLOCKCOPY = [PYTHON, "-P", "-m", "blockcopy"]
 STANDINS = Path(__file__).resolve().parent.parent / "tools" / "standins"
 QUEUEING = f"{PYTHON} {STANDINS / 'queueing_retrieve'}"
-"""--blockcopy-path of the stand-in for the original's `retrieve`."""
+"""The --blockcopy-path of the stand-in for the original's `retrieve`."""
 FAULTY = f"{PYTHON} {STANDINS / 'faulty_retrieve'}"
-"""--blockcopy-path of our own `retrieve` with faults. It is asked for no sample: answer 1 is a block."""
+"""The --blockcopy-path of our own `retrieve` with faults. Nobody asks it for a sample, so answer 1 is a block."""
 
 TEST_ID = "BLOCKCOPY_TEST_ID"
-"""Set for every process that a test starts, so that those left behind are found."""
+"""An environment variable of every process that a test starts. It identifies processes that are left behind."""
 
 PATIENCE = 20
-"""Seconds that `until` waits for what has to happen."""
+"""Seconds that `until` and `run` wait."""
 
 Text = str | bytes
 Finished = subprocess.CompletedProcess[bytes] | subprocess.CompletedProcess[str]
@@ -48,18 +50,19 @@ Finished = subprocess.CompletedProcess[bytes] | subprocess.CompletedProcess[str]
 needs_views = pytest.mark.skipif(
     not syscalls.populate_returns(os.uname().release), reason="this kernel would hang at a read error: no views"
 )
-"""For a test of what is looked at in the page cache. Older kernels copy, as all other tests show there."""
+"""The mark of a test of views of the page cache. Older kernels only read, as all other tests show there."""
 
 
 # Data
 
 
 def noise(size: int, seed: int = 1) -> bytes:
+    """Return `size` random bytes, the same for each call with `seed`."""
     return random.Random(seed).randbytes(size)
 
 
 def with_changes(data: bytes, blocks: list[int], block_size: int = BLOCK_SIZE) -> bytes:
-    """`data` with one byte changed in each of `blocks`."""
+    """Return `data` with one byte changed in each of `blocks`: block numbers, in blocks of `block_size` bytes."""
     changed = bytearray(data)
     for block in blocks:
         changed[min(block * block_size + 7, len(data) - 1)] ^= 0xFF
@@ -67,6 +70,7 @@ def with_changes(data: bytes, blocks: list[int], block_size: int = BLOCK_SIZE) -
 
 
 def written(path: Path, data: bytes) -> Path:
+    """Write `data` to the file `path`, and return `path`."""
     path.write_bytes(data)
     return path
 
@@ -96,12 +100,18 @@ def pairwise(*parameters: Iterable[Any]) -> list[tuple[Any, ...]]:
 
 
 def sample_answers(size: int) -> int:
-    """What QUEUEING answers on each connection before any block: the sample of a source, and its proof."""
+    """Return the number of answers of QUEUEING before the first block of a connection: a sample, and its proof.
+
+    `size`: bytes of the source.
+    """
     return len(sample_extents(size)) + 1
 
 
 def run(*args: object, input: bytes | None = None, **options: Any) -> subprocess.CompletedProcess[bytes]:
-    """A blockcopy command, to its end; the test looks at its status."""
+    """Run a blockcopy command to its end, and return its status and output. `input`: its standard input.
+
+    Raises subprocess.TimeoutExpired after `PATIENCE` seconds.
+    """
     return subprocess.run(
         [*BLOCKCOPY, *map(str, args)], input=input, capture_output=True, timeout=PATIENCE, check=False, **options
     )
@@ -146,14 +156,17 @@ def _str(text: Text) -> str:
 
 
 def output(*args: object) -> str:
-    """What another program prints; it has to succeed."""
+    """Run another program, and return its standard output. Raises AssertionError if the program fails."""
     done = subprocess.run([str(each) for each in args], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, f"{args}: {done.stderr}"
     return done.stdout
 
 
 def until(condition: Callable[[], object], what: str = "it") -> None:
-    """Wait for what another process does and does not tell."""
+    """Wait until `condition()` is true. For conditions that no other process reports.
+
+    Raises AssertionError with `what` after `PATIENCE` seconds.
+    """
     end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen"
@@ -174,7 +187,7 @@ sys.stdin.read()
 
 @contextlib.contextmanager
 def held_by_another_process(path: object, flags: int = 0) -> Iterator[None]:
-    """Open with `flags`, or else locked, by a program that is not ours."""
+    """Have another process hold the file or device `path` open with `flags`. Without `flags`, it locks `path`."""
     command = [PYTHON, "-c", _HOLD, str(path), str(flags)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -187,7 +200,7 @@ def held_by_another_process(path: object, flags: int = 0) -> Iterator[None]:
 
 @contextlib.contextmanager
 def mounted(device: str, point: Path) -> Iterator[None]:
-    """A new ext4 on the device, mounted."""
+    """Make an ext4 on `device`, and mount the file system at `point`, which must not exist yet."""
     output("mkfs.ext4", "-q", "-F", device)
     point.mkdir()
     output("mount", device, point)
@@ -197,10 +210,11 @@ def mounted(device: str, point: Path) -> Iterator[None]:
         output("umount", point)
 
 
-# Requirements: a skip with its reason, but a failure where BLOCKCOPY_REQUIRE_FUSE=1 (as in CI)
+# Requirements: if one is missing, the test is skipped. With BLOCKCOPY_REQUIRE_FUSE=1, as in CI, it fails
 
 
 def require(present: bool, reason: str) -> None:
+    """Skip the test with `reason` unless `present` is true."""
     if present:
         return
     if os.environ.get("BLOCKCOPY_REQUIRE_FUSE") == "1":
@@ -209,16 +223,19 @@ def require(present: bool, reason: str) -> None:
 
 
 def require_fuse() -> None:
+    """Skip the test if FUSE is not available."""
     require(os.access("/dev/fuse", os.R_OK | os.W_OK), "/dev/fuse cannot be used here")
     require(shutil.which("fusermount3") is not None, "fusermount3 is not installed")
 
 
 def require_root() -> None:
+    """Skip the test if there are no loop devices, or this user is not root."""
     require(os.geteuid() == 0, "loop devices need root")
     require(os.path.exists("/dev/loop-control"), "there are no loop devices here")
 
 
 def require_sshd() -> None:
+    """Skip the test if sshd is not installed."""
     require(shutil.which("sshd", path="/usr/sbin:/usr/bin") is not None, "sshd is not installed")
 
 
@@ -226,7 +243,7 @@ def require_sshd() -> None:
 
 
 class Mount:
-    """A replica mounted by the command, as a user does it; the file is `file`."""
+    """A replica that `blockcopy mount` serves. `file` is the path of the file in the mount."""
 
     def __init__(
         self,
@@ -237,7 +254,10 @@ class Mount:
         program: str | None = None,
         wait: bool = False,
     ) -> None:
-        """`program` is the --blockcopy-path; AssertionError where the command fails."""
+        """Mount `source` and `destination` at `point` with `options`. `program`: the --blockcopy-path.
+
+        With `wait`, also wait until the copy is complete. Raises AssertionError if the command fails.
+        """
         self.point = point
         more = ["--blockcopy-path", program] if program else []
         done = run("mount", *options, *more, source, destination, point)
@@ -248,6 +268,7 @@ class Mount:
             self.wait()
 
     def status(self) -> dict[str, Any]:
+        """Return the status, as the mount serves it in status.json."""
         return json.loads((self.point / "status.json").read_bytes())  # type: ignore[no-any-return]
 
     def wait(self) -> None:
@@ -256,15 +277,16 @@ class Mount:
         assert self.status()["state"] == "complete", self.status()["error"]
 
     def umount(self) -> None:
+        """Unmount by `blockcopy umount`. The copy may be incomplete."""
         done = run("umount", self.point)
         assert done.returncode in (0, 75), done.stderr.decode()  # 75: not complete yet
 
     def retrievers(self) -> list[int]:
-        """Process ids of the mount's retrieve processes."""
+        """Return the process ids of the mount's `retrieve` processes."""
         return children(self.status()["pid"])
 
     def clear(self) -> None:
-        """After the test, whatever has become of it."""
+        """Remove the mount after the test, in whatever state it is, and wait until its process ends."""
         pids = []
         with contextlib.suppress(OSError, ValueError):
             pids.append(self.status()["pid"])
@@ -276,7 +298,7 @@ class Mount:
 
 
 def fuse_mounts(below: Path = Path("/")) -> set[str]:
-    """Where a replica is mounted, of either type that the tests use, or a faulty disk."""
+    """Return the mountpoints of replicas and faulty disks `below` a folder."""
     kinds = {"fuse.blockcopy", "fuse.disk", "fuse.faulty_disk"}
     lines = (os.fsdecode(line).split(" ") for line in Path("/proc/mounts").read_bytes().split(b"\n") if line)
     points = {point.replace("\\040", " ") for _, point, kind, *_ in lines if kind in kinds}
@@ -284,6 +306,7 @@ def fuse_mounts(below: Path = Path("/")) -> set[str]:
 
 
 def clear_mounts(points: set[str]) -> set[str]:
+    """Unmount `points` lazily, and return them."""
     for point in points:
         subprocess.run(["fusermount3", "-u", "-z", point], check=False)
     return points
@@ -293,7 +316,7 @@ def clear_mounts(points: set[str]) -> set[str]:
 
 
 def alive(pid: int) -> bool:
-    """It runs; one that has ended and that nobody has waited for does not."""
+    """Return whether process `pid` runs. A zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -301,7 +324,10 @@ def alive(pid: int) -> bool:
 
 
 def children(pid: int) -> list[int]:
-    """Zombies left out. Not from proc(5)'s `children`, which may leave some out while others come and go."""
+    """Return the process ids of the children of `pid`, without zombies.
+
+    The file `children` of proc(5) is no source: it can miss some while others come and go.
+    """
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -312,14 +338,14 @@ def children(pid: int) -> list[int]:
 
 
 def is_sshd(pid: int) -> bool:
-    """One that other tests have in this process."""
+    """Return whether `pid` is an sshd: the tests of a session share one."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text(errors="replace") == "sshd\n"
     return False
 
 
 def peak_memory(pid: int) -> int:
-    """Bytes, as the kernel accounts them (VmHWM)."""
+    """Return the peak memory of process `pid` in bytes, as the kernel accounts it (VmHWM)."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -327,6 +353,7 @@ def peak_memory(pid: int) -> int:
 
 
 def _marked(mark: str) -> list[int]:
+    """Return the running processes whose environment has `mark` as `TEST_ID`, without this one."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -354,7 +381,10 @@ def reap(mark: str) -> list[str]:
 
 
 def threads_left(before: set[threading.Thread]) -> set[threading.Thread]:
-    """Threads of this test that do not end by themselves. trio keeps idle ones for a while, for the next task."""
+    """Return the threads that are not in `before` and do not end within `PATIENCE` seconds.
+
+    Idle threads of trio do not count: trio keeps them for the next task.
+    """
 
     def left() -> set[threading.Thread]:
         return {each for each in set(threading.enumerate()) - before if not each.name.startswith("Trio thread")}
@@ -365,7 +395,7 @@ def threads_left(before: set[threading.Thread]) -> set[threading.Thread]:
 
 
 def descriptors() -> set[str]:
-    """Ours, by number and target; the one that lists them is gone again."""
+    """Return the open file descriptors of this process, as "number → target"."""
     found = set()
     for entry in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -379,7 +409,7 @@ def descriptors() -> set[str]:
 
 
 class Sshd:
-    """A server for one user, one key and one port; `rsh` is what reaches it, `host` its name."""
+    """An sshd on loopback, for one user, one key and one port. `host` is its address."""
 
     host = "127.0.0.1"
 
@@ -393,6 +423,7 @@ class Sshd:
 
     @property
     def rsh(self) -> str:
+        """The ssh command line that reaches the server, for `-e`."""
         return (
             f"ssh -F none -p {self.port} -i {self._folder}/user -o BatchMode=yes "
             f"-o UserKnownHostsFile={self._folder}/known -o StrictHostKeyChecking=accept-new -o LogLevel=ERROR"
