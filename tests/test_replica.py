@@ -65,7 +65,7 @@ def delay(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
     def set_delay(seconds: float) -> None:
         monkeypatch.setattr(backoff, "FIRST_SECONDS", seconds)
-        monkeypatch.setattr(link, "_WANTED_DELAY", seconds)
+        monkeypatch.setattr(link, "_MAX_DELAY_IF_WANTED", seconds)
 
     set_delay(QUICKLY)
     return set_delay

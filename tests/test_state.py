@@ -452,7 +452,7 @@ def test_what_nobody_could_note_is_not_believed(source: Path, device: Path, tmp_
     """No state can be kept at the default place, so no command that comes between could end the record there."""
     Path(os.environ["STATE_DIRECTORY"]).rmdir()
     Path(os.environ["STATE_DIRECTORY"]).touch()
-    assert "cannot note in" in sync("--state", tmp_path / "state", source, device)
+    assert "which names the valid state file" in sync("--state", tmp_path / "state", source, device)
     assert not (tmp_path / "state").exists()
     assert device.read_bytes() == DATA
 
@@ -537,7 +537,7 @@ def test_an_older_program_at_the_source_is_believed_as_a_device_is(
     written_with_its_mtime_put_back(source)
     assert f"the copy was complete; c{CHECKED_AGAIN}" in sync("--blockcopy-path", old, source, file)
     assert file.read_bytes() == source.read_bytes()
-    assert "ctime_ns was not told" in sync(source, file)
+    assert "ctime_ns was not reported" in sync(source, file)
     assert "ctime_ns is no longer reported" in sync("--blockcopy-path", old, source, file)
 
 
