@@ -51,3 +51,48 @@ def test_delays_double_to_a_limit_and_are_half_chance() -> None:
     most.reset()
     assert most.next() == 1
     assert len({Backoff().next() for _ in range(20)}) > 1
+
+
+class Clock:
+    """A window with a clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.window = Window(32, min_blocks=8, max_blocks=64, clock=lambda: self.now)
+
+
+def test_a_window_grows_by_each_fetch_that_is_about_as_quick_as_the_quickest() -> None:
+    window = Clock().window
+    for seconds, blocks in ((0.5, 40), (0.55, 48), (0.65, 48), (0.75, 48), (0.4, 56), (0.4, 64), (0.4, 64)):
+        window.record_fetch(8, seconds)
+        assert window.blocks == blocks, seconds
+
+
+def test_a_window_shrinks_by_each_fetch_that_waited_and_has_a_minimum() -> None:
+    window = Clock().window
+    window.record_fetch(1, 0.1)
+    for blocks in (25, 17, 9, 8, 8):
+        window.record_fetch(8, 0.5)
+        assert window.blocks == blocks
+
+
+@pytest.mark.parametrize(("passed", "grows"), [(BASE_SECONDS - 1, False), (BASE_SECONDS + 1, True)])
+def test_the_quickest_fetch_is_forgotten_after_some_time(passed: float, grows: bool) -> None:
+    clock = Clock()
+    clock.window.record_fetch(1, 0.1)
+    clock.now += passed
+    before = clock.window.blocks
+    clock.window.record_fetch(8, 0.5)
+    assert clock.window.blocks == before + (8 if grows else -8)
+
+
+def test_a_slower_fetch_is_remembered_until_a_quicker_one() -> None:
+    """When the quickest is forgotten, the next quickest since then counts."""
+    clock = Clock()
+    clock.window.record_fetch(1, 0.1)
+    clock.now += BASE_SECONDS / 2
+    clock.window.record_fetch(1, 0.3)
+    clock.now += BASE_SECONDS / 2 + 1
+    before = clock.window.blocks
+    clock.window.record_fetch(8, 0.7)  # 0.4 more than the one that is left
+    assert clock.window.blocks == before - 8
