@@ -278,9 +278,8 @@ def test_a_stall(source: Path) -> None:
             decoder.feed(stream)
             said += iter(decoder.next, None)
         assert said[1:] == truth()[:1]
-        tell(
-            process, 200_000 * QUESTION[QUESTION.index(b"fenc") :]
-        )  # more than pipes hold, so the process must read
+        fence = QUESTION[QUESTION.index(b"fenc") :]
+        tell(process, 200_000 * fence)  # more than pipes hold, so the process must read
         assert says(process, seconds=0.1) == b""
         assert process.poll() is None
 
