@@ -165,7 +165,7 @@ def test_helpers_end_no_copy(
     assert destination.read_bytes() == DATA
     told = [record.getMessage() for record in caplog.records if record.exc_info]
     for name in ("sd_notify", "--metrics", "the progress", "--on-complete"):
-        assert any(message.startswith(f"{name} ended") for message in told), told
+        assert any(message.startswith(f"internal error in {name};") for message in told), told
 
 
 def test_a_live_mount_outlives_a_source_that_garbles_its_greeting(

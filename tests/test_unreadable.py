@@ -152,7 +152,7 @@ def test_the_original_may_end_at_the_search_for_the_size(
             async with open_replica(plan) as replica:
                 with pytest.raises(SourceReadError, match="ended with exit status 1"):
                     await replica.wait_complete()
-                assert replica.snapshot()["unreadable_ranges"] == [[block * BLOCK_SIZE, BLOCK_SIZE]]
+                assert replica.status().unreadable_ranges == (Extent(block * BLOCK_SIZE, BLOCK_SIZE),)
 
     with disk_of(tmp_path, block and len(DATA) - 1) as disk:
         trio.run(main, disk)
