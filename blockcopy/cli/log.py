@@ -177,9 +177,9 @@ def _with_priority(text: str, level: int) -> str:
 
 
 def log_failure(text: str, fault: BaseException | None = None) -> str:
-    """Log why the program fails everywhere but on standard error. Return the line for standard error.
+    """Log `text`, why the program fails, to all places but standard error. Return the line to write there.
 
-    `fault`: an exception to log with its traceback.
+    `fault`: an exception to log with its traceback, if any.
     """
     record = new_record(logging.ERROR, text)
     if fault is not None:

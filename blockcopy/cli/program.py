@@ -22,10 +22,10 @@ def run(
     argv: Sequence[str] | None,
     open_files_of: Mapping[str, int],
 ) -> NoReturn:
-    """Parse `argv`, run the command, and exit with its status or die of the signal that ended it.
+    """Parse `argv` with `parser`, run the command, and exit with its status, or die of the signal that ended it.
 
-    `find`: returns the function of the command with the given name. `argv`: the arguments, sys.argv's if None.
-    `open_files_of`: open files that a command needs, by name, if more than usual.
+    `find`: returns a command's function, given its name. `argv`: the arguments, sys.argv's if None.
+    `open_files_of`: by command name, how many files it must be able to open, if more than 16.
     """
     gc.set_threshold(50_000)  # start-up makes no garbage, so do not search its objects again and again
     console.fill_closed_streams()
