@@ -401,7 +401,7 @@ REASONS = {
 }
 
 
-@pytest.mark.parametrize("fault", REASONS)
+@pytest.mark.parametrize("fault", ["die", "misplace", "short"])
 def test_a_fault_in_the_answer_to_a_read_that_does_not_wait(
     mount: Mounter, source: Path, destination: Path, fault: str, tmp_path: Path
 ) -> None:
@@ -419,7 +419,7 @@ def test_a_fault_in_the_answer_to_a_read_that_does_not_wait(
     assert destination.read_bytes() == DATA
 
 
-@pytest.mark.parametrize("fault", REASONS)
+@pytest.mark.parametrize("fault", ["garble", "oversize"])
 def test_a_fault_in_mid_pass(mount: Mounter, source: Path, destination: Path, fault: str, tmp_path: Path) -> None:
     program = faulty(fault, 20, once=tmp_path / "it-happened")  # in the second batch of the pass
     mounted = mount(source, destination, program=program)

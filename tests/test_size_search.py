@@ -31,7 +31,10 @@ GUESSES = {
 }
 
 
-@pytest.fixture(params=["ours", "stand-in", "original"])
+PROGRAMS = ["ours", "stand-in", "original"]
+
+
+@pytest.fixture(params=PROGRAMS)
 def program(request: pytest.FixtureRequest) -> str | None:
     """The --blockcopy-path of each `retrieve` there is."""
     if request.param == "original":
@@ -90,8 +93,11 @@ def test_size_of_a_file_whatever_was_guessed(size: int, program: str | None, tmp
         assert find(path, guesses, program) == [size] * len(guesses)
 
 
-@pytest.mark.parametrize("size", [2**40 + 12345, 20 * 2**40, 20 * 2**40 + 1])
-@pytest.mark.parametrize("guess", ["none", "right"])
+@pytest.mark.parametrize(
+    ("size", "program", "guess"),
+    support.pairwise([2**40 + 12345, 20 * 2**40, 20 * 2**40 + 1], PROGRAMS, ["none", "right"]),
+    indirect=["program"],
+)
 def test_size_of_a_huge_sparse_file(size: int, guess: str, program: str | None, tmp_path: Path) -> None:
     with sparse_file(size, tmp_path) as path:
         assert find(path, [GUESSES[guess](size)], program) == [size]
