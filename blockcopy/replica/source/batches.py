@@ -91,7 +91,10 @@ class Batch:
     """Signatures that were sent, and the answers to them so far."""
 
     def __init__(self, signatures: Sequence[Signatures], sink: Sink, settle: Callable[[], None]) -> None:
-        """Ask about `signatures`, ascending. `settle`: called once, from any thread, at the end of the batch."""
+        """Ask about `signatures`, ascending. `sink`: receives the answers.
+
+        `settle`: called once, from any thread, at the end of the batch.
+        """
         self.signatures = signatures
         self.fence = -1
         self.delta = Delta([], [], [])
@@ -103,7 +106,7 @@ class Batch:
         self._reached = 0  # the position up to which these were answered
 
     def take_data(self, position: int, payload: Buffer) -> bool:
-        """Give `payload` to the sink. Returns False if the batch did not ask for these bytes."""
+        """Give `payload`, the bytes at `position`, to the sink. Returns False if the batch did not ask for them."""
         extent = Extent(position, len(payload))
         if not self._advance(extent):
             return False
@@ -124,7 +127,10 @@ class Batch:
         return True
 
     def take_failure(self, position: int, reason: str) -> bool:
-        """Note that the source cannot read the block at `position`. Returns False if it was not asked for."""
+        """Note that the source cannot read the block at `position`. `reason`: the source's words.
+
+        Returns False if the batch did not ask for this block.
+        """
         block = self.block_at(position)
         if block is None or not self._advance(block):
             return False
@@ -180,7 +186,7 @@ class ByteProbe(Batch):
     """A batch for single bytes of the source, some of which may not exist. Only for the original dialect."""
 
     def __init__(self, positions: Sequence[int], settle: Callable[[], None]) -> None:
-        """Ask for the bytes at `positions`, ascending. `delta.data` gets those that exist."""
+        """Ask for the bytes at `positions`, ascending. `delta.data` gets those that exist. `settle`: see Batch."""
         super().__init__([unconditional(position, 1) for position in positions], _DISCARD, settle)
 
 
@@ -188,7 +194,7 @@ class HoleQuery(Batch):
     """A batch that asks for the holes of the source in `extent`. Only for the negotiated dialect."""
 
     def __init__(self, extent: Extent, min_length: int, settle: Callable[[], None]) -> None:
-        """Keep holes of `min_length` bytes or more in `holes`."""
+        """Ask for the holes in `extent`. `holes` gets those of `min_length` bytes or more. `settle`: see Batch."""
         super().__init__([], _DISCARD, settle)
         self.extent = extent
         self.min_length = min_length
@@ -208,9 +214,11 @@ class HoleQuery(Batch):
 class _Discard:
     """A sink that drops everything."""
 
-    def data(self, position: int, payload: Buffer) -> None: ...
+    def data(self, position: int, payload: Buffer) -> None:
+        """Drop `payload`."""
 
-    def zeros(self, position: int, length: int) -> None: ...
+    def zeros(self, position: int, length: int) -> None:
+        """Drop the zeros."""
 
 
 _DISCARD = _Discard()

@@ -223,7 +223,7 @@ class Client:
         await self.ended.wait()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Start the process, report `started`, and return when the process has ended; `failure` then tells why.
+        """Start the process, report that to `task_status`, and wait for its end. Then `failure` tells the reason.
 
         Raises SourceError if the process cannot be started.
         """
@@ -232,7 +232,7 @@ class Client:
         task_status.started()
         try:
             failure = await self._converse(process) or failure
-        except Exception as error:  # noqa: BLE001  (logged with its traceback, and told to whoever asks)
+        except Exception as error:  # noqa: BLE001  (logged with its traceback, and reported to all waiting tasks)
             self._note_fault(error)
             failure = self._end_error(process, None) or failure
         finally:
@@ -265,7 +265,7 @@ class Client:
         """Run `part`. Whatever exception it raises ends this connection only."""
         try:
             await part
-        except Exception as error:  # noqa: BLE001  (logged with its traceback, and told to whoever asks)
+        except Exception as error:  # noqa: BLE001  (logged with its traceback, and reported to all waiting tasks)
             self._note_fault(error)
             process.kill()
 
@@ -322,7 +322,7 @@ class Client:
             return None  # `_end_error` tells how the process ended
         except BlockcopyError as error:
             return error
-        except Exception as error:  # noqa: BLE001  (logged with its traceback, and told to whoever asks)
+        except Exception as error:  # noqa: BLE001  (logged with its traceback, and reported to all waiting tasks)
             self._note_fault(error)
         return None
 

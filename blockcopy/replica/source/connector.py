@@ -198,9 +198,11 @@ class _Pieces:
         self.at: dict[int, bytes] = {}
 
     def data(self, position: int, payload: Buffer) -> None:
+        """Keep a copy of `payload`."""
         self.at[position] = bytes(payload)
 
     def zeros(self, position: int, length: int) -> None:
+        """Keep `length` zeros."""
         self.at[position] = bytes(length)
 
 

@@ -62,7 +62,7 @@ class Dialect(ABC):
         return self.pending[0] if self.pending else _NOT_ASKED
 
     def request(self, batch: Batch) -> bytes:
-        """Make `batch` pending. Returns the bytes to send for it."""
+        """Append `batch` to the pending ones. Returns the bytes to send for it."""
         batch.fence = self._fence_of(self._next_sequence)
         self._next_sequence += 1
         stream = self._encode(batch) + self._encode_fence(batch)
@@ -139,8 +139,8 @@ class NegotiatedDialect(Dialect):
             case wire.Zero(position, length):
                 self._count(first.take_zeros(position, length), f"{length} zeros for position {position}")
             case wire.Failure(position, reason):
-                told = f"{self.source}: {reason}"
-                self._count(first.take_failure(position, told), f"a failure for position {position}")
+                expected = first.take_failure(position, f"{self.source}: {reason}")
+                self._count(expected, f"a failure for position {position}")
             case wire.Hole(position, length):
                 if not isinstance(first, HoleQuery) or not first.take_hole(Extent(position, length)):
                     raise StreamError(f"a hole of {length} bytes at position {position}")

@@ -61,10 +61,12 @@ class _GuardedSink:
         self._connector = connector
 
     def data(self, position: int, payload: Buffer) -> None:
+        """Pass the bytes on. Raises SourceChangedError if the source is another."""
         self._check()
         self._sink.data(position, payload)
 
     def zeros(self, position: int, length: int) -> None:
+        """Pass the zeros on. Raises SourceChangedError if the source is another."""
         self._check()
         self._sink.zeros(position, length)
 
@@ -77,7 +79,7 @@ class Link:
     """A link to the source. Start `run` in a nursery; any task may call `ask`. Call from trio's thread only."""
 
     def __init__(self, connector: Connector, nursery: trio.Nursery, *, give_up_after: float) -> None:
-        """Prepare a link whose connections run in `nursery`.
+        """Prepare a link. `connector`: opens the connections. `nursery`: runs their tasks.
 
         `give_up_after`: seconds without an answer of the source after which a request fails.
         """

@@ -41,7 +41,8 @@ class SizeSearch:
         self._connect = connect
         self._low = 0  # the source has at least so many bytes
         self._high = MAX_POSITION  # and at most so many
-        self._exited = False  # a process exited at a request
+        self._exited = False  # a process exited at a request of the search behind the start
+        self._failure: SourceError | None = None  # why the first process exited at a single byte
 
     async def find(self, guess: int) -> int:
         """Return the size of the source in bytes. `guess`: the size to try first.
@@ -68,20 +69,15 @@ class SizeSearch:
 
     async def _find_start(self) -> bool:
         """Find a readable byte in the first blocks. Returns False if the source is empty."""
-        failure: SourceError | None = None
         for position in _STARTS:
-            try:
-                if (await self.client.reaches([position]))[0]:
-                    self._low = position + 1
-                    return True
-            except SourceError as error:
-                failure = failure or error
-                await self._replace_client(error)
-            else:
-                break  # the source ends before this position
-        if failure is not None:
-            raise failure
-        return False
+            reached = await self._probe(position)
+            if reached:
+                self._low = position + 1
+            if reached is not None:
+                break  # else the process cannot read this byte
+        if not reached and self._failure is not None:
+            raise self._failure
+        return bool(reached)
 
     async def _ends_at(self, size: int) -> bool:
         """Return whether the source has exactly `size` bytes, be the last one readable or not."""
@@ -99,6 +95,7 @@ class SizeSearch:
         """Connect again after `error`. Raises `error` if it is not the exit of a program at a request."""
         if isinstance(error, ProtocolViolationError) or self.client.unanswered is None:
             raise error
+        self._failure = self._failure or error
         self.client = await self._connect()
 
     def _next_positions(self) -> list[int]:

@@ -32,7 +32,7 @@ class BlockMap:
     """The present blocks of one destination, and counters of how they became present. Not thread-safe."""
 
     def __init__(self, geometry: Geometry) -> None:
-        """Start with no block present."""
+        """Start with no block present. `geometry`: size and block size of the destination."""
         self._geometry = geometry
         self.generation = 0
         """Grows with each `clear`. What was learnt in one generation must not be marked in a later one."""
@@ -103,7 +103,10 @@ class BlockMap:
         return added
 
     def count(self, blocks: range) -> tuple[int, int]:
-        """Return how many of consecutive `blocks` are present, and about how many of these are zeros not sent."""
+        """Return two numbers for consecutive `blocks`: the present ones, and about how many of these are zeros.
+
+        Zeros are counted if the source did not send them.
+        """
         if not blocks:
             return 0, 0
         first, last = blocks.start >> 3, (blocks.stop - 1) >> 3

@@ -172,7 +172,7 @@ class StateFile:
         row = db.execute("SELECT text, seal FROM facts").fetchone()
         chunks = db.execute("SELECT number, bits, seal FROM chunks").fetchall()
         if row is None and not chunks:
-            return None  # whoever made it ended before anything was known
+            return None  # the process that created the file ended early
         try:
             return self._believe(row, chunks)
         except (AttributeError, TypeError, ValueError, KeyError) as error:
@@ -204,7 +204,10 @@ class StateFile:
         return self._token
 
     def begin_record(self, binding: Binding, times: WriteTimes) -> None:
-        """Replace the record by a new one without chunks. Raises StateWriteError if it cannot be written."""
+        """Replace the record by a new one about `binding`, without chunks.
+
+        `times`: when the destination was written. Raises StateWriteError if the record cannot be written.
+        """
         self._token = secrets.token_hex(16)
         self._facts = {"token": self._token, "binding": vars(binding)}
         with self._transaction():
@@ -212,7 +215,10 @@ class StateFile:
             self._write_facts(times)
 
     def write_chunks(self, chunks: Mapping[int, bytes], times: WriteTimes) -> None:
-        """Record `chunks` (number → bits), whose blocks are durable. Raises StateWriteError if that fails."""
+        """Record `chunks` (number → bits), whose blocks are durable, and `times`, as `write_times` does.
+
+        Raises StateWriteError if that fails.
+        """
         rows = []
         for number, bits in chunks.items():
             stored = b"" if bits == _FULL else bits
@@ -222,7 +228,7 @@ class StateFile:
             self._write_facts(times)
 
     def write_times(self, times: WriteTimes) -> None:
-        """Record when the destination was written, and may be. Raises StateWriteError if that fails."""
+        """Record the `times` when the destination was written, or may be. Raises StateWriteError if that fails."""
         with self._transaction():
             self._write_facts(times)
 

@@ -31,14 +31,15 @@ _NO_LIMIT = trio.CapacityLimiter(math.inf)
 
 
 async def run(work: Callable[[], T], *, limiter: trio.CapacityLimiter = _NO_LIMIT) -> T:
-    """Call `work` in a thread, and return its result. Cancellation abandons the thread."""
+    """Call `work` in a thread of `limiter`, and return its result. Cancellation abandons the thread."""
     return await trio.to_thread.run_sync(work, limiter=limiter, abandon_on_cancel=True)
 
 
 async def run_within(work: Callable[[], T], seconds: float, *, limiter: trio.CapacityLimiter = _NO_LIMIT) -> T:
     """Call `work` in a thread, and return its result. Cancellation does not end the call early.
 
-    Raises TimeoutError if the call takes longer than `seconds`. The thread is then abandoned.
+    `limiter`: bounds the threads. Raises TimeoutError if the call takes longer than `seconds`. The thread is then
+    abandoned.
     """
     with trio.CancelScope(shield=True, deadline=trio.current_time() + seconds):
         return await run(work, limiter=limiter)

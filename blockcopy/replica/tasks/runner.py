@@ -39,7 +39,7 @@ def run(main: Callable[[], Awaitable[T]]) -> T:
     except BaseExceptionGroup as group:
         leaves = _leaves(group)
         if not all(isinstance(leaf, (BlockcopyError, Interrupted)) for leaf in leaves):
-            raise  # a fault of ours: with all there is to see
+            raise  # an internal error, with all tracebacks
         raise next((leaf for leaf in leaves if isinstance(leaf, Interrupted)), leaves[0]) from group
 
 
