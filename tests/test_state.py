@@ -683,7 +683,7 @@ def test_a_link_is_no_state_file(source: Path, file: Path, tmp_path: Path) -> No
     sync("--state", tmp_path / "state", source, file)
     (tmp_path / "link").symlink_to("state")
     done = run("sync", "--state", tmp_path / "link", source, file)
-    failed(done, 1, b"that is no regular file")
+    failed(done, 1, b"not a regular file")
 
 
 def test_a_note_that_others_can_write_is_not_believed(

@@ -232,7 +232,7 @@ def test_what_is_no_regular_file_is_refused(kind: str, path: Path) -> None:
         os.mkfifo(path)
     else:
         path.symlink_to("/dev/null" if kind == "device" else "nowhere")
-    with pytest.raises(StateError, match="no regular file"):
+    with pytest.raises(StateError, match="not a regular file"):
         StateFile(path)
     assert [each.name for each in path.parent.iterdir()] == ["state"]
 

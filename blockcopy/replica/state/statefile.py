@@ -124,7 +124,7 @@ class StateFile:
         db = self._connect()
         try:
             self.record = self._load(db, is_new=size == 0)
-        except (sqlite3.Error, UnicodeError) as error:  # a message of SQLite's can have the damage in it
+        except (sqlite3.Error, UnicodeError) as error:  # a message of SQLite may quote damaged bytes
             db.close()
             code = getattr(error, "sqlite_errorcode", None)
             if code == sqlite3.SQLITE_BUSY:
@@ -160,8 +160,8 @@ class StateFile:
         if is_new:
             db.executescript(f"BEGIN EXCLUSIVE; {_SCHEMA} COMMIT;")
             return None
-        record = self._read(db)  # with a lock of its own; what cannot be believed is not written to
-        db.execute("BEGIN EXCLUSIVE")  # and the locking mode keeps it, until it is closed
+        record = self._read(db)  # with a lock of its own: a file that cannot be believed is not written to
+        db.execute("BEGIN EXCLUSIVE")  # the locking mode keeps this lock until the file is closed
         db.execute("COMMIT")
         return record
 
@@ -191,7 +191,7 @@ class StateFile:
             believed[number] = bits or _FULL
         binding, written = Binding(**facts["binding"]), WriteTimes(**facts.pop("clock"))
         if not is_identity(binding.source) or not isinstance(binding.destination, dict):
-            raise ValueError("what it is about")
+            raise ValueError("the binding")
         times = [written.mtime_ns, written.ctime_ns, written.until_ns if written.until_ns is not None else 0]
         if not all(type(each) is int for each in (binding.destination_size, binding.block_size, *times)):
             raise ValueError("a size or a time")
@@ -200,7 +200,7 @@ class StateFile:
 
     @property
     def token(self) -> str:
-        """Return the token that tells this record from all others, also from earlier ones of the same file."""
+        """The random token of this record, which no other record has, not even an earlier one of this file."""
         return self._token
 
     def begin_record(self, binding: Binding, times: WriteTimes) -> None:
@@ -280,12 +280,14 @@ def _make(path: Path) -> bool:
     """
     try:
         durable.make_folder(path.parent)
-        if why := distrust_reason(path.parent):  # or else they could change what SQLite opens after we looked at it
+        if why := distrust_reason(
+            path.parent
+        ):  # or they could replace the file between the check and SQLite's open
             raise StateWriteError(f"cannot keep the state in {path}: {why}")
         durable.create(path)
     except FileExistsError:
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise StateError(f"cannot keep the state in {path}: that is no regular file") from None
+            raise StateError(f"cannot keep the state in {path}: not a regular file") from None
         return False
     except OSError as error:
         raise StateWriteError(f"cannot keep the state in {path}: {error.strerror}") from error
@@ -313,15 +315,15 @@ def _check_files(path: Path) -> int:
         raise _UnusableError("it is not a state file of blockcopy")
     version = int.from_bytes(header[60:64], "big")
     if version != _FORMAT:
-        raise _UnusableError(f"its format is {version}, and this program knows {_FORMAT}")
-    if header[18:20] != b"\1\1":  # a write-ahead log, which we never have, would be written back
+        raise _UnusableError(f"its format is {version}, and this program reads {_FORMAT}")
+    if header[18:20] != b"\1\1":  # a write-ahead log, which this program never has, would be written back
         raise _UnusableError("it is damaged")
     return status.st_size
 
 
 def _check_owner(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise _UnusableError(f"{path} is no regular file")
+        raise _UnusableError(f"{path} is not a regular file")
     if status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise _UnusableError(f"others can write to {path}")
 
