@@ -258,7 +258,9 @@ def test_a_lost_connection_is_opened_again_with_back_off(play: Callable[..., Scr
 
     away = SourceError("no route to host")
     waits = play(scenario, [IDENTITY, away, away, away, IDENTITY]).waits
-    assert all(longest / 2.001 <= wait <= longest * 1.001 for wait, longest in zip(waits, [1, 2, 4, 8], strict=True)), waits
+    assert all(
+        longest / 2.001 <= wait <= longest * 1.001 for wait, longest in zip(waits, [1, 2, 4, 8], strict=True)
+    ), waits
 
 
 def test_a_task_that_will_give_up_has_attempts_each_five_seconds(play: Callable[..., Script]) -> None:
