@@ -1,5 +1,7 @@
-"""The extended and the agreed form, as `checksum --digest` and `retrieve` speak them: runs of blocks, zeros,
-holes, digests of choice, compression."""
+"""The extended and the negotiated form, as `checksum --digest` and `retrieve` speak them.
+
+Runs of blocks, zeros, holes, a choice of digests, compression.
+"""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_options_that_cannot_be_are_told_beforehand(text: str, told: str) -> Non
 
 
 def test_what_is_the_default_anyway_is_kept_from_libfuse() -> None:
-    """libfuse 3.17 refuses `atime`, which older ones take."""
+    """Version 3.17 of libfuse refuses `atime`, which older ones take."""
     assert options.parse(["atime,noexec"]).fuse == {"noexec"}
 
 

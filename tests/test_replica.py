@@ -335,8 +335,11 @@ def test_without_a_source_no_destination_is_made(program: str, tmp_path: Path) -
 
 
 def cost_of(questions: int, program: str | None) -> int:
-    """Bytes sent for one batch of neighbours: in the agreed form digests of 32 bytes with a head before
-    them and a fence behind; in the original each on its own, a proof and FENCES."""
+    """Return the bytes that are sent for one batch of neighbouring blocks.
+
+    The negotiated form has a head, digests of 32 bytes, and a fence. The original has each digest by itself,
+    a proof and FENCES.
+    """
     return 24 + questions * 32 + 12 if program is None else (questions + 1 + FENCES) * QUESTION
 
 

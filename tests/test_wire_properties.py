@@ -1,6 +1,7 @@
-"""What holds for every stream, not only for the examples of test_wire: whatever a peer sends is a
-message, a wait for more, or a StreamError, in bounded memory. `tools/fuzz decoder` looks for the same
-without an end."""
+"""Properties of every stream: whatever a peer sends is a message, a wait for more, or a StreamError.
+
+Memory is bounded. `tools/fuzz decoder` looks for the same without an end.
+"""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class Lane:
         self.requested_end = fetch.blocks[-1] + 1
 
     def remove(self, fetch: Fetch) -> None:
-        """Take the blocks of `fetch` out of flight."""
+        """Remove the blocks of `fetch` from those in flight."""
         for block in fetch.blocks:
             del self.in_flight[block]
         self.active_at = trio.current_time()
