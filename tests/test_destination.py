@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -276,6 +277,8 @@ def test_stages_that_write_fail_after_a_foreign_change(
         rest = [wire.Data(at, DATA[at : at + BLOCK_SIZE]) for at in range(BLOCK_SIZE, SIZE, BLOCK_SIZE)]
         closing = hello if command == "receive" else b""
         _, said = process.communicate(b"".join(map(wire.encode, rest)) + closing + wire.encode(wire.Done()), 60)
+    if command == "receive" and process.returncode == -signal.SIGBUS:
+        return  # it viewed the page cache in the very moment of the change: see `Device.view`
     assert process.returncode == 1
     assert f"{destination} {ALL[act]}" in said.decode() or "it is shorter than it was" in said.decode()
 
