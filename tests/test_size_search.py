@@ -6,6 +6,7 @@ import shlex
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import support
@@ -164,3 +165,53 @@ def test_a_file_too_large_for_the_seek_of_the_process_kills_it_and_is_found(tmp_
     """A search that goes beyond what the file system can address is no end of the source."""
     with sparse_file(5 * 2**40 + 777, tmp_path) as path:
         assert find(path, [0], support.QUEUEING) == [5 * 2**40 + 777]
+
+
+class Model:
+    """A process of the original program: what it answers for a source with bytes that it cannot read."""
+
+    def __init__(self, size: int, bad: range, *, is_device: bool) -> None:
+        self._size = size
+        self._bad = bad
+        self._is_device = is_device
+        self.unanswered: object = None
+
+    async def reaches(self, positions: list[int]) -> list[bool]:
+        await trio.lowlevel.checkpoint()
+        if any(each in self._bad or (self._is_device and each > self._size) for each in positions):
+            self.unanswered = positions
+            raise SourceError("it exited")
+        return [each < self._size for each in positions]
+
+
+BAD_PAGES = {
+    "none": lambda size: range(0),
+    "first": lambda size: range(4096),
+    "first block": lambda size: range(BLOCK_SIZE),
+    "last": lambda size: range(size - 1 & -4096, size),
+    "middle": lambda size: range(size // 2 & -4096, (size // 2 & -4096) + 4096),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_PAGES)
+@pytest.mark.parametrize("guess", GUESSES)
+@pytest.mark.parametrize("is_device", [True, False], ids=["device", "file"])
+@pytest.mark.parametrize("tail", [0, 512, 777, 3 * 4096])
+def test_bytes_that_cannot_be_read_lead_to_no_wrong_size(tail: int, is_device: bool, guess: str, bad: str) -> None:
+    size = 20 * BLOCK_SIZE + (tail & -512 if is_device else tail)
+    exits = 0
+
+    async def connect() -> Any:
+        nonlocal exits
+        exits += 1
+        return Model(size, BAD_PAGES[bad](size), is_device=is_device)
+
+    async def main() -> int:
+        return await SizeSearch(await connect(), connect).find(GUESSES[guess](size))
+
+    if bad in ("none", "first", "first block") or guess == "right" or (bad == "last" and is_device):
+        assert trio.run(main) == size
+    else:
+        with contextlib.suppress(SourceError):
+            assert trio.run(main) == size
+    assert exits < 60

@@ -120,7 +120,7 @@ class SizeSearch:
         except SourceError:
             # If the source is a block device, it ends before the last of the positions.
             self._exited = True
-            self._high = max(self._low, min(self._high, positions[-1] - 1))
+            self._high = min(self._high, positions[-1] - 1)
             self.client = await self._connect()
             return
         for position, reached in zip(positions, answers, strict=True):
