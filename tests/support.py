@@ -168,9 +168,18 @@ def until(condition: Callable[[], object], what: str = "it") -> None:
     Raises AssertionError with `what` after `PATIENCE` seconds.
     """
     end = time.monotonic() + PATIENCE
+    pauses = _pauses()
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen"
-        time.sleep(0.01)
+        time.sleep(next(pauses))
+
+
+def _pauses() -> Iterator[float]:
+    """Yield seconds between two checks: short ones first, because a check costs the time of the others."""
+    pause = 0.005
+    while True:
+        yield pause
+        pause = min(1.3 * pause, 0.04)
 
 
 # Destinations in use
@@ -370,8 +379,9 @@ def reap(mark: str) -> list[str]:
     `mark`: the value of `TEST_ID` in their environment. They have 10 seconds to end.
     """
     end = time.monotonic() + 10
+    pauses = _pauses()
     while (pids := _marked(mark)) and time.monotonic() < end:
-        time.sleep(0.01)
+        time.sleep(next(pauses))
     left = []
     for pid in pids:
         with contextlib.suppress(OSError):

@@ -47,10 +47,12 @@ def losetup(*arguments: object) -> str:
 def until(condition: Callable[[], object], what: str, seconds: float = TIME_LIMIT) -> None:
     """Wait until `condition()` is true. `what`: the event, for messages. Raises WrongError after `seconds`."""
     end = time.monotonic() + seconds
+    pause = 0.005
     while not condition():
         if time.monotonic() > end:
             raise WrongError(f"{what}: not within {seconds} seconds")
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(1.3 * pause, 0.04)  # a check costs the time of what is waited for
 
 
 class Ends:
