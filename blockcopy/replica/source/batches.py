@@ -38,7 +38,7 @@ class Signatures(NamedTuple):
         return self.position + self.length
 
     def split(self) -> list[Signatures]:
-        """Return the same signatures as values of one block each."""
+        """Return the same signatures as one value for each block."""
         return [Signatures(*extent, self.block_size, own) for extent, own in self.blocks()]
 
     def blocks(self) -> Iterator[tuple[Extent, bytes]]:
@@ -60,13 +60,13 @@ def unconditional(position: int, length: int) -> Signatures:
 
 
 class Sink(Protocol):
-    """The receiver of a batch's answers. Called by the receiving thread; an error raised here fails the batch."""
+    """The receiver of a batch's answers, called by the receiving thread. Its errors fail the batch."""
 
     def data(self, position: int, payload: Buffer) -> None:
         """Take the source's bytes at `position`. `payload` is valid only during the call."""
 
     def zeros(self, position: int, length: int) -> None:
-        """Take that the source has `length` zeros at `position`."""
+        """Take `length` zeros of the source at `position`."""
 
 
 class UnreadableBlock(NamedTuple):
@@ -77,7 +77,7 @@ class UnreadableBlock(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """The extents of a batch where the source differs (`data`, `zeros`), and its unreadable blocks; all ascending.
+    """The result of a batch: extents that differ (`data`, `zeros`), and unreadable blocks, all ascending.
 
     All other blocks of the batch are equal.
     """

@@ -144,16 +144,16 @@ class Client:
         return identity
 
     async def greet_again(self) -> Identity:
-        """Send the greeting once more, and do as `greet`: returns the identity that the source has now."""
+        """Send the greeting once more. Returns the identity that the source has now. Raises as `greet` does."""
         self._check_open()
         self._hello, self._greeted = None, trio.Event()
         self._transmit(self._handshake.greeting)
         return await self.greet()
 
     async def ask(self, signatures: Sequence[Signatures], sink: Sink) -> Delta:
-        """Give the source's bytes to `sink` where they differ from `signatures`. Returns their extents.
+        """Give those bytes of the source to `sink` that differ from `signatures`. Returns their extents.
 
-        `signatures`: in ascending positions, made with `digest`. Raises SourceError if the process ends, or sends
+        `signatures`: ascending, made with `digest`. Raises SourceError if the process ends, or sends
         an unexpected reply. In the original dialect, also if the source has become too short. Raises what `sink`
         raises. After an error, `sink` may have had some of the bytes.
         """

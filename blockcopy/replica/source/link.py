@@ -76,7 +76,7 @@ class _GuardedSink:
 
 
 class Link:
-    """A link to the source. Start `run` in a nursery; any task may call `ask`. Call from trio's thread only."""
+    """A link to the source. Start `run` in a nursery. Any task may call `ask`. Call from trio's thread only."""
 
     def __init__(self, connector: Connector, nursery: trio.Nursery, *, give_up_after: float) -> None:
         """Prepare a link. `connector`: opens the connections. `nursery`: runs their tasks.
@@ -198,16 +198,17 @@ class Link:
     async def digest(self, since: float) -> Digest:
         """Return the digest to make signatures with. Waits until the source was reached once.
 
-        `since` and errors as for `ask`.
+        `since`: when the digest was first wanted, by trio's clock. Raises the errors of `ask`.
         """
         while (digest := self._connector.digest) is None:
             await self._connected(since)
         return digest
 
     async def ask(self, signatures: Sequence[Signatures], sink: Sink, since: float) -> Delta:
-        """Do as `Client.ask` does: give the source's bytes to `sink`, and return the extents where they differ.
+        """Give those bytes of the source to `sink` that differ from `signatures`. Returns their extents.
 
-        Takes as many connections as needed. `since`: when the bytes were first wanted, by trio's clock. Raises
+        Takes as many connections as needed. `signatures`: ascending, made with the digest that `digest` returns.
+        `since`: when the bytes were first wanted, by trio's clock. Raises
         SourceError if the source gives no answer for `give_up_after` seconds, or if the link is closed. Raises
         SourceChangedError if the source is another.
         """
@@ -266,7 +267,8 @@ class Link:
     async def holes(self, extent: Extent, min_length: int, since: float) -> list[Extent]:
         """Return the holes of the source in `extent` that have `min_length` bytes or more.
 
-        Takes as many connections as needed. `since` and errors as for `ask`.
+        Takes as many connections as needed. `since`: when the answer was first wanted, by trio's clock. Raises the
+        errors of `ask`.
         """
         return await self._over_connections(lambda client: client.holes(extent, min_length), since)
 
@@ -344,9 +346,10 @@ class Link:
         return not waiting.cancelled_caught
 
     async def check(self, *others: Link) -> None:
-        """Check that the source is what it was. Takes as many connections as needed, also those of `others`.
+        """Check that the source is what it was, over as many connections as needed.
 
-        Raises SourceChangedError if the source is another, and SourceError as `ask` does.
+        `others`: links whose connections may be used too. Raises SourceChangedError if the source is another.
+        Raises SourceError as `ask` does.
         """
 
         async def check(client: Client) -> None:

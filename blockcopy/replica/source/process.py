@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 class Process:
     """A child process: `stdin` and `stderr` are streams for tasks, `stdout` is a descriptor for a thread.
 
-    Close it by `aclose`.
+    Close it by `aclose`. Call from trio's thread only.
     """
 
     def __init__(self, popen: subprocess.Popen[bytes]) -> None:

@@ -39,7 +39,7 @@ class Window:
         """(time, seconds) of recent fetches, both ascending. Each fetch is the quickest one since its time."""
 
     def record_fetch(self, blocks: int, seconds: float) -> None:
-        """Adapt the window to a fetch of so many `blocks` that took so many `seconds`."""
+        """Adapt the window to a fetch of `blocks` blocks that took `seconds` seconds."""
         waited = seconds - self._quickest_with(seconds)
         if waited < _GROW_BELOW:
             self.blocks = min(self.blocks + blocks, self._max)

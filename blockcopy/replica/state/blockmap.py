@@ -69,9 +69,10 @@ class BlockMap:
         return self.present_bytes == self._geometry.size
 
     def mark(self, blocks: range, kind: Kind) -> None:
-        """Make consecutive `blocks` present, once all their bytes were written or found equal. `kind`: how.
+        """Make consecutive `blocks` present, once all their bytes were written or found equal.
 
-        Counts only those that were missing. Raises IndexError if a block is outside of the device.
+        `kind`: how they became present. Counts only those that were missing. Raises IndexError if a block is
+        outside of the device.
         """
         if not blocks:
             return
@@ -147,7 +148,7 @@ class BlockMap:
         return changes
 
     def restore_changes(self, numbers: Iterable[int]) -> None:
-        """Count chunks of `take_changes` as changed again, by `numbers`, if they could not be recorded."""
+        """Mark the chunks with these `numbers` as changed again, because they could not be recorded."""
         self._changed.update(numbers)
 
     def _chunk(self, number: int) -> bytes:
@@ -187,7 +188,7 @@ class BlockMap:
             block = behind
 
     def unreadable_ranges(self, reason: str = "") -> UnreadableRanges:
-        """Return the ranges that are unreadable and missing. `reason`: put into the result."""
+        """Return the ranges that are unreadable and missing. `reason`: why, for the result."""
         found = UnreadableRanges()
         if not self._unreadable:
             return found

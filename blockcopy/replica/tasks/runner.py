@@ -71,7 +71,7 @@ def _noting() -> Iterator[None]:
 
 @asynccontextmanager
 async def receive_signals() -> AsyncIterator[AsyncIterator[int]]:
-    """Receive the ending signals in the `with` block, as an iterator, also those that arrived before."""
+    """Enter a context with an iterator of the ending signals, also of those that arrived before."""
     with trio.open_signal_receiver(*ending_signals()) as signals:
         while _noted:
             os.kill(os.getpid(), _noted.pop())
