@@ -49,6 +49,7 @@ def reader(file: str, source: str, tally: str, seed: str) -> None:
                         log.write(f"{error!r}\n")
                 time.sleep(0.02)
             shared[:] = TALLY.pack(*counts)
+            time.sleep(0.005)  # the mount needs the processors more than its readers
 
 
 def read_some(file: str, known: mmap.mmap, choose: random.Random, counts: list[int]) -> None:
