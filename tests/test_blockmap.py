@@ -199,7 +199,7 @@ def test_a_huge_map_takes_one_bit_a_block_and_is_searched_lazily() -> None:
 
 
 def chunks_of(blockmap: BlockMap, blocks: int) -> dict[int, bytes]:
-    """What a record of all that is marked would have."""
+    """Return the chunks that a record of all marked blocks has."""
     blockmap.restore_changes(range(-(-blocks // CHUNK_BLOCKS)))
     return blockmap.take_changes()
 

@@ -113,7 +113,7 @@ def test_a_link_that_is_down_is_in_the_status(
 
 
 def _once(folder: Path) -> Path:
-    """A `retrieve` that can be started twice, and no more."""
+    """Return a program: a `retrieve` that starts twice at most."""
     script = f'mkdir {folder}/one 2>&- || mkdir {folder}/two || exit 9\nexec {shlex.join(BLOCKCOPY)} "$@"\n'
     return written(folder / "once", script.encode())
 
@@ -142,7 +142,7 @@ FACTS = 'echo "$BLOCKCOPY_SIZE $BLOCKCOPY_SAME_BYTES $BLOCKCOPY_FETCHED_BYTES $B
 
 
 def test_sync_runs_a_command_when_all_is_done(tmp_path: Path, source: Path, destination: Path) -> None:
-    """The destination is let go by then: another sync of it is not refused."""
+    """By then, the destination is released: another sync to it is possible."""
     command = f"{FACTS} env | grep ^BLOCKCOPY_DEST; {shlex.join(BLOCKCOPY)} sync source destination && exit 7"
     done = run("sync", "--on-complete", command, source.name, destination.name, cwd=tmp_path)
     succeeded(done, None, stdout=f"BLOCKCOPY_DESTINATION={destination}\n")
@@ -220,7 +220,7 @@ def test_a_log_file_that_cannot_be_written_is_told(source: Path, destination: Pa
 
 @contextlib.contextmanager
 def journal(monkeypatch: pytest.MonkeyPatch, path: Path) -> Iterator[int]:
-    """A standard error that is systemd's, by JOURNAL_STREAM."""
+    """Open `path`, name it in JOURNAL_STREAM as systemd does, and yield its descriptor."""
     with path.open("wb") as stream:
         status = os.fstat(stream.fileno())
         monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
@@ -286,7 +286,7 @@ def as_systemd_runs(line: str, variables: dict[str, str]) -> list[str]:
 
 
 def first_bytes(file: Path) -> bytes:
-    """With nothing read ahead."""
+    """Return the first 100 bytes of `file`, read without read-ahead of the kernel."""
     fd = os.open(file, os.O_RDONLY)
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)

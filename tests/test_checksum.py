@@ -22,7 +22,7 @@ HELLO = b"Hello World!"
 
 
 def hashes(data: bytes, start: int = 0, end: int | None = None, *, rest: bool = True) -> bytes:
-    """The stream as wire-format.md has it, written down without the codec."""
+    """Return the stream of signatures of `data`, without using the product's encoder."""
     stop = len(data) if end is None else end
     stream = b""
     for at in range(start, stop, BLOCK_SIZE):
@@ -48,7 +48,7 @@ def stream_of(done: subprocess.CompletedProcess[bytes]) -> bytes:
 
 
 def refused(done: subprocess.CompletedProcess[bytes], *words: str) -> bytes:
-    """One line that says what is wrong; the stream has no end."""
+    """Check the error: status 1, one line with all `words`, and a stream without `done`. Returns the stream."""
     failed(done, 1)
     message = done.stderr.decode()
     assert message.startswith("ERROR (checksum): ")
@@ -183,7 +183,7 @@ def test_what_cannot_be_opened_is_told_with_its_name(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_asked_for_and_told(
     options: list[str], file: Callable[[bytes], Path], loop_device: Callable[..., str]
 ) -> None:
-    """A loop device whose backing file has become shorter. A write may mend what it lost."""
+    """Read a loop device whose backing file became shorter. A write can repair the missing part."""
     data = noise(32 * BLOCK_SIZE)
     path = file(data)
     device = loop_device(path, "--direct-io=on")

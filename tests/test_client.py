@@ -38,7 +38,7 @@ PROGRAMS = ["ours", "ours in the original form", "stand-in", "original"]
 
 @pytest.fixture(params=PROGRAMS)
 def program(request: pytest.FixtureRequest) -> str | None:
-    """The --blockcopy-path of each `retrieve` there is; None is asked in the agreed form."""
+    """Return the --blockcopy-path of each `retrieve`. None speaks the negotiated dialect."""
     if request.param == "ours in the original form":
         return shlex.join(support.BLOCKCOPY)
     if request.param == "original":
@@ -55,7 +55,7 @@ def original_form(program: str | None) -> str:
 
 
 def script(folder: Path, *lines: str) -> str:
-    """A --blockcopy-path that runs these lines; "$@" in them is `retrieve PATH`."""
+    """Write a script of `lines`, and return it as a --blockcopy-path. "$@" is `retrieve PATH`."""
     path = folder / "program"
     path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
     path.chmod(0o755)
@@ -90,14 +90,14 @@ class Asked(NamedTuple):
 
 
 def question(data: bytes, block: int, *, equal: bool = False, block_size: int = BLOCK_SIZE) -> Asked:
-    """For a block of `data`: of the same bytes if `equal`, else of others."""
+    """Return the signature of `block` of `data`. Unless `equal`, its digest is of other bytes."""
     offset, length = Geometry(len(data), block_size).extent(block)
     own = data[offset : offset + length]
     return Asked(offset, length, own if equal else own[:-1] + bytes([own[-1] ^ 1]))
 
 
 def answer(data: bytes, asked: Asked) -> bytes | None:
-    """What a source of `data` has to say."""
+    """Return the answer of a source with `data`."""
     theirs = data[asked.position : asked.position + asked.size]
     return None if theirs == asked.own else theirs
 

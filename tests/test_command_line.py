@@ -70,7 +70,7 @@ CLASSES = [
 
 
 def copies(tmp_path: Path) -> tuple[Path, Path]:
-    """A source and a destination that differ."""
+    """Return a source and a destination that differ."""
     source, destination = tmp_path / "source", tmp_path / "destination"
     source.write_bytes(b"Hello World!")
     destination.write_bytes(b"-" * 12)
@@ -251,7 +251,7 @@ def test_a_verbose_error_says_where_it_came_from(tmp_path: Path, option: str) ->
 def run_with_output(
     output: int, *arguments: object, program: list[str] = BLOCKCOPY
 ) -> subprocess.CompletedProcess[bytes]:
-    """With `output` as its standard output, which is closed here."""
+    """Run the command with `output` as its standard output, and close `output` in this process."""
     try:
         command = [*program, *map(str, arguments)]
         return subprocess.run(command, stdout=output, stderr=subprocess.PIPE, timeout=20, check=False)
@@ -260,7 +260,7 @@ def run_with_output(
 
 
 def nobody_reads() -> int:
-    """A pipe whose reader is gone, as in `blockcopy status /mnt | head -c 0`."""
+    """Return a pipe without a reader, as in `blockcopy status /mnt | head -c 0`."""
     reader, writer = os.pipe()
     os.close(reader)
     return writer

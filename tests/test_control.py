@@ -1,4 +1,4 @@
-"""What a running mount is told: pause, resume, limit, prefetch, umount; and its control socket."""
+"""Commands to a running mount: pause, resume, limit, prefetch, umount, and its control socket."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def refused(*command: object, status: int, told: str) -> None:
 
 
 def brought(destination: Path) -> set[int]:
-    """The blocks that are the source's; no other is anything but old."""
+    """Return the blocks of the destination that are the source's. Each other block must be unchanged."""
     stored = destination.read_bytes()
     blocks = {
         block for block in range(BLOCKS) if stored[at(block) : at(block + 1)] == DATA[at(block) : at(block + 1)]
@@ -64,7 +64,7 @@ def is_right(mounted: Mount, block: int) -> bool:
 
 
 def counts_after(mounted: Mount, *commands: str) -> tuple[int, int]:
-    """Of the pass: bytes here, and bytes asked; as they are when these commands have come to their end."""
+    """Run `commands` on the mount, and return the hydrated and the sent bytes afterwards."""
     for command in commands:
         assert run(command, mounted.point).returncode == 0
     status = mounted.status()
@@ -72,7 +72,7 @@ def counts_after(mounted: Mount, *commands: str) -> tuple[int, int]:
 
 
 def paused(mount: Mounter, *arguments: object) -> Mount:
-    """In mid-pass, and nothing is under way."""
+    """Mount with `arguments`, pause background hydration in the middle, and return the mount."""
     mounted = mount(*arguments, *SLOW)
     until(lambda: mounted.status()["hydrated_bytes"], "the first block")
     obeyed("pause", mounted.point)
@@ -84,7 +84,7 @@ def paused(mount: Mounter, *arguments: object) -> Mount:
 
 
 def test_a_paused_pass_asks_nothing_and_reads_are_served(mount: Mounter, source: Path, destination: Path) -> None:
-    """At a limit of 1M it asks a batch each quarter of a second, and a command takes about as long."""
+    """At a limit of 1M, a batch is asked each quarter of a second. A command takes about as long."""
     mounted = mount(source, destination, "--limit", "1M")
     until(lambda: mounted.status()["hydrated_bytes"], "the first batch")
     obeyed("pause", mounted.point)
@@ -162,7 +162,7 @@ def test_a_limit_that_comes_while_it_runs(mount: Mounter, source: Path, destinat
     obeyed("resume", mounted.point)
     hydrated, _ = counts_after(mounted, "status", "status")
     assert hydrated <= 4 * BLOCK_SIZE
-    assert is_right(mounted, BLOCKS - 1)  # of the pass alone
+    assert is_right(mounted, BLOCKS - 1)  # by background hydration alone
     obeyed("limit", mounted.point, "1G")
     mounted.wait()
     assert mounted.status()["limit_bytes_per_s"] == 1 << 30
@@ -212,7 +212,7 @@ def test_a_prefetch_whose_mount_goes_away_ends(mount: Mounter, source: Path, des
     assert b"ERROR (prefetch): " in said
 
 
-# What cannot be meant
+# Invalid commands
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_a_command_that_cannot_be_meant(tmp_path: Path, words: list[str], told: 
 
 
 def ask_raw(path: str, sent: bytes) -> dict[str, Any]:
-    """What the socket answers to these bytes, and to the end after them."""
+    """Return the socket's answer to `data` and the end of the stream."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(support.PATIENCE)
         connection.connect(path)

@@ -53,7 +53,7 @@ DIFFERING = [block for block in range(BLOCKS) if block % 3]
 
 
 def old_content() -> bytes:
-    """A third of the blocks is equal, a third differs in its last piece, a third throughout."""
+    """A third of the blocks is equal. A third differs in its last piece. A third differs throughout."""
     old = bytearray(DATA)
     for block in range(BLOCKS):
         offset, length = GEOMETRY.extent(block)
@@ -205,7 +205,7 @@ class Written:
     covered_by: set[int] = field(default_factory=set)
     """The syncs that began after it returned."""
     dropped: bool = False
-    """The kernel has given it up: it is clean in the page cache, and no sync will bring it to the disk."""
+    """Drop a dirty page, as the kernel does after an error: the page is clean, and no sync writes it."""
 
 
 class Disk:
@@ -416,7 +416,7 @@ async def use(replica: Replica, chance: random.Random, reads: int) -> None:
 
 
 def run_once(source: Path, destination: Path, chance: random.Random) -> int:
-    """The bytes it has resumed."""
+    """Return the resumed bytes of the second run."""
     resumed = 0
 
     async def main() -> None:

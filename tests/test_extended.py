@@ -72,13 +72,13 @@ def decoded(stream: bytes, grammar: wire.Grammar = wire.NEGOTIATED_BLOCK_STREAM)
 
 
 def asks(data: bytes, position: int = 0, block_size: int = B, digest: digests.Digest = SHA) -> Asks:
-    """For what is at `position`, saying that it is `data`."""
+    """Return signatures of `data` for the range at `position`."""
     blocks = [data[at : at + block_size] for at in range(0, len(data), block_size)]
     return Asks(position, block_size, len(data), b"".join(map(digest, blocks)))
 
 
 def extended(path: object, *messages: Message, options: tuple[object, ...] = ()) -> list[Message]:
-    """The answers over pipes; `done` is left out."""
+    """Return the answers over pipes, without `done`."""
     done = run("retrieve", *options, path, input=stream_of(DigestName("sha256"), *messages, DONE))
     succeeded(done)
     *found, last = decoded(done.stdout, wire.BLOCK_STREAM)
@@ -90,7 +90,7 @@ GREETING = {"protocol": 1, "digests": {"sha256": 100}}
 
 
 def agreed(path: object, *messages: Message, greeting: dict[str, Any] = GREETING) -> list[Message]:
-    """The answers in the agreed form, without the greeting and `done`."""
+    """Return the answers in the negotiated dialect, without the greeting and `done`."""
     done = run("retrieve", path, input=stream_of(Hello(greeting), *messages, DONE))
     succeeded(done)
     hello, *found, last = decoded(done.stdout)
@@ -234,7 +234,7 @@ def test_in_the_agreed_form_what_lies_beyond_the_end_is_said(source: Callable[[b
 
 
 def test_what_cannot_be_read_fails_alone(source: Callable[[bytes], Path], loop_device: Callable[..., str]) -> None:
-    """A loop device whose backing file has become shorter."""
+    """Read a loop device whose backing file became shorter."""
     data = noise(16 * B)
     path = source(data)
     device = loop_device(path, "--direct-io=on")
@@ -385,7 +385,7 @@ def test_where_nothing_holds_the_output_up_auto_sends_it_as_it_is(source: Callab
 
 @needs_zstd
 def test_where_the_output_is_slow_auto_compresses(source: Callable[[bytes], Path]) -> None:
-    """A reader that takes 64 KiB at a time, and rests in between."""
+    """Read 64 KiB at a time, with pauses."""
     data = TEXT * 16
     command = [*BLOCKCOPY, "retrieve", "--compress", "auto", str(source(data))]
     question = stream_of(DigestName("sha256"), Rest(0), DONE)
@@ -420,7 +420,7 @@ def test_no_level_is_taken_beyond_the_bounds(source: Callable[[bytes], Path], le
 
 
 def without_zstd(tmp_path: Path) -> dict[str, str]:
-    """An environment in which Python finds none."""
+    """Return an environment in which Python finds no zstd."""
     (tmp_path / "hidden" / "backports").mkdir(parents=True)
     (tmp_path / "hidden" / "backports" / "zstd.py").write_text("raise ImportError")
     (tmp_path / "hidden" / "backports" / "__init__.py").touch()
@@ -455,7 +455,7 @@ def checksummed(
 
 
 def plain(found: list[Message]) -> list[Message]:
-    """With bytes that can be compared."""
+    """Return `found` with bytes in place of views, which cannot be compared."""
     return [each._replace(digests=bytes(each.digests)) if isinstance(each, Asks) else each for each in found]
 
 

@@ -24,7 +24,7 @@ PROGRAMS = ("sh", "env", "losetup", "sleep", "truncate")
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    """A cache whose Debian has a shell and a few programs, with their libraries."""
+    """Make a cache whose Debian has a shell and a few programs, with their libraries."""
     support.require_root()
     for name in ("git", "mkfs.ext4"):
         if shutil.which(name, path="/usr/bin:/usr/sbin") is None:

@@ -43,7 +43,7 @@ class FuzzedDataProvider:
 
 @pytest.fixture
 def fuzz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The program as a module, with a stand-in for atheris."""
+    """Load the program as a module, with a stand-in for atheris."""
     atheris = SimpleNamespace(
         instrument_imports=lambda include: contextlib.nullcontext(), FuzzedDataProvider=FuzzedDataProvider
     )

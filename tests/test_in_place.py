@@ -152,7 +152,7 @@ def test_a_kernel_is_asked_for_a_view_only_where_it_fails_at_a_read_error(
 
 @pytest.mark.parametrize("left", [0, 5000, PIECE_SIZE, PIECE_SIZE + 100, 3 * PIECE_SIZE])
 def test_a_source_that_is_cut_off_while_it_is_looked_at(tmp_path: Path, left: int) -> None:
-    """What comes of it is an error that is told, or death by SIGBUS; and never other bytes than the source's."""
+    """The result is a reported error or death by SIGBUS, and never other bytes than the source's."""
     data = noise(4 * PIECE_SIZE)
     path, copy = written(tmp_path / "source", data), written(tmp_path / "copy", bytes(len(data)))
     asked = written(tmp_path / "asked", run("checksum", "--digest", "sha256", copy).stdout)

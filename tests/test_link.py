@@ -61,7 +61,7 @@ def at(block: int) -> int:
 
 
 class Route:
-    """A link to a host, which is cut as long as `cut` is there, and frozen as long as `frozen` is."""
+    """A link to a host. It is cut while the file `cut` exists, and frozen while `frozen` exists."""
 
     def __init__(self, folder: Path, *options: object) -> None:
         self.cut, self.frozen = folder / "cut", folder / "frozen"
@@ -107,7 +107,7 @@ print("right")
 
 @contextlib.contextmanager
 def reader(mounted: Mount, known: Path, seed: int) -> Iterator[subprocess.Popen[str]]:
-    """A process that has begun, and says `right` in the end."""
+    """Start a process that reads the mount at random. It prints `begin`, and `right` at the end if all bytes were."""
     command = [PYTHON, "-I", "-S", "-c", READ, mounted.file, known, str(seed)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True) as process:
@@ -120,7 +120,7 @@ def reader(mounted: Mount, known: Path, seed: int) -> Iterator[subprocess.Popen[
 
 
 def read(mounted: Mount, block: int) -> bytes | None:
-    """Its first 4096 bytes; None for EIO."""
+    """Return the first 4096 bytes of `block`. Returns None for EIO."""
     fd = os.open(mounted.file, os.O_RDONLY)
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -139,7 +139,7 @@ def right(block: int) -> bytes:
 
 
 def stored(destination: Path) -> set[int]:
-    """The blocks that are the source's; any other is the old one."""
+    """Return the blocks of the destination that are the source's. Each other block must be the old one."""
     now, found = destination.read_bytes(), set()
     assert len(now) == len(DATA)
     for block in range(BLOCKS):
@@ -151,7 +151,7 @@ def stored(destination: Path) -> set[int]:
 
 
 def in_mid_pass(mounted: Mount, bytes_here: int = 1) -> None:
-    until(lambda: mounted.status()["hydrated_bytes"] >= bytes_here, "some of the pass")
+    until(lambda: mounted.status()["hydrated_bytes"] >= bytes_here, "some of background hydration")
     assert mounted.status()["state"] == "hydrating"
 
 
@@ -167,7 +167,7 @@ def complete(mounted: Mount, destination: Path) -> None:
     assert destination.read_bytes() == DATA
 
 
-# Broken, and made again
+# Broken, and reconnected
 
 
 def test_a_cut_in_mid_pass_is_seen_by_no_reader(
@@ -213,7 +213,7 @@ def test_a_link_that_is_frozen_for_too_long_is_made_again(
 def test_a_link_behind_a_script_is_given_up_as_well(
     mount: Mounter, source: Path, destination: Path, tmp_path: Path
 ) -> None:
-    """Killed is the shell alone: what it started stands still, and keeps the pipes."""
+    """Only the shell is killed. Its child is stopped, and keeps the pipes open."""
     script = written(tmp_path / "rsh", b'#!/bin/sh\nshift\nsh -c "$*"\nexit $?\n')
     script.chmod(0o700)
     mounted = mount(f"host:{source}", destination, "-e", script, "--no-background", "--timeout", 3, program=OURS)
@@ -251,7 +251,7 @@ def test_a_link_that_is_frozen_for_a_moment_is_not_made_again(
 
 
 def test_a_silent_link_that_is_asked_nothing_stays(far: Callable[..., Mount], way: Route) -> None:
-    """For longer than --timeout."""
+    """The link is silent for longer than --timeout."""
     mounted = far("--no-background", "--timeout", 2)
     assert read(mounted, 5) == right(5)
     before, end = mounted.retrievers(), time.monotonic() + 2.5
@@ -280,12 +280,12 @@ def test_a_read_waits_for_so_long_and_the_next_one_tries_again(far: Callable[...
 def test_a_read_that_joined_the_pass_outlives_a_cut_of_it(
     far: Callable[..., Mount], source: Path, destination: Path, way: Route
 ) -> None:
-    """All that is under way when the link breaks has been asked in vain, by the pass and by the reader."""
+    """The link breaks while requests of background hydration and of a reader are in flight."""
     mounted = far("--limit", "1M")
     in_mid_pass(mounted)
     way.frozen.touch()
     sent, here = mounted.status()["sent_bytes"], mounted.status()["hydrated_bytes"] // BLOCK_SIZE
-    until(lambda: mounted.status()["sent_bytes"] > sent, "a batch of the pass under way")
+    until(lambda: mounted.status()["sent_bytes"] > sent, "a batch in flight")
     with reader(mounted, source, 5) as process:
         way.cut.touch()
         until(lambda: mounted.status()["link"]["state"] == "reconnecting", "the end of the links")
@@ -299,14 +299,14 @@ def test_a_read_that_joined_the_pass_outlives_a_cut_of_it(
 def test_a_read_does_not_inherit_what_the_pass_fails_with(
     mount: Mounter, source: Path, destination: Path, tmp_path: Path
 ) -> None:
-    """The source cannot give block 40, once. Everything takes 0.4 s, so that reads find the pass under way."""
+    """The source fails once at block 40. Each answer takes 0.4 s, so reads meet background hydration."""
     slow, once = Route(tmp_path, "--delay", 200), tmp_path / "once"
     mounted = mount(
         f"host:{source}", destination, "-e", slow.rsh, program=faulty("--once", once, "--fail-for", at(40))
     )
-    until(lambda: mounted.status()["sent_bytes"] > 1000, "the first batches of the pass")
+    until(lambda: mounted.status()["sent_bytes"] > 1000, "the first batches")
     assert read(mounted, 2) == right(2)
-    until(lambda: mounted.status()["state"] == "failed", "the end of the pass")
+    until(lambda: mounted.status()["state"] == "failed", "the end of background hydration")
     assert once.exists()
     for block in (0, 1, 3, BLOCKS - 1):
         assert read(mounted, block) == right(block)
@@ -357,7 +357,7 @@ def test_without_a_state_a_source_that_is_away_is_told(
 
 
 def replace(source: Path) -> None:
-    """By another one, which the name leads to from now on."""
+    """Replace the source: its name leads to another file from now on."""
     written(source.with_name("other"), OTHER).rename(source)
 
 
@@ -377,7 +377,7 @@ def test_a_mount_that_began_without_its_source_takes_no_other_one(
     mounted = far()
     replace(source)
     way.cut.unlink()
-    until(lambda: mounted.status()["state"] == "failed", "the end of the pass")
+    until(lambda: mounted.status()["state"] == "failed", "the end of background hydration")
     assert "source changed" in mounted.status()["error"]
     assert (read(mounted, 5), read(mounted, 6)) == (right(5), None)
     failed(run("umount", mounted.point), 75)
@@ -393,7 +393,7 @@ def test_a_source_that_changed_is_not_mixed_in(
     assert read(mounted, BLOCKS - 1) == right(BLOCKS - 1)
     replace(source)
     break_for_a_moment(mounted, way)
-    until(lambda: mounted.status()["state"] == "failed", "the end of the pass")
+    until(lambda: mounted.status()["state"] == "failed", "the end of background hydration")
     status = mounted.status()
     assert "source changed" in status["error"]
     assert ("its bytes differ" if program == QUEUEING else "inode was ") in status["error"]
@@ -443,7 +443,7 @@ def test_a_paused_mount_tells_of_a_changed_source(
 def test_a_source_that_changes_while_it_is_verified(
     mount: Mounter, source: Path, destination: Path, tmp_path: Path
 ) -> None:
-    """The mount lives on: what is here is right, and stays readable."""
+    """Check that the mount goes on: present blocks are right, and stay readable."""
     written(destination, DATA)
     slow = Route(tmp_path, "--delay", 200)
     mounted = mount(f"host:{source}", destination, "-e", slow.rsh, "--verify", program=OURS)
@@ -630,7 +630,7 @@ def with_link(
 
 
 def assert_delays(connector: FakeConnector, longest: list[float]) -> None:
-    """Its first attempts were so far apart, or less by up to a half."""
+    """Check that the first attempts were `longest` seconds apart each, or up to a half less."""
     waits = connector.waits()[: len(longest)]
     assert all(most / 2 <= wait <= most for wait, most in zip(waits, longest, strict=True)), waits
 

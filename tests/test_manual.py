@@ -48,7 +48,7 @@ def test_the_options_of_an_example_are_those_of_the_command(command: str) -> Non
     words = epilog.removeprefix("example: blockcopy ").partition("|")[0].partition(">")[0].partition("<")[0]
     name, *arguments = words.partition("#")[0].split()
     if name == command:
-        parser().parse_args([name, *arguments])  # exits where it cannot be meant
+        parser().parse_args([name, *arguments])  # exits if the command line is invalid
 
 
 @pytest.mark.parametrize(

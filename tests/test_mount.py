@@ -46,7 +46,7 @@ NOBODY = 65534
 
 @pytest.fixture(params=["ours", "queueing", "original"])
 def program(request: pytest.FixtureRequest) -> str | None:
-    """--blockcopy-path of each `retrieve` that a mount has to work with; None is the default."""
+    """Return the --blockcopy-path of each `retrieve` that a mount must work with. None: the default."""
     if request.param == "original":
         return shlex.join(request.getfixturevalue("original"))
     return {"ours": None, "queueing": QUEUEING}[request.param]
@@ -54,13 +54,13 @@ def program(request: pytest.FixtureRequest) -> str | None:
 
 @pytest.fixture
 def destination(tmp_path: Path) -> Path:
-    """Does not exist."""
+    """Return a path without a file."""
     return tmp_path / "replica.img"
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """For reads that ask for what they name: the kernel reads nothing ahead."""
+    """Open the file without read-ahead of the kernel."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)

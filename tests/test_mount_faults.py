@@ -103,7 +103,7 @@ def is_right(block: int, got: bytes | None, offset: int = 0) -> bool:
 
 
 def survey(mounted: Mount) -> tuple[set[int], set[int]]:
-    """Read every block: those that are right, and those that get EIO. Any other bytes fail the test."""
+    """Read every block. Returns the blocks that are right, and those with EIO. Any other bytes fail the test."""
     right, refused = set(), set()
     for block, got in enumerate(read_all(mounted.file, *map(at, range(BLOCKS)))):
         assert got is None or is_right(block, got), f"block {block} has other bytes than the source"
@@ -112,7 +112,7 @@ def survey(mounted: Mount) -> tuple[set[int], set[int]]:
 
 
 def neither_mixed_nor_foreign(destination: Path) -> None:
-    """Each block of the destination is the old one or the source's, and its size is what it was."""
+    """Check that each block of the destination is the old one or the source's, and that its size is unchanged."""
     stored = destination.read_bytes()
     assert len(stored) == len(DATA)
     for block in range(BLOCKS):
@@ -124,7 +124,7 @@ def neither_mixed_nor_foreign(destination: Path) -> None:
 
 
 def refused(point: Path, *arguments: object, status: int, told: str) -> None:
-    """`mount` with these arguments fails with the status and a reason, and leaves nothing."""
+    """Check that `mount` with `arguments` fails with `status` and the reason `told`, and leaves nothing."""
     done = run("mount", *arguments, point)
     said = done.stderr.decode()
     failed(done, status)
@@ -333,7 +333,7 @@ def stalled_pass(mount: Mounter, folder: Path) -> Mount:
 
 @pytest.fixture(params=["stopped", "stalled"])
 def unfinished(request: pytest.FixtureRequest, mount: Mounter, tmp_path: Path) -> Mount:
-    """A mount in mid-pass: its source's processes are there, and that of the pass answers no more."""
+    """Return a mount in the middle of background hydration, whose process answers no more."""
     if request.param == "stalled":
         mounted = stalled_pass(mount, tmp_path)
     else:

@@ -31,7 +31,7 @@ Transport = Callable[[str], Path]
 
 @pytest.fixture
 def rsh(tmp_path: Path) -> Transport:
-    """A script in place of ssh; called as RSH HOST COMMAND."""
+    """Return a function that writes a script in place of ssh. Its arguments are HOST COMMAND."""
 
     def make(script: str) -> Path:
         path = written(tmp_path / "rsh", f"#!/bin/bash\n{script}\n".encode())
@@ -105,7 +105,7 @@ def test_other_pythons(rsh: Transport, source: Path, tmp_path: Path, version: st
 
 
 def python_of(version: str) -> str:
-    """An interpreter that runs, of this version; skipped where there is none."""
+    """Return an interpreter of this version. Skip the test if none runs here."""
     places = [*Path.home().glob(f".pyenv/versions/{version}.*/bin"), *map(Path, os.get_exec_path())]
     for place in places:
         path = shutil.which(f"python{version}", path=str(place))
@@ -203,7 +203,7 @@ def test_a_start_up_file_that_reads_standard_input(
 
 
 def test_standard_input_that_is_not_passed_on(rsh: Transport, source: Path, tmp_path: Path) -> None:
-    """As by `docker exec` without -i."""
+    """`docker exec` without -i does this."""
     done = sync(source, tmp_path / "copy", "-e", rsh(f"exec </dev/null; {NO_SHELL}"), "--python", PYTHON)
     refused(done, "did not reach it", "`docker exec` needs `-i`")
 
@@ -270,7 +270,7 @@ def test_a_source_that_is_cut_off_while_it_is_looked_at(
 
 
 def test_what_the_host_says_is_shown_with_its_name(rsh: Transport, source: Path, tmp_path: Path) -> None:
-    """And not lost once it works."""
+    """The words are not lost once the stage works."""
     script = "shift; sh -c \"$*\"; echo 'the disk is on fire' >&2"
     done = sync(source, tmp_path / "copy", "-e", rsh(script), "--python", PYTHON)
     succeeded(done, f"host:{source}: the disk is on fire")

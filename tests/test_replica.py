@@ -78,7 +78,7 @@ def program(request: pytest.FixtureRequest) -> str | None:
 
 @pytest.fixture
 def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
+    """Mount a tmpfs of 1 MiB."""
     support.require_root()
     folder = tmp_path / "small"
     folder.mkdir()
@@ -387,7 +387,7 @@ def test_a_reader_in_order_is_read_ahead_for(tmp_path: Path, program: str | None
 
 
 def test_background_hydration_goes_on_behind_the_latest_read(tmp_path: Path, program: str | None) -> None:
-    """And comes back for what is left."""
+    """It comes back for the rest."""
 
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
@@ -615,7 +615,7 @@ def test_a_read_of_a_source_that_trickles_ends(tmp_path: Path) -> None:
 
 
 def test_a_read_ends_whatever_goes_on_meanwhile() -> None:
-    """A source that answers others all the while, say."""
+    """An example is a source that answers others meanwhile."""
 
     class Waiting:
         async def ensure(self, blocks: range, lane: object) -> None:
@@ -707,7 +707,7 @@ def test_a_fault_is_made_good_by_another_connection(fault: str, answer: int, hyd
 
 @pytest.mark.parametrize(("fault", "answer", "hydrate"), support.pairwise(FAULTS, [1, 3, 36, 38], [False, True]))
 def test_a_fault_gives_errors_and_never_wrong_bytes(fault: str, answer: int, hydrate: bool, tmp_path: Path) -> None:
-    """In the original form, at the same answer of each connection, for readers that do not wait.
+    """Use the original dialect, a fault at the same answer of each connection, and readers that do not wait.
 
     The first connection has given 35 answers when it is asked for a block, others 33.
     """
@@ -1088,7 +1088,7 @@ def test_only_the_writer_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_cache_is_not_dropped_in_the_thread_of_the_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It waits for a disk."""
+    """The process waits for a disk."""
     threads = []
     drop_cache = Device.drop_cache
 
@@ -1167,7 +1167,7 @@ def test_once_complete_the_source_is_disconnected(tmp_path: Path, program: str |
 
 
 def test_memory_is_bounded_whatever_the_size(tmp_path: Path) -> None:
-    """Of the largest process among the sync and its retrieve processes."""
+    """Return the peak memory of the largest process of a sync, in bytes."""
     for name in ("source", "destination"):
         file_of(tmp_path, name, b"")
         os.truncate(tmp_path / name, 2**28)

@@ -47,12 +47,12 @@ def source(tmp_path: Path) -> Callable[[bytes], Path]:
 
 
 def ask(data: bytes, position: int, size: int = BLOCK_SIZE) -> Hash:
-    """For `size` bytes, saying that they are as in `data`."""
+    """Return the signature of `size` bytes of `data` at `position`."""
     return Hash(position, size, digest(data[position : position + size]))
 
 
 def asks(data: bytes) -> list[Message]:
-    """For all of `data`, as checksum writes them, without `rest`."""
+    """Return the signatures of all of `data`, as checksum writes them, without `rest`."""
     return [ask(data, at, min(BLOCK_SIZE, len(data) - at)) for at in range(0, len(data), BLOCK_SIZE)]
 
 
@@ -76,7 +76,7 @@ def answers(path: object, *messages: Message, options: tuple[str, ...] = ()) -> 
 
 
 def refused(done: subprocess.CompletedProcess[bytes], *words: str) -> list[Message]:
-    """One line that says what is wrong, after what was answered; the answers have no end."""
+    """Check the error: status 1, one line with all `words`, no `done`. Returns the answers before the error."""
     failed(done, 1)
     message = done.stderr.decode()
     assert message.startswith("ERROR (retrieve): ")
@@ -312,7 +312,7 @@ def test_a_source_is_not_written_to(source: Callable[[bytes], Path]) -> None:
 def test_a_read_error_is_told_after_the_answers_before(
     source: Callable[[bytes], Path], loop_device: Callable[..., str]
 ) -> None:
-    """A loop device whose backing file has become shorter."""
+    """Read a loop device whose backing file became shorter."""
     data = noise(40 * BLOCK_SIZE)
     path = source(data)
     device = loop_device(path, "--direct-io=on")

@@ -67,13 +67,13 @@ def stream_of(*messages: Message) -> bytes:
 
 
 def saved(path: object, *messages: Message, options: tuple[str, ...] = ()) -> None:
-    """A stream that is whole."""
+    """Save `messages` and `done` to `path`, which must succeed."""
     done = run("save", *options, path, input=stream_of(*messages, DONE))
     succeeded(done, stdout=b"")
 
 
 def refused(done: subprocess.CompletedProcess[bytes], *words: str) -> None:
-    """With one line that says what is wrong."""
+    """Check the error: status 1, one line with all `words`, and no output."""
     failed(done, 1)
     message = done.stderr.decode()
     assert message.startswith("ERROR (save): ")
@@ -446,7 +446,7 @@ def test_an_xz_bomb_is_refused(file: Callable[[bytes], Path]) -> None:
 
 
 def test_an_xz_block_cannot_ask_for_much_memory(file: Callable[[bytes], Path]) -> None:
-    """A dictionary of 64 MiB, as the header of the stream may ask for."""
+    """The header of the stream asks for a dictionary of 64 MiB."""
     path = file(HELLO)
     filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 64 * MIB, "mode": lzma.MODE_FAST, "mf": lzma.MF_HC3}]
     done = measured("save", path, input=stream_of(XzData(0, lzma.compress(b"x", filters=filters)), DONE))

@@ -37,7 +37,7 @@ PROGRAMS = ["ours", "stand-in", "original"]
 
 @pytest.fixture(params=PROGRAMS)
 def program(request: pytest.FixtureRequest) -> str | None:
-    """The --blockcopy-path of each `retrieve` there is."""
+    """Return the --blockcopy-path of each `retrieve`."""
     if request.param == "original":
         return shlex.join(request.getfixturevalue("original"))
     return support.QUEUEING if request.param == "stand-in" else None
@@ -45,7 +45,7 @@ def program(request: pytest.FixtureRequest) -> str | None:
 
 @contextlib.contextmanager
 def sparse_file(size: int, folder: Path) -> Iterator[Path]:
-    """In `folder`, or in memory where the file system of `folder` does not have files of that size."""
+    """Make a sparse file in `folder`, or in memory if the file system of `folder` has no files of that `size`."""
     for each in (folder, Path("/dev/shm")):
         if os.access(each, os.W_OK):
             with tempfile.NamedTemporaryFile(dir=each) as file, contextlib.suppress(OSError):
@@ -56,7 +56,7 @@ def sparse_file(size: int, folder: Path) -> Iterator[Path]:
 
 
 def find(path: object, guesses: list[int], program: str | None) -> list[int]:
-    """What is found with each of the guesses, one after the other, of the process that is then alive."""
+    """Return the size that is found from each guess, one after the other."""
     command = stage_command(Location(None, str(path)), program=program)
     found = []
 

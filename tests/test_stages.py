@@ -30,7 +30,7 @@ MIB = 1024 * 1024
 
 @contextmanager
 def pipe() -> Iterator[tuple[int, IO[bytes]]]:
-    """A descriptor to read from, and a file to write to it, which the caller may close."""
+    """Return a descriptor to read from, and a file to write to it. The caller may close the file."""
     read, write = os.pipe()
     with open(write, "wb", buffering=0) as file:
         yield read, file
@@ -38,7 +38,7 @@ def pipe() -> Iterator[tuple[int, IO[bytes]]]:
 
 
 def read(stream: InputStream) -> bytes:
-    """What has arrived, up to a MiB."""
+    """Return the bytes that have arrived, up to a MiB."""
     buffer = memoryview(bytearray(MIB))
     return bytes(buffer[: stream.read_into(buffer)])
 
@@ -304,7 +304,7 @@ class Stage:
             end.settimeout(PATIENCE)
 
     def ended(self) -> tuple[int, bytes]:
-        """Its status and what it said, although its input stays open."""
+        """Return status and standard error of a process whose input stays open."""
         _, errors = self.process.communicate(timeout=5)
         return self.process.returncode, errors
 

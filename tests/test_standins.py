@@ -366,7 +366,7 @@ Disk = Callable[..., Path]
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    """A function that mounts faulty_disk with options, and returns its file with the bytes DATA.
+    """Return a function that mounts faulty_disk with options, and returns its file with the bytes DATA.
 
     Unmounts at the end.
     """

@@ -37,7 +37,7 @@ LOGINS = {
 
 @pytest.fixture
 def rsh(tmp_path: Path) -> Callable[[str], str]:
-    """A script in place of ssh, whose children end with the test."""
+    """Return a function that writes a script in place of ssh. The children of the script end with the test."""
 
     def make(script: str) -> str:
         path = written(tmp_path / "rsh", f"#!/bin/sh\n{script}\n".encode())

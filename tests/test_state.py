@@ -1,7 +1,7 @@
 """What an interrupted `mount` or `sync` leaves on record, and what the next one believes of it.
 
 To see what is believed, a block that is on record is changed behind its back, outside of the sample, and the
-record is told the new times of the file. The block stays wrong if the record is taken up, and else is mended.
+record is told the new times of the file. The block stays wrong if the record is resumed; otherwise it is repaired.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ CHECKED_AGAIN = "hecking every block"
 
 
 def changed(data: bytes, *blocks: int) -> bytes:
-    """A byte differs in each of these blocks, outside of the sample."""
+    """Return `data` with one byte changed in each of `blocks`, outside of the sample."""
     made = bytearray(data)
     for block in blocks:
         made[unsampled(block)] ^= 0x55
@@ -81,18 +81,18 @@ def device(tmp_path: Path, loop_device: LoopDevice) -> Path:
 
 @pytest.fixture
 def destination(request: pytest.FixtureRequest) -> Path:
-    """The one or the other, as the test is parametrized."""
+    """Return the fixture `file` or `device`, as the test is parametrized."""
     return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
 
 
 def state_file() -> Path:
-    """The only one."""
+    """Return the only state file."""
     (found,) = Path(os.environ["STATE_DIRECTORY"]).glob("*.state")
     return found
 
 
 def recorded(path: Path) -> set[int]:
-    """The blocks on record."""
+    """Return the recorded blocks."""
     journal = StateFile(path)
     journal.close()
     assert journal.record
@@ -101,7 +101,7 @@ def recorded(path: Path) -> set[int]:
 
 
 def known(mount: Mounter, source: Path, destination: Path, *options: object, program: str | None = None) -> None:
-    """A mount has brought the first blocks, and no others, and was unmounted."""
+    """Mount, fetch the first KNOWN blocks and no others, and unmount."""
     made = mount(source, destination, "--no-background", *options, program=program)
     assert run("prefetch", made.point, f"0:{KNOWN * BLOCK_SIZE}").returncode == 0
     made.umount()
@@ -122,7 +122,7 @@ def tamper(path: Path, *blocks: int, state: Path | None = None) -> None:
 
 
 def sync(*args: object) -> str:
-    """What it says; it has to succeed."""
+    """Run a sync that must succeed, and return its standard error."""
     done = run("sync", *args)
     assert done.returncode == 0, done.stderr.decode()
     return done.stderr.decode()
@@ -439,7 +439,7 @@ def test_a_record_that_is_kept_elsewhere_is_believed_as_any_other(
     source: Path, device: Path, tmp_path: Path, mount: Mounter
 ) -> None:
     options = ["--state", tmp_path / "state"]
-    for _ in range(2):  # begun, and taken up
+    for _ in range(2):  # begun, and resumed
         known(mount, source, device, *options)
     tamper(device, 7)
     assert sync(*options, source, device) == ""

@@ -52,7 +52,7 @@ def binding(size: int = 40000 * BLOCK_SIZE, inode: int = 3) -> Binding:
 
 @pytest.fixture
 def path() -> Iterator[Path]:
-    """In memory where there is such a place: these tests sync often."""
+    """Return a folder in memory, if there is one: these tests sync often."""
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         yield Path(folder) / "state"
 
@@ -62,7 +62,7 @@ def clock(time_ns: int, until_ns: int | None = 1 << 62) -> WriteTimes:
 
 
 def begun(path: Path, chunks: dict[int, bytes] | None = None, *, of: Binding | None = None) -> Record:
-    """A record, as a run leaves it; what is read of it."""
+    """A record as a run leaves it, and what is read from it."""
     with contextlib.closing(StateFile(path)) as journal:
         journal.begin_record(of or binding(), clock(10))
         journal.write_chunks(CHUNKS if chunks is None else chunks, clock(20))
@@ -78,7 +78,7 @@ def load(path: Path) -> Record | None:
 
 
 def is_set_aside(path: Path, data: bytes) -> bool:
-    """It was not believed, and is kept as it was, under another name."""
+    """Return whether the record was set aside: kept unchanged, under another name."""
     found = load(path)
     kept = path.with_name("state.unusable-1")
     return found is None and kept.exists() and kept.read_bytes() == data
@@ -408,7 +408,7 @@ class Damaged:
         self.data = path.read_bytes()
 
     def verdict(self, data: bytes) -> str:
-        """What is wrong with what becomes of it, if anything is."""
+        """Return what is wrong with the result, or an empty text."""
         shutil.rmtree(self._folder)
         self._folder.mkdir()
         self._path.write_bytes(data)

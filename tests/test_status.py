@@ -235,7 +235,7 @@ def test_what_a_source_says_is_no_command_to_the_terminal() -> None:
 
 @contextmanager
 def on_a_terminal(*arguments: object) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    """A command whose three streams are a terminal: its other end, and the process."""
+    """Start a command on a terminal. Yields the other end of the terminal, and the process."""
     ours, theirs = pty.openpty()
     with subprocess.Popen(
         [*BLOCKCOPY, *map(str, arguments)],
@@ -254,7 +254,7 @@ def on_a_terminal(*arguments: object) -> Iterator[tuple[int, subprocess.Popen[by
 
 
 def shown_until(terminal: int, wanted: bytes) -> bytes:
-    """All that was shown up to some words. AssertionError where they do not come."""
+    """Return all output up to `words`. Raises AssertionError if they do not come."""
     shown = b""
     while wanted not in shown:
         try:
@@ -304,7 +304,7 @@ def test_watch_ends_with_the_mount(mount: Mounter, tmp_path: Path) -> None:
 
 
 def test_a_mount_that_stands_still_is_told_and_watched_on(mount: Mounter, tmp_path: Path) -> None:
-    """Whoever reads a file of such a mount can not even be interrupted."""
+    """A process that reads a file of such a mount cannot be interrupted."""
     source = written(tmp_path / "source", DATA)
     mounted = mount(source, tmp_path / "copy", "--no-background")
     pid = mounted.status()["pid"]

@@ -81,7 +81,7 @@ def test_every_command_names_the_cause_or_works(tmp_path: Path, kind: str) -> No
 
 
 def started(before: str, arguments: list[str], folder: Path) -> subprocess.Popen[bytes]:
-    """In a mount namespace of its own; what is mounted is unmounted there as well."""
+    """Start a command in a mount namespace of its own, after the shell code `before`."""
     script = f"{before} {shlex.join([*BLOCKCOPY, *arguments])}"
     if arguments[0] == "mount":
         script += f" && {{ {shlex.join([*BLOCKCOPY, 'umount', arguments[-1]])} || test $? = 75; }}"

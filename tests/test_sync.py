@@ -34,7 +34,7 @@ NEARLY = f"{support.QUEUEING} --stall-at {OPENING + 8}"
 
 
 def here_as_rsh(folder: Path) -> Path:
-    """An RSH that runs the command here, as a remote shell would, whatever the host is."""
+    """Return an RSH that runs the command on this host, as a remote shell would."""
     path = folder / "rsh"
     path.write_text(f'#!/bin/sh\necho "$1" >>{folder}/hosts\nshift\nexec sh -c "$*"\n')
     path.chmod(0o755)

@@ -33,14 +33,14 @@ class Ground:
         return trio.current_time() - began
 
     async def is_held_up(self) -> bool:
-        """Whether nothing is admitted, however long it takes."""
+        """Return whether nothing is admitted, however long it takes."""
         with trio.move_on_after(1000):
             await self.throttle.admit()
             return False
         return True
 
     async def admits_after(self, change: Callable[[], object]) -> bool:
-        """Whether `change` wakes who waits already, and at once."""
+        """Return whether `change` wakes waiting tasks at once."""
         admitted = trio.Event()
 
         async def wait() -> None:

@@ -49,7 +49,7 @@ ODD_NAMES = ['it\'s "two words" $HOME `id` $(id) \\ ; & | * ? ~ ümlaut: 100 %',
 
 
 def processes_of(source: Path) -> list[int]:
-    """Those that have its path among their arguments, on whichever host: both are this one."""
+    """Return the processes with the path of `source` among their arguments. Both hosts are this one."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         pid = int(entry.parent.name)
@@ -175,7 +175,7 @@ SETTINGS = [
 
 
 def configured(sshd: Sshd, folder: Path, *settings: str) -> str:
-    """An -e whose ssh reads these settings from its file; the port of forwardings is taken."""
+    """Return an `-e` whose ssh reads `settings` from its file. The port of forwardings is in use."""
     text = "\n".join(settings).format(port=sshd.port, folder=folder)
     config = written(folder / "ssh_config", f"Host *\n{text}\n".encode())
     return sshd.rsh.replace("-F none", f"-F {config}")

@@ -44,7 +44,7 @@ COPY = b"".join(
 
 @pytest.fixture
 def bad_disk(tmp_path: Path) -> Iterator[Path]:
-    """A source with bad sectors."""
+    """Return a source with bad sectors."""
     with disk_of(tmp_path, *(block * BLOCK_SIZE + 50_000 for block in BAD)) as disk:
         yield disk
 
@@ -74,7 +74,7 @@ def destination(tmp_path: Path) -> Path:
 
 
 def told(done: subprocess.CompletedProcess[bytes], status: int) -> str:
-    """Its last words. They name the ranges."""
+    """Check status and last line, which names the ranges. Returns the standard error."""
     words = done.stderr.decode()
     failed(done, status)
     last = words.splitlines()[-1]
@@ -204,7 +204,7 @@ def test_verify_compares_all_else(bad_disk: Path, tmp_path: Path) -> None:
 
 
 def read(mounted: Mount, block: int) -> bytes | None:
-    """Its first 4096 bytes; None for EIO."""
+    """Return the first 4096 bytes of `block`. Returns None for EIO."""
     fd = os.open(mounted.file, os.O_RDONLY)
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
@@ -234,7 +234,7 @@ def test_a_mount_serves_all_else(mount: Callable[..., Mount], bad_disk: Path, de
 def test_a_disk_that_is_bad_all_over_ends_soon_and_with_few_words(
     tmp_path: Path, loop_device: Callable[..., str]
 ) -> None:
-    """A loop device whose backing file was cut."""
+    """Return a loop device whose backing file was truncated."""
     backing = written(tmp_path / "backing", DATA)
     device = loop_device(backing, "--direct-io=on")
     os.truncate(backing, 0)

@@ -1,4 +1,4 @@
-"""What is asked of mounts that nobody can rely on: those that stand still, and those of other users.
+"""Commands on mounts that are unresponsive, or belong to other users.
 
 Every command comes to its end, with a status and words; no other user's word is believed.
 """
@@ -39,7 +39,7 @@ DATA = noise(8 * BLOCK_SIZE)
 
 @pytest.fixture
 def stopped(tmp_path: Path, mount: Mounter) -> Iterator[Mount]:
-    """A mount without a control socket that stands still, and in which a lookup is in flight."""
+    """Return an unresponsive mount without a control socket, with a lookup in flight."""
     pid_file = tmp_path / "pid"
     mounted = mount(
         written(tmp_path / "source", DATA), tmp_path / "copy", "--no-background", "--pid-file", pid_file
@@ -108,7 +108,7 @@ def test_every_command_ends_where_a_mount_stands_still_and_another_lookup_is_in_
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the control sockets of a user lie."""
+    """Return the folder of the control sockets of a user."""
     made = tmp_path / "run"
     made.mkdir(mode=0o700)
     monkeypatch.setattr(probe, "runtime_dir_candidates", lambda _: [made])
@@ -116,14 +116,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def folder_as_mount(tmp_path: Path) -> MountEntry:
-    """A folder in place of a mount: only its content is read."""
+    """Return a folder in place of a mount: only its content is read."""
     (tmp_path / "mnt").mkdir(exist_ok=True)
     return MountEntry(str(tmp_path / "mnt"), "0:4095", control_client.KIND, "source", os.geteuid())
 
 
 @contextlib.contextmanager
 def saying(path: Path, answer: bytes, *, without_end: bool = False) -> Iterator[None]:
-    """A control socket that answers this to the first who asks."""
+    """Serve a control socket that answers the first request with `answer`."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()

@@ -9,7 +9,7 @@ from blockcopy.transport.backoff import Backoff
 
 
 class Route:
-    """A link with a clock: a flight takes the round trip, and longer where it waits for what is before it."""
+    """A link with a clock. A fetch takes the round trip, and waits for the fetches before it."""
 
     def __init__(self, round_trip: float, blocks_per_second: float) -> None:
         self.now = 0.0

@@ -228,7 +228,7 @@ def test_messages_before_an_unknown_command_are_delivered() -> None:
 
 
 def header(command: bytes, position: int, size: int) -> bytes:
-    """All that stands before the payload or the digest."""
+    """Return the bytes before the payload or the digest."""
     if command == b"hash":
         return command + size.to_bytes(4, "big")
     if command == b"rest":
