@@ -196,7 +196,7 @@ sys.stdin.read()
 
 @contextlib.contextmanager
 def held_by_another_process(path: object, flags: int = 0) -> Iterator[None]:
-    """Hold the file or device `path` open with `flags` in another process. Without `flags`, that process locks it."""
+    """Hold the file or device `path` open with `flags` in another process. Without `flags`, it is locked there."""
     command = [PYTHON, "-c", _HOLD, str(path), str(flags)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

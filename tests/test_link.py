@@ -107,7 +107,7 @@ print("right")
 
 @contextlib.contextmanager
 def reader(mounted: Mount, known: Path, seed: int) -> Iterator[subprocess.Popen[str]]:
-    """Start a process that reads the mount at random. It prints `begin`, and `right` at the end if all bytes were."""
+    """Start a process that reads the mount at random. It prints `begin`, and `right` if all bytes were right."""
     command = [PYTHON, "-I", "-S", "-c", READ, mounted.file, known, str(seed)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True) as process:
