@@ -193,10 +193,10 @@ BAD_PAGES = {
 }
 
 
-@pytest.mark.parametrize("bad", BAD_PAGES)
-@pytest.mark.parametrize("guess", GUESSES)
-@pytest.mark.parametrize("is_device", [True, False], ids=["device", "file"])
-@pytest.mark.parametrize("tail", [0, 512, 777, 3 * 4096])
+@pytest.mark.parametrize(
+    ("guess", "bad", "tail", "is_device"),
+    support.pairwise(GUESSES, BAD_PAGES, [0, 512, 777, 3 * 4096], [True, False]),
+)
 def test_bytes_that_cannot_be_read_lead_to_no_wrong_size(tail: int, is_device: bool, guess: str, bad: str) -> None:
     size = 20 * BLOCK_SIZE + (tail & -512 if is_device else tail)
     exits = 0
