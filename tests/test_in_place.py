@@ -17,7 +17,7 @@ from blockcopy.block import syscalls
 from blockcopy.block.device import Device, open_source
 from blockcopy.block.geometry import Geometry
 from blockcopy.block.pieces import PIECE_SIZE, PieceScanner
-from blockcopy.block.unreadable import UnreadableRanges
+from blockcopy.block.unreadable_ranges import UnreadableRanges
 from blockcopy.protocol import digests, wire
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.replica.hydration.signatures import read_signatures

@@ -30,7 +30,7 @@ from support import (
 )
 
 from blockcopy.errors import UsageError
-from blockcopy_fuse import fuse_host, mountinfo, options
+from blockcopy_fuse import fuse_support, mountinfo, options
 
 Mounter = Callable[..., Mount]
 LoopDevice = Callable[..., str]
@@ -389,5 +389,5 @@ FUSE_CONF = {
 def test_fuse_conf_is_read_as_fusermount3_reads_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    monkeypatch.setattr(fuse_host, "FUSE_CONF", str(written(tmp_path / "fuse.conf", text.encode())))
-    assert fuse_host.users_may_share() == FUSE_CONF[text]
+    monkeypatch.setattr(fuse_support, "FUSE_CONF", str(written(tmp_path / "fuse.conf", text.encode())))
+    assert fuse_support.users_may_share() == FUSE_CONF[text]

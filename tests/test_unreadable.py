@@ -19,7 +19,7 @@ from support import BLOCK_SIZE, FAULTY, PYTHON, QUEUEING, STANDINS, Mount, faile
 from blockcopy.block.device import open_source
 from blockcopy.block.geometry import Extent, Geometry, join_extents
 from blockcopy.block.identity import differences, sample_extents, source_identity
-from blockcopy.block.unreadable import MAX_RANGES, UnreadableRanges
+from blockcopy.block.unreadable_ranges import MAX_RANGES, UnreadableRanges
 from blockcopy.errors import SourceReadError
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.plan import Plan

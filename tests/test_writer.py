@@ -14,7 +14,7 @@ from support import BLOCK_SIZE, noise
 from blockcopy.block.claim import open_destination
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import Extent, Geometry, block_runs
-from blockcopy.block.unreadable import UnreadableRanges
+from blockcopy.block.unreadable_ranges import UnreadableRanges
 from blockcopy.errors import DeviceError
 from blockcopy.protocol import digests
 from blockcopy.replica.hydration.signatures import read_signatures

@@ -16,7 +16,7 @@ from blockcopy.block.buffers import Buffer
 from blockcopy.block.device import Device, open_source
 from blockcopy.block.geometry import Extent, ExtentJoiner, Geometry
 from blockcopy.block.identity import differences, source_identity
-from blockcopy.block.unreadable import UnreadableRanges
+from blockcopy.block.unreadable_ranges import UnreadableRanges
 from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.replica.hydration.signatures import read_signatures

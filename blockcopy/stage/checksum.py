@@ -17,7 +17,7 @@ from blockcopy.block.buffers import BufferPool
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import BLOCK_SIZE, Extent
 from blockcopy.block.pieces import PIECE_SIZE, Piece, PieceScanner
-from blockcopy.block.unreadable import UnreadableRanges
+from blockcopy.block.unreadable_ranges import UnreadableRanges
 from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.protocol import digests, wire

@@ -14,7 +14,7 @@ from blockcopy.block.buffers import ZEROS
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import Extent
 from blockcopy.block.pieces import Piece
-from blockcopy.block.unreadable import UnreadableRanges
+from blockcopy.block.unreadable_ranges import UnreadableRanges
 from blockcopy.errors import DeviceError
 from blockcopy.protocol import wire
 from blockcopy.protocol.digests import Digest

@@ -18,7 +18,7 @@ from blockcopy.block.device import Device
 from blockcopy.block.geometry import BLOCK_SIZE, Extent
 from blockcopy.block.identity import Identity, differences
 from blockcopy.block.records import invalidate_records
-from blockcopy.block.unreadable import UnreadableRanges
+from blockcopy.block.unreadable_ranges import UnreadableRanges
 from blockcopy.errors import BlockcopyError, SourceChangedError, SourceReadError, StreamError
 from blockcopy.progress.reporter import Progress
 from blockcopy.protocol import digests, wire

@@ -20,7 +20,7 @@ from blockcopy.block.buffers import BufferPool
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.block.pieces import PIECE_SIZE, PieceScanner
-from blockcopy.block.unreadable import UnreadableRanges
+from blockcopy.block.unreadable_ranges import UnreadableRanges
 from blockcopy.errors import DeviceError, StreamError
 from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.protocol import digests, wire

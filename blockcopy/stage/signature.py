@@ -12,7 +12,7 @@ from collections.abc import Container
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import Extent
 from blockcopy.block.pieces import PIECE_SIZE, Piece
-from blockcopy.block.unreadable import UnreadableRanges
+from blockcopy.block.unreadable_ranges import UnreadableRanges
 from blockcopy.errors import DeviceError
 from blockcopy.protocol.digests import Digest
 

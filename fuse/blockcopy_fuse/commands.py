@@ -24,7 +24,7 @@ from blockcopy.replica.commands import command_for, needs_extra, plan_of, prompt
 from blockcopy.replica.monitor.status import Status, summary
 from blockcopy.transport.control_master import log_in, logging_out
 from blockcopy.transport.location import parse_location
-from blockcopy_fuse import control_client, fuse_host, options
+from blockcopy_fuse import control_client, fuse_support, options
 from blockcopy_fuse.probe import MountUnresponsiveError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def mount(args: argparse.Namespace) -> None:
         command,
         hydrate=not args.no_background,
         resume_offline=True,
-        read_timeout=fuse_host.longest_read(),
+        read_timeout=fuse_support.longest_read(),
     )
     fuse_options = options.parse(args.options)
     mountpoint = absolute(args.mountpoint)

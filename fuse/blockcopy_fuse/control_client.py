@@ -15,7 +15,7 @@ from blockcopy.errors import BlockcopyError, IncompleteError, MountError
 from blockcopy.progress.reporter import Progress
 from blockcopy.replica.monitor import status as replica_status
 from blockcopy.replica.monitor.status import MapCell, State, Status
-from blockcopy_fuse import fuse_host
+from blockcopy_fuse import fuse_support
 from blockcopy_fuse.mountinfo import Mount
 from blockcopy_fuse.probe import (
     ANSWER_SECONDS,
@@ -194,7 +194,7 @@ def umount(mountpoint: str) -> Status | None:
     except MountUnresponsiveError as error:
         raise MountError(
             f"{error}. To remove it all the same: fusermount3 -uz {mount.mountpoint}; if programs still wait "
-            f"for it, as root: echo 1 >{fuse_host.CONNECTIONS}/{mount.connection}/abort"
+            f"for it, as root: echo 1 >{fuse_support.CONNECTIONS}/{mount.connection}/abort"
         ) from error
     except MountError:
         if mount.kind != KIND:
@@ -290,9 +290,9 @@ def clear_dead_mount(mountpoint: str, *, replace: bool, kind: str = KIND) -> Non
 
 def _unmount(mountpoint: str, *options: str) -> None:
     """Unmount by fusermount3. Raises MountError if that fails."""
-    program = fuse_host.fusermount()
+    program = fuse_support.fusermount()
     if program is None:
-        raise MountError(fuse_host.FUSERMOUNT_MISSING)
+        raise MountError(fuse_support.FUSERMOUNT_MISSING)
     command_line = [program, "-u", *options, "--", mountpoint]
     try:
         ended = subprocess.run(command_line, capture_output=True, text=True, check=False, timeout=_UNMOUNT_SECONDS)

@@ -25,7 +25,7 @@ from blockcopy.stage.streams import InputStream
 from blockcopy.transport.command import Command
 from blockcopy.transport.hints import explain_end
 from blockcopy.transport.session import Session
-from blockcopy_fuse import fuse_host
+from blockcopy_fuse import fuse_support
 
 _HOST_SECONDS = 30
 """How long a host may take to answer."""
@@ -153,27 +153,29 @@ def _package(name: str, minimum: tuple[int, int]) -> CheckResult:
 
 def _fuse() -> Iterator[CheckResult]:
     """Check the device and the programs that mounting needs."""
-    problem = fuse_host.device_problem()
+    problem = fuse_support.device_problem()
     yield CheckResult("FAIL", problem) if problem else CheckResult("ok", "/dev/fuse can be used")
-    program = fuse_host.fusermount()
+    program = fuse_support.fusermount()
     if program is None:
-        yield CheckResult("FAIL", fuse_host.FUSERMOUNT_MISSING)
+        yield CheckResult("FAIL", fuse_support.FUSERMOUNT_MISSING)
     elif os.geteuid() and not os.stat(program).st_mode & stat.S_ISUID:
         yield CheckResult("FAIL", f"{program} is not set-user-id root, so only root can mount")
     else:
         yield CheckResult("ok", program)
-    if os.geteuid() and not fuse_host.users_may_share():
-        yield CheckResult("note", f"only root may use -o allow_other: no user_allow_other in {fuse_host.FUSE_CONF}")
+    if os.geteuid() and not fuse_support.users_may_share():
+        yield CheckResult(
+            "note", f"only root may use -o allow_other: no user_allow_other in {fuse_support.FUSE_CONF}"
+        )
 
 
 def _limits() -> Iterator[CheckResult]:
     """Check the kernel's limits. Yields only those that matter here."""
-    if not fuse_host.has_fusectl():
-        fix = f"mount -t fusectl none {fuse_host.CONNECTIONS}"
+    if not fuse_support.has_fusectl():
+        fix = f"mount -t fusectl none {fuse_support.CONNECTIONS}"
         yield CheckResult("note", f"12 reads that wait for the source block all others: {fix}")
-    for name, seconds in fuse_host.request_timeouts().items():
+    for name, seconds in fuse_support.request_timeouts().items():
         yield CheckResult("note", f"the kernel ends a mount if a read takes {seconds} s ({name})")
-    size = fuse_host.max_pipe_size()
+    size = fuse_support.max_pipe_size()
     if size is not None and size < 1 << 20 and os.geteuid():
         yield CheckResult(
             "note", f"pipes have at most {size} bytes, which is slower: sysctl fs.pipe-max-size=1048576"

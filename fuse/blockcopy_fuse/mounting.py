@@ -43,7 +43,7 @@ from blockcopy.replica.plan import Plan
 from blockcopy.replica.replica import Replica
 from blockcopy.replica.tasks import abandonable
 from blockcopy.replica.tasks.runner import receive_signals, run_optional
-from blockcopy_fuse import STATUS_NAME, control_client, control_server, fuse_host, mountinfo
+from blockcopy_fuse import STATUS_NAME, control_client, control_server, fuse_support, mountinfo
 from blockcopy_fuse.control_server import ControlServer
 from blockcopy_fuse.operations import Operations
 from blockcopy_fuse.options import MountOptions, quoted
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 _TERMINATE_SECONDS = 5
 """How long the running handlers may take to end after their waits have failed. Then they are cancelled."""
 
-_MAX_HANDLERS = fuse_host.MAX_BACKGROUND + 64
+_MAX_HANDLERS = fuse_support.MAX_BACKGROUND + 64
 """Requests that are handled at once: all reads that may wait, and lookups and the like."""
 
 _FILE_SECONDS = 2
@@ -101,7 +101,7 @@ def check(mount: MountPlan) -> None:
             raise UsageError(f"the mount on {mountpoint} would hide the {label} {path}")
     if mount.name is not None and ("/" in mount.name or mount.name in ("", ".", "..", STATUS_NAME)):
         raise UsageError(f"--name {mount.name!r} cannot be the name of the file")
-    if problem := fuse_host.device_problem():
+    if problem := fuse_support.device_problem():
         raise MountError(problem)
 
 
@@ -231,7 +231,7 @@ def _init(mount: MountPlan, mountpoint: str, replica: Replica, status: Callable[
         *mount.options.fuse,
     }
     operations = Operations(
-        replica, mount.name, status, options=mount.options, before_first_open=lambda: fuse_host.tune(mountpoint)
+        replica, mount.name, status, options=mount.options, before_first_open=lambda: fuse_support.tune(mountpoint)
     )
     try:
         pyfuse3.init(operations, mountpoint, options)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from blockcopy.errors import UsageError
-from blockcopy_fuse import fuse_host
+from blockcopy_fuse import fuse_support
 
 FLAGS = {
     *("allow_other", "allow_root", "auto_unmount", "default_permissions", "debug", "ro", "exec", "noexec"),
@@ -120,10 +120,10 @@ def _check_sharing(flags: set[str]) -> None:
     shared = flags & {"allow_other", "allow_root"}
     if len(shared) > 1:
         raise UsageError("-o allow_other and -o allow_root exclude each other: the first is for root as well")
-    if shared and os.geteuid() != 0 and not fuse_host.users_may_share():
+    if shared and os.geteuid() != 0 and not fuse_support.users_may_share():
         raise UsageError(
             f"-o {shared.pop()} is not possible: only root may, unless there is a line `user_allow_other` "
-            f"in {fuse_host.FUSE_CONF}"
+            f"in {fuse_support.FUSE_CONF}"
         )
 
 

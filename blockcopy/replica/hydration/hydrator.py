@@ -27,7 +27,7 @@ import trio
 
 from blockcopy.block.destination import Destination
 from blockcopy.block.geometry import Geometry, block_runs
-from blockcopy.block.unreadable import UnreadableRanges
+from blockcopy.block.unreadable_ranges import UnreadableRanges
 from blockcopy.errors import BlockcopyError, DeviceError, SourceError, SourceReadError
 from blockcopy.replica.hydration.lanes import Fetch, Lane
 from blockcopy.replica.hydration.signatures import read_signatures

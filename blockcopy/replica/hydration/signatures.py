@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import Geometry, block_runs
 from blockcopy.block.pieces import PIECE_SIZE, PieceScanner
-from blockcopy.block.unreadable import UnreadableRanges
+from blockcopy.block.unreadable_ranges import UnreadableRanges
 from blockcopy.protocol.digests import Digest
 from blockcopy.protocol.wire import MAX_ASKED
 from blockcopy.replica.source.batches import Signatures

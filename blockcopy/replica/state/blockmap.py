@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from blockcopy.block.geometry import Extent, Geometry
-from blockcopy.block.unreadable import MAX_RANGES, UnreadableRanges
+from blockcopy.block.unreadable_ranges import MAX_RANGES, UnreadableRanges
 
 CHUNK_BLOCKS = 16384
 """Blocks of a chunk, whose bits are recorded together: 2 KiB for 2 GiB of the device."""
