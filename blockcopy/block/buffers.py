@@ -19,7 +19,10 @@ class BufferPool:
         self._free: list[memoryview] = []
 
     def acquire(self) -> memoryview:
-        """Return a buffer with undefined content. Pages that are never touched take no memory."""
+        """Return a buffer of the pool's size: a memoryview with undefined content.
+
+        Untouched pages take no memory.
+        """
         try:
             return self._free.pop()
         except IndexError:

@@ -24,7 +24,7 @@ _REASONS = {
 
 
 def open_destination(path: str, *, force: bool = False, create: bool = False) -> Destination:
-    """Open the file or device at `path` for reading and writing, and claim it until it is closed.
+    """Return the file or device at `path`, opened to read and write, as a Destination: claimed until it is closed.
 
     A block device is opened exclusively. The kernel refuses this if the device is mounted, used for swap, or part
     of a volume group or array. Nor can the device be mounted while it is open. A regular file gets an fcntl lock,
@@ -51,10 +51,10 @@ def open_destination(path: str, *, force: bool = False, create: bool = False) ->
 
 
 def existing_destination(path: str, *, force: bool) -> Destination | None:
-    """Open and claim the file or device at `path`, before any host is contacted. Creates nothing.
+    """Return the existing file or device at `path` as an open and claimed Destination. Creates nothing.
 
-    `force`: as for `open_destination`. Returns None if `path` is missing, but a file can be created there.
-    Raises DeviceError if no file can be created, or as `open_destination`.
+    Called before any host is contacted. `force`: as for `open_destination()`. Returns None if `path` is missing,
+    but a file can be created there. Raises DeviceError if no file can be created, and as `open_destination()` does.
     """
     if os.path.exists(path):
         return open_destination(path, force=force)
@@ -65,7 +65,7 @@ def existing_destination(path: str, *, force: bool) -> Destination | None:
 def check_destination(path: str, *, force: bool) -> None:
     """Check that the destination at `path` can be claimed or created now. Keeps no claim and creates nothing.
 
-    `force`: as for `open_destination`. Raises DeviceError if the destination cannot be used.
+    `force`: as for `open_destination()`. Raises DeviceError if the destination cannot be used.
     """
     device = existing_destination(path, force=force)
     if device is not None:
@@ -73,9 +73,10 @@ def check_destination(path: str, *, force: bool) -> None:
 
 
 def make_room(device: Destination, size: int) -> None:
-    """Make `device` hold at least `size` bytes. Extends a shorter file; logs a warning if a tail remains.
+    """Make the Destination `device` hold at least `size` bytes.
 
-    Raises DestinationRefusedError if a block device is too small.
+    Extends a shorter file; logs a warning if a tail remains. Raises DestinationRefusedError if a block device is
+    too small.
     """
     own = device.size()
     if own < size and device.is_block_device:
@@ -95,14 +96,17 @@ def make_room(device: Destination, size: int) -> None:
 
 
 def _check_missing(path: str, *, create: bool) -> None:
-    """Raise DeviceError if the file `path` is missing and cannot be created, or must not be."""
+    """Raise DeviceError if no file can or may be created at the missing `path`.
+
+    `create`: whether the command would create a file. Only the words of the error depend on this.
+    """
     reason = obstacle(path)
     if reason is not None:
         raise DeviceError(f"cannot {'create' if create else 'open'} {path}: {reason}")
 
 
 def _check_writable(device: Destination) -> None:
-    """Raise DestinationRefusedError if the kernel refuses writes."""
+    """Raise DestinationRefusedError if the kernel refuses writes to `device`."""
     try:
         device.write_nothing()
     except DeviceError as error:
@@ -122,7 +126,7 @@ def _open(path: str, flags: int) -> Destination:
 
 
 def _sync_name(device: Destination) -> None:
-    """Make the name of the file durable: after a power loss, a copy without a name would be lost."""
+    """Make the name of the file `device` durable: after a power loss, a copy without a name would be lost."""
     try:
         durable.sync_folder(Path(device.path).resolve().parent)
     except OSError as error:
@@ -130,7 +134,11 @@ def _sync_name(device: Destination) -> None:
 
 
 def _refused(path: str, error: DeviceError, *, is_block_device: bool) -> DeviceError:
-    """Return `error` with its reason in words, as a DestinationRefusedError if its number is a known refusal."""
+    """Return the error to raise for `error`, the failure to open `path` or to write to it.
+
+    Returns a DestinationRefusedError with the reason in words if the errno is a known refusal, else `error` itself.
+    `is_block_device`: whether `path` is a block device.
+    """
     reason = _REASONS.get(error.errno or 0)
     if reason is None:
         return error
@@ -162,7 +170,7 @@ def _claim_file(device: Destination) -> None:
 
 
 def _loop_device_of(device: Destination) -> str | None:
-    """Return the path of the loop device with `device` as its backing file. Returns None if there is none."""
+    """Return the path of the loop device whose backing file is `device`. Returns None if there is none."""
     for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
         try:
             status = os.stat(entry.read_text().rstrip("\n"))

@@ -1,4 +1,6 @@
-"""A destination that detects changes by other programs during the copy.
+"""A Destination: a Device that is guarded against changes by other programs during the copy.
+
+`block.device` reads, writes, and punches holes for zeros. Here each of these calls also checks for changes.
 
 No lock stops another program from removing, truncating or writing a file. The next write beyond the new end
 hides a truncation. The file is long again then, with zeros in place of the copy. So each write checks the size
@@ -28,7 +30,7 @@ class Destination(Device):
     """
 
     def __init__(self, path: str, fd: int) -> None:
-        """Take ownership of the open file descriptor `fd`."""
+        """Take ownership of `fd`, an open file descriptor of the file or device at `path`."""
         super().__init__(path, fd)
         self.lost: DestinationLostError | None = None
         """The error that every later call raises. None if no foreign change was detected."""
@@ -52,7 +54,7 @@ class Destination(Device):
             self._check()
 
     def check_in_place(self) -> None:
-        """Check that `path` still leads to this device, and that no other program has changed the device.
+        """Check that this device is still at its path, and unchanged by other programs.
 
         Raises DestinationLostError if not. Blocks while a file system on the path hangs.
         """
@@ -68,9 +70,9 @@ class Destination(Device):
             super().write(offset, data)
 
     def write_zeros(self, offset: int, length: int, *, sparse: bool) -> None:
-        """Write `length` zero bytes at `offset`, and check before and after for changes by other programs.
+        """Write `length` zero bytes at byte `offset`, and check before and after for changes by other programs.
 
-        `sparse`: punch a hole if the file system can. Raises errors as `write`.
+        `sparse`: punch a hole if the file system can. Raises errors as `write()` does.
         """
         with self._changing(0):
             super().write_zeros(offset, length, sparse=sparse)
@@ -78,13 +80,13 @@ class Destination(Device):
     def grow(self, size: int) -> None:
         """Extend a regular file to `size` bytes, and check before and after for changes by other programs.
 
-        Raises errors as `write`.
+        Raises errors as `write()` does.
         """
         with self._changing(size):
             super().grow(size)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Read exactly `length` bytes at `offset`, then check for changes by other programs.
+        """Read and return exactly `length` bytes at byte `offset`. Then check for changes by other programs.
 
         Raises DestinationLostError if there was one, DeviceError if the read fails or the device ends early.
         """
@@ -93,9 +95,10 @@ class Destination(Device):
         return data
 
     def read_cached(self, offset: int, length: int) -> memoryview | None:
-        """Read exactly `length` bytes at `offset` from the page cache, then check as `read`.
+        """Return a memoryview of `length` bytes at byte `offset`, read from the page cache.
 
-        Returns None if the read would wait. The result is valid until the next call. Call from one thread only.
+        Checks as `read()` does. Returns None if the read would wait for the disk. The result is valid until the
+        next call. Call from one thread only.
         """
         data = super().read_cached(offset, length)
         if data is not None:
@@ -111,7 +114,7 @@ class Destination(Device):
         self.check()
 
     def check_without_blocking(self) -> None:
-        """Check as `check`, but only if the file system certainly answers at once.
+        """Check as `check()` does, but only if the file system certainly answers at once.
 
         Safe to call from trio's thread. Raises DestinationLostError if another program has changed the device.
         """
@@ -122,9 +125,10 @@ class Destination(Device):
 
     @contextlib.contextmanager
     def _changing(self, end: int) -> Iterator[None]:
-        """Check for changes by others before and after our own, after which the file has at least `end` bytes.
+        """Return a context manager that checks for changes by others, before and after a change by us.
 
-        A block device needs no check: it refuses writes beyond its end.
+        `end`: the file has at least so many bytes after our change. A block device needs no check: it refuses
+        writes beyond its end.
         """
         if self.is_block_device:
             yield

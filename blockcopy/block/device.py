@@ -31,11 +31,11 @@ Opened = TypeVar("Opened", bound="Device")
 class Device:
     """An open regular file or block device. Closes itself at the end of a `with` statement.
 
-    All I/O goes through the file descriptor; `path` is for messages and `check_in_place`.
+    All I/O goes through the file descriptor; the path is for messages and `check_in_place()`.
     """
 
     def __init__(self, path: str, fd: int) -> None:
-        """Take ownership of the open file descriptor `fd`."""
+        """Take ownership of `fd`, an open file descriptor of the file or device at `path`."""
         self.path = path
         self._fd = fd
         self._nowait = getattr(os, "RWF_NOWAIT", 0)
@@ -67,12 +67,12 @@ class Device:
         fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def status(self) -> os.stat_result:
-        """Return the current status of the file or device, as fstat(2) has it."""
+        """Return the current status of the file or device: the stat_result of fstat(2)."""
         with self._errors("examine"):
             return os.fstat(self._fd)
 
     def check_in_place(self) -> None:
-        """Check that `path` still leads to this file or device. Blocks while a file system on the path hangs.
+        """Check that this file or device is still at its path. Blocks while a file system on the path hangs.
 
         Raises DestinationLostError if the path leads nowhere or elsewhere, DeviceError if that is unknown.
         """
@@ -109,7 +109,7 @@ class Device:
             os.ftruncate(self._fd, size)
 
     def read_up_to(self, offset: int, length: int) -> bytes:
-        """Read `length` bytes at byte `offset`. Returns fewer only if the device ends early."""
+        """Read and return `length` bytes at byte `offset`: fewer only if the device ends early."""
         pieces = []
         with self._errors(f"read {length} bytes at {offset} of"):
             while length:
@@ -122,7 +122,7 @@ class Device:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Read exactly `length` bytes at byte `offset`. Raises DeviceError if the device ends early."""
+        """Read and return exactly `length` bytes at byte `offset`. Raises DeviceError if the device ends early."""
         data = self.read_up_to(offset, length)
         if len(data) != length:
             raise DeviceError.ended_early(self.path, offset, length, len(data))
@@ -143,17 +143,18 @@ class Device:
         return filled
 
     def view(self, offset: int, length: int, extents: Sequence[Extent]) -> memoryview | None:
-        """Map `length` bytes at `offset` into memory and return them as a view, without a copy.
+        """Map `length` bytes at byte `offset` into memory. Return them as a memoryview, without a copy.
 
         `extents`: the ranges of the device that are read into memory. The caller must access no others, and must
-        call `release_view` after use. Returns None if the kernel cannot map the bytes; `read` reports the reason.
+        call `release_view()` after use. Returns None if the kernel cannot map the bytes; `read()` reports the
+        reason.
 
         An access kills the process by SIGBUS if the file is truncated, or the disk fails, at that moment.
         """
         return self._views.acquire(offset, length, extents)
 
     def release_view(self, offset: int, length: int) -> bool:
-        """Release the view of `length` bytes at `offset`. Call once for each view.
+        """Release the view of `length` bytes at byte `offset`. Call once for each view.
 
         Returns False if the device shrank meanwhile: everything that was read from the view is then invalid.
         """
@@ -161,7 +162,7 @@ class Device:
         return self.size() >= offset + length  # beyond the end of a file, its last page has zeros
 
     def splice_to(self, pipe: int, offset: int, length: int) -> int:
-        """Move up to `length` bytes at `offset` into the file descriptor `pipe` without a copy or a wait.
+        """Move up to `length` bytes at byte `offset` into the file descriptor `pipe` without a copy or a wait.
 
         Returns the number of bytes, or 0 at the end of the device. Raises OSError, not DeviceError, if splice(2) is
         not possible or the pipe is full.
@@ -169,7 +170,7 @@ class Device:
         return os.splice(self._fd, pipe, length, offset_src=offset, flags=os.SPLICE_F_NONBLOCK)
 
     def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
-        """Yield the ranges with data, not holes, within `length` bytes at `offset`, ascending.
+        """Yield the Extents with data, not holes, within `length` bytes at byte `offset`, ascending.
 
         Yields all `length` bytes if the file system does not know its holes.
         """
@@ -189,8 +190,9 @@ class Device:
             offset = stop
 
     def read_cached(self, offset: int, length: int) -> memoryview | None:
-        """Read exactly `length` bytes at `offset` from the page cache. Returns None if the read would wait.
+        """Return a memoryview of exactly `length` bytes at byte `offset`, read from the page cache.
 
+        Returns None if the read would wait for the disk.
         The result is valid until the next call. Not thread-safe: call from one thread only.
         """
         if not self._nowait:
@@ -225,7 +227,7 @@ class Device:
             os.pwrite(self._fd, b"", 0)
 
     def write_zeros(self, offset: int, length: int, *, sparse: bool) -> None:
-        """Write `length` zero bytes at `offset`. `sparse`: punch a hole instead if the file system can."""
+        """Write `length` zero bytes at byte `offset`. `sparse`: punch a hole instead if the file system can."""
         if sparse and length:
             try:
                 syscalls.punch_hole(self._fd, offset, length)
@@ -237,7 +239,7 @@ class Device:
             self.write(position, memoryview(ZEROS)[: end - position])
 
     def start_writeback(self, offset: int, length: int) -> None:
-        """Start to write `length` bytes at `offset` to the disk, so that a later `sync` waits less. Never fails."""
+        """Start to write `length` bytes at byte `offset` to the disk. A later `sync()` waits less. Never fails."""
         with contextlib.suppress(OSError):  # `sync` writes them then, and reports errors
             syscalls.start_writeback(self._fd, offset, length)
 
@@ -249,7 +251,7 @@ class Device:
         return self.size() > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
     def drop_behind(self, offset: int, length: int) -> None:
-        """Advise the kernel to evict `length` bytes at `offset` from the page cache. Never fails."""
+        """Advise the kernel to evict `length` bytes at byte `offset` from the page cache. Never fails."""
         with contextlib.suppress(OSError):  # only advice
             os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
 
@@ -265,7 +267,7 @@ class Device:
         """Write all dirty pages of a file to the disk, even those that other programs have mapped.
 
         After that, the next write through a mapping changes the file's times.
-        `deadline`: seconds of the monotonic clock. Returns False if dirty pages are left then.
+        `deadline`: seconds of the monotonic clock. Returns False if dirty pages are left at the deadline.
         """
         for offset in range(0, self.size(), _WRITE_BACK_BYTES):
             if time.monotonic() > deadline:
@@ -306,9 +308,9 @@ def open_source(path: str) -> Device:
 
 
 def check_kind(device: Device) -> None:
-    """Check that `device` is not a regular file among device nodes, left by a misspelt device name.
+    """Raise DeviceError if `device` is a regular file in /dev, or on another file system of device nodes.
 
-    Raises DeviceError if it is: such a file lies in memory.
+    A misspelt device name creates such a file, which lies in memory.
     """
     if not device.is_block_device and holds_devices(os.path.dirname(os.path.realpath(device.path))):
         raise DeviceError(
@@ -318,7 +320,7 @@ def check_kind(device: Device) -> None:
 
 
 def open_device(path: str, flags: int, kind: type[Opened]) -> Opened:
-    """Open the regular file or block device at `path` as an object of class `kind`.
+    """Open the regular file or block device at `path`. Return it as a `kind`: Device, or a subclass.
 
     `flags`: as for open(2). O_EXCL applies to a block device only. O_CREAT creates a file with mode 0600.
     Raises DeviceError if `path` is anything else, or cannot be opened.

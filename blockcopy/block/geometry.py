@@ -43,7 +43,10 @@ class Geometry(NamedTuple):
         return Extent(offset, min(self.block_size, self.size - offset))
 
     def span(self, offset: int, length: int) -> range:
-        """Return the numbers of the blocks that `length` bytes at `offset` touch. Bytes beyond `size` have none."""
+        """Return the range of block numbers that `length` bytes at byte `offset` touch.
+
+        No block is beyond the end.
+        """
         end = min(offset + length, self.size)
         if length <= 0 or offset >= end:
             return range(0)
@@ -51,7 +54,7 @@ class Geometry(NamedTuple):
 
 
 def block_runs(blocks: Iterable[int]) -> Iterator[range]:
-    """Yield `blocks`, ascending block numbers, as ranges of consecutive numbers."""
+    """Yield the ranges of consecutive numbers in `blocks`, which are ascending block numbers."""
     start = stop = -1
     for block in blocks:
         if block != stop:
@@ -67,7 +70,7 @@ class ExtentJoiner:
     """Byte ranges that arrive one by one, joined where they overlap or touch. Not thread-safe."""
 
     def __init__(self, emit: Callable[[Extent], object], *, gap: int = 0, max_length: int = MAX_POSITION) -> None:
-        """Pass each joined range to `emit` when it is complete.
+        """Pass each joined range, an Extent, to `emit` when it is complete.
 
         `gap`: bytes that may lie between two ranges that are joined. They become part of the joined range.
         `max_length`: a joined range of so many bytes is not extended any more.
@@ -78,7 +81,7 @@ class ExtentJoiner:
         self._joined = Extent(0, 0)
 
     def add(self, extent: Extent) -> None:
-        """Join `extent` with the range before. Emit that range first if the two cannot be joined."""
+        """Join `extent` with the previous range. Emits the previous range first if the two cannot be joined."""
         offset, length = self._joined
         if length and offset <= extent.offset <= offset + length + self._gap and length < self._max_length:
             self._joined = Extent(offset, max(length, extent.end - offset))
@@ -94,7 +97,7 @@ class ExtentJoiner:
 
 
 def join_extents(extents: Iterable[Extent], *, gap: int = 0) -> list[Extent]:
-    """Return `extents`, ascending byte ranges, joined where they overlap or are at most `gap` bytes apart."""
+    """Return a list of `extents`, ascending, joined where they overlap or are at most `gap` bytes apart."""
     joined: list[Extent] = []
     joiner = ExtentJoiner(joined.append, gap=gap)
     for extent in extents:

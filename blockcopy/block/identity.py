@@ -69,7 +69,7 @@ _WRITE_BACK_SECONDS = 5
 
 
 def source_identity(device: Device) -> Identity:
-    """Return the identity of the source `device`. Reads its sample; waits for the write-back of a file.
+    """Return the Identity of the source `device`. Reads its sample, and waits for the write-back of a file.
 
     Blocks for some seconds: call in a thread. A piece that cannot be read is marked in the sample.
     Raises DeviceError if the size or the times cannot be found.
@@ -94,9 +94,10 @@ def source_identity(device: Device) -> Identity:
 def settled_times(device: Device, write_back: Callable[[], object]) -> Times:
     """Return the times of the file `device`, after making sure that every later write changes them.
 
-    `write_back`: writes all dirty pages of the file to its disk, and is called twice. A write through a mapping
-    changes the times only if its page is clean. So any such write after the first call changes them. Any such
-    write before the second call precedes all later reads. Then this waits until the file system's clock advances.
+    `write_back`: called twice without arguments, writes all dirty pages of the file to its disk. A write through a
+    mapping changes the times only if its page is clean. So any such write after the first call changes them. Any
+    such write before the second call precedes all later reads. Then this waits until the file system's clock
+    advances.
 
     Blocks: call in a thread. Raises DeviceError, and whatever `write_back` raises.
     """
@@ -116,7 +117,7 @@ def times_of(device: Device) -> Times:
 
 
 def _wait_out_tick(ctime_ns: int) -> None:
-    """Wait until the next change of a file gets a later time than `ctime_ns`."""
+    """Wait until the next change of a file gets a later time than `ctime_ns`, nanoseconds since the epoch."""
     tick = _TICK_NS if ctime_ns % 1_000_000_000 else _WHOLE_SECONDS_NS
     left = ctime_ns + tick - time.time_ns()
     if left > 0:
@@ -142,7 +143,7 @@ def _source_times(device: Device) -> Times:
 
 
 def destination_identity(device: Device) -> Identity:
-    """Return the identity of the destination `device`, without its size. Raises DeviceError if there is none."""
+    """Return the Identity of the destination `device`, without its size. Raises DeviceError if there is none."""
     status = device.status()
     if device.is_block_device:
         number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
@@ -152,7 +153,7 @@ def destination_identity(device: Device) -> Identity:
 
 
 def sample_extents(size: int) -> list[Extent]:
-    """Return the byte ranges that are the sample of a source of `size` bytes, ascending."""
+    """Return the list of Extents that are the sample of a source of `size` bytes, ascending."""
     if size <= _PIECES * _PIECE_SIZE:
         offsets = set(range(0, size, _PIECE_SIZE))
     else:
@@ -163,7 +164,7 @@ def sample_extents(size: int) -> list[Extent]:
 
 
 def sample_of(pieces: Iterable[bytes | None]) -> list[str]:
-    """Return the sample that consists of `pieces`: the SHA-256 of each, in hexadecimal.
+    """Return the sample that consists of `pieces`: a list with the SHA-256 of each, in hexadecimal.
 
     `pieces`: the bytes of each piece, or None for an unreadable piece.
     """
@@ -171,7 +172,7 @@ def sample_of(pieces: Iterable[bytes | None]) -> list[str]:
 
 
 def sample_matches(device: Device, identity: Identity, extents: Iterable[Extent]) -> bool:
-    """Return True if `device`, a copy, has the bytes of the sample in the source's `identity`.
+    """Return True if the copy `device` has the bytes that are sampled in `identity`, the source's.
 
     `extents`: the ranges to compare, some or all of `sample_extents`. Unreadable pieces count as equal.
     """
@@ -180,7 +181,10 @@ def sample_matches(device: Device, identity: Identity, extents: Iterable[Extent]
 
 
 def _same_piece(known: str, found: str) -> bool:
-    """Return True if two entries of samples do not differ. A sector that becomes unreadable is no difference."""
+    """Return True if `known` and `found`, entries of two samples, do not differ.
+
+    A sector that becomes unreadable is no difference.
+    """
     return known == found or _UNREADABLE in (known, found)
 
 
@@ -204,15 +208,16 @@ def _is_plain(value: object) -> bool:
 
 
 def shows_writes(identity: Identity) -> bool:
-    """Return True if every write to the source changes `identity`, because that has a ctime."""
+    """Return True if every write to the source changes its `identity`: if the identity has a ctime."""
     return "ctime_ns" in identity
 
 
 def differences(known: Identity, found: Identity) -> list[str]:
-    """Return in words, one item a field, how two identities of a source differ. Returns [] for the same source.
+    """Return how the identities `known` and `found` of a source differ: a list of texts, one for each field.
 
-    An identity that was found through the original program has only size and sample. If `known` is one, only size
-    and sample are compared. If `found` is one, the fields that it lacks are differences.
+    Returns [] for the same source. An identity that was found through the original program has only size and
+    sample. If `known` is one, only size and sample are compared. If `found` is one, the fields that it lacks are
+    differences.
     """
     names = known.keys() if len(known) == len(("size", "sample")) else known.keys() | found.keys()
     differing = sorted(name for name in names if not _is_same(name, known.get(name), found.get(name)))
@@ -246,7 +251,10 @@ def _read_or_none(device: Device, extent: Extent) -> bytes | None:
 
 
 def _kernel_name(number: int) -> str | None:
-    """Return a name of block device `number` that survives a restart. Returns None if the kernel has none."""
+    """Return a name that survives a restart, of the block device with device number `number`.
+
+    Returns None if the kernel has none.
+    """
     entry = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
     partition = _text(entry / "partition")
     disk = entry if partition is None else entry.parent

@@ -30,9 +30,9 @@ class Piece(NamedTuple):
     data: list[Extent]
 
     def without(self, blocks: frozenset[int], block_size: int) -> Piece:
-        """Return a copy of this piece without some blocks of `block_size` bytes in its `data`.
+        """Return a copy of this piece whose data lacks `blocks` of `block_size` bytes.
 
-        `blocks`: the offsets of these blocks in the piece, in bytes.
+        `blocks`: set of byte offsets in the piece, at which these blocks begin.
         """
         if not blocks:
             return self
@@ -45,9 +45,9 @@ class Piece(NamedTuple):
         return Piece(self.position, self.length, join_extents(data))
 
     def read(self, device: Device, buffer: memoryview) -> int:
-        """Read the `data` of this piece from `device` into `buffer`, each byte at its offset in the piece.
+        """Read the data of this piece from `device` into `buffer`, each byte at its offset in the piece.
 
-        Returns how many bytes of the piece the device has, fewer than `length` only if the device ends early.
+        Returns how many bytes of the piece the device has, fewer than all only if the device ends early.
         Raises DeviceError if a range cannot be read.
         """
         for extent in self.data:
@@ -64,10 +64,10 @@ class Piece(NamedTuple):
     def read_skipping_errors(
         self, device: Device, buffer: memoryview, block_size: int
     ) -> tuple[int, dict[int, DeviceError]]:
-        """Read the `data` of this piece into `buffer` as `read`, but skip unreadable blocks of `block_size` bytes.
+        """Read the data of this piece from `device` into `buffer`. Skip unreadable blocks of `block_size` bytes.
 
-        Returns how many bytes of the piece the device has, and the errors of the skipped blocks. The keys of the
-        errors are the offsets of these blocks in the piece. Their bytes in `buffer` are undefined.
+        Returns a tuple: how many bytes of the piece the device has, and a dict of the skipped blocks' errors. Its
+        keys are the blocks' byte offsets in the piece. The bytes of these blocks in the buffer are undefined.
         """
         try:
             return self.read(device, buffer), {}
@@ -85,18 +85,18 @@ class Piece(NamedTuple):
         return self.length, errors
 
     def block(self, at: int, block_size: int) -> Piece:
-        """Return one block of this piece, as a piece: at most `block_size` bytes at offset `at` in this piece."""
+        """Return one block of this piece as a Piece: up to `block_size` bytes at byte offset `at` in this piece."""
         position = self.position + at
         length = min(block_size, self.length - at)
         return Piece(position, length, [Extent(position, length)] if self._has_data(position) else [])
 
     def examine_view(self, device: Device, examine: Callable[[memoryview], Result]) -> Result | None:
-        """Return `examine(view)`, where `view` shows the piece's bytes in the page cache without a copy.
+        """Return the result of `examine`, called with a memoryview of this piece of `device`, without a copy.
 
-        `examine` must access only the ranges in `data`, and must not keep the view. See `Device.view`.
+        `examine` must access only the piece's data, and must not keep the memoryview. See `Device.view()`.
 
         Returns None if the kernel cannot map the bytes, or if the device shrank meanwhile. Call
-        `read_skipping_errors` then, which reports the reason. Raises DeviceError if the device's size is unknown.
+        `read_skipping_errors()` then, which reports the reason. Raises DeviceError if the device's size is unknown.
         """
         view = device.view(self.position, self.length, self.data)
         if view is None:
@@ -108,9 +108,9 @@ class Piece(NamedTuple):
         return result if is_valid else None
 
     def blocks(self, data: memoryview, block_size: int) -> Iterator[tuple[int, memoryview | None]]:
-        """Yield the length and the bytes of each block of this piece. The bytes are None for a block of zeros.
+        """Yield a tuple for each block of this piece: its length, and its bytes or None if they are zeros.
 
-        `data`: the buffer that `read` filled, or the view that `examine_view` gives. `block_size`: in bytes.
+        `data`: memoryview of the piece, read or mapped. `block_size`: bytes.
         """
         solid = self.data == [(self.position, self.length)]
         for start in range(0, self.length, block_size):
@@ -134,7 +134,10 @@ class PieceScanner:
         self._data = Extent(0, 0)
 
     def next_data(self, offset: int) -> Extent:
-        """Return the next range of data at or behind byte `offset`. It begins at MAX_POSITION if there is none."""
+        """Return the next Extent of data at or behind byte `offset`.
+
+        The Extent begins at MAX_POSITION if there is none.
+        """
         if not self._from <= offset < self._data.end:
             extents = self._device.data_extents(offset, MAX_POSITION - offset)
             self._from, self._data = offset, next(extents, Extent(MAX_POSITION, 0))
@@ -142,7 +145,7 @@ class PieceScanner:
         return Extent(start, self._data.end - start)
 
     def piece(self, position: int, length: int, block_size: int) -> Piece:
-        """Return the piece of `length` bytes at `position`. Its data is whole blocks of `block_size` bytes."""
+        """Return the Piece of `length` bytes at byte `position`. Its data is whole blocks of `block_size` bytes."""
         end = position + length
         data: list[Extent] = []
         at = position
@@ -153,9 +156,10 @@ class PieceScanner:
         return Piece(position, length, join_extents(data))
 
     def pieces_with_data(self, position: int, length: int, block_size: int) -> Iterator[Piece]:
-        """Yield the pieces of `length` bytes at `position` that have data. Pieces that are all hole are left out.
+        """Yield the Pieces of `length` bytes at byte `position` that have data.
 
-        Each piece has up to PIECE_SIZE bytes, in whole blocks of `block_size` bytes counted from `position`.
+        Pieces that are all hole are left out. Each piece has up to PIECE_SIZE bytes, in whole blocks of
+        `block_size` bytes counted from `position`.
         """
         max_length = PIECE_SIZE // block_size * block_size
         at, end = position, position + length

@@ -86,7 +86,10 @@ def make_authoritative(token: str, destination: Device) -> None:
 
 
 def is_authoritative(token: str, destination: Device) -> bool:
-    """Return True if the record with this `token`, not at the default path, is authoritative for `destination`."""
+    """Return True if the record with `token` is the authoritative one of `destination`.
+
+    Ask only for a record that is not at the default path.
+    """
     path = _token_path(destination)
     with contextlib.suppress(OSError):
         return not distrust_reason(path.parent) and path.read_text(encoding="utf-8", errors="replace") == token

@@ -62,10 +62,10 @@ def write_back(fd: int, offset: int, length: int) -> None:
 
 
 def map_to_read(fd: int, length: int) -> tuple[int, memoryview]:
-    """Map the first `length` bytes of file `fd` into memory. Returns their address, and a read-only view.
+    """Map the first `length` bytes of file `fd` into memory. Return a tuple: address, and read-only memoryview.
 
-    They stay mapped until the last view is gone. A read of bytes that the device lacks, or cannot read, kills the
-    process by SIGBUS. Call `populate` first. Raises OSError (EOPNOTSUPP) if `populate` can hang on this kernel.
+    The bytes stay mapped until the last view is gone. A read of bytes that the device lacks, or cannot read, kills
+    the process by SIGBUS. Call `populate` first. Raises OSError (EOPNOTSUPP) if `populate` can hang on this kernel.
     """
     if not populate_returns(os.uname().release):
         raise OSError(errno.EOPNOTSUPP, "this kernel would retry a read error forever")
@@ -85,13 +85,13 @@ def map_to_read(fd: int, length: int) -> tuple[int, memoryview]:
 def populate(address: int, length: int) -> None:
     """Read `length` mapped bytes at `address`, the start of a page, into the page cache.
 
-    Raises OSError (EFAULT) if the device ends before them or cannot read them.
+    Raises OSError (EFAULT) if the device ends before these bytes or cannot read them.
     """
     _call("madvise", address, length, _MADV_POPULATE_READ)
 
 
 def populate_returns(release: str) -> bool:
-    """Return True if MADV_POPULATE_READ of kernel `release` (as from uname) returns after a read error.
+    """Return True if MADV_POPULATE_READ of kernel `release`, such as "6.1.0", returns after a read error.
 
     Linux 5.14 to 6.8 retry forever, and the thread reacts to no signal but SIGKILL. Commit 631426ba1d45 fixed
     6.9 and 6.6.30, but neither 6.1 nor 5.15. A distribution's release number, such as 6.1.0-50, does not show
@@ -111,7 +111,7 @@ def unpopulate(address: int, length: int) -> None:
 
 
 def has_exact_times(fd: int) -> bool:
-    """Return True if the file system of `fd` is known to keep mtime and ctime exactly.
+    """Return True if the file system of file `fd` is known to keep mtime and ctime exactly.
 
     There every write changes both at once, and no program can set the ctime back. FAT, exFAT and sshfs report
     the mtime as the ctime: returns False.

@@ -29,7 +29,10 @@ class UnreadableRanges:
         self._lock = threading.Lock()
 
     def add(self, extent: Extent, reason: str) -> None:
-        """Add `extent`, which cannot be read for `reason`. A range within those in `ranges` counts only once."""
+        """Add `extent`, which cannot be read for `reason`, a text.
+
+        A range within those in `ranges` counts only once.
+        """
         with self._lock:
             if any(each.offset <= extent.offset and extent.end <= each.end for each in self.ranges):
                 return
@@ -45,6 +48,6 @@ class UnreadableRanges:
         return bool(self.bytes)
 
     def __str__(self) -> str:
-        """Return for users: "BYTES bytes (OFFSET:LENGTH, …): REASON"."""
+        """Return the text "BYTES bytes (OFFSET:LENGTH, …): REASON", for users."""
         ranges = ", ".join(f"{each.offset}:{each.length}" for each in self.ranges)
         return f"{self.bytes} bytes ({ranges}{' and more' if self.more else ''}): {self.reason}"

@@ -23,7 +23,7 @@ class Views:
     """The views of one open device. After an error of the device, there are no more. Thread-safe."""
 
     def __init__(self, fd: int, size: Callable[[], int]) -> None:
-        """Map nothing yet. `size` returns the current size of the device in bytes."""
+        """Map nothing of the file descriptor `fd` yet. `size`: called to get the device's current bytes."""
         self._fd = fd
         self._size = size
         self._mapped: tuple[int, memoryview] | None = None
@@ -33,9 +33,9 @@ class Views:
         self._paused = False
 
     def acquire(self, offset: int, length: int, extents: Sequence[Extent]) -> memoryview | None:
-        """Return a view of `length` bytes at `offset`, with the ranges in `extents` read into memory.
+        """Return a memoryview of `length` bytes at byte `offset`, with the ranges `extents` read into memory.
 
-        Returns None if the kernel cannot map the bytes, or while views are paused. See `Device.view`.
+        Returns None if the kernel cannot map the bytes, or while views are paused. See `Device.view()`.
         """
         with self._changed:
             if not self._possible or self._paused:
@@ -61,7 +61,7 @@ class Views:
         return view
 
     def release(self, offset: int, length: int) -> None:
-        """Unmap the pages of a view of `length` bytes at `offset`, and count it as released."""
+        """Unmap the pages of a view of `length` bytes at byte `offset`, and count it as released."""
         if self._mapped is not None:
             # The kernel may have mapped a huge page for a part of the view. That page would stay mapped, count as
             # our memory, and could not be dropped from the cache. Other views of it map it again when accessed.
@@ -73,7 +73,10 @@ class Views:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Wait until all views are released, unmap all pages, and grant no view inside of the `with` statement."""
+        """Return a context manager within which no page is mapped, and no view is granted.
+
+        Its start waits until all views are released.
+        """
         with self._changed:
             self._paused = True
             self._changed.wait_for(lambda: not self._count)

@@ -22,7 +22,7 @@ class WriteBehind:
     """Write-back of a device in batches, and drop-behind if the device exceeds the page cache. Thread-safe."""
 
     def __init__(self, device: Device, *, sequential: bool = False) -> None:
-        """Write back nothing yet.
+        """Write back nothing of `device` yet.
 
         `sequential`: the writes ascend and nobody reads the device, so everything before a batch is dropped.
         Otherwise only the previous batch is dropped. Most of that batch is on the disk by then.

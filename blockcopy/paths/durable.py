@@ -19,7 +19,7 @@ def create(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create `folder` with mode 0700, and all missing folders above it. Does nothing if it exists."""
+    """Create `folder` with mode 0700, and all missing folders above it. Does nothing if `folder` exists."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -42,7 +42,7 @@ def remove(path: Path) -> None:
 
 
 def rename(path: Path, new: Path) -> None:
-    """Rename the file at `path` to `new`, a path in the same folder. Replaces a file of that name."""
+    """Rename the file at `path` to `new`, a path in the same folder. Replaces a file at `new`."""
     path.replace(new)
     sync_folder(new.parent)
 

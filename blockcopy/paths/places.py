@@ -94,9 +94,10 @@ def _file_system_type(device: int) -> str:
 
 
 def mountinfo() -> list[bytes]:
-    """Return the lines of /proc/self/mountinfo, without their newlines. Raises OSError if there is no /proc.
+    """Return the lines of /proc/self/mountinfo as bytes, without their newlines.
 
-    Only a newline ends a line: the name of a source or folder may contain a carriage return.
+    Raises OSError if there is no /proc. Only a newline ends a line: the name of a source or folder may contain a
+    carriage return.
     """
     return [line for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n") if line]
 

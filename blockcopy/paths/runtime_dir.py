@@ -31,7 +31,10 @@ def make_runtime_dir() -> Path:
 
 
 def _try_socket(path: Path) -> None:
-    """Create and remove a socket with two names, as ssh creates its own. Raises OSError if that fails."""
+    """Create and remove a socket at `path`, with a second name, as ssh creates its own.
+
+    Raises OSError if that fails.
+    """
     second = path.with_suffix(".link")
     with socket.socket(socket.AF_UNIX) as probe:
         try:

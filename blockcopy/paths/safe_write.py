@@ -28,8 +28,8 @@ _LOG = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | 
 def replace(path: str, data: bytes, mode: int) -> os.stat_result:
     """Write `data` to a new regular file at `path`, with permissions `mode`, atomically.
 
-    Returns the status of the new file, which `remove` needs. Raises OSError if `path` is a folder, a device or
-    a FIFO, or if it cannot be written.
+    Returns the stat_result of the new file, which `remove()` needs. Raises OSError if `path` is a folder, a device
+    or a FIFO, or if it cannot be written.
     """
     temporary = f".{os.urandom(8).hex()}.new"
     with _folder_of(path) as (folder, name):
@@ -50,7 +50,7 @@ def replace(path: str, data: bytes, mode: int) -> os.stat_result:
 
 
 def remove(path: str, written: os.stat_result) -> None:
-    """Remove the file at `path` if it is the one that `replace` returned as `written`.
+    """Remove the file at `path` if `written`, which `replace()` returned, describes it.
 
     Does nothing if another process has replaced the file, or if it cannot be removed.
     """
@@ -61,7 +61,7 @@ def remove(path: str, written: os.stat_result) -> None:
 
 
 def open_log(path: str) -> int:
-    """Open or create a log file, and return a file descriptor that appends to it. The caller closes it.
+    """Open or create the log file at `path`, and return a file descriptor that appends to it. The caller closes it.
 
     Raises OSError if the file cannot be opened, is not regular, has a second name, or belongs to another user.
     A symbolic link is refused as well.
@@ -87,7 +87,7 @@ def open_log(path: str) -> int:
 def _folder_of(path: str) -> Iterator[tuple[int, str]]:
     """Open the folder of `path` without following links of other users. Raises OSError if there is one.
 
-    Yields a file descriptor of the folder, and the file name in it.
+    Yields a tuple: a file descriptor of the folder, and the file name in it.
     """
     parent, name = os.path.split(absolute(path))
     parts = parent.split("/")[:0:-1]  # names still to follow, the next one last
@@ -115,7 +115,10 @@ def _folder_of(path: str) -> Iterator[tuple[int, str]]:
 
 
 def _trusted_link(folder: int, name: str, error: OSError) -> str:
-    """Return the target of the link `name`. Raises `error` if it is not a link, OSError if another user owns it."""
+    """Return the target of the link `name` in `folder`, a file descriptor.
+
+    Raises `error`, the failure to open the name, if this is no link. Raises OSError if another user owns the link.
+    """
     status = os.stat(name or ".", dir_fd=folder, follow_symlinks=False)
     if not stat.S_ISLNK(status.st_mode):
         raise error

@@ -36,7 +36,7 @@ def _others_may_write(folder: Path, status: os.stat_result) -> bool:
 
 
 def _has_acl(folder: Path) -> bool:
-    """Return True if an access control list lets more users in than the folder's group."""
+    """Return True if an access control list of `folder` lets more users in than its group."""
     try:
         os.getxattr(folder, "system.posix_acl_access")
     except OSError:
@@ -45,7 +45,7 @@ def _has_acl(folder: Path) -> bool:
 
 
 def _is_own_group(gid: int) -> bool:
-    """Return True if the group has no member but us, such as the user private groups of Debian and Fedora."""
+    """Return True if group number `gid` has no member but us. Debian and Fedora have such user private groups."""
     try:
         group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid())
     except KeyError:
