@@ -58,7 +58,7 @@ class ScriptedClient:
     async def close(self) -> None:
         self.end()
 
-    def accept(self) -> None:
+    def begin_serving(self) -> None:
         self.answered_at = None
 
     def said(self) -> list[str]:

@@ -42,7 +42,7 @@ class Signatures(NamedTuple):
         return [Signatures(*extent, self.block_size, own) for extent, own in self.blocks()]
 
     def blocks(self) -> Iterator[tuple[Extent, bytes]]:
-        """Yield the extent and the digest of each block."""
+        """Yield each block as a pair: its extent, and its digest."""
         count = -(-self.length // self.block_size)
         size = len(self.digests) // count
         for index in range(count):
@@ -93,7 +93,7 @@ class Batch:
     def __init__(self, signatures: Sequence[Signatures], sink: Sink, settle: Callable[[], None]) -> None:
         """Ask about `signatures`, ascending. `sink`: receives the answers.
 
-        `settle`: called once, from any thread, at the end of the batch.
+        `settle`: called once, from any thread and without arguments, at the end of the batch.
         """
         self.signatures = signatures
         self.fence = -1
@@ -142,7 +142,7 @@ class Batch:
         self._deliver(lambda: self._sink.zeros(*extent))
 
     def _deliver(self, deliver: Callable[[], None]) -> None:
-        """Call the sink. After a first error, the rest of the batch is dropped."""
+        """Call `deliver`, which gives an answer to the sink. After a first error, the rest is dropped instead."""
         if self.error is not None:
             return
         try:
@@ -151,7 +151,10 @@ class Batch:
             self.error = error
 
     def _advance(self, extent: Extent) -> bool:
-        """Move on behind `extent`. Returns False if it is not whole blocks, asked for, behind the last answer."""
+        """Note an answer about `extent`.
+
+        Returns False unless `extent` is whole blocks that were asked for, behind the last answer.
+        """
         for index in range(self._index, len(self.signatures)):
             asked = self.signatures[index]
             reached = self._reached if index == self._index else asked.position
@@ -172,7 +175,7 @@ class Batch:
         return None
 
     def finish(self) -> None:
-        """End the batch: its fence has arrived."""
+        """End the batch, because its fence has arrived."""
         self._zeros.flush()
         self.settle()
 
@@ -186,7 +189,10 @@ class ByteProbe(Batch):
     """A batch for single bytes of the source, some of which may not exist. Only for the original dialect."""
 
     def __init__(self, positions: Sequence[int], settle: Callable[[], None]) -> None:
-        """Ask for the bytes at `positions`, ascending. `delta.data` gets those that exist. `settle`: see Batch."""
+        """Ask for one byte at each of `positions`, ascending.
+
+        At the end, the attribute `delta` has the bytes that exist. `settle`: as for Batch.
+        """
         super().__init__([unconditional(position, 1) for position in positions], _DISCARD, settle)
 
 
@@ -194,7 +200,11 @@ class HoleQuery(Batch):
     """A batch that asks for the holes of the source in `extent`. Only for the negotiated dialect."""
 
     def __init__(self, extent: Extent, min_length: int, settle: Callable[[], None]) -> None:
-        """Ask for the holes in `extent`. `holes` gets those of `min_length` bytes or more. `settle`: see Batch."""
+        """Ask for the holes in `extent`.
+
+        Those of `min_length` bytes or more are kept, in the attribute `holes`.
+        `settle`: called once, from any thread and without arguments, at the end of the batch.
+        """
         super().__init__([], _DISCARD, settle)
         self.extent = extent
         self.min_length = min_length
@@ -215,10 +225,10 @@ class _Discard:
     """A sink that drops everything."""
 
     def data(self, position: int, payload: Buffer) -> None:
-        """Drop `payload`."""
+        """Drop `payload`, the bytes at `position`."""
 
     def zeros(self, position: int, length: int) -> None:
-        """Drop the zeros."""
+        """Drop `length` zeros at `position`."""
 
 
 _DISCARD = _Discard()

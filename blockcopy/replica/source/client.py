@@ -86,26 +86,29 @@ class Client:
         self._dialect = (OriginalDialect if original else NegotiatedDialect)(str(command.location))
         self.digest = digests.named(digests.ORIGINAL) if original else digest
         """The digest of all signatures. None until the greeting is answered."""
-        # Unbounded, but bounded by the tasks that ask: each waits for its answer before it asks again.
+        # Needs no limit: each asking task has one request here.
         self._send, self._outgoing = trio.open_memory_channel[bytes](math.inf)
         self._stderr = StderrLines(self._log, budget or LineBudget())
         self._process: Process | None = None
         self._token = trio.lowlevel.current_trio_token()
         self._greeted = trio.Event()
         self._hello: wire.Hello | None = None
-        self._silence = ProgressTimeout(timeout)
-        self._begun = not command.mark
+        self._progress_clock = ProgressTimeout(timeout)
+        self._begun = not command.mark  # True once the mark was read
         self._stream: InputStream | None = None
         self.ended = trio.Event()
-        """Set when the process has ended, and `failure` tells why."""
+        """Set when the process has ended. Then the attribute `failure` has the error."""
         self._closing = False
         self._stalled = False
         self.unanswered: Sequence[Signatures] | None = None
-        """The signatures that were next when the process ended by itself, as a program does at a read error."""
+        """The signatures that were next when the process exited with an error of its own or stalled, or None.
+
+        The original program exits like that at a read error.
+        """
         self._fault: Exception | None = None  # unforeseen, of a part of this client
         self.failure: SourceError | None = None
-        """Why the process can answer no more. None while it can."""
-        self._quiet = True  # log its standard error for developers only, until `accept`
+        """The error by which the process can answer no more. None while it can."""
+        self._quiet = True  # log its standard error for developers only, until `begin_serving`
         self.sent_bytes = 0
         self.received_bytes = 0
         self._handshake = Handshake(compression, digest=self.digest.name if self.digest else None)
@@ -116,13 +119,13 @@ class Client:
 
     @property
     def answered_at(self) -> float | None:
-        """The time of the last whole answer since `accept`, by trio's clock. None if there was none."""
-        return self._silence.answered_at
+        """The time of the last whole answer since `begin_serving`, by trio's clock. None if there was none."""
+        return self._progress_clock.answered_at
 
-    def accept(self) -> None:
+    def begin_serving(self) -> None:
         """Begin to serve requests: log standard error from now on, and forget earlier answers."""
         self._quiet = False
-        self._silence.answered_at = None
+        self._progress_clock.answered_at = None
 
     async def greet(self) -> Identity:
         """Wait for the answer to the greeting. Returns the identity of the source, and sets `digest`.
@@ -151,9 +154,9 @@ class Client:
         return await self.greet()
 
     async def ask(self, signatures: Sequence[Signatures], sink: Sink) -> Delta:
-        """Give those bytes of the source to `sink` that differ from `signatures`. Returns their extents.
+        """Give those bytes of the source to `sink` that differ from `signatures`. Returns the Delta.
 
-        `signatures`: ascending, made with `digest`. Raises SourceError if the process ends, or sends
+        `signatures`: ascending, made with the attribute `digest`. Raises SourceError if the process ends, or sends
         an unexpected reply. In the original dialect, also if the source has become too short. Raises what `sink`
         raises. After an error, `sink` may have had some of the bytes.
         """
@@ -162,27 +165,30 @@ class Client:
     async def holes(self, extent: Extent, min_length: int) -> list[Extent]:
         """Return the holes of the source in `extent` that have `min_length` bytes or more.
 
-        Returns none in the original dialect. Raises SourceError as `ask` does.
+        Returns an empty list in the original dialect. Raises SourceError as `ask` does.
         """
         if isinstance(self._dialect, OriginalDialect):
             return []
         return (await self._exchange(partial(HoleQuery, extent, min_length))).holes
 
     async def reaches(self, positions: Sequence[int]) -> list[bool]:
-        """Return, for each of `positions`, whether the source has a byte at it. Only for the original dialect.
+        """Ask whether the source has a byte at each of `positions`, ascending. Only for the original dialect.
 
-        `positions`: ascending. Raises SourceError if the process ends, as the original program does past the end of
-        a block device.
+        Returns one bool for each position, in the same order. Raises SourceError if the process ends, as the
+        original program does past the end of a block device.
         """
         delta = (await self._exchange(partial(ByteProbe, positions))).delta
         found = {extent.offset for extent in delta.data}
         return [position in found for position in positions]
 
     async def _exchange(self, make: Callable[[Callable[[], None]], AnyBatch]) -> AnyBatch:
-        """Send the batch that `make` returns, and return it when it is settled."""
+        """Send a batch, and return the batch when it is settled.
+
+        `make`: called with the function that settles the batch, returns the batch. Raises SourceError.
+        """
         self._check_open()
         if not self._dialect.pending:
-            self._silence.begin()
+            self._progress_clock.begin()
         settled = trio.Event()
         batch = make(partial(self._token.run_sync_soon, settled.set))
         self._transmit(self._dialect.request(batch))
@@ -191,9 +197,9 @@ class Client:
             raise copy(batch.error)
         return batch
 
-    def _transmit(self, stream: bytes) -> None:
+    def _transmit(self, request_bytes: bytes) -> None:
         self._check_open()
-        self._send.send_nowait(stream)
+        self._send.send_nowait(request_bytes)
 
     def _check_open(self) -> None:
         if self.failure is not None or self._closing:
@@ -223,9 +229,9 @@ class Client:
         await self.ended.wait()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Start the process, report that to `task_status`, and wait for its end. Then `failure` tells the reason.
+        """Start the process, report that to `task_status`, and wait for its end.
 
-        Raises SourceError if the process cannot be started.
+        Then the attribute `failure` has the error that ended the process. Raises SourceError if the process cannot be started.
         """
         process = self._process = self._started or await start_process(self._command)
         failure = self._closed_error()
@@ -241,7 +247,7 @@ class Client:
             self.ended.set()
 
     async def _converse(self, process: Process) -> SourceError | None:
-        """Run all parts until the process ends. Returns why it ended, or None if `close` ended it."""
+        """Run all parts until `process` ends. Returns the error that ended it, or None if `close` did."""
         with InputStream(process.stdout) as stream:
             async with trio.open_nursery() as nursery:
                 stderr_ended = trio.Event()
@@ -262,7 +268,7 @@ class Client:
         return self._end_error(process, violation)
 
     async def _run_part(self, process: Process, part: Awaitable[None]) -> None:
-        """Run `part`. Whatever exception it raises ends this connection only."""
+        """Await `part`. If it raises any exception, kill `process`: only this connection ends."""
         try:
             await part
         except Exception as error:  # noqa: BLE001  (logged with its traceback, and reported to all waiting tasks)
@@ -270,19 +276,22 @@ class Client:
             process.kill()
 
     def _note_fault(self, error: Exception) -> None:
-        """Log an unforeseen exception with its traceback. Thread-safe."""
+        """Log `error`, an unforeseen exception, with its traceback, and keep it. Thread-safe."""
         logger.error("internal error in the connection to %s", self._command.location, exc_info=error)
         self._fault = error
 
     def _end_error(self, process: Process, violation: BlockcopyError | None) -> SourceError | None:
-        """Return why the connection ended, or None if `close` ended it. `violation`: what the source sent wrong."""
+        """Return the error that ended `process`, or None if `close` ended it.
+
+        `violation`: the error about an unexpected reply, or None if there was no such reply.
+        """
         location, status = self._command.location, process.returncode
         if self._fault is not None:
             return ProtocolViolationError(f"{location}: internal error: {self._fault!r}")
         if self._dialect.pending and (self._stalled or 0 < (status or 0) < _FIRST_FOREIGN_STATUS):
             self.unanswered = self._dialect.pending[0].signatures
         if self._stalled:
-            return SourceError(f"no answer from {location} for {self._silence.timeout:g} seconds")
+            return SourceError(f"no answer from {location} for {self._progress_clock.timeout:g} seconds")
         if violation is not None:
             said = "; it said: " + " | ".join(self._stderr.last) if self._stderr.last else ""
             return ProtocolViolationError(f"unexpected reply from {location}: {violation}{said}")
@@ -291,7 +300,7 @@ class Client:
         return SourceError(explain_end(self._command, status, self._stderr.last, begun=self._begun))
 
     def _fail(self, error: SourceError) -> None:
-        """End every wait with `error`."""
+        """End every wait, now and later, with `error`."""
         self.failure = error
         while self._dialect.pending:
             self._dialect.pending.popleft().fail(error)
@@ -309,14 +318,17 @@ class Client:
             return  # the process has ended, and the reader finds out why
 
     def _receive(self, stream: InputStream) -> BlockcopyError | None:
-        """Settle batches until the output ends, in a thread. Returns the unexpected reply that ended it, if any."""
+        """Settle batches by the answers in `stream`, until its end, in a thread.
+
+        Returns the error if an unexpected reply ended it, otherwise None.
+        """
         decoder = Decoder(self._dialect.grammar)
         try:
             if not self._begun and not self._skip_login_output(stream):
                 return None
             for message in decoder.messages(partial(self._read_into, stream)):
                 if message is not None:
-                    with self._silence.interrupted():
+                    with self._progress_clock.interrupted():
                         self._handle(message)
         except TruncatedStreamError:
             return None  # `_end_error` tells how the process ended
@@ -330,11 +342,14 @@ class Client:
         """Read from `stream` into `buffer`, and count the bytes. Returns their number, 0 at the end."""
         count = stream.read_into(buffer)
         self.received_bytes += count
-        self._silence.receive(count)
+        self._progress_clock.receive(count)
         return count
 
     def _skip_login_output(self, stream: InputStream) -> bool:
-        """Skip what a login prints. Returns False if nothing follows it: then it may tell why."""
+        """Skip what a login prints to `stream` before the stage begins.
+
+        Returns False if `stream` ends before that. What was printed may tell the reason, so it is logged.
+        """
         self._stream = stream
         self._begun = stream.skip_past(self._command.mark, MAX_NOISE)
         if not self._begun:
@@ -354,10 +369,10 @@ class Client:
         before = self._dialect.answer_count
         self._dialect.receive(message)
         if self._dialect.answer_count > before:
-            self._silence.answer()
+            self._progress_clock.answer()
 
     async def _wake_after_exit(self, process: Process, stream: InputStream) -> None:
-        """End `stream` soon after the process has exited, because a child of it may keep its output open.
+        """End `stream` soon after `process` has exited, because a child of `process` may keep its output open.
 
         Also on cancellation, because the thread that reads `stream` cannot be cancelled.
         """
@@ -368,19 +383,19 @@ class Client:
             stream.wake()
 
     async def _watch(self, process: Process) -> None:
-        """Kill the process if it owes an answer and makes no progress, so that its callers can ask another."""
-        silence = self._silence
+        """Kill `process` if it owes an answer and makes no progress, so that its callers can ask another."""
+        clock = self._progress_clock
         while not self._stalled:
-            await trio.sleep_until(silence.ends_at if self._owes() else trio.current_time() + silence.timeout)
-            self._stalled = self._owes() and trio.current_time() >= silence.ends_at
+            await trio.sleep_until(clock.ends_at if self._owes() else trio.current_time() + clock.timeout)
+            self._stalled = self._owes() and trio.current_time() >= clock.ends_at
         process.kill()
 
     def _owes(self) -> bool:
-        """Return whether the process has to answer, and not this end to take an answer."""
-        return bool(self._dialect.pending) and not self._silence.taking
+        """Return whether the process owes an answer while this end is not processing one."""
+        return bool(self._dialect.pending) and not self._progress_clock.taking
 
     async def _read_stderr(self, process: Process, ended: trio.Event) -> None:
-        """Log the standard error of the process with the source's name, and keep its last lines."""
+        """Log the standard error of `process` with the source's name, and keep its last lines. Then set `ended`."""
         while data := await process.stderr.receive_some(_STDERR_BYTES):
             self._stderr.feed(data)
         self._stderr.finish()

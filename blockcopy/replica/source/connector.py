@@ -58,7 +58,7 @@ class Connector:
         self.digest: Digest | None = None
         """The digest of all signatures, on all connections. None until the source was reached."""
         self.changed: SourceChangedError | None = None
-        """Set once the source is found to be another. From then on no answer of it is accepted."""
+        """The error once the source is found to be another. From then on no answer is accepted. None before."""
         self._unreadable_pieces: set[int] = set()  # positions in the sample at which the original exited
         self.links_changed = trio.Event()
         """Set, and replaced by a new event, if a link connects or will never connect again."""
@@ -105,7 +105,7 @@ class Connector:
         return client
 
     async def check(self, client: Client) -> None:
-        """Check over an open connection that the source is what it was.
+        """Check over the open connection of `client` that the source is what it was.
 
         Raises SourceChangedError if it is another, and SourceError if it does not answer.
         """
@@ -118,9 +118,9 @@ class Connector:
         raise SourceError(f"no answer from {self.command.location} for {self._timeout:g} seconds")
 
     async def _first_greeting(self, client: Client) -> Identity:
-        """Wait for the source to start. Logs a warning if that takes long.
+        """Wait until `client` is greeted by the source. Returns the identity of the source.
 
-        Raises SourceError if it takes too long.
+        Logs a warning if the source takes long to start. Raises SourceError if it takes too long.
         """
         seconds = start_timeout.max_start_seconds(self._timeout, prompts=self._prompts and self.identity is None)
         with trio.move_on_after(min(seconds, start_timeout.WARN_SECONDS)):
@@ -151,7 +151,7 @@ class Connector:
                     one_by_one, search.client = True, await start()
 
     async def _sample(self, client: Client, size: int, *, one_by_one: bool = False) -> None:
-        """Read the sample of a source that cannot report its identity, and compare its identity.
+        """Read the sample of a source that cannot report its identity, over `client`, and compare its identity.
 
         `size`: bytes of the source. `one_by_one`: ask for each piece by itself, to find one at which the original
         exits.
@@ -170,7 +170,7 @@ class Connector:
         self._compare({"size": size, "sample": sample})
 
     def _compare(self, identity: Identity) -> None:
-        """Keep the first identity. Raises SourceChangedError if a later one differs from the first."""
+        """Keep `identity` if it is the first. Raises SourceChangedError if it differs from the first."""
         if self.identity is None:
             self.identity = identity
         elif differing := differences(self.identity, identity):
@@ -182,7 +182,7 @@ class Connector:
 
     def _accept(self, client: Client) -> Client:
         self.digest = self.digest or client.digest
-        client.accept()
+        client.begin_serving()
         return client
 
     def wake(self) -> None:
@@ -198,17 +198,20 @@ class _Pieces:
         self.at: dict[int, bytes] = {}
 
     def data(self, position: int, payload: Buffer) -> None:
-        """Keep a copy of `payload`."""
+        """Keep a copy of `payload`, the bytes at `position`."""
         self.at[position] = bytes(payload)
 
     def zeros(self, position: int, length: int) -> None:
-        """Keep `length` zeros."""
+        """Keep `length` zeros at `position`."""
         self.at[position] = bytes(length)
 
 
 @asynccontextmanager
 async def _closed_on_failure(holder: Client | SizeSearch) -> AsyncIterator[None]:
-    """Close the client of `holder` if the `with` block raises or is cancelled."""
+    """Close the client of `holder` if the `async with` block raises or is cancelled. Yields nothing.
+
+    `holder`: a client, or the search that has one.
+    """
     try:
         yield
     except BaseException:

@@ -50,7 +50,7 @@ class Dialect(ABC):
     grammar: wire.Grammar
 
     def __init__(self, source: str) -> None:
-        """Begin a connection. `source`: its name in messages."""
+        """Begin a connection. `source`: the name of the source in messages."""
         self.source = source
         self.answer_count = 0
         """Whole answers so far. A batch has a bounded number of them, because each brings its end closer."""
@@ -70,7 +70,7 @@ class Dialect(ABC):
         return stream
 
     def receive(self, message: wire.Message) -> None:
-        """Take a message of the source. Raises StreamError if it answers nothing that was asked."""
+        """Take `message` from the source. Raises StreamError if it answers nothing that was asked."""
         match message:
             case wire.XzData(position):
                 self._receive_data(position, xz.expand(message))
@@ -85,7 +85,7 @@ class Dialect(ABC):
         self._count(self._first.take_data(position, payload), f"{len(payload)} bytes for position {position}")
 
     def _count(self, expected: bool, shown: str) -> None:
-        """Count an answer. Raises StreamError if it was not `expected`. `shown`: the answer in words."""
+        """Count an answer. Raises StreamError if `expected` is False. `shown`: the answer in words."""
         if not expected:
             raise StreamError(shown)
         self.answer_count += 1
@@ -96,7 +96,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def _fence_of(self, sequence: int) -> int:
-        """Return the fence of batch number `sequence`, which differs from those of its neighbours."""
+        """Return the number of the fence of batch number `sequence`. Neighbouring batches have different ones."""
 
     @abstractmethod
     def _encode(self, batch: Batch) -> bytes:
@@ -127,7 +127,7 @@ class NegotiatedDialect(Dialect):
         return wire.encode(wire.Fence(batch.fence))
 
     def receive(self, message: wire.Message) -> None:
-        """Take a message of the source. Raises StreamError if it answers nothing that was asked."""
+        """Take `message` from the source. Raises StreamError if it answers nothing that was asked."""
         first = self._first
         match message:
             case wire.Fence(number):
@@ -155,7 +155,7 @@ class OriginalDialect(Dialect):
     grammar = wire.BLOCK_STREAM
 
     def __init__(self, source: str) -> None:
-        """Begin a connection. `source`: its name in messages."""
+        """Begin a connection. `source`: the name of the source in messages."""
         super().__init__(source)
         self._old_fence: int | None = None  # of the batch that was settled last
         self._old_fences = 0  # of that batch, still to come
@@ -206,7 +206,10 @@ class OriginalDialect(Dialect):
             raise StreamError(f"an empty block for position {position}")
 
     def _is_proof(self, batch: Batch, position: int, payload: Buffer) -> bool:
-        """Return whether `payload` proves that the last byte of `batch` exists, and is no other answer."""
+        """Return whether an answer only proves that the last byte of `batch` exists.
+
+        `payload`: the bytes of the answer. `position`: theirs.
+        """
         if isinstance(batch, ByteProbe) or self._proven or len(payload) != 1 or position != self._last_byte(batch):
             return False
         *_, (block, own) = batch.signatures[-1].blocks()

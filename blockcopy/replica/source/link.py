@@ -61,12 +61,12 @@ class _GuardedSink:
         self._connector = connector
 
     def data(self, position: int, payload: Buffer) -> None:
-        """Pass the bytes on. Raises SourceChangedError if the source is another."""
+        """Pass on `payload`, the bytes at `position`. Raises SourceChangedError if the source is another."""
         self._check()
         self._sink.data(position, payload)
 
     def zeros(self, position: int, length: int) -> None:
-        """Pass the zeros on. Raises SourceChangedError if the source is another."""
+        """Pass on `length` zeros at `position`. Raises SourceChangedError if the source is another."""
         self._check()
         self._sink.zeros(position, length)
 
@@ -99,7 +99,7 @@ class Link:
         self._past_bytes = (0, 0)
         self._connections = 0
         self.last_error: SourceError | None = None
-        """Why the last connection ended, or the last attempt failed. None if there was no failure."""
+        """The error of the last connection or attempt that failed. None if there was no failure."""
 
     @property
     def is_connected(self) -> bool:
@@ -108,7 +108,7 @@ class Link:
 
     @property
     def changed(self) -> SourceChangedError | None:
-        """Set if the source is found to be another: there will be no more answers. None before."""
+        """The error once the source is found to be another: there will be no more answers. None before."""
         return self._connector.changed
 
     @property
@@ -181,7 +181,7 @@ class Link:
                 logger.warning("reconnected to %s", self._connector.command.location)
 
     def _drop(self, client: Client) -> None:
-        """Forget a connection that has ended."""
+        """Forget `client`, whose connection has ended."""
         sent, received = self._past_bytes
         self._past_bytes = (sent + client.sent_bytes, received + client.received_bytes)
         self._answered_at = self._last_answer()
@@ -205,7 +205,7 @@ class Link:
         return digest
 
     async def ask(self, signatures: Sequence[Signatures], sink: Sink, since: float) -> Delta:
-        """Give those bytes of the source to `sink` that differ from `signatures`. Returns their extents.
+        """Give those bytes of the source to `sink` that differ from `signatures`. Returns the Delta.
 
         Takes as many connections as needed. `signatures`: ascending, made with the digest that `digest` returns.
         `since`: when the bytes were first wanted, by trio's clock. Raises
@@ -221,7 +221,10 @@ class Link:
         return await self._ask_each([block for each in signatures for block in each.split()], guarded, since)
 
     async def _ask(self, signatures: Sequence[Signatures], sink: Sink, since: float, max_ends: int) -> Delta:
-        """Do as `ask`. Raises _FatalError if `max_ends` connections ended at these signatures."""
+        """Ask about `signatures` together. Returns the Delta. `sink`, `since`: as for `ask`.
+
+        Raises _FatalError if `max_ends` connections ended at these signatures.
+        """
         ends = 0
 
         async def ask(client: Client) -> Delta:
@@ -238,7 +241,10 @@ class Link:
         return await self._over_connections(ask, since)
 
     async def _ask_each(self, blocks: Sequence[Signatures], sink: Sink, since: float) -> Delta:
-        """Ask for `blocks`, each by itself. A block that ends connection after connection counts as unreadable."""
+        """Ask about `blocks`, signatures of one block each, one by one. Returns the Delta of all.
+
+        A block that ends connection after connection counts as unreadable. `sink`, `since`: as for `ask`.
+        """
         delta = Delta([], [], [])
         errors: list[BlockcopyError] = []
 
@@ -275,9 +281,9 @@ class Link:
     async def _over_connections(
         self, ask: Callable[[Client], Awaitable[T]], since: float, others: Sequence[Link] = ()
     ) -> T:
-        """Call `ask` with one connection after another, until it returns an answer.
+        """Ask over one connection after another, until one answers. Returns the answer.
 
-        `since`, `others`: as for `_connected`.
+        `ask`: awaited with a Client, returns its answer. `since`, `others`: as for `_connected`.
         """
         violations, is_late = 0, False
         while True:
@@ -301,9 +307,10 @@ class Link:
                     is_late = True  # even a request that gives up at once is served by the fallback, once
 
     async def _connected(self, since: float, others: Sequence[Link] = ()) -> Client:
-        """Wait for a connection that can be asked: of this link, of its fallback, or of `others`.
+        """Wait for a connection that can be asked: of this link, of its fallback, or of the links `others`.
 
-        `since`: when the answer was first wanted, by trio's clock. Raises SourceError as `ask` does.
+        Returns the client of the connection. `since`: when the answer was first wanted, by trio's clock. Raises
+        SourceError as `ask` does.
         """
         while True:
             if self._connector.changed is not None:
@@ -316,7 +323,7 @@ class Link:
                 raise self._gave_up(self.last_error)
 
     def _connection(self, others: Sequence[Link] = ()) -> Client | None:
-        """Return a connection of this link, its fallback, or `others`. Returns None if none can be asked now."""
+        """Return a client of this link, its fallback, or the links `others`. Returns None if none can be asked."""
         for link in filter(None, (self, self.fallback, *others)):
             if link._client is not None and link._client.failure is None:
                 return link._client
@@ -332,7 +339,10 @@ class Link:
         return SourceError(f"{text}: {error}" if error else text)
 
     async def _wait_until(self, deadline: float) -> bool:
-        """Wait until a link connects, or will never connect again. Returns False if `deadline` comes first."""
+        """Wait until a link connects, or will never connect again. Returns False if `deadline` comes first.
+
+        `deadline`: by trio's clock.
+        """
         self._waiting += 1
         if not math.isinf(deadline):
             self._wanted.set()

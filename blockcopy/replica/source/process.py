@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 
 
 class Process:
-    """A child process: `stdin` and `stderr` are streams for tasks, `stdout` is a descriptor for a thread.
+    """A child process. Its attributes `stdin` and `stderr` are streams for tasks.
 
-    Close it by `aclose`. Call from trio's thread only.
+    The attribute `stdout` is a descriptor for a thread. Call `aclose` in the end. Call from trio's thread only.
     """
 
     def __init__(self, popen: subprocess.Popen[bytes]) -> None:
@@ -65,7 +65,7 @@ class Process:
                     nursery.cancel_scope.cancel()
 
     async def _abandon_when_killed(self, waiting: trio.CancelScope) -> None:
-        """Abandon the process and cancel `waiting`, EXIT_SECONDS after it was killed."""
+        """Abandon the process and cancel the scope `waiting`, EXIT_SECONDS after the process was killed."""
         await self._killed.wait()
         await trio.sleep(abandonable.EXIT_SECONDS)
         self._abandoned = True
@@ -86,7 +86,7 @@ class Process:
 
 
 def _take_descriptor(file: object) -> int:
-    """Return a descriptor of our own for a pipe of Popen's, and close that pipe there."""
+    """Return a new descriptor of `file`, a pipe of Popen's, and close `file`. Raises ValueError if it is None."""
     if not hasattr(file, "fileno"):
         raise ValueError("the process was started without three pipes")
     with file:  # type: ignore[attr-defined]
@@ -94,7 +94,7 @@ def _take_descriptor(file: object) -> int:
 
 
 async def start_process(command: Command) -> Process:
-    """Start the process of `command`, in a thread. Raises SourceError if it cannot be started."""
+    """Start the process of `command`, in a thread, and return it. Raises SourceError if it cannot be started."""
     try:
         return Process(await abandonable.start_process(command.start))
     except OSError as error:

@@ -57,7 +57,7 @@ class ProgressTimeout:
 
     @contextmanager
     def interrupted(self) -> Iterator[None]:
-        """Stop the clock during the `with` block, which processes what arrived."""
+        """Stop the clock during the `with` block, which processes what arrived. Yields nothing."""
         self.taking, before = True, self._now()
         try:
             yield

@@ -36,7 +36,7 @@ class SizeSearch:
     """A search over one client, and over a new one after each exit. `client` is the one whose process runs."""
 
     def __init__(self, client: Client, connect: Callable[[], Awaitable[Client]]) -> None:
-        """Search over `client`. `connect`: returns another client, once the process of this one has exited."""
+        """Search over `client`. `connect`: awaited without arguments after each exit, returns another client."""
         self.client = client
         self._connect = connect
         self._low = 0  # the source has at least so many bytes

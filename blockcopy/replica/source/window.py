@@ -30,7 +30,7 @@ class Window:
     def __init__(
         self, initial_blocks: int, *, min_blocks: int, max_blocks: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Start with `initial_blocks`, and keep within the two limits. `clock`: returns seconds."""
+        """Start with `initial_blocks`, and stay between `min_blocks` and `max_blocks`. `clock`: returns seconds."""
         self.blocks = initial_blocks
         self._min = min_blocks
         self._max = max_blocks
