@@ -44,7 +44,7 @@ _OUTPUT_RANGES = 1000
 
 @contextlib.contextmanager
 def needs_extra() -> Iterator[None]:
-    """Wrap imports of optional packages: use as a context manager.
+    """Wrap imports of optional packages: use as a context manager. Yields nothing.
 
     Raises UsageError with the command that installs a missing package.
     """
@@ -58,7 +58,7 @@ def needs_extra() -> Iterator[None]:
 
 
 def run(program: Callable[[], Awaitable[T]]) -> T:
-    """Run a trio `program` as `runner.run` does, and return its result."""
+    """Run `program`, an async function without arguments, as `runner.run` does. Returns its result."""
     from blockcopy.replica.tasks import runner
 
     gc.freeze()  # imported modules stay: scans of them for garbage cost a few percent
@@ -74,7 +74,7 @@ def source_command(args: argparse.Namespace) -> Command:
 
 
 def command_for(args: argparse.Namespace, location: Location, stage: str, options: Sequence[str] = ()) -> Command:
-    """Return the command that runs a `stage` at `location`, as the parsed options `args` say.
+    """Return the command that runs the stage named `stage` at `location`, as the parsed options `args` say.
 
     `options`: options of the stage itself. Raises UsageError if an option is invalid.
     """
@@ -124,7 +124,10 @@ def plan_of(args: argparse.Namespace, command: Command, **more: Any) -> Plan:
 
 
 def _compression(args: argparse.Namespace, location: Location) -> CompressionSpec:
-    """Return what `--compress` says. The default is "auto" if `location`, the other end, is another host."""
+    """Return the compression that the parsed options `args` ask for.
+
+    The default is "auto" if `location`, the other end, is on another host, otherwise "none".
+    """
     default = CompressionSpec("auto" if location.host else "none")
     spec: CompressionSpec = getattr(args, "compress", default)
     return spec
@@ -201,7 +204,7 @@ def _local_source(args: argparse.Namespace) -> str:
 def _started(command: Command) -> Iterator[list[Popen[bytes]]]:
     """Start a process of `command` early, while modules are still loading.
 
-    The process is in the list until somebody uses it, and is ended at the end if nobody did.
+    Yields a list with the process. Whoever uses the process removes it. Otherwise it is ended at the end.
     """
     started: list[Popen[bytes]] = []
     with contextlib.suppress(OSError):  # the next start reports the reason
@@ -216,7 +219,7 @@ def _started(command: Command) -> Iterator[list[Popen[bytes]]]:
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Run `blockcopy verify` with the parsed options `args`. Differing ranges go to standard output.
+    """Run `blockcopy verify` with the parsed options `args`. Prints the ranges that differ.
 
     Raises MismatchError if the ends differ, SourceReadError or DeviceError if blocks were not compared.
     """
@@ -240,7 +243,7 @@ def verify(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace, command: Command, path: str, source_size: int | None = None) -> Verdict:
     """Compare the device at `path` with the other end of `command`, and print the ranges that differ.
 
-    `args`: parsed options. `source_size`: as `verify.verify` has it.
+    `args`: parsed options. `source_size`: as for `verify.verify`. Returns the verdict.
     """
     with needs_extra():
         from blockcopy.replica.tasks import runner

@@ -38,6 +38,7 @@ _MAX_SIZE = 1 << 50
 async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
     """Run the replica of `plan` while the `async with` block runs. Then sync, record and disconnect.
 
+    Yields the running replica.
     Raises SourceError, DeviceError, DestinationRefusedError or StateError, in exception groups.
     """
     with ExitStack() as stack:
@@ -86,7 +87,10 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
 
 
 def _links(plan: Plan, connector: Connector, nursery: trio.Nursery) -> list[Link]:
-    """Make the links that `plan` needs: one for each lane, or one for both. They run in `nursery`."""
+    """Return the links over `connector` that `plan` needs: one for each lane, or one for both.
+
+    `nursery`: runs their connections.
+    """
     links = []
     if plan.demand or not plan.hydrate:
         links.append(Link(connector, nursery, give_up_after=plan.reconnect_timeout))
@@ -100,7 +104,10 @@ def _links(plan: Plan, connector: Connector, nursery: trio.Nursery) -> list[Link
 
 
 def _geometry(plan: Plan, size: int) -> Geometry:
-    """Return the geometry of a source of `size` bytes. Raises SourceError if `size` exceeds _MAX_SIZE."""
+    """Return the geometry of the source of `plan`, which has `size` bytes.
+
+    Raises SourceError if `size` exceeds _MAX_SIZE.
+    """
     if size > _MAX_SIZE:
         raise SourceError(f"{plan.command.location} claims to have {size} bytes; the limit is {_MAX_SIZE}")
     return Geometry(size)
@@ -110,7 +117,8 @@ def _open_state_file(plan: Plan, device: Device, stack: ExitStack) -> tuple[Stat
     """Open the state file that `plan` names for the destination `device`, and read its record.
 
     `stack` will close the file.
-    Returns None in place of a missing file or record. Raises StateError if the state file is one of the two ends.
+    Returns the file and the record, with None in place of a missing one. Raises StateError if the state file is
+    one of the two ends.
     """
     if plan.state is not None:
         for path in (plan.destination, plan.command.location.path if plan.command.location.host is None else ""):
@@ -160,7 +168,7 @@ async def _connect(
 def _claim_existing(plan: Plan, stack: ExitStack) -> Destination | None:
     """Open and claim the destination of `plan`, before any connection is made. `stack` will close it.
 
-    Returns None if the destination must be created. Raises DestinationRefusedError if it is the source.
+    Returns the destination, or None if it must be created. Raises DestinationRefusedError if it is the source.
     """
     device = existing_destination(plan.destination, force=plan.force)
     if device is None:

@@ -28,7 +28,7 @@ class ReadStats:
 
     @contextmanager
     def wait(self) -> Iterator[None]:
-        """Measure a wait for the source: use as a context manager around the wait."""
+        """Measure a wait for the source: use as a context manager around the wait. Yields nothing."""
         self.waiting += 1
         since = trio.current_time()
         try:

@@ -121,7 +121,10 @@ class Replica:
             await self._guard(self._watch_copy)
 
     async def _guard(self, part: Callable[[], Any]) -> None:
-        """Run `part` of the replica. If `part` raises, the copy fails, and reads of present blocks go on."""
+        """Await `part`, an async function without arguments.
+
+        If `part` raises, the copy fails, and reads of present blocks go on.
+        """
         try:
             await part()
         except BlockcopyError as error:

@@ -58,16 +58,16 @@ async def verify(
 ) -> Verdict:
     """Compare every block of the device at `path` with the other end.
 
-    Blocks that one end cannot read are in the verdict, and all others are compared. Bytes that the copy lacks
-    differ. Equal ends were equal at one moment.
+    Returns the verdict. Blocks that one end cannot read are in the verdict, and all others are compared. Bytes that
+    the copy lacks differ. Equal ends were equal at one moment.
 
     `command`: runs `retrieve` at the other end.
-    `report`: gets each range that differs, ascending. Adjacent ranges are joined.
+    `report`: called with each range that differs, ascending. Adjacent ranges are joined.
     `timeout`: seconds without progress after which a connection is replaced.
     `give_up_after`: seconds without an answer after which the comparison fails.
     `prompts`: whether ssh may ask for a password.
     `source_size`: None if the other end is the source. Else `path` is a source of so many bytes.
-    `progress`: gets the bytes compared so far.
+    `progress`: gets the counts of bytes compared so far.
     Raises SourceError or DeviceError, in exception groups.
     Raises SourceChangedError or DeviceError if one of two equal ends changed meanwhile.
     """
@@ -112,10 +112,10 @@ async def compare(
 ) -> Verdict:
     """Compare every block of `device` with the other end of `link`, which has this `geometry`.
 
-    Bytes that `device` lacks differ. `link` must be connected.
+    Bytes that `device` lacks differ. `link` must be connected. Returns the verdict.
 
-    `report`: gets each range that differs, ascending. Adjacent ranges are joined.
-    `completed`: gets the number of bytes compared so far, again and again.
+    `report`: called with each range that differs, ascending. Adjacent ranges are joined.
+    `completed`: called with the number of bytes compared so far, again and again.
     Raises SourceError or DeviceError.
     """
     verdict = Verdict(geometry.size)

@@ -36,12 +36,13 @@ class Volume:
         nursery: trio.Nursery,
         give_up_after: Callable[[int], float],
     ) -> None:
-        """Make a volume that reads the destination `device`, whose present blocks `blockmap` has.
+        """Make a volume that reads the destination `device`.
 
         `geometry`: of the source.
+        `blockmap`: the blocks that are present.
         `hydrator`, `lane`: fetch missing blocks.
         `nursery`: runs the read-ahead.
-        `give_up_after`: from a number of blocks, returns the seconds after which a read of them fails.
+        `give_up_after`: called with a number of blocks, returns the seconds after which a read of them fails.
         """
         self.size = geometry.size
         self._device = device

@@ -132,7 +132,10 @@ class BackgroundHydration:
 
 
 def _common_holes(device: Device, geometry: Geometry, holes: list[Extent]) -> Iterator[range]:
-    """Find the blocks of `geometry` that lie wholly in one of `holes` and wholly in a hole of `device`."""
+    """Yield ranges of blocks of `geometry` that lie wholly in one of `holes` and wholly in a hole of `device`.
+
+    Some ranges may be empty.
+    """
     for hole in holes:
         start = hole.offset
         for extent in device.data_extents(*hole):

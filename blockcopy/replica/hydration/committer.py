@@ -54,9 +54,10 @@ class Committer:
     def __init__(
         self, state_file: StateFile | None, device: Device, blockmap: BlockMap, hydrator: Hydrator
     ) -> None:
-        """Make a committer for the destination `device`, whose present blocks `blockmap` has.
+        """Make a committer for the destination `device`.
 
         `state_file`: None to sync only.
+        `blockmap`: the blocks that are present.
         `hydrator`: syncs the destination, and forgets blocks if that fails.
         """
         self._state_file = state_file
@@ -74,8 +75,9 @@ class Committer:
     async def begin(self, source: Identity, block_size: int) -> None:
         """Make the record match the block map. Call before the destination is written.
 
-        The old record goes on if blocks were resumed from it; otherwise a new record for `source` begins. If it
-        cannot be written, the old records are removed, and no state is kept. `block_size`: bytes.
+        The old record is continued if blocks were resumed from it. Otherwise a new record begins, which names
+        `source`, the identity of the source, and `block_size` in bytes. If the new record cannot be written, the
+        old records are removed, and no state is kept.
         Raises StateError if an old record cannot be removed.
         """
         state_file = self._state_file
@@ -211,7 +213,7 @@ class Committer:
         return NO_TIMES if self._device.is_block_device else settled_times(self._device, self._device.sync)
 
     async def _record(self, write: Callable[[WriteTimes], None]) -> bool:
-        """Do as `_write`, and record a new lease with it. `write` gets the times to record."""
+        """Call `write` with the times to record and a new lease, as `_write` does. Returns False if that fails."""
         began = time.time_ns()
         lease = began + _LEASE_NS + 2 * self._recording_ns
         if not await self._write(partial(write, WriteTimes(*self._durable, until_ns=lease))):

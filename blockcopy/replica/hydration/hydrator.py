@@ -52,8 +52,10 @@ class Hydrator:
         *,
         sparse: bool = True,
     ) -> None:
-        """Make a hydrator for the destination `device`, whose present blocks `blockmap` has.
+        """Make a hydrator for the destination `device`.
 
+        `geometry`: of the source.
+        `blockmap`: the blocks that are present.
         `lanes`: all lanes that `ensure` is called with.
         `nursery`: runs the fetches.
         `sparse`: write zeros as holes if the device can have holes.

@@ -50,13 +50,13 @@ class Fetch:
         """Cancelled if all blocks are present already."""
         self.ended = trio.Event()
         self.error: BlockcopyError | None = None
-        """Why the fetch failed. None if it has succeeded."""
+        """The error of a fetch that failed. None if it has succeeded."""
 
 
 class Lane:
     """A link and the bounds for what is in flight on the link.
 
-    A replica has two lanes: `demand` for readers, `bulk` for background hydration.
+    A replica has two lanes: demand for readers, bulk for background hydration.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Lane:
     ) -> None:
         """Make a lane over `link`, with nothing in flight.
 
-        `window`: the blocks that may be in flight while nobody waits for them.
+        `window`: bounds the blocks in flight that nobody waits for.
         `batch_blocks`: most blocks of a fetch.
         `fetches`: most fetches at once.
         `threads`: most threads that read and digest the destination.
@@ -109,7 +109,7 @@ class Lane:
 
 
 def demand_lane(link: Link) -> Lane:
-    """Make the lane of the readers over `link`."""
+    """Return a new lane for readers over `link`."""
     return Lane(
         link,
         Window(_INITIAL_WINDOW, min_blocks=_MIN_WINDOW, max_blocks=_MAX_DEMAND_WINDOW),
@@ -121,7 +121,7 @@ def demand_lane(link: Link) -> Lane:
 
 
 def bulk_lane(link: Link, *, is_alone: bool, drop_behind: bool) -> Lane:
-    """Make the lane of background hydration over `link`.
+    """Return a new lane for background hydration over `link`.
 
     `is_alone`: whether neither readers nor a network share the link. Then the window is full from the start.
     `drop_behind`: drop bytes of the destination from the page cache once they are digested.

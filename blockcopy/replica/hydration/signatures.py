@@ -28,7 +28,8 @@ def read_signatures(
 ) -> list[Signatures]:
     """Read `blocks` of `device`, and digest each with `digest`. Call from a worker thread: this blocks.
 
-    `blocks`: block numbers in `geometry`, ascending. Consecutive blocks share one `Signatures`.
+    Returns the signatures, ascending. Consecutive blocks share one `Signatures`.
+    `blocks`: block numbers in `geometry`, ascending.
     `unreadable`: collects blocks that cannot be read. Their digest is one that no block has, so they are fetched.
     `drop_behind`: drop the bytes from the page cache afterwards, because nobody will read them again soon.
     Raises DeviceError if the device ends early.

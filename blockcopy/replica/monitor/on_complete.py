@@ -25,7 +25,10 @@ _LAST_WAIT_SECONDS = 1
 
 
 def environment(status: Status) -> dict[str, str]:
-    """Return BLOCKCOPY_SIZE, BLOCKCOPY_STATE and so on: a variable for each field of `status` that is one value."""
+    """Return environment variables by name, one for each field of `status` that is one value.
+
+    BLOCKCOPY_SIZE and BLOCKCOPY_STATE are two of them.
+    """
     values = {name: value for name, value in status.as_dict().items() if isinstance(value, (str, int, float))}
     return {
         f"BLOCKCOPY_{name.upper()}": str(int(value) if isinstance(value, bool) else value)

@@ -66,8 +66,9 @@ def _escaped(label: str) -> str:
 
 
 async def keep_writing(path: str | None, status: Callable[[], Status]) -> None:
-    """Write the metrics of `status()` to the file `path` each ten seconds, and once more when cancelled.
+    """Write metrics to the file `path` each ten seconds, and once more when cancelled.
 
+    `status`: called without arguments, returns the Status of that moment.
     Does nothing if `path` is None. A file that cannot be written is logged as a warning.
     Call from trio's thread only.
     """
@@ -85,7 +86,10 @@ async def keep_writing(path: str | None, status: Callable[[], Status]) -> None:
 
 
 def _write(path: str, status: Status) -> None:
-    """Replace the file at once, so that its reader sees the metrics of one moment."""
+    """Replace the file `path` at once by the metrics of `status`: a reader sees those of one moment.
+
+    A file that cannot be written is logged as a warning.
+    """
     try:
         # A path may be any bytes, and a file of metrics is UTF-8.
         safe_write.replace(path, exposition(status).encode(errors="replace"), 0o644)

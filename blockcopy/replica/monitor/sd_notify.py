@@ -64,7 +64,7 @@ class Notifier:
 
 
 def _connected(address: str) -> socket.socket | None:
-    """Connect to `address` before a mount of ours can hide its path. Returns None if nobody listens."""
+    """Return a socket connected to `address`, before a mount can hide its path. Returns None if nobody listens."""
     if not address:
         return None
     manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

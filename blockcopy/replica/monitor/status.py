@@ -62,12 +62,18 @@ T = TypeVar("T")
 
 
 def _about(help: str, metric: str = "") -> dict[str, str]:
-    """Return the metadata of a field. `metric`: its name for Prometheus, which ends with `_total` for a counter."""
+    """Return the metadata of a field that `help` describes.
+
+    `metric`: the name for Prometheus, empty for none. The name of a counter ends with `_total`.
+    """
     return {"help": help, "metric": metric and f"blockcopy_{metric}"}
 
 
 def _field(default: T, help: str, metric: str = "") -> T:
-    """Return a field with a default value: what the other process means if it does not report the field."""
+    """Return a field with the value `default`, which another process means if it does not report the field.
+
+    `help`, `metric`: as for `_about`.
+    """
     return field(default=default, metadata=_about(help, metric))
 
 
@@ -145,7 +151,7 @@ class Status:
         return dataclasses.asdict(self)
 
     def as_json(self) -> bytes:
-        """Return the text of status.json."""
+        """Return the content of status.json, as bytes."""
         return json.dumps(self.as_dict(), indent=2).encode() + b"\n"
 
     @property
@@ -172,7 +178,7 @@ class Status:
 
 
 def parse(found: object) -> Status:
-    """Convert `found`, the decoded JSON of another process, into a Status.
+    """Return the Status that `found`, the decoded JSON of another process, describes.
 
     Missing fields get their defaults, fields of a newer version are ignored, an unknown state is `State.UNKNOWN`.
     Raises ValueError if `found` is no status, or if a field has a wrong type or an impossible value.
@@ -231,7 +237,7 @@ class MapCell:
 
 
 def parse_cells(found: object, max_cells: int) -> list[MapCell]:
-    """Convert `found`, the decoded JSON of a map, into its cells.
+    """Return the list of cells that `found`, the decoded JSON of a map, describes.
 
     Returns an empty list if `found` is no map of at most `max_cells` cells.
     """

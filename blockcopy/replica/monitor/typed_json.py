@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def parse(kind: type[T], value: object) -> T:
-    """Convert a decoded JSON value into the dataclass `kind`.
+    """Convert `value`, decoded JSON, into the dataclass `kind`.
 
     Returns an instance of `kind` in which each field has its annotated type.
     Raises ValueError if `value` is no object, a field is wrong, or a field without a default is missing.
@@ -29,7 +29,7 @@ def parse(kind: type[T], value: object) -> T:
 
 
 def _parsed(kind: Any, value: object, name: str) -> Any:
-    """Convert `value` into the annotated type `kind`. `name`: the field, for the message of a ValueError."""
+    """Return `value`, decoded JSON, as the annotated type `kind`. `name`: of the field, for a ValueError."""
     if isinstance(kind, UnionType):  # X | None
         return None if value is None else _parsed(get_args(kind)[0], value, name)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):

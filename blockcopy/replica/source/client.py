@@ -231,7 +231,8 @@ class Client:
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Start the process, report that to `task_status`, and wait for its end.
 
-        Then the attribute `failure` has the error that ended the process. Raises SourceError if the process cannot be started.
+        Then the attribute `failure` has the error that ended the process. Raises SourceError if the process cannot
+        be started.
         """
         process = self._process = self._started or await start_process(self._command)
         failure = self._closed_error()

@@ -188,7 +188,7 @@ class BlockMap:
             block = behind
 
     def unreadable_ranges(self, reason: str = "") -> UnreadableRanges:
-        """Return the ranges that are unreadable and missing. `reason`: why, for the result."""
+        """Return the ranges that are unreadable and missing. `reason`: the source's words, kept in the result."""
         found = UnreadableRanges()
         if not self._unreadable:
             return found
@@ -221,7 +221,7 @@ class BlockMap:
 
 
 def _set(bits: bytearray, blocks: range) -> int:
-    """Set the bits of `blocks`. Returns how many were not set before."""
+    """Set the bits of `blocks` in `bits`. Returns how many were not set before."""
     first, last = blocks.start >> 3, (blocks.stop - 1) >> 3
     old = int.from_bytes(bits[first : last + 1], "little")
     new = old | ((1 << len(blocks)) - 1) << (blocks.start & 7)
@@ -230,7 +230,7 @@ def _set(bits: bytearray, blocks: range) -> int:
 
 
 def _next_clear(bits: bytearray, block: int) -> int | None:
-    """Return the first block from `block` on whose bit is not set. Returns None if there is none."""
+    """Return the first block from `block` on whose bit in `bits` is not set. Returns None if there is none."""
     index = block >> 3
     if index >= len(bits):
         return None

@@ -109,7 +109,7 @@ def resume_blockmap(
     """Return a block map of `destination` in which the blocks of `record` are present, if they still prove right.
 
     Returns an empty block map if they do not. `source`: the identity of the source today, or None if the source
-    cannot be reached. `state_file`: named in the log.
+    cannot be reached. `geometry`: of the source. `state_file`: named in the log.
 
     A complete copy is checked again unless both ends show whether they were written since. If the source cannot be
     reached, a complete copy is not checked.

@@ -90,7 +90,10 @@ class Record:
 
 
 class StateFile:
-    """An open state file, which this process alone can use. `record`: its content when it was opened, or None."""
+    """An open state file, which this process alone can use.
+
+    The attribute `record` is its content when it was opened, or None.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open or create the state file `path`. Renames a file that cannot be believed, and logs why.
@@ -154,7 +157,10 @@ class StateFile:
             raise _UnusableError(str(error)) from error
 
     def _load(self, db: sqlite3.Connection, *, is_new: bool) -> Record | None:
-        """Lock the database for this process. Returns its record, or None. Raises sqlite3.Error."""
+        """Lock the database `db` for this process. Returns its record, or None if it has none.
+
+        `is_new`: make the tables first. Raises sqlite3.Error.
+        """
         for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = DELETE", "synchronous = EXTRA"):
             db.execute(f"PRAGMA {pragma}")
         if is_new:
@@ -295,7 +301,7 @@ def _make(path: Path) -> bool:
 
 
 def _check_files(path: Path) -> int:
-    """Check all files that SQLite would read, before it opens them: it writes to any database.
+    """Check the database `path` and the files beside it, before SQLite opens them: it writes to any database.
 
     Returns the size of the database in bytes. Raises _UnusableError if a file cannot be believed. The header has
     100 bytes. The write version is at 18, the read version at 19. The user version is at 60, the application id at

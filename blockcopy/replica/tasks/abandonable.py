@@ -31,7 +31,10 @@ _NO_LIMIT = trio.CapacityLimiter(math.inf)
 
 
 async def run(work: Callable[[], T], *, limiter: trio.CapacityLimiter = _NO_LIMIT) -> T:
-    """Call `work` in a thread of `limiter`, and return its result. Cancellation abandons the thread."""
+    """Call `work` in a thread, and return its result. Cancellation abandons the thread.
+
+    `limiter`: bounds the threads.
+    """
     return await trio.to_thread.run_sync(work, limiter=limiter, abandon_on_cancel=True)
 
 

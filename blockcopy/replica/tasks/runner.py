@@ -28,9 +28,9 @@ def ending_signals() -> list[signal.Signals]:
 
 
 def run(main: Callable[[], Awaitable[T]]) -> T:
-    """Run `main` in trio, and return its result.
+    """Run `main`, an async function without arguments, in trio. Returns its result.
 
-    If it raises an exception group of BlockcopyError and Interrupted, raises one of these instead. Raises
+    If `main` raises an exception group of BlockcopyError and Interrupted, raises one of these instead. Raises
     Interrupted if a signal arrived that no task received.
     """
     try:
@@ -44,7 +44,10 @@ def run(main: Callable[[], Awaitable[T]]) -> T:
 
 
 async def run_optional(name: str, part: Callable[[], Awaitable[None]]) -> None:
-    """Run a `part` that the copy does not need. Logs whatever it raises. `name`: the part in the log."""
+    """Await `part`, an async function that the copy does not need. Logs whatever it raises.
+
+    `name`: what the log calls the part.
+    """
     try:
         await part()
     except Exception as error:
@@ -53,7 +56,7 @@ async def run_optional(name: str, part: Callable[[], Awaitable[None]]) -> None:
 
 @contextmanager
 def _noting() -> Iterator[None]:
-    """Keep ending signals that arrive while no task receives signals.
+    """Keep ending signals that arrive while no task receives signals. Yields nothing.
 
     Such a signal would raise inside of trio, which breaks trio. The first `receive_signals` gets it, or else it is
     raised as Interrupted behind the `with` block.
@@ -71,7 +74,10 @@ def _noting() -> Iterator[None]:
 
 @asynccontextmanager
 async def receive_signals() -> AsyncIterator[AsyncIterator[int]]:
-    """Enter a context with an iterator of the ending signals, also of those that arrived before."""
+    """Receive the ending signals in an `async with` block.
+
+    Yields an iterator of their numbers, also of signals that arrived before.
+    """
     with trio.open_signal_receiver(*ending_signals()) as signals:
         while _noted:
             os.kill(os.getpid(), _noted.pop())
@@ -86,7 +92,10 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
 
 
 async def run_interruptible(main: Callable[[], Awaitable[T]]) -> T:
-    """Run `main`, and return its result. On a signal, cancels `main`, and raises Interrupted once it has ended."""
+    """Await `main`, an async function without arguments, and return its result.
+
+    On a signal, cancels `main`, and raises Interrupted once `main` has ended.
+    """
     async with receive_signals() as signals, trio.open_nursery() as nursery:
         nursery.start_soon(_raise_interrupted, signals)
         result = await main()
