@@ -1,6 +1,7 @@
 """The commands of the mount: `mount`, and requests to a mount from outside. Only `mount` loads pyfuse3 and trio.
 
-Each public function runs the command of its name. `args` are its parsed arguments.
+Each public function runs the command of its name, and returns nothing: results are printed, failures are raised.
+`args` are its parsed arguments.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def mount(args: argparse.Namespace) -> None:
-    """Make the mount that `args` describe, and serve it in the foreground or in the background.
+    """Run `mount`: make the mount that `args` describe, and serve it in the foreground or in the background.
 
     Raises IncompleteError if a mount in the foreground ends before its copy is complete.
     """
@@ -78,14 +79,14 @@ def mount(args: argparse.Namespace) -> None:
 
 
 def _raise_if_incomplete(event: str, status: Status) -> None:
-    """Raise IncompleteError if the copy is not complete. `event`: "ended" or "unmounted"."""
+    """Raise IncompleteError if `status` says that the copy is not complete. `event`: "ended" or "unmounted"."""
     if status.source_needed:
         kept = f"the progress is recorded in {status.state_file}" if status.state_file else "no state is kept"
         raise IncompleteError(f"{event} before the copy was complete; {kept} ({summary(status)})")
 
 
 def _logged_in_now(plan: Plan) -> Plan:
-    """Return `plan` for processes that outlive the terminal. Asks for a password now if ssh needs one."""
+    """Return a copy of `plan` for processes that outlive the terminal. Asks now for a password if ssh needs one."""
     if plan.command.route.login:
         try:
             return dataclasses.replace(plan, command=log_in(plan.command), prompts=False)
@@ -95,9 +96,9 @@ def _logged_in_now(plan: Plan) -> Plan:
 
 
 def _name_in(mountpoint: str, args: argparse.Namespace) -> str | None:
-    """Return the name of the file in the mounted folder. Returns None if the mountpoint is a file.
+    """Return the name of the file in the folder `mountpoint`, as the parsed `args` say.
 
-    Raises UsageError if --name was given for a mountpoint that is a file.
+    Returns None if `mountpoint` is a file. Raises UsageError if --name was given for a mountpoint that is a file.
     """
     if not os.path.isfile(mountpoint):
         name: str = args.name or Path(args.destination).name
@@ -110,7 +111,10 @@ def _name_in(mountpoint: str, args: argparse.Namespace) -> str | None:
 
 
 def status(args: argparse.Namespace) -> None:
-    """Show the status of the mount on `args.mountpoint`: as a screen, a line or JSON, once or live."""
+    """Print the status of the mount on `args.mountpoint`: as a screen, a line or JSON, once or live.
+
+    Raises MountError if no mount there answers.
+    """
     if args.watch and not console.can_draw_screens():
         _watch_lines(args)
     if args.watch or (console.can_draw_screens() and not args.json):
@@ -126,7 +130,10 @@ def status(args: argparse.Namespace) -> None:
 
 
 def _watch_lines(args: argparse.Namespace) -> NoReturn:
-    """Write the status as a line, each second if it changed. Raises MountError when the mount goes away."""
+    """Print the status of the mount on `args.mountpoint` for ever: a line each second if it changed.
+
+    Raises MountError when the mount goes away.
+    """
     last = None
     while True:
         try:
@@ -140,7 +147,7 @@ def _watch_lines(args: argparse.Namespace) -> NoReturn:
 
 
 def list(args: argparse.Namespace) -> None:
-    """List all mounted replicas as a table or, if `args.json` is set, as JSON."""
+    """Print all mounted replicas as a table or, if `args.json` is set, as JSON."""
     from blockcopy_fuse import listing
 
     found = listing.replicas()
@@ -148,7 +155,10 @@ def list(args: argparse.Namespace) -> None:
 
 
 def wait(args: argparse.Namespace) -> None:
-    """Wait until the copy on `args.mountpoint` is complete, and show its progress."""
+    """Wait until the copy on `args.mountpoint` is complete, and show its progress.
+
+    Raises IncompleteError if the copy fails, MountError if nothing is mounted there.
+    """
     with console.progress(args, bar_by_default=True) as progress:
         control_client.wait(args.mountpoint, progress)
 
@@ -161,27 +171,33 @@ def umount(args: argparse.Namespace) -> None:
 
 
 def pause(args: argparse.Namespace) -> None:
-    """Pause background hydration of the mount on `args.mountpoint`."""
+    """Pause background hydration of the mount on `args.mountpoint`. Raises MountError or the mount's error."""
     _request(args)
 
 
 def resume(args: argparse.Namespace) -> None:
-    """Resume background hydration of the mount on `args.mountpoint`."""
+    """Resume background hydration of the mount on `args.mountpoint`. Raises MountError or the mount's error."""
     _request(args)
 
 
 def limit(args: argparse.Namespace) -> None:
-    """Limit background hydration to `args.rate` bytes per second, or lift the limit if it is None."""
+    """Limit background hydration to `args.rate` bytes per second, or lift the limit if it is None.
+
+    Raises MountError or the mount's error.
+    """
     _request(args, rate=args.rate)
 
 
 def prefetch(args: argparse.Namespace) -> None:
-    """Fetch the byte ranges `args.extents` first, and return when they are present."""
+    """Fetch the byte ranges `args.extents` first, and end when they are present.
+
+    Raises MountError or the mount's error.
+    """
     _request(args, extents=args.extents)
 
 
 def doctor(args: argparse.Namespace) -> None:
-    """Check this host and, if `args.host` is given, a source host.
+    """Check this host and, if `args.host` is given, a source host. Prints a line for each check.
 
     Raises MissingRequirementError if a check fails.
     """
@@ -201,19 +217,19 @@ def doctor(args: argparse.Namespace) -> None:
 
 
 def manual(args: argparse.Namespace) -> None:
-    """Write the manual page to standard output. `args` has no arguments."""
+    """Print the manual page. `args` has no arguments."""
     with needs_extra():
         from blockcopy_fuse.manual import page
     console.write(page().rstrip())
 
 
 def completion(args: argparse.Namespace) -> None:
-    """Write the completion script for the shell `args.shell` to standard output."""
+    """Print the completion script for the shell `args.shell`."""
     with needs_extra():
         from blockcopy_fuse.manual import completion as script
     console.write(script(args.shell).rstrip())
 
 
 def _request(args: argparse.Namespace, **arguments: Any) -> None:
-    """Send the command and its `arguments` to the mount on `args.mountpoint`, and return when it is done."""
+    """Send the command of `args` with `arguments` to the mount on `args.mountpoint`. Returns when it is done."""
     control_client.command(args.mountpoint, {"command": args.command, **arguments})

@@ -59,7 +59,7 @@ class StatusRequest:
         self._request = MountRequest(mount, {"command": "status"})
 
     def status(self, seconds: float) -> Status | None:
-        """Wait at most `seconds` for the status. Returns None if there is none yet.
+        """Wait at most `seconds` for the status, and return it. Returns None if there is none yet.
 
         Raises MountError if the mount cannot be asked, or if its reply is no status.
         """
@@ -102,7 +102,7 @@ def _status_of(mount: Mount) -> Status:
 
 
 def request_status(mountpoint: str) -> StatusRequest:
-    """Ask the mount on `mountpoint` for its status, without waiting for the reply.
+    """Ask the mount on `mountpoint` for its status, without waiting. Returns the request under way.
 
     Raises MountError if nothing is mounted there.
     """
@@ -131,7 +131,7 @@ def wait(mountpoint: str, progress: Progress) -> Status:
 
 
 def _await_status(mountpoint: str) -> Status:
-    """Return the status, however long the mount takes to answer. A warning tells of an unresponsive mount."""
+    """Return the status of the mount on `mountpoint`, however long it takes. Warns if the mount is unresponsive."""
     with contextlib.closing(request_status(mountpoint)) as request:
         status = request.status(ANSWER_SECONDS)
         if status is None:
@@ -157,7 +157,7 @@ def read_map(mountpoint: str, max_cells: int) -> list[MapCell]:
 
 
 def _seconds_for(command: str) -> float | None:
-    """Return how long `command` may take. Returns None if the source decides how long."""
+    """Return how many seconds `command` may take, by its name. Returns None if the source decides how long."""
     return {"pause": _LAST_SYNC_SECONDS, "prefetch": None}.get(command, ANSWER_SECONDS)
 
 
@@ -183,7 +183,7 @@ def command(mountpoint: str, request: dict[str, Any]) -> None:
 
 
 def umount(mountpoint: str) -> Status | None:
-    """Unmount `mountpoint`, and return when its program has synced the destination and ended.
+    """Unmount `mountpoint`, and wait until its program has synced the destination and ended.
 
     Returns the last status, or None if the mount has none. Another user's mount is waited for only for seconds.
     Raises MountError if nothing is mounted there, if it cannot be unmounted, or if its program does not end.
@@ -210,12 +210,12 @@ def umount(mountpoint: str) -> Status | None:
 
 
 def _sync_seconds(mount: Mount) -> float:
-    """Return how long the last sync of `mount` may take. Another user may delay root only shortly."""
+    """Return how many seconds the last sync of `mount` may take. Another user may delay root only shortly."""
     return _LAST_SYNC_SECONDS if mount.owner in (0, os.geteuid()) else _UNTRUSTED_SYNC_SECONDS
 
 
 def _settled_status(mount: Mount) -> Status:
-    """Return the status after the last sync, or when the time for it is over."""
+    """Return the status of `mount` after the last sync, or when the time for the sync is over."""
     end = time.monotonic() + _sync_seconds(mount)
     status = _status_of(mount)
     while status.state in (State.HYDRATING, State.VERIFYING) and status.counts.done == status.size:
@@ -227,7 +227,10 @@ def _settled_status(mount: Mount) -> Status:
 
 
 def _process_of(status: Status, mount: Mount, stack: contextlib.ExitStack) -> int | None:
-    """Return a descriptor of the mount's process, which `stack` closes. Returns None if it is not the owner's."""
+    """Return a pidfd of the process that `status` of `mount` names. `stack` closes the descriptor.
+
+    Returns None if there is no such process, or if it is not the owner's.
+    """
     try:
         process = os.pidfd_open(status.pid)
         stack.callback(os.close, process)
@@ -238,9 +241,9 @@ def _process_of(status: Status, mount: Mount, stack: contextlib.ExitStack) -> in
 
 
 def _await_end(process: int, mount: Mount, pid: int) -> None:
-    """Return when the process has ended. No signal is sent, because another user may have named the process.
+    """Return when the program of `mount` has ended. No signal is sent: another user may have named the process.
 
-    Raises MountError if the process does not end in time.
+    `process`: its pidfd. `pid`: its process id. Raises MountError if the process does not end in time.
     """
     poll = select.poll()
     poll.register(process, select.POLLIN)
@@ -289,7 +292,7 @@ def clear_dead_mount(mountpoint: str, *, replace: bool, kind: str = KIND) -> Non
 
 
 def _unmount(mountpoint: str, *options: str) -> None:
-    """Unmount by fusermount3. Raises MountError if that fails."""
+    """Unmount `mountpoint` by fusermount3, called with `options` as well. Raises MountError if that fails."""
     program = fuse_support.fusermount()
     if program is None:
         raise MountError(fuse_support.FUSERMOUNT_MISSING)

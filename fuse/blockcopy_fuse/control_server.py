@@ -58,7 +58,7 @@ class ControlServer:
     async def serve(self, replica: Replica, status: Callable[[], Status], end: Callable[[], None]) -> None:
         """Answer requests about `replica` until cancelled.
 
-        `status`: returns the status of the moment. `end`: called to end the mount.
+        `status`: called without arguments, returns the Status of the moment. `end`: called to end the mount.
         Call from trio's thread only.
         """
 
@@ -78,7 +78,8 @@ class ControlServer:
 async def opened(device: str) -> AsyncIterator[ControlServer | None]:
     """Open the control socket of the mount with the number `device`, MAJOR:MINOR, and remove it in the end.
 
-    Yields None, after a warning, if the socket cannot be made. Call from trio's thread only.
+    Yields the open ControlServer. Yields None, after a warning, if the socket cannot be made. Call from trio's
+    thread only.
     """
     try:
         server = await abandonable.run_within(partial(_listen, device), _FOLDER_SECONDS)
@@ -95,7 +96,10 @@ async def opened(device: str) -> AsyncIterator[ControlServer | None]:
 
 
 def _listen(device: str) -> ControlServer:
-    """Make the socket. Raises OSError or DeviceError if it cannot be made."""
+    """Make the socket of the mount with the number `device`, and return its ControlServer.
+
+    Raises OSError or DeviceError if the socket cannot be made.
+    """
     path = make_runtime_dir() / probe.socket_name(device, os.getpid())
     _remove_dead_sockets(path.parent)
     path.unlink(missing_ok=True)
@@ -111,7 +115,7 @@ def _listen(device: str) -> ControlServer:
 
 
 def _remove_dead_sockets(folder: Path) -> None:
-    """Remove the sockets of mounts that were killed: nobody listens at these any more."""
+    """Remove the sockets in `folder` at which nobody listens any more: their mounts were killed."""
     for path in folder.glob("*.sock"):
         with socket.socket(socket.AF_UNIX) as client:
             client.setblocking(False)
@@ -143,7 +147,10 @@ async def _reply(
 
 
 async def _request(stream: trio.SocketStream) -> dict[str, Any]:
-    """Receive one request. Raises UsageError if it is malformed or too long."""
+    """Receive one request from `stream`, and return it, an object of JSON.
+
+    Raises UsageError if the request is malformed or too long.
+    """
     line = b""
     while not line.endswith(b"\n"):
         data = await stream.receive_some(_MAX_REQUEST)
@@ -159,7 +166,10 @@ async def _request(stream: trio.SocketStream) -> dict[str, Any]:
 
 
 async def _change(replica: Replica, request: dict[str, Any]) -> None:
-    """Do what `request` asks for. Raises UsageError if it is unknown or malformed, BlockcopyError if it fails."""
+    """Do to `replica` what `request`, an object of JSON, asks for.
+
+    Raises UsageError if the request is unknown or malformed, BlockcopyError if it fails.
+    """
     command = request.get("command")
     if command in ("pause", "resume", "limit") and not replica.hydrates:
         raise UsageError(f"there is nothing to {command}: the replica was mounted with --no-background")
@@ -176,7 +186,7 @@ async def _change(replica: Replica, request: dict[str, Any]) -> None:
 
 
 def _extents(ranges: list[list[int]], size: int) -> list[Extent]:
-    """Convert `ranges`, each [offset, length]. Raises UsageError if one begins beyond the source's `size`."""
+    """Return `ranges`, each [offset, length], as Extents. Raises UsageError if one begins beyond `size` bytes."""
     for offset, _ in ranges:
         if offset >= size:
             raise UsageError(f"there is nothing at {offset}: the source has {size} bytes")

@@ -23,8 +23,9 @@ _READY = b"ready"
 
 
 def run_in_background(program: Callable[[Callable[[], None]], object]) -> bool:
-    """Run `program(ready)` in a child process, and return once the child has called `ready`.
+    """Run `program` in a child process, and return once the child is ready.
 
+    `program`: called in the child with `ready`, a function to call when the mount serves.
     Returns True in the parent, and False in the child when the program has ended.
     Raises, in the parent, the BlockcopyError by which the child failed before it was ready.
     """
@@ -41,7 +42,10 @@ def run_in_background(program: Callable[[Callable[[], None]], object]) -> bool:
 
 
 def _await_ready(child: int, reader: int) -> None:
-    """Wait for the message of process `child`. Raises the error that the message describes, or MountError."""
+    """Wait for the message of process `child` in the pipe `reader`, a descriptor.
+
+    Raises the error that the message describes. Raises MountError if there is no message.
+    """
     try:
         with open(reader, "rb") as pipe:
             message = pipe.read()
@@ -60,7 +64,10 @@ def _await_ready(child: int, reader: int) -> None:
 
 
 def _run_child(program: Callable[[Callable[[], None]], object], writer: int) -> None:
-    """Run the program, and send the parent one message: ready, or the error as JSON."""
+    """Run `program(ready)`, and send the parent one message: ready, or the error as JSON.
+
+    `writer`: the descriptor of the pipe to the parent. Raises what `program` raises, as a BlockcopyError.
+    """
     is_ready = False
 
     def ready() -> None:

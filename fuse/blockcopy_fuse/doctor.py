@@ -37,13 +37,12 @@ _MIN_VERSIONS = {"pyfuse3": (3, 4), "trio": (0, 25)}
 
 
 class CheckResult(NamedTuple):
-    """The result of one check. `message`: what was found and, if that is bad, what to do.
-
-    `note`: a mount works without it, but slower or with less. `FAIL`: a mount or sync is not possible.
-    """
+    """The verdict of one check, and its message."""
 
     verdict: Literal["ok", "note", "FAIL"]
+    """note: a mount works, but slower or with less. FAIL: a mount or sync is not possible."""
     message: str
+    """What was found and, if that is bad, what to do."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def examine() -> Iterator[CheckResult]:
 
 
 def examine_host(command: Command, *, prompts: bool = False) -> Iterator[CheckResult]:
-    """Check the host on which `command` runs `facts`. Yields a result for each point.
+    """Check the host on which `command` runs the stage `facts`. Yields a result for each point.
 
     `prompts`: whether ssh may ask for a password at the terminal.
     """
@@ -93,7 +92,11 @@ def examine_host(command: Command, *, prompts: bool = False) -> Iterator[CheckRe
 
 
 def _facts(command: Command, *, prompts: bool) -> HostFacts:
-    """Run `facts`, and return its reply. Raises RemoteError, with what to do, if there is no valid answer."""
+    """Run `command`, which runs the stage `facts`, and return its reply.
+
+    `prompts`: whether ssh may ask for a password at the terminal.
+    Raises RemoteError, with what to do, if there is no valid reply.
+    """
     host = command.location.host_shown
     session = Session(command, timeout=_HOST_SECONDS, prompts=prompts)
     answer = b""
@@ -111,7 +114,10 @@ def _facts(command: Command, *, prompts: bool) -> HostFacts:
 
 
 def _read(stream: InputStream, host: str) -> bytes:
-    """Read to the end of `stream`. Raises RemoteError if there are more bytes than `facts` writes."""
+    """Return all bytes up to the end of `stream`. `host`: its name in messages.
+
+    Raises RemoteError if there are more bytes than the stage `facts` writes.
+    """
     buffer = memoryview(bytearray(_MAX_FACTS))
     length = 0
     while count := stream.read_into(buffer[length:]):
@@ -122,7 +128,7 @@ def _read(stream: InputStream, host: str) -> bytes:
 
 
 def _both_hosts(host: str, facts: HostFacts) -> Iterator[CheckResult]:
-    """Check what depends on this host and on `host`. `facts`: those of `host`."""
+    """Check what depends on this host and on `host`, its name. Yields the results. `facts`: those of `host`."""
     yield CheckResult("ok", f"{host}: digests: {_speeds(facts.digests)}")
     chosen = digests.choose(digests.speeds(), facts.digests)
     yield CheckResult("ok", f"{host}: blocks would be compared by {chosen}")
@@ -152,7 +158,7 @@ def _package(name: str, minimum: tuple[int, int]) -> CheckResult:
 
 
 def _fuse() -> Iterator[CheckResult]:
-    """Check the device and the programs that mounting needs."""
+    """Check the device and the programs that mounting needs. Yields the results."""
     problem = fuse_support.device_problem()
     yield CheckResult("FAIL", problem) if problem else CheckResult("ok", "/dev/fuse can be used")
     program = fuse_support.fusermount()
@@ -169,7 +175,7 @@ def _fuse() -> Iterator[CheckResult]:
 
 
 def _limits() -> Iterator[CheckResult]:
-    """Check the kernel's limits. Yields only those that matter here."""
+    """Check the kernel's limits. Yields results only for limits that matter here."""
     if not fuse_support.has_fusectl():
         fix = f"mount -t fusectl none {fuse_support.CONNECTIONS}"
         yield CheckResult("note", f"12 reads that wait for the source block all others: {fix}")
@@ -183,7 +189,7 @@ def _limits() -> Iterator[CheckResult]:
 
 
 def _folders() -> Iterator[CheckResult]:
-    """Check the folders of sockets and of state files."""
+    """Check the folders of sockets and of state files. Yields the results."""
     try:
         yield CheckResult("ok", f"sockets are in {make_runtime_dir()}")
     except BlockcopyError as error:

@@ -35,7 +35,7 @@ class ListedMount:
         return {"source": self.mount.source, **fields, "mountpoint": self.mount.mountpoint}
 
     def cells(self) -> list[str]:
-        """Return the texts of a table's row. The last one is an error if there is no status."""
+        """Return the list of texts in the table's row. The last text is an error if there is no status."""
         status = self.status
         if status is None:
             return [self.mount.mountpoint, self.mount.source, self.error]
@@ -52,7 +52,7 @@ class ListedMount:
 
 
 def replicas() -> list[ListedMount]:
-    """Ask all mounted replicas for their status, side by side, and return them within about a second."""
+    """Ask all mounted replicas for their status, side by side. Returns a ListedMount each, in a second."""
     replica_mounts = [mount for mount in mountinfo.mounts() if mount.kind == KIND and mount.owner != NO_FUSE]
     requests = [StatusRequest(mount) for mount in replica_mounts]
     end = time.monotonic() + _SECONDS
@@ -60,7 +60,10 @@ def replicas() -> list[ListedMount]:
 
 
 def _listed(mount: Mount, request: StatusRequest, end: float) -> ListedMount:
-    """Wait for the status until `end`, a time of the monotonic clock."""
+    """Wait until `end`, a time of the monotonic clock, for the status that `request` asks `mount` for.
+
+    Returns `mount` with its status, or with the reason why there is none.
+    """
     with contextlib.closing(request):
         try:
             status = request.status(max(0, end - time.monotonic()))
@@ -70,7 +73,7 @@ def _listed(mount: Mount, request: StatusRequest, end: float) -> ListedMount:
 
 
 def table(mounts: list[ListedMount]) -> str:
-    """Return a table of `mounts` for people. An error may be longer than its column."""
+    """Return a table of `mounts` as text, for people. An error may be longer than its column."""
     rows = [_HEADINGS, *([printable(text) for text in each.cells()] for each in mounts)]
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(_HEADINGS))]
     widths[2] = max(len(row[2]) for row in rows if len(row) == len(_HEADINGS))  # without the errors

@@ -26,7 +26,7 @@ _ENVIRONMENT = {"BLOCKCOPY_DEBUG": "The same as --verbose."}
 
 
 def page() -> str:
-    """Return the manual page as roff, for man(1)."""
+    """Return the text of the manual page as roff, for man(1)."""
     all_commands = parser()
     manpage = Manpage(all_commands, format="single-commands-section")
     manpage.description = "use a remote disk now, own a complete local copy of it soon"
@@ -41,7 +41,7 @@ def page() -> str:
 
 
 def _exit_statuses() -> Iterator[tuple[str, str]]:
-    """Yield each exit status and its meaning, from the error classes and the signals that end a program."""
+    """Yield each exit status and its meaning, as texts: from the error classes and the ending signals."""
     meanings: dict[int, list[str]] = {0: ["Done."]}
     for _, error in inspect.getmembers(errors, inspect.isclass):
         if issubclass(error, errors.BlockcopyError) and error is not errors.BlockcopyError:
@@ -53,7 +53,7 @@ def _exit_statuses() -> Iterator[tuple[str, str]]:
 
 
 def _status_fields(kind: type[Status | ReadStatus | LinkStatus], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the name and the help text of each field of `status --json`."""
+    """Yield a pair for each field of the status class `kind`: `prefix` and its name, and its help text."""
     for field in dataclasses.fields(kind):
         if isinstance(field.default, (ReadStatus, LinkStatus)):
             yield from _status_fields(type(field.default), f"{field.name}.")
@@ -62,17 +62,17 @@ def _status_fields(kind: type[Status | ReadStatus | LinkStatus], prefix: str = "
 
 
 def _list(items: Iterable[tuple[str, str]]) -> str:
-    """Return a list of terms and their descriptions as roff."""
+    """Return a list as roff. `items`: pairs of a term and its description."""
     return "\n".join(f".TP\n.B {_escaped(term)}\n{_escaped(description)}" for term, description in items)
 
 
 def _escaped(text: str) -> str:
-    """Escape `text` for roff, and remove backticks."""
+    """Return `text` escaped for roff, without backticks."""
     return text.replace("\\", "\\\\").replace("-", "\\-").replace("`", "")
 
 
 def completion(shell: str) -> str:
-    """Return the completion script for `shell`: one of the parser's SHELLS, such as bash."""
+    """Return the text of the completion script for `shell`, one of the parser's SHELLS, such as "bash"."""
     all_commands = parser()
     for command in commands_of(all_commands).values():
         _complete(command)
@@ -80,7 +80,7 @@ def completion(shell: str) -> str:
 
 
 def _complete(command: argparse.ArgumentParser) -> None:
-    """Let the shell complete paths, if an argument of `command` is one."""
+    """Let the shell complete paths, if an argument of `command`, a parser, is a path."""
     for action in command._actions:
         if action.metavar in ("FILE", "SOURCE", "DESTINATION"):
             action.complete = shtab.FILE  # type: ignore[attr-defined]

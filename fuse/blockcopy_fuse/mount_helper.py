@@ -54,7 +54,7 @@ def _parser() -> ConsoleParser:
 
 
 def command_line(args: argparse.Namespace) -> list[str]:
-    """Return the arguments of `blockcopy` that mean the same as `args`, the parsed arguments of the helper."""
+    """Return the list of arguments for `blockcopy` that means the same as `args`, the helper's parsed arguments."""
     known = {name: value for name, value in long_options("mount").items() if name not in _EXCLUDED}
     destination = ""
     line = ["--verbose"] * args.verbose + ["mount"]

@@ -29,12 +29,12 @@ class Mount(NamedTuple):
 
     @property
     def connection(self) -> str:
-        """Number of the FUSE connection, as in /sys/fs/fuse/connections."""
+        """The name of its folder in /sys/fs/fuse/connections: the minor device number, as text."""
         return self.device.partition(":")[2]
 
 
 def mount_at(mountpoint: str) -> Mount | None:
-    """Find the mount that was made last on `mountpoint`, an absolute path without symbolic links.
+    """Return the Mount that was made last on `mountpoint`, an absolute path without symbolic links.
 
     Returns None if nothing is mounted there.
     """
@@ -42,7 +42,7 @@ def mount_at(mountpoint: str) -> Mount | None:
 
 
 def mounts() -> Iterator[Mount]:
-    """Yield all mounts in the order in which they were made."""
+    """Yield all mounts as Mount, in the order in which they were made."""
     for line in mountinfo():
         fields = line.split(b" ")
         kind, source, options = fields[fields.index(b"-") + 1 :]
@@ -57,5 +57,5 @@ def mounts() -> Iterator[Mount]:
 
 
 def _text(field: bytes) -> str:
-    r"""Decode a field of mountinfo, in which \040 is a blank (proc(5))."""
+    r"""Return the bytes `field` of mountinfo as text. There \040 stands for a blank (proc(5))."""
     return os.fsdecode(field.decode("unicode_escape").encode("latin-1"))

@@ -63,11 +63,13 @@ _FILE_SECONDS = 2
 
 @dataclass(frozen=True)
 class MountPlan:
-    """A replica, and how it is mounted. If `name` is None, the mountpoint is a file, and becomes the replica."""
+    """A replica, and how it is mounted."""
 
     plan: Plan
     mountpoint: str
+    """Its absolute path."""
     name: str | None
+    """The name of the replica in the mounted folder. None: the mountpoint is a file, and becomes the replica."""
     options: MountOptions
     pid_file: str | None = None
     log_file: str | None = None
@@ -78,14 +80,14 @@ class MountPlan:
         return Path(self.mountpoint) / (self.name or "")
 
 
-def check(mount: MountPlan) -> None:
-    """Check, before anything is started, that `mount` is possible.
+def check(mount_plan: MountPlan) -> None:
+    """Check, before anything is started, that the mount of `mount_plan` is possible.
 
     Raises MountError if the mountpoint or FUSE cannot be used.
     Raises UsageError if the file's name is invalid, or if the mount would hide a path in use.
     """
-    mountpoint = Path(mount.mountpoint)
-    if control_client.is_replica(mount.mountpoint):
+    mountpoint = Path(mount_plan.mountpoint)
+    if control_client.is_replica(mount_plan.mountpoint):
         raise MountError(f"{mountpoint} has a replica mounted already (see: blockcopy status {mountpoint})")
     try:
         mode = mountpoint.stat().st_mode
@@ -96,24 +98,24 @@ def check(mount: MountPlan) -> None:
         raise MountError(f"cannot mount on {mountpoint}: {error.strerror}") from error
     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
         raise MountError(f"cannot mount on {mountpoint}: it is neither a folder nor a regular file")
-    for path, label in _paths_in_use(mount):
+    for path, label in _paths_in_use(mount_plan):
         if _hides(mountpoint, Path(path)):
             raise UsageError(f"the mount on {mountpoint} would hide the {label} {path}")
-    if mount.name is not None and ("/" in mount.name or mount.name in ("", ".", "..", STATUS_NAME)):
-        raise UsageError(f"--name {mount.name!r} cannot be the name of the file")
+    if mount_plan.name is not None and ("/" in mount_plan.name or mount_plan.name in ("", ".", "..", STATUS_NAME)):
+        raise UsageError(f"--name {mount_plan.name!r} cannot be the name of the file")
     if problem := fuse_support.device_problem():
         raise MountError(problem)
 
 
-def _paths_in_use(mount: MountPlan) -> Iterator[tuple[str, str]]:
-    """Yield each path that is used while the mount exists, and a label for messages."""
-    plan = mount.plan
+def _paths_in_use(mount_plan: MountPlan) -> Iterator[tuple[str, str]]:
+    """Yield each path that is used while the mount of `mount_plan` exists, and a label for messages, in pairs."""
+    plan = mount_plan.plan
     yield plan.destination, "destination"
     if plan.command.location.host is None:
         yield plan.command.location.path, "source"
     if plan.keep_state:
         yield plan.state or str(default_folder()), "state file"
-    files = {"pid file": mount.pid_file, "log file": mount.log_file, "metrics file": plan.metrics}
+    files = {"pid file": mount_plan.pid_file, "log file": mount_plan.log_file, "metrics file": plan.metrics}
     yield from ((path, label) for label, path in files.items() if path is not None)
     yield plan.command.working_dir, "folder it is started in,"
     yield plan.command.argv[0], "program"
@@ -128,16 +130,16 @@ def _hides(mountpoint: Path, path: Path) -> bool:
     return path.exists() and path.samefile(mountpoint)
 
 
-async def serve(mount: MountPlan, ready: Callable[[], None], progress: Progress, notifier: Notifier) -> Status:
-    """Make the mount `mount`, and serve it until a signal or an unmount. Returns the last status.
+async def serve(mount_plan: MountPlan, ready: Callable[[], None], progress: Progress, notifier: Notifier) -> Status:
+    """Make the mount of `mount_plan`, and serve it until a signal or an unmount. Returns the last status.
 
-    `ready`: called once, when the mount is there. `progress`, `notifier`: get reports meanwhile.
+    `ready`: called once without arguments, when the mount is there. `progress`, `notifier`: get reports meanwhile.
     Raises, in exception groups, what `open_replica` raises, and MountError if FUSE refuses the mount.
     Raises Interrupted if a signal came before the mount was there. Call from trio's thread only.
     """
     stop = trio.Event()
     mounted = False
-    mountpoint = os.path.realpath(mount.mountpoint)  # resolved now: later it would be a request to this process
+    mountpoint = os.path.realpath(mount_plan.mountpoint)  # now: later it would be a request to this process
     socket: ControlServer | None = None
 
     async def watch_signals() -> None:
@@ -149,26 +151,26 @@ async def serve(mount: MountPlan, ready: Callable[[], None], progress: Progress,
 
     async with receive_signals() as signals, trio.open_nursery() as nursery:
         nursery.start_soon(watch_signals)
-        async with open_replica(mount.plan) as replica:
+        async with open_replica(mount_plan.plan) as replica:
 
             def status() -> Status:
                 path = socket.path if socket else None
                 return dataclasses.replace(replica.status(), mountpoint=mountpoint, control_socket=path)
 
-            _init(mount, mountpoint, replica, status)
+            _init(mount_plan, mountpoint, replica, status)
             mounted = True
             try:
-                with _released_before_helper(mount.options):
+                with _released_before_helper(mount_plan.options):
                     async with (
                         control_server.opened(_device_of(mountpoint)) as socket,
-                        _pid_file(mount.pid_file),
+                        _pid_file(mount_plan.pid_file),
                         trio.open_nursery() as helpers,
                     ):
                         parts = {
                             "sd_notify": partial(notifier.keep_notifying, replica),
-                            "--metrics": partial(prometheus.keep_writing, mount.plan.metrics, status),
+                            "--metrics": partial(prometheus.keep_writing, mount_plan.plan.metrics, status),
                             "the progress": partial(report, replica, progress),
-                            "--on-complete": partial(_on_complete, mount.plan, replica, status),
+                            "--on-complete": partial(_on_complete, mount_plan.plan, replica, status),
                         }
                         if socket is not None:
                             parts["the control socket"] = partial(socket.serve, replica, status, stop.set)
@@ -196,7 +198,10 @@ async def _on_complete(plan: Plan, replica: Replica, status: Callable[[], Status
 
 @asynccontextmanager
 async def _pid_file(path: str | None) -> AsyncIterator[None]:
-    """Keep this process's id in the file `path` inside the `with`. Raises MountError if it cannot be written."""
+    """Keep this process's id in the file `path` inside the `async with` block. Yields nothing.
+
+    Does nothing if `path` is None. Raises MountError if the file cannot be written.
+    """
     if path is None:
         yield
         return
@@ -212,36 +217,46 @@ async def _pid_file(path: str | None) -> AsyncIterator[None]:
             await abandonable.run_within(partial(safe_write.remove, path, written), _FILE_SECONDS)
 
 
-def await_first_answer(mount: MountPlan) -> None:
-    """Return when `mount` answers. Call from another process than the one that serves it.
+def await_first_answer(mount_plan: MountPlan) -> None:
+    """Return when the mount of `mount_plan` answers. Call from another process than the one that serves.
 
     Raises MountError if the mount cannot be read, MountUnresponsiveError if it does not answer.
     """
-    await_file(str(mount.file), mount.mountpoint)
+    await_file(str(mount_plan.file), mount_plan.mountpoint)
 
 
-def _init(mount: MountPlan, mountpoint: str, replica: Replica, status: Callable[[], Status]) -> None:
-    """Make the mount. Raises MountError if libfuse cannot."""
-    name = mount.options.fsname or str(mount.plan.command.location)
+def _init(mount_plan: MountPlan, mountpoint: str, replica: Replica, status: Callable[[], Status]) -> None:
+    """Mount `replica` on the resolved path `mountpoint`, as `mount_plan` says.
+
+    `status`: called without arguments, returns the content of the status file.
+    Raises MountError if libfuse cannot mount.
+    """
+    name = mount_plan.options.fsname or str(mount_plan.plan.command.location)
     options = {
         *pyfuse3.default_options,
         "ro",
         f"fsname={quoted(name)}",
-        f"subtype={mount.options.subtype}",
-        *mount.options.fuse,
+        f"subtype={mount_plan.options.subtype}",
+        *mount_plan.options.fuse,
     }
     operations = Operations(
-        replica, mount.name, status, options=mount.options, before_first_open=lambda: fuse_support.tune(mountpoint)
+        replica,
+        mount_plan.name,
+        status,
+        options=mount_plan.options,
+        before_first_open=lambda: fuse_support.tune(mountpoint),
     )
     try:
         pyfuse3.init(operations, mountpoint, options)
     except RuntimeError as error:  # libfuse has printed the reason itself
-        raise MountError(f"cannot mount on {mount.mountpoint}: {error}") from error
+        raise MountError(f"cannot mount on {mount_plan.mountpoint}: {error}") from error
 
 
 @contextmanager
 def _released_before_helper(options: MountOptions) -> Iterator[None]:
-    """Make the kernel end the connection before libfuse's helper notices our death. Only for `auto_unmount`.
+    """Make the kernel end the connection before libfuse's helper notices our death. Yields nothing.
+
+    Does nothing unless `options` have auto_unmount.
 
     The helper unmounts only a mount that answers ENOTCONN. A connection that still exists, or is just ending,
     answers something else, and the dead mount would stay.
@@ -287,7 +302,10 @@ def _is_fuse(entry: Path) -> bool:
 
 
 async def _serve(replica: Replica, stop: trio.Event, ready: Callable[[], None], notifier: Notifier) -> None:
-    """Serve requests until `stop` is set or the mount is removed from outside."""
+    """Serve requests for `replica` until `stop` is set or the mount is removed from outside. Sets `stop` then.
+
+    `ready`: called once without arguments, when requests are served. `notifier`: reports the start and the end.
+    """
 
     async def take_requests() -> None:
         await pyfuse3.main(max_tasks=_MAX_HANDLERS)

@@ -43,7 +43,7 @@ R = TypeVar("R")
 
 
 def handler(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
-    """Make `method` a handler that answers each error with an errno.
+    """Decorate the async `method` of Operations: returns one like it that answers each error with an errno.
 
     Any other exception than FUSEError would end the whole mount.
     """
@@ -81,8 +81,9 @@ class Operations(pyfuse3.Operations):
     ) -> None:
         """Show `replica` as the file `name`, or as the root itself if `name` is None.
 
-        `status`: returns the content of the status file. `options`: owner and mode of the files.
-        `before_first_open`: called once, before the replica is opened.
+        `status`: called without arguments, returns the content of the status file.
+        `options`: owner and mode of the files.
+        `before_first_open`: called once without arguments, before the replica is opened.
         """
         super().__init__()
         self._before_first_open: Callable[[], None] | None = before_first_open
@@ -128,7 +129,10 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext) -> EntryAttributes:
-        """Return the attributes of `name` in the folder `parent_inode`. Raises FUSEError if it does not exist."""
+        """Return the attributes of the file `name`, bytes, in the folder `parent_inode`.
+
+        Raises FUSEError if there is no such file.
+        """
         if name in (b".", b".."):
             return self._attributes(_ROOT)
         if parent_inode != _ROOT or name not in self._entries:
@@ -136,7 +140,7 @@ class Operations(pyfuse3.Operations):
         return self._attributes(self._entries[name])
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
-        """Do nothing: the inodes exist as long as the mount."""
+        """Do nothing: the inodes in `inode_list` exist as long as the mount."""
 
     @handler
     async def opendir(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileHandleT:
@@ -159,7 +163,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def open(self, inode: InodeT, flags: FlagT, ctx: pyfuse3.RequestContext) -> FileInfo:
-        """Make a handle for reading the file `inode`.
+        """Open the file `inode` for reading. Returns a FileInfo with the handle.
 
         `flags`: those of open(2). Raises FUSEError if `inode` is a folder, or if `flags` allow writing.
         """
@@ -204,7 +208,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        """Return sizes and counts of the file system: it is full, and has the size of the replica."""
+        """Return pyfuse3's StatvfsData of the file system: it is full, and has the size of the replica."""
         data = pyfuse3.StatvfsData()
         data.f_bsize = data.f_frsize = 4096
         data.f_blocks = -(-self._volume.size // data.f_frsize)

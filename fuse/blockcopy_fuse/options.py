@@ -57,7 +57,9 @@ class MountOptions:
 
 
 def split(text: str) -> Iterator[str]:
-    r"""Split `text`, the value of an `-o`, at its commas. Yields each option without quotes, as mount(8) has them.
+    r"""Yield the options in `text`, the value of an `-o`, split at its commas and without quotes.
+
+    The quotes are those of mount(8).
 
     For example, a,b="c,d",e=f\,g gives a, b=c,d and e=f,g.
     """
@@ -74,7 +76,7 @@ def quoted(name: str) -> str:
 
 
 def parse(texts: list[str]) -> MountOptions:
-    """Parse `texts`, the values of all `-o`, into MountOptions.
+    """Return the MountOptions that `texts`, the values of all `-o`, describe.
 
     libfuse is not asked, because its own messages come too late.
     Raises UsageError if an option is unknown, has a wrong value, or is not allowed.
@@ -116,7 +118,7 @@ def _why_not(name: str) -> str:
 
 
 def _check_sharing(flags: set[str]) -> None:
-    """Raise UsageError if other users cannot be allowed to read the mount."""
+    """Raise UsageError if `flags`, names of options, let other users read the mount, and that is not possible."""
     shared = flags & {"allow_other", "allow_root"}
     if len(shared) > 1:
         raise UsageError("-o allow_other and -o allow_root exclude each other: the first is for root as well")
@@ -128,7 +130,10 @@ def _check_sharing(flags: set[str]) -> None:
 
 
 def _id(option: str, text: str) -> int:
-    """Return the number of a user or group, given by name or number. `option`: uid or gid."""
+    """Return the id of the user or group that `text` gives by name or number. `option`: "uid" or "gid".
+
+    Raises UsageError if there is none.
+    """
     if text.isdecimal():
         number = int(text)
         if number < 2**32 - 1:

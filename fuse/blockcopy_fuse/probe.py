@@ -60,7 +60,7 @@ class ForkedCall:
     """A function that runs in a child process. Call `close` in the end."""
 
     def __init__(self, work: Callable[[], bytes]) -> None:
-        """Fork a child that calls `work` and sends back what it returns, at most 1 MiB."""
+        """Fork a child that calls `work` without arguments and sends back its result: bytes, at most 1 MiB."""
         self._received = bytearray()
         self._pipe, child_end = os.pipe()
         self._pid = os.fork()
@@ -105,7 +105,10 @@ class ForkedCall:
 
 
 def _leave_all_but(kept: int) -> None:
-    """Release everything of the parent's that others may wait for: streams, session, folder, descriptors."""
+    """Release everything of the parent's that others may wait for: streams, session, folder, descriptors.
+
+    `kept`: the descriptor that stays open.
+    """
     os.setsid()
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
@@ -123,7 +126,7 @@ def _write(fd: int, data: bytes) -> None:
 
 
 def find_mount(path: str) -> Mount | None:
-    """Find the FUSE mount at `path` without touching it. Returns None if no FUSE mount is there.
+    """Return the Mount at `path` without touching it. Returns None if no FUSE mount is there.
 
     Raises MountUnresponsiveError if `path` itself cannot be resolved in time.
     """
@@ -219,7 +222,11 @@ class MountRequest:
 
 
 def _reply(mount: Mount, head: str, found: dict[str, Any] | None) -> dict[str, Any]:
-    """Convert the result of the child into the reply of a control socket. `head`: the first line of the result."""
+    """Return the result of the child in the form of a control socket's reply, an object of JSON.
+
+    `mount`: the mount that was asked. `head`: the first line of the result. `found`: the parsed rest, or None.
+    Raises MountError if there is no reply.
+    """
     kind, _, number = head.partition(" ")
     if found is not None and kind == "socket":
         return {**found, "pid": int(number)}
@@ -242,7 +249,7 @@ def _reply(mount: Mount, head: str, found: dict[str, Any] | None) -> dict[str, A
 
 
 def invalid_reply(mount: Mount, reason: ValueError) -> MountError:
-    """Return the error for a malformed reply of `mount`. `reason`: what is wrong with the reply."""
+    """Return the error for a malformed reply of `mount`. `reason`: the ValueError that says what is wrong."""
     return MountError(f"the mount on {mount.mountpoint} sent an invalid reply: {reason}")
 
 
@@ -255,7 +262,10 @@ def dead_mount_message(mountpoint: str) -> str:
 
 
 def _request_in_child(mount: Mount, request: dict[str, Any], pid: int | None) -> bytes:
-    """Return a line that says who answered (`socket PID`, `file`, `errno NUMBER` or `nobody`), and the answer."""
+    """Send `request`, an object of JSON, to `mount`. Returns bytes: a line that says who answered, and the answer.
+
+    The line is socket PID, file, errno NUMBER or nobody. `pid`: the only process that may answer, or None.
+    """
     for path in _sockets(mount):
         with contextlib.suppress(OSError):
             peer, reply = _exchange(path, mount.owner, request, pid)
@@ -274,7 +284,9 @@ def _request_in_child(mount: Mount, request: dict[str, Any], pid: int | None) ->
 
 
 def _read_status_file(path: str) -> bytes:
-    """Return the bytes of a regular file, and none of anything else: another user's mount may have a link there.
+    """Return the bytes of the file `path`. Returns no bytes if `path` is no regular file.
+
+    Another user's mount may have a link there.
 
     Raises OSError if the file cannot be opened or read.
     """
@@ -291,7 +303,7 @@ def _read_status_file(path: str) -> bytes:
 
 
 def _sockets(mount: Mount) -> list[str]:
-    """Return the paths of the sockets with the mount's name, the newest first.
+    """Return the paths of the sockets with the name of `mount`, the newest first.
 
     A mount that is ending may have the same name.
     """
@@ -315,9 +327,11 @@ def socket_name(device: str, pid: int | str) -> str:
 
 
 def _exchange(path: str, owner: int, request: dict[str, Any], pid: int | None) -> tuple[int, bytes]:
-    """Return the process id of the server of a socket, as the kernel reports it, and the reply.
+    """Send `request`, an object of JSON, to the socket `path`. Returns the process id of its server, and the reply.
 
-    Raises OSError if the server is not the owner's process, or not process `pid`.
+    The kernel reports the process id. `owner`: a user id. The reply is bytes.
+    `pid`: the only process that may be the server, or None.
+    Raises OSError if the server is another process, or not one of `owner`.
     """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
@@ -329,7 +343,10 @@ def _exchange(path: str, owner: int, request: dict[str, Any], pid: int | None) -
 
 
 def _read(read_some: Callable[[int], bytes]) -> bytes:
-    """Read to the end, or to one byte more than a reply may have. `read_some`: returns at most that many bytes."""
+    """Return all bytes up to the end, or one byte more than a reply may have.
+
+    `read_some`: called with a number of bytes, returns at most so many bytes.
+    """
 
     def pieces() -> Iterator[bytes]:
         left = _MAX_REPLY + 1

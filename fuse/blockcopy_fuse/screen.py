@@ -60,7 +60,10 @@ class DeviceMap:
         self._kinds = [cell_kind(cell) for cell in cells]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield the rows and the legend, in ASCII if the terminal's encoding is no UTF."""
+        """Yield the rows and the legend for rich, in ASCII if the encoding of `console` is no UTF.
+
+        `options`: have the width.
+        """
         ascii_only = not console.encoding.lower().startswith("utf")
         drawn, legend = Text(), Text()
         for kind in self._kinds:
@@ -74,7 +77,7 @@ class DeviceMap:
 
 
 def screen(status: Status, cells: list[MapCell], *, unanswered_seconds: float = 0) -> RenderableType:
-    """Return the whole screen for `rich`. Without `cells` there is no map.
+    """Return the whole screen for rich: `status`, and a map of `cells` if there are any.
 
     `unanswered_seconds`: for how long the mount has not answered. `status` is then the last known one.
     """

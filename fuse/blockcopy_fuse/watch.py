@@ -19,17 +19,17 @@ from blockcopy.errors import Interrupted
 from blockcopy_fuse import control_client
 from blockcopy_fuse.screen import screen
 
-_SECONDS = 0.5
+_INTERVAL_SECONDS = 0.5
 """Interval between two looks at the mount."""
 
 _MIN_ROWS = 2
-"""Rows of the map at least, and if the status is shown once."""
+"""Fewest rows of the map. Also its rows when the status is shown once."""
 
 _OTHER_ROWS = 14
 """Rows of a whole terminal that the map leaves to the rest."""
 
 _MAX_CELLS = 4096
-"""Cells of the map. The mount counts them between two reads that it serves, and reads must not wait."""
+"""Most cells of the map. Reads wait while the mount computes them."""
 
 
 def show(mountpoint: str) -> None:
@@ -52,15 +52,15 @@ def watch(mountpoint: str) -> None:
     status = control_client.read_status(mountpoint)
     answered_at, request = time.monotonic(), None
     try:
-        with _keys() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
+        with _keyboard_fds() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
                 unanswered = time.monotonic() - answered_at if request else 0
                 cells = [] if request else control_client.read_map(mountpoint, _max_cells(console))
                 live.update(screen(status, cells, unanswered_seconds=unanswered), refresh=True)
-                if select.select(keys, [], [], _SECONDS)[0] and os.read(keys[0], 1) in (b"q", b"Q", b""):
+                if select.select(keys, [], [], _INTERVAL_SECONDS)[0] and os.read(keys[0], 1) in (b"q", b"Q", b""):
                     return
                 request = request or control_client.request_status(mountpoint)
-                if (answer := request.status(_SECONDS)) is not None:
+                if (answer := request.status(_INTERVAL_SECONDS)) is not None:
                     status, answered_at, request = answer, time.monotonic(), None
     except Interrupted as interrupted:
         if interrupted.signum != signal.SIGINT:
@@ -68,14 +68,17 @@ def watch(mountpoint: str) -> None:
 
 
 def _max_cells(console: Console) -> int:
-    """Return how many cells of the map fill whole rows of the terminal."""
+    """Return how many cells of the map fill whole rows of the terminal of `console`."""
     rows = min(console.height - _OTHER_ROWS, _MAX_CELLS // console.width)
     return max(_MIN_ROWS, rows) * console.width
 
 
 @contextlib.contextmanager
-def _keys() -> Iterator[list[int]]:
-    """Yield standard input, which then gives each key at once. Yields an empty list if it is no terminal."""
+def _keyboard_fds() -> Iterator[list[int]]:
+    """Yield a list with the descriptor of standard input, which then gives each key at once.
+
+    Yields an empty list if standard input is no terminal.
+    """
     if sys.stdin is None or not sys.stdin.isatty():
         yield []
         return
