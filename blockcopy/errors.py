@@ -149,7 +149,7 @@ class InternalError(BlockcopyError):
 
 
 class Interrupted(BaseException):
-    """The signal SIGINT or SIGTERM.
+    """The signal `signum`, SIGINT or SIGTERM.
 
     It is no BlockcopyError, so that no handler of errors takes it for a failure.
     """

@@ -21,9 +21,9 @@ ZSTD = "backports.zstd>=1.0"
 
 
 def install_command(*requirements: str) -> str:
-    """Return the shell command that installs packages for the running Python.
+    """Return the shell command that installs `requirements`, such as "blake3>=0.4", for the running Python.
 
-    `requirements`: such as "blake3>=0.4". Returns advice in words instead if this Python is externally managed.
+    Returns advice in words instead if this Python is externally managed.
     """
     if is_externally_managed():
         return (

@@ -88,7 +88,7 @@ class StderrLines:
     """
 
     def __init__(self, log: Callable[[str], None], budget: LineBudget) -> None:
-        """Pass each line to `log`, within the rate limit of `budget`. The text may be unprintable.
+        """Call `log` with each line, within the rate limit of `budget`. The text may be unprintable.
 
         All connections to one host share one `budget`.
         """

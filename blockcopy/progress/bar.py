@@ -34,7 +34,7 @@ def available() -> bool:
 class Bar(TimedProgress):
     """A progress bar of one or two lines at the bottom of the terminal `stream`.
 
-    Text written to sys.stderr appears above the bar. All other output needs `suspended`.
+    Text written to sys.stderr appears above the bar. All other output needs `suspended()`.
     """
 
     seconds = 0.2
@@ -67,7 +67,7 @@ class Bar(TimedProgress):
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Remove the bar inside the context, in which the caller writes to the terminal."""
+        """Return a context manager that removes the bar, while the caller writes to the terminal."""
         with self._drawing:
             live = self._live
             if live is None:

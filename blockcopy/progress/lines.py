@@ -24,7 +24,7 @@ class LineProgress(Progress):
     def __init__(self, command: str, write: Callable[[str], None]) -> None:
         """Report nothing until the total is known, but the end in any case.
 
-        `command`: its name. `write`: writes a line.
+        `command`: name of the command, such as "checksum". `write`: called with each line.
         """
         self._what = command.capitalize()
         self._write = write
@@ -51,7 +51,7 @@ class LineProgress(Progress):
 
 
 class Figures(NamedTuple):
-    """Counts with the figures that follow from time."""
+    """The `counts` of a command, with the figures that follow from time."""
 
     counts: Counts
     rate: int
@@ -108,11 +108,11 @@ class TimedProgress(Progress):
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[None]:
-        """Surround all reports, for subclasses that open something."""
+        """Return a context manager that surrounds all reports, for subclasses that open something."""
         yield
 
     def _report(self, figures: Figures) -> None:
-        """Write one report."""
+        """Write one report of `figures`."""
         raise NotImplementedError
 
     def _figures(self) -> Figures:
@@ -129,7 +129,10 @@ class TimedProgress(Progress):
 
 
 class JsonProgress(TimedProgress):
-    """A reporter of a line of JSON each second, for programs."""
+    """A reporter of a line of JSON each second, for programs.
+
+    `command`: its name, a field of each line. `write`: called with each line.
+    """
 
     def __init__(self, command: str, write: Callable[[str], None]) -> None:
         super().__init__()
@@ -141,7 +144,7 @@ class JsonProgress(TimedProgress):
 
 
 def as_json(figures: Figures) -> dict[str, Any]:
-    """Return `figures` as the fields of a line of `--progress=json`. Unknown values are None."""
+    """Return `figures` as a dict, the fields of a line of `--progress=json`. Unknown values are None."""
     counts = figures.counts
     return {
         "state": counts.state,

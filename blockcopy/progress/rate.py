@@ -20,7 +20,10 @@ class RateMeter:
         self._samples: deque[tuple[float, int]] = deque(maxlen=_RATE_SECONDS)
 
     def sample(self, count: int) -> None:
-        """Note the current value of the counter, `count` bytes. Call once a second. A lower value restarts."""
+        """Note the current value of the counter, `count` bytes. Call once a second.
+
+        A value below the previous one restarts the measurement.
+        """
         if self._samples and count < self._samples[-1][1]:
             self._samples.clear()  # the counter counts something else now
         self._samples.append((time.monotonic(), count))

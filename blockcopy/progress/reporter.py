@@ -42,7 +42,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """End all reports."""
+        """End all reports. `kind`, `error`, `traceback`: the exception that ends the `with` statement, or None."""
 
     def update(self, counts: Counts) -> None:
         """Take the current `counts`. Thread-safe."""
@@ -52,5 +52,5 @@ class Progress:
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Draw nothing inside the context, in which the caller writes to the terminal."""
+        """Return a context manager within which nothing is drawn, while the caller writes to the terminal."""
         yield

@@ -18,7 +18,10 @@ class CompressionSpec(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> CompressionSpec:
-        """Parse `text`: "none", "auto", "zstd" or "zstd:LEVEL", as in options. Raises ValueError for other text."""
+        """Return the CompressionSpec that `text` names: "none", "auto", "zstd" or "zstd:LEVEL".
+
+        Raises ValueError for other text.
+        """
         method, _, level = text.partition(":")
         if method == "zstd" and level.isdecimal() and int(level) in zstd.LEVELS:
             return cls(method, int(level))
@@ -28,12 +31,15 @@ class CompressionSpec(NamedTuple):
         raise ValueError(f"{text!r} is neither zstd, zstd:{first} to zstd:{last}, auto nor none")
 
     def __str__(self) -> str:
-        """Return the option's value, which `parse` reads."""
+        """Return the text that `parse()` reads."""
         return f"zstd:{self.level}" if self.method == "zstd" else self.method
 
     @classmethod
     def from_greeting(cls, fact: object) -> CompressionSpec:
-        """Convert `fact`, the `compress` of a client's greeting (see `wire`). Unknown values mean "none"."""
+        """Return the CompressionSpec for `fact`, the value of `compress` in a client's greeting (see `wire`).
+
+        Unknown values mean "none".
+        """
         if not isinstance(fact, dict) or fact.get("name") != "zstd":
             return cls()
         level = fact.get("level")
@@ -42,7 +48,7 @@ class CompressionSpec(NamedTuple):
         return cls("auto" if fact.get("auto") else "zstd", min(max(level, zstd.LEVELS[0]), zstd.LEVELS[-1]))
 
     def to_greeting(self) -> dict[str, Any] | None:
-        """Return the value of `compress` for a client's greeting, a dict.
+        """Return the dict that is the value of `compress` in a client's greeting.
 
         Returns None if the method is "none", or if this host has no zstd.
         """

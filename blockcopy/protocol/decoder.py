@@ -22,7 +22,7 @@ _CAPACITY = _COMMAND_SIZE + FRAME_SIZE + MAX_BLOCK_SIZE + _LARGE
 
 
 class Decoder:
-    """An incremental parser of one stream, whose commands `grammar` lists. Not thread-safe.
+    """An incremental parser of one stream, whose commands `grammar` lists, a Grammar. Not thread-safe.
 
     `messages` reads and parses a whole stream. Otherwise, pass bytes to `feed`, which copies them, and take
     messages from `next`. To avoid the copy, write bytes into `get_buffer()` and call `buffer_updated`. Payloads are
@@ -45,10 +45,10 @@ class Decoder:
         return self._done
 
     def messages(self, read_into: Callable[[memoryview], int]) -> Iterator[Message | None]:
-        """Read a stream up to `done`, and iterate over its messages. Yields None before each read.
+        """Read a stream up to `done`, and yield its Messages. Yields None before each read.
 
-        `read_into`: writes the stream's next bytes into a memoryview and returns their number, 0 at the end. It may
-        wait, so None announces each call.
+        `read_into`: called with a memoryview, writes the stream's next bytes into the memoryview. Returns their
+        number, 0 at the end. The call may wait, so None announces each call.
 
         Raises TruncatedStreamError if the stream ends without `done`. Raises StreamError if it contains anything
         but messages.
@@ -76,7 +76,7 @@ class Decoder:
         return self._buffer[self._end :][: missing if missing > 0 and self._needed >= _LARGE else None]
 
     def buffer_updated(self, count: int) -> None:
-        """Accept `count` bytes that were written into the front of `get_buffer()`."""
+        """Accept `count` bytes that the caller has written into the front of the memoryview of `get_buffer()`."""
         if not self._done:
             self._end += count
 

@@ -32,7 +32,10 @@ def digest(data: Buffer) -> bytes:
 
 
 class Digest:
-    """A digest `function` of bytes, with a `name` that both ends know. Thread-safe. Releases the GIL."""
+    """A digest with a `name` that both ends know. Thread-safe. Releases the GIL.
+
+    `function`: called with bytes, returns their digest.
+    """
 
     def __init__(self, name: str, function: Callable[[Buffer], bytes]) -> None:
         self.name = name
@@ -42,7 +45,7 @@ class Digest:
         self.impossible = bytes(self.size)
         """A value that is no block's digest: a request with it always gets the bytes."""
         self.of_zeros = functools.lru_cache(maxsize=64)(self._of_zeros)
-        """Returns the digest of a number of zero bytes. Remembers the results."""
+        """Function of a number of bytes: returns the digest of so many zero bytes. Remembers the results."""
 
     def __call__(self, data: Buffer) -> bytes:
         """Return the digest of `data`, `size` bytes."""
@@ -71,7 +74,7 @@ NAMES = tuple(_MAKERS)
 
 @functools.cache
 def named(name: str) -> Digest:
-    """Return the digest called `name`, one of NAMES.
+    """Return the Digest called `name`, one of NAMES.
 
     Raises BlockcopyError if `name` is unknown, or if its package is missing on this host.
     """
@@ -92,7 +95,7 @@ _TRIAL_SIZE = 64 * 1024
 
 @functools.cache
 def speeds() -> dict[str, int]:
-    """Measure the digests of this host. Returns name → MB/s of one core, the best of a few trials.
+    """Measure the digests of this host. Returns a dict, name → MB/s of one core, the best of a few trials.
 
     Takes a few milliseconds in the first call.
     """
@@ -107,7 +110,7 @@ def speeds() -> dict[str, int]:
 
 
 def _trial(function: Digest) -> float:
-    """Return the seconds that one trial takes."""
+    """Return the seconds that `function` takes to digest _TRIAL_SIZE bytes."""
     data = bytes(_TRIAL_SIZE)
     started = time.perf_counter()
     function(data)
@@ -117,7 +120,7 @@ def _trial(function: Digest) -> float:
 def choose(local: Mapping[str, float], remote: Mapping[str, float]) -> str | None:
     """Return the name of the digest that is fastest at the slower end. Returns None if no name is common.
 
-    `local`, `remote`: each end's digests, name → MB/s.
+    `local`, `remote`: mappings of each end's digests, name → MB/s.
     """
     common = [name for name in local if name in remote]
     return max(common, key=lambda name: min(local[name], remote[name]), default=None)

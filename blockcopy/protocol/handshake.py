@@ -49,7 +49,7 @@ class Handshake:
         """Bytes that open the hash stream. Sent again later, they make the source greet again."""
 
     def read(self, message: wire.Message | None) -> SourceGreeting:
-        """Return the facts of a source's greeting. Every later greeting must choose the same digest.
+        """Return the SourceGreeting in `message`. Every later greeting must choose the same digest.
 
         `message`: first message of the source, or a later Hello. None if there is no message.
 
@@ -64,7 +64,7 @@ class Handshake:
 
 
 def read_client(hello: wire.Hello) -> ClientGreeting:
-    """Return what the source uses of a client's greeting `hello`. Raises StreamError without a common digest."""
+    """Return the ClientGreeting in a client's `hello`. Raises StreamError if there is no common digest."""
     return ClientGreeting(
         _common_digest(hello.facts.get("digests")), CompressionSpec.from_greeting(hello.facts.get("compress"))
     )
@@ -85,7 +85,7 @@ def _common_digest(offered: object) -> str:
 def source_greeting(identity: Identity, digest: str, compression: str) -> bytes:
     """Return the source's answer to a greeting, as bytes for the block stream.
 
-    `identity`: facts that tell this source from others. `digest`: name of the chosen digest. `compression`: "zstd"
+    `identity`: the source's Identity. `digest`: name of the chosen digest. `compression`: "zstd"
     or "none".
     """
     return _encode({"digest": digest, "compress": compression, "identity": identity})

@@ -44,7 +44,10 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _check(value: object, depth: int, errors: str) -> None:
-    """Raise ValueError if `value` is nested deeper than `depth`, or holds a bad number or text."""
+    """Raise ValueError if `value` is nested deeper than `depth`, or holds a bad number or text.
+
+    `errors`: as for `parse_object()`.
+    """
     if isinstance(value, (dict, list)):
         if not depth:
             raise ValueError("nested too deep")

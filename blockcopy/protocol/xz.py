@@ -31,7 +31,7 @@ def compress(data: Buffer) -> bytes:
 
 
 def expand(message: XzData) -> bytes:
-    """Return the expanded payload of a `dlzm` message, at most MAX_BLOCK_SIZE bytes.
+    """Return the expanded payload of `message`, a `dlzm` frame: at most MAX_BLOCK_SIZE bytes.
 
     Raises StreamError if the payload is not one whole xz stream, or if it expands to more. Raises BlockcopyError
     if this Python has no xz.

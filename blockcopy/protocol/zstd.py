@@ -32,7 +32,7 @@ def _module() -> Any:
 
 
 def available() -> bool:
-    """Return whether this host has zstd."""
+    """Return True if this host has zstd."""
     try:
         _module()
     except ImportError:
@@ -61,7 +61,7 @@ def compress(data: Buffer, level: int) -> bytes:
 
 
 def expand(message: ZstdData) -> bytes:
-    """Return the expanded payload of a `dzst` message, at most MAX_BLOCK_SIZE bytes.
+    """Return the expanded payload of `message`, a `dzst` frame: at most MAX_BLOCK_SIZE bytes.
 
     Raises StreamError if the payload is not one whole zstd frame, or if it expands to more. Raises BlockcopyError
     if this host has no zstd.

@@ -59,9 +59,10 @@ def checksum(
 ) -> None:
     """Write the hash stream of the destination `fd`, from byte `start` up to byte `end`.
 
-    `fd`: descriptor of a file, device or pipe. `path`: its name for messages. `output`: stream to write to.
-    `digest`: name of a digest, for the extended form. None selects the original form. `progress`: gets the bytes
-    read. Without `end`, a `rest` asks the source for all bytes beyond the destination's end, unless `fd` is a pipe.
+    `fd`: descriptor of a file, device or pipe. `path`: its name for messages. `output`: OutputStream to write to.
+    `digest`: name of a digest, for the extended form. None selects the original form. `progress`: reporter of the
+    bytes read. Without `end`, a `rest` asks the source for all bytes beyond the destination's end, unless `fd` is a
+    pipe.
 
     Raises DeviceError for the destination, and OutputError for the output. Raises BlockcopyError if `end` is not
     beyond `start`, or if this host lacks the digest.
@@ -108,7 +109,8 @@ def write_signatures(
 ) -> None:
     """Write the signatures of the first `size` bytes of `device` to `output`. Writes no `dgst` and no `done`.
 
-    `digest`: digest of the `asks`. `stop`: called before each piece, in a worker thread. True ends this call early.
+    `digest`: Digest of the `asks`. `stop`: called without arguments before each piece, in a worker thread. This
+    call ends early if `stop` returns True.
 
     Raises DeviceError for the device, and OutputError for the output.
     """
@@ -152,7 +154,7 @@ class _OriginalWriter:
         """Write the message that opens the form, if the form has one."""
 
     def pieces(self, scanner: PieceScanner, start: int, stop: int) -> Iterator[Piece]:
-        """Divide bytes `start` to `stop` of the scanned device into pieces. Holes are included."""
+        """Yield the Pieces of bytes `start` to `stop` of the device that `scanner` scans. Holes are included."""
         for at in range(start, stop, PIECE_SIZE):
             yield scanner.piece(at, min(PIECE_SIZE, stop - at), BLOCK_SIZE)
 
@@ -184,7 +186,10 @@ class _ExtendedWriter(_OriginalWriter):
         self._output.write([wire.encode(wire.DigestName(self.digest.name))])
 
     def pieces(self, scanner: PieceScanner, start: int, stop: int) -> Iterator[Piece]:
-        """Divide bytes `start` to `stop` of the scanned device into pieces with data, and one for each hole."""
+        """Yield the Pieces with data in bytes `start` to `stop` of the device that `scanner` scans.
+
+        Yields one Piece for each hole.
+        """
         at = start
         for piece in scanner.pieces_with_data(start, stop - start, BLOCK_SIZE):
             if at < piece.position:
@@ -219,7 +224,7 @@ class _ExtendedWriter(_OriginalWriter):
 
 
 class _DeviceSigner:
-    """Pieces of a device → signatures. Used by all worker threads at once."""
+    """Pieces of `device` → signatures by `digest`. Used by all worker threads at once."""
 
     def __init__(self, device: Device, digest: Digest) -> None:
         self._device = device
@@ -228,7 +233,10 @@ class _DeviceSigner:
         self._unreadable = UnreadableRanges()
 
     def sign(self, piece: Piece) -> list[_Signature]:
-        """Read `piece`, and return its signatures. Raises DeviceError if the device ends within the piece."""
+        """Read `piece`, and return the list of its signatures.
+
+        Raises DeviceError if the device ends within the piece.
+        """
         if not piece.data:
             return [_Signature(piece.position, piece.length, b"")] if piece.length else []
         found = digest_piece(self._device, piece, BLOCK_SIZE, self._digest, self._unreadable)
@@ -249,7 +257,7 @@ class _DeviceSigner:
 def _signatures(piece: Piece, found: list[bytes | None]) -> Iterator[_Signature]:
     """Yield the signatures of `piece`: one for each run of zero blocks, one for each run of others.
 
-    `found`: the digest of each block, None for zeros.
+    `found`: list with the digest of each block, None for zeros.
     """
     position, end = piece.position, piece.position + piece.length
     for _, group in itertools.groupby(found, key=lambda each: each is None):
@@ -268,7 +276,11 @@ def _sign_stream(
     *,
     wake: Callable[[], None] | None = None,
 ) -> None:
-    """Read bytes `start` to `end` by `read_into`. Pass their signatures to `write`. `wake` interrupts a read."""
+    """Read bytes `start` to `end` by `read_into`, and pass lists of their signatures by `digest` to `write`.
+
+    `read_into`: called with a memoryview, fills its front and returns the number of bytes, 0 at the end. `end`:
+    None reads to the end. `wake`: called without arguments to interrupt a read.
+    """
     buffers = BufferPool(PIECE_SIZE)
 
     def sign(filled: tuple[Piece, memoryview]) -> list[_Signature]:
@@ -281,13 +293,16 @@ def _sign_stream(
 
 
 def _is_device(fd: int) -> bool:
-    """Return whether `fd` is a file or block device, which can be read at any offset."""
+    """Return True if `fd` is a file or block device, which can be read at any offset."""
     mode = os.fstat(fd).st_mode
     return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 
 def _seek(fd: int, path: str, start: int) -> bool:
-    """Seek to byte `start`. Returns False for a pipe. Raises DeviceError if a pipe must start beyond byte 0."""
+    """Seek in `fd` to byte `start`. Returns False for a pipe.
+
+    Raises DeviceError, which names `path`, if a pipe must start beyond byte 0.
+    """
     try:
         os.lseek(fd, start, os.SEEK_SET)
     except OSError as error:
@@ -310,9 +325,9 @@ def _reader(fd: int, path: str) -> Callable[[memoryview], int]:
 def _read_pieces(
     read_into: Callable[[memoryview], int], buffers: BufferPool, start: int, end: int | None
 ) -> Iterator[tuple[Piece, memoryview]]:
-    """Read bytes `start` to `end` by `read_into`. Yields pieces with their buffers, which come from `buffers`.
+    """Read bytes `start` to `end` by `read_into`. Yields tuples of a Piece and its buffer, which is from `buffers`.
 
-    Only the last block may be short.
+    Only the last block may be short. The other arguments are those of `_sign_stream()`.
     """
     position = start
     while end is None or position < end:

@@ -25,10 +25,10 @@ class Compressor:
     """Class of the compressed frames."""
 
     sends_unread = True
-    """Whether bytes can go from the device to the pipe without being read by this process."""
+    """Whether the kernel may splice bytes from the device to the pipe, unread by this process."""
 
     def frame(self, position: int, data: Buffer) -> list[Buffer]:
-        """Return `[header, payload]` of a frame with `data`, which the source has at byte `position`.
+        """Return the list `[header, payload]` of a frame with `data`, which the source has at byte `position`.
 
         The payload is `data` itself if the compressed bytes are not smaller.
         """
@@ -38,7 +38,7 @@ class Compressor:
         return [wire.frame_header(wire.Data, position, len(data)), data]
 
     def _compress(self, data: Buffer) -> bytes | None:
-        """Return the compressed bytes. Returns None if compressing is not worth a try."""
+        """Return `data` compressed, as bytes. Returns None if compressing is not worth a try."""
         return None
 
 
@@ -81,7 +81,10 @@ class AdaptiveCompressor(ZstdCompressor):
     """Maximum number of frames that pass without a trial."""
 
     def __init__(self, level: int, output: OutputStream) -> None:
-        """Compress at zstd `level`, depending on the pace of `output`. Raises as ZstdCompressor does."""
+        """Compress at zstd `level`, depending on the pace of `output`, an OutputStream.
+
+        Raises as ZstdCompressor does.
+        """
         super().__init__(level)
         self._output = output
         self._skip = 0  # next frames without a trial
@@ -112,7 +115,7 @@ class AdaptiveCompressor(ZstdCompressor):
 def compressor_for(spec: CompressionSpec, output: OutputStream) -> Compressor:
     """Return the Compressor for `spec`. Returns the compressor "none" if this host has no zstd.
 
-    `output`: stream of the frames. Its pace decides whether "auto" compresses.
+    `output`: OutputStream of the frames. Its pace decides whether "auto" compresses.
     """
     if spec.method == "none" or not zstd.available():
         return Compressor()

@@ -1,7 +1,8 @@
 """The delta: frames that make the client's blocks equal to the source's.
 
 A worker thread of `retrieve` answers each `Request`, in a borrowed buffer. If the client has zeros and the block's
-first bytes here are not zeros, the block differs. Such a block goes from the device to the pipe unread.
+first bytes here are not zeros, the block differs. The kernel splices such a block from the device to the pipe if
+possible. Otherwise the block is read and written.
 """
 
 from __future__ import annotations
@@ -53,26 +54,29 @@ class Request(NamedTuple):
         return self.piece.length
 
     def answer(self, source: Device, buffer: memoryview) -> list[Output]:
-        """Compare the piece of `source` with the client's digests. Returns the frames to send. Thread-safe.
+        """Compare the piece of `source` with the client's digests. Returns a list of frames to send. Thread-safe.
 
-        `buffer`: at least `size` bytes to read into. The frames may be views of the buffer.
+        `buffer`: memoryview to read into, as long as the piece or longer. The frames may be views of the buffer.
         """
         frames = self.piece.examine_view(source, lambda view: _Delta(self, source, view, is_view=True).frames())
         return _Delta(self, source, buffer, is_view=False).frames() if frames is None else frames
 
 
 _EQUAL, _ZEROS, _DATA, _UNREAD, _FAILED = "equal", "zeros", "data", "unread", "failed"
-"""Kinds of blocks. "unread": differs, and goes to the pipe unread. "failed": cannot be read."""
+"""Kinds of blocks. "unread": differs, and is not read here, but spliced. "failed": cannot be read."""
 
 _HEAD_SIZE = 4096
 """Bytes at a block's start that suffice, for most blocks, to show that it is not all zeros."""
 
 
 class _Delta:
-    """The comparison for one request. Everywhere here, `at` is the offset of a block in the piece."""
+    """The comparison for one request. Everywhere here, `at` is the byte position of a block in the piece."""
 
     def __init__(self, request: Request, source: Device, buffer: memoryview, *, is_view: bool) -> None:
-        """Read the piece into `buffer`, unless this is a view of the source already."""
+        """Read the piece of `request` from `source` into `buffer`.
+
+        `is_view`: the buffer is a view of the source already, so nothing is read.
+        """
         self._piece, self._block_size, self._remote, self._terms = request
         self._source = source
         self._buffer = buffer
@@ -85,7 +89,7 @@ class _Delta:
             self._read()
 
     def frames(self) -> list[Output]:
-        """Return the frames to send. Adjacent blocks of one kind are handled together."""
+        """Return the list of frames to send. Adjacent blocks of one kind are handled together."""
         frames: list[Output] = []
         start, kind = 0, _EQUAL
         for at, found in zip(self._blocks, self._kinds()):
@@ -101,7 +105,7 @@ class _Delta:
         self._available, self._failures = piece.read_skipping_errors(self._source, self._buffer, self._block_size)
 
     def _find_unread(self) -> frozenset[int]:
-        """Find blocks that the client has as zeros, or not at all, and that are not zeros here."""
+        """Return the positions of blocks that are no zeros here, and zeros or missing at the client."""
         return frozenset(at for at in self._blocks if self._wanted_unless_zeros(at) and self._is_not_zeros(at))
 
     def _wanted_unless_zeros(self, at: int) -> bool:
@@ -111,7 +115,7 @@ class _Delta:
         return self._remote.startswith(digest.of_zeros(size), at // self._block_size * digest.size)
 
     def _is_not_zeros(self, at: int) -> bool:
-        """Return whether the head of the block at `at` has a byte that is not zero. False if the block is short."""
+        """Return True if the head of the block at `at` has a byte that is not zero. False if the block is short."""
         block = self._block(at)
         head = self._buffer[at : at + min(block.length, _HEAD_SIZE)]
         try:
@@ -124,7 +128,7 @@ class _Delta:
         return self._piece.block(at, self._block_size)
 
     def _kinds(self) -> Iterator[str]:
-        """Iterate over the kinds of the blocks."""
+        """Yield the kind of each block, in order."""
         digest, remote = self._terms.digest, self._remote
         odd = self._unread or self._failures or self._available < self._piece.length
         for index, (size, block) in enumerate(self._piece.blocks(self._buffer, self._block_size)):
@@ -152,7 +156,10 @@ class _Delta:
         return None
 
     def _frames_of(self, kind: str, start: int, end: int) -> list[Output]:
-        """Return the frames for the blocks from `start` to `end`, which are all of `kind`."""
+        """Return the list of frames for adjacent blocks, which are all of `kind`.
+
+        `start`, `end`: byte positions in the piece, `end` exclusive.
+        """
         position, extended = self._piece.position, self._terms.extended
         step = self._block_size * (max(1, wire.MAX_BLOCK_SIZE // self._block_size) if extended else 1)
         frames: list[Output] = []
@@ -182,7 +189,10 @@ class _Delta:
         return DeviceFrame(self._source, position, size, header, partial(self._read_each, at, at + size))
 
     def _read_each(self, start: int, end: int) -> list[Output]:
-        """Read the blocks from `start` to `end` one by one, and return their frames."""
+        """Read the blocks of a range one by one, and return the list of their frames.
+
+        `start`, `end`: byte positions in the piece, `end` exclusive.
+        """
         frames: list[Output] = []
         for at in range(start, end, self._block_size):
             position, length, _ = self._block(at)
@@ -195,7 +205,10 @@ class _Delta:
         return frames
 
     def _failed(self, at: int, reason: str) -> list[Output]:
-        """Return the `fail` for the block at `at`. If the client knows no `fail`, note the block and return []."""
+        """Return a list with the `fail` for the block at `at`, which cannot be read for `reason`.
+
+        If the client knows no `fail`, notes the block and returns [].
+        """
         position, length, _ = self._block(at)
         if self._terms.negotiated:
             return [wire.encode(wire.Failure(position, reason))]

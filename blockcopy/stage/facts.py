@@ -22,7 +22,7 @@ from blockcopy.protocol import digests, zstd
 
 
 def facts(path: str | None = None) -> dict[str, Any]:
-    """Return the facts about this host, and the size of the file or device at `path`, if given.
+    """Return a dict of facts about this host, with the size of the file or device at `path`, if given.
 
     Raises DeviceError if `path` cannot be opened.
     """

@@ -35,8 +35,8 @@ def run_ordered(
 ) -> None:
     """Call `consume(work(item))` for each item, in order. Returns when all results are consumed.
 
-    WORKERS threads iterate over `items`, one at a time, and call `work`. This thread calls `consume`, and `wake` at
-    the end: `wake` must interrupt a worker that waits in `next(items)`.
+    WORKERS threads iterate over `items`, one at a time, and call `work`. This thread calls `consume`. At the end,
+    this thread calls `wake` without arguments: `wake` must interrupt a worker that waits in `next(items)`.
 
     Raises the first error of `items`, `work` or `consume`, in the order of the items.
     """
@@ -96,7 +96,7 @@ class _Line(Generic[Item, Result]):
             del item, outcome  # releases their buffers while this thread waits
 
     def results(self) -> Iterator[Result]:
-        """Iterate over the results in order. Raises an error of a worker in the place of its result."""
+        """Yield the results in order. Raises an error of a worker in the place of its result."""
         early: dict[int, Callable[[], Result]] = {}
         for number in itertools.count():
             while number not in early:

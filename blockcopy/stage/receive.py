@@ -41,8 +41,9 @@ def receive(
 ) -> None:
     """Make the file or device `path` a copy of the source that reads `output` and writes `answers`. Then sync.
 
-    `force`: write even to a destination in use. `sparse`: write zeros as holes. `compression`: what the source is
-    asked for. Everything received before an error is written and synced.
+    `force`: write even to a destination in use. `sparse`: write zeros as holes. `compression`: the source is asked
+    for this. `output`, `answers`: the streams to and from the source. Everything received before an error is
+    written and synced.
 
     Raises DestinationRefusedError or DeviceError for the destination. Raises StreamError for `answers`, and
     OutputError for `output`. Raises SourceReadError if the source cannot read some blocks. Raises
@@ -82,13 +83,16 @@ class _Source:
         return self._handshake.greeting
 
     def read_greeting(self) -> SourceGreeting:
-        """Read and return the source's greeting. Raises StreamError if the ends cannot agree."""
+        """Read the source's greeting, and return the SourceGreeting.
+
+        Raises StreamError if the ends cannot agree.
+        """
         greeting = self._handshake.read(next((each for each in self._messages if each is not None), None))
         self._identity = greeting.identity
         return greeting
 
     def write_all(self, writer: Writer, size: int) -> None:
-        """Pass all frames to `writer`. Note what else the source of `size` bytes says.
+        """Pass all frames to `writer`, a Writer. Note what else the source of `size` bytes says.
 
         Raises StreamError if the answers are invalid or break off, and what `Writer.take` raises.
         """
@@ -120,7 +124,7 @@ class _Source:
 def _requesting(
     destination: Device, size: int, digest: str, output: OutputStream, answers: InputStream, greeting: bytes
 ) -> Iterator[None]:
-    """Return a context manager that writes requests for `size` bytes of `destination`, in a thread.
+    """Return a context manager that writes requests for `size` bytes of `destination` to `output`, in a thread.
 
     The body of the `with` statement must read `answers`. `digest`: name of the chosen digest. `greeting`: bytes to
     send after the last request. Raises the thread's error rather than an error of the body.

@@ -41,7 +41,7 @@ class _Reply(NamedTuple):
     size: int = 0
 
     def answer(self, source: Device, buffer: memoryview) -> list[Output]:
-        """Return the reply. `source` and `buffer` are unused: `Request.answer` has the same signature."""
+        """Return a list with the reply. `source`, `buffer`: unused, but `Request.answer()` needs them."""
         return [self.stream]
 
 
@@ -69,11 +69,11 @@ def retrieve(
     progress: Progress | None = None,
     working: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> None:
-    """Answer the requests in `hashes` from `source`, by frames to `output`. Returns after `done`.
+    """Answer the requests in the InputStream `hashes` from `source`, by frames to the OutputStream `output`.
 
-    `compressor`: used unless the client's greeting asks for zstd. `progress`: gets the answered position and the
-    number of sent bytes. `working`: makes a context manager for each batch, in any worker thread. The client waits
-    for this stage within the context.
+    Returns after `done`. `compressor`: used unless the client's greeting asks for zstd. `progress`: gets the
+    answered position and the number of sent bytes. `working`: called without arguments for each batch, in any
+    worker thread. Returns a context manager, within which the client waits for this stage.
 
     Earlier requests are answered before any error is raised. The output of a failed stage has no `done`.
 
@@ -123,7 +123,10 @@ def retrieve(
 
 
 def _items(hashes: InputStream, responder: _Responder) -> Iterator[_Item | None]:
-    """Yield the items that answer the messages in `hashes`. Yields None if no further message is at hand."""
+    """Yield the items by which `responder` answers the messages in `hashes`.
+
+    Yields None if no further message is at hand.
+    """
     for message in Decoder(wire.HASH_STREAM).messages(hashes.read_into):
         if message is None:
             yield None
@@ -132,7 +135,7 @@ def _items(hashes: InputStream, responder: _Responder) -> Iterator[_Item | None]
 
 
 def _batches(items: Iterator[_Item | None]) -> Iterator[list[_Item]]:
-    """Group `items` into batches of at most PIECE_SIZE bytes and _MAX_ITEMS items. None ends a batch early."""
+    """Yield `items` in batches: lists of at most PIECE_SIZE bytes and _MAX_ITEMS items. None ends a batch early."""
     batch: list[_Item] = []
     size = 0
     try:
@@ -157,7 +160,11 @@ class _Responder:
     def __init__(
         self, source: Device, output: OutputStream, compressor: Compressor, unreadable: UnreadableRanges
     ) -> None:
-        """`unreadable`: collects blocks that cannot be read, if the client knows no `fail`."""
+        """Answer from `source`, by `compressor` unless a greeting asks for zstd.
+
+        `output`: stream whose pace the compression adapts to. `unreadable`: collects blocks that cannot be read, if
+        the client knows no `fail`.
+        """
         self._source = source
         self._output = output
         self._pieces = PieceScanner(source)
@@ -197,7 +204,7 @@ class _Responder:
         return []
 
     def _hello(self, hello: wire.Hello) -> Iterable[_Item]:
-        """Adopt the terms of a client's greeting `hello`. Returns the greeting that answers."""
+        """Adopt the terms of a client's greeting `hello`. Returns a list with the greeting that answers."""
         self._require(self._is_first or self._terms.negotiated, "`helo` in mid-stream")
         name, spec = read_client(hello)
         compressor = self._compressor if spec == NO_COMPRESSION else compressor_for(spec, self._output)

@@ -21,10 +21,11 @@ _MAX_ZEROS = 64 * 1024 * 1024
 def save(
     destination: Destination, blocks: InputStream, *, sparse: bool = True, progress: Progress | None = None
 ) -> None:
-    """Write the block stream `blocks` to `destination`, then sync. The destination is never shortened.
+    """Write the block stream of the InputStream `blocks` to `destination`, then sync.
 
-    `sparse`: zeros become holes if the destination can have holes. `progress`: gets the written bytes, without a
-    total. If the stream breaks off or is invalid, all earlier blocks are still written and synced.
+    The destination is never shortened. `sparse`: zeros become holes if the destination can have holes. `progress`:
+    reporter of the written bytes, without a total. If the stream breaks off or is invalid, all earlier blocks are
+    still written and synced.
 
     Raises StreamError for the stream, and DeviceError for the destination. Raises BlockcopyError if this host lacks
     the stream's compression.
@@ -46,7 +47,7 @@ class Writer:
     def __init__(
         self, destination: Destination, sparse: bool, progress: Progress, *, size: int | None = None
     ) -> None:
-        """Write to `destination`, zeros as holes if `sparse`. Report written bytes to `progress`.
+        """Write to `destination`, zeros as holes if `sparse`. Report written bytes to `progress`, a Progress.
 
         `size`: bytes that the source declared. Nothing is written beyond. None if unknown.
         """

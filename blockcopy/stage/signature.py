@@ -47,8 +47,8 @@ def digest_blocks(
 ) -> list[bytes | None]:
     """Digest the blocks of `piece`, whose bytes are in `data`, by `digest`. Thread-safe.
 
-    `block_size`: bytes. `unreadable`: offsets of unreadable blocks in the piece. Returns the list of digests, with
-    None for a block of zeros and `digest.impossible` for an unreadable block.
+    `block_size`: bytes. `unreadable`: byte offsets of unreadable blocks in the piece. Returns the list of digests,
+    with None for a block of zeros and `digest.impossible` for an unreadable block.
     """
     return [
         digest.impossible if index * block_size in unreadable else None if block is None else digest(block)

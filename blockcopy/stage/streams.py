@@ -1,4 +1,4 @@
-"""The two ends of a stage: the input stream that it reads, and the output stream that it writes. Usually pipes."""
+"""The input and output streams of a stage. Usually pipes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class InputStream:
         os.write(self._wake_write, b"x")
 
     def read_into(self, buffer: memoryview) -> int:
-        """Wait for at least one byte, and read the available bytes into `buffer`.
+        """Wait for at least one byte, and read the available bytes into `buffer`, up to its length.
 
         Returns the number of bytes read, 0 at the end. Raises StreamError if the read fails.
         """
@@ -64,7 +64,7 @@ class InputStream:
             raise StreamError(f"cannot read the input: {error.strerror}") from error
 
     def skip_past(self, mark: bytes, max_noise: int) -> bool:
-        """Skip everything up to and including `mark`. Keeps the bytes before the mark in `noise`.
+        """Skip everything up to and including the bytes `mark`. Keeps the bytes before the mark in `noise`.
 
         Returns False if the stream ends before the mark. Raises StreamError after about `max_noise` bytes.
         """
@@ -84,14 +84,20 @@ class InputStream:
 
 
 class DeviceFrame(NamedTuple):
-    """A frame that goes from a device to a pipe unread: `header`, then `length` bytes at `offset` of `device`."""
+    """A frame of `header`, then `length` bytes at byte `offset` of `device`.
+
+    Its bytes are spliced from the device to the pipe by the kernel if possible, otherwise read.
+    """
 
     device: Device
     offset: int
     length: int
     header: bytes
     fallback: Callable[[], Sequence[Output]]
-    """Returns what to send instead if the device cannot give all bytes. Nothing was sent then."""
+    """Called without arguments if the device lacks some bytes, and nothing was sent.
+
+    Returns what to send instead.
+    """
 
     def __len__(self) -> int:
         """Return the number of bytes on the wire."""
@@ -99,7 +105,7 @@ class DeviceFrame(NamedTuple):
 
 
 Output = Union[Buffer, DeviceFrame]
-"""Bytes to send."""
+"""What `OutputStream.write` accepts."""
 
 
 READER_GONE = "the reader of the output has gone away"
@@ -107,7 +113,7 @@ READER_GONE = "the reader of the output has gone away"
 
 
 class OutputStream:
-    """A stream to file descriptor `fd`, for one thread. Each write is complete or an error."""
+    """A stream to file descriptor `fd`. Each write is complete or an error. Call from one thread only."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -118,7 +124,7 @@ class OutputStream:
         enlarge_pipe(fd)
 
     def write(self, outputs: Sequence[Output]) -> None:
-        """Write all of `outputs`, bytes and DeviceFrames, in order.
+        """Write all of `outputs`, a sequence of bytes and DeviceFrames, in order.
 
         Raises OutputError if the reader is gone, or if the disk is full.
         """
@@ -175,7 +181,7 @@ class OutputStream:
             self._write([memoryview(frame.header), memoryview(data)])
 
     def _fill(self, frame: DeviceFrame) -> bool:
-        """Splice the bytes of `frame` into our pipe, before the header promises them to the reader.
+        """Splice the bytes of `frame` into our pipe, before its header promises them to the reader.
 
         Returns False if the device does not give all bytes. A read reports the reason then.
         """
