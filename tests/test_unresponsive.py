@@ -28,7 +28,7 @@ from blockcopy.errors import MountError
 from blockcopy.paths import places
 from blockcopy.replica.monitor import status as replica_status
 from blockcopy.replica.monitor.status import LinkState, ReadStatus, State, Status, summary
-from blockcopy_fuse import control_client, listing, mountinfo, probe
+from blockcopy_fuse import control_client, listing, mountinfo, probe, unmount
 from blockcopy_fuse.mountinfo import Mount as MountEntry
 from blockcopy_fuse.screen import screen
 
@@ -227,18 +227,18 @@ def test_a_newer_mount_may_tell_more() -> None:
     Console(file=io.StringIO()).print(screen(status, []))
 
 
-@pytest.mark.parametrize(("owner", "bound"), [(0, "_LAST_SYNC_SECONDS"), (65534, "_UNTRUSTED_SYNC_SECONDS")])
+@pytest.mark.parametrize(("owner", "bound"), [(0, "SYNC_SECONDS"), (65534, "_UNTRUSTED_SYNC_SECONDS")])
 def test_a_mount_that_never_comes_to_rest_is_unmounted_all_the_same(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: int, bound: str
 ) -> None:
     """Another user's is waited for by seconds, and ours by minutes."""
     told = folder_as_mount(tmp_path)._replace(owner=owner or os.geteuid())
-    monkeypatch.setattr(control_client, bound, 0.01)
-    monkeypatch.setattr(control_client, "_unmount", lambda *_: None)
+    monkeypatch.setattr(unmount, bound, 0.01)
+    monkeypatch.setattr(unmount, "_unmount", lambda *_: None)
     monkeypatch.setattr(control_client, "find_mount", lambda _: told)
     restless = {**GOOD, "hydrated_bytes": 5, "pid": 0}
     written(Path(told.mountpoint, "status.json"), json.dumps(restless).encode())
-    status = control_client.umount(told.mountpoint)
+    status = unmount.umount(told.mountpoint)
     assert status is not None
     assert status.state is State.HYDRATING
 
@@ -312,9 +312,9 @@ def test_a_mount_that_tells_its_status_and_does_nothing_keeps_no_command(
 ) -> None:
     told = folder_as_mount(tmp_path)
     monkeypatch.setattr(control_client, "find_mount", lambda _: told)
-    monkeypatch.setattr(control_client, "_status_of", lambda _: replica_status.parse(GOOD))
+    monkeypatch.setattr(control_client, "status_of", lambda _: replica_status.parse(GOOD))
     monkeypatch.setattr(control_client, "ANSWER_SECONDS", 0.01)
-    monkeypatch.setattr(control_client, "_LAST_SYNC_SECONDS", 0.01)
+    monkeypatch.setattr(control_client, "SYNC_SECONDS", 0.01)
     monkeypatch.setattr(
         control_client.MountRequest, "reply", lambda _, seconds: threading.Event().wait(seconds) or None
     )
@@ -326,17 +326,17 @@ def test_a_process_that_a_mount_names_is_never_signalled(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = folder_as_mount(tmp_path)
-    monkeypatch.setattr(control_client, "_OWN_END_SECONDS", 0.01)
-    monkeypatch.setattr(control_client, "_LAST_SYNC_SECONDS", 0.01)
-    monkeypatch.setattr(control_client, "_unmount", lambda *_: None)
+    monkeypatch.setattr(unmount, "_OWN_END_SECONDS", 0.01)
+    monkeypatch.setattr(unmount, "SYNC_SECONDS", 0.01)
+    monkeypatch.setattr(unmount, "_unmount", lambda *_: None)
     monkeypatch.setattr(control_client, "find_mount", lambda _: told)
     with subprocess.Popen(["sleep", "100"]) as innocent:
         status = {**GOOD, "pid": innocent.pid, "state": "paused"}
         written(Path(told.mountpoint, "status.json"), json.dumps(status).encode())
         with pytest.raises(MountError, match="has not ended"):
-            control_client.umount(told.mountpoint)
+            unmount.umount(told.mountpoint)
         told = told._replace(owner=65534)  # then it is not that user's at all, and nobody waits for it
-        monkeypatch.setattr(control_client, "_OWN_END_SECONDS", 100)
-        control_client.umount(told.mountpoint)
+        monkeypatch.setattr(unmount, "_OWN_END_SECONDS", 100)
+        unmount.umount(told.mountpoint)
         assert innocent.poll() is None
         innocent.kill()

@@ -25,7 +25,7 @@ from blockcopy.replica.commands import command_for, needs_extra, plan_of, prompt
 from blockcopy.replica.monitor.status import Status, summary
 from blockcopy.transport.control_master import log_in, logging_out
 from blockcopy.transport.location import parse_location
-from blockcopy_fuse import control_client, fuse_support, options
+from blockcopy_fuse import control_client, fuse_support, options, unmount
 from blockcopy_fuse.probe import MountUnresponsiveError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def mount(args: argparse.Namespace) -> None:
     )
     fuse_options = options.parse(args.options)
     mountpoint = absolute(args.mountpoint)
-    control_client.clear_dead_mount(mountpoint, replace=args.replace, kind=f"fuse.{fuse_options.subtype}")
+    unmount.clear_dead_mount(mountpoint, replace=args.replace, kind=f"fuse.{fuse_options.subtype}")
     mount_plan = mounting.MountPlan(
         plan=plan,
         mountpoint=mountpoint,
@@ -165,7 +165,7 @@ def wait(args: argparse.Namespace) -> None:
 
 def umount(args: argparse.Namespace) -> None:
     """Unmount the replica on `args.mountpoint`. Raises IncompleteError if its copy is not complete."""
-    last = control_client.umount(args.mountpoint)
+    last = unmount.umount(args.mountpoint)
     if last is not None:
         _raise_if_incomplete("unmounted", last)
 
