@@ -69,15 +69,15 @@ def test_targets_accept_their_seeds(fuzz: ModuleType, name: str) -> None:
 
 def test_decoder_seeds_settle_all_batches(fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     settled: list[int] = []
-    monkeypatch.setattr(fuzz, "check_answers", lambda dialect, batches, done: settled.append(len(done)))
-    for seed in fuzz.decoder_seeds():
-        fuzz.decode(seed)
-    assert set(settled) == {len(fuzz.ASKED)}
+    monkeypatch.setattr(fuzz.streams, "check_answers", lambda dialect, batches, done: settled.append(len(done)))
+    for seed in fuzz.streams.decoder_seeds():
+        fuzz.streams.decode(seed)
+    assert set(settled) == {len(fuzz.streams.ASKED)}
 
 
 def test_state_seeds_are_believed(fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     believed = []
-    monkeypatch.setattr(fuzz, "check_record", believed.append)
-    for seed in fuzz.state_seeds():
-        fuzz.open_state(seed)
-    assert len(believed) >= len(fuzz.state_files())
+    monkeypatch.setattr(fuzz.states, "check_record", believed.append)
+    for seed in fuzz.states.state_seeds():
+        fuzz.states.open_state(seed)
+    assert len(believed) >= len(fuzz.states.state_files())
