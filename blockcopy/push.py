@@ -33,7 +33,7 @@ class _ConnectionLostError(RemoteError):
 
 
 class _ThrottledProgress(Progress):
-    """A progress reporter that delays its caller to `limit` bytes per second, and forwards to another one."""
+    """A progress reporter that forwards to `progress`, and delays its caller to `limit` bytes per second."""
 
     def __init__(self, progress: Progress, limit: int) -> None:
         self._progress = progress
@@ -55,7 +55,7 @@ class _ThrottledProgress(Progress):
 
 
 class _UntimedProgress(Progress):
-    """A progress reporter that forwards to another one, and pauses the silence timer meanwhile."""
+    """A progress reporter that forwards to `progress`, and pauses the timer `silence` meanwhile."""
 
     def __init__(self, progress: Progress, silence: SilenceTimer) -> None:
         self._progress = progress
@@ -119,13 +119,17 @@ def push(
 
 
 def _log(command: Command, line: str) -> None:
-    """Log a line of the host's standard error, unless it is the error that ends the stage."""
+    """Log `line`, from the standard error of `command`, unless the line is the error that ends the stage."""
     if not line.startswith(_ERROR_PREFIX):
         logger.warning("%s: %s", command.location, line)
 
 
 def _push_once(session: Session, source: Device, progress: Progress) -> None:
-    """Answer one `receive` until it exits."""
+    """Answer the `receive` of `session` from `source` until it exits. Report to `progress`.
+
+    Raises RemoteError, or the error that `receive` reported, if the copy is not complete. Raises DeviceError if the
+    source fails.
+    """
     failure: BlockcopyError | None = None
     try:
         with session:
@@ -144,7 +148,10 @@ def _push_once(session: Session, source: Device, progress: Progress) -> None:
 
 
 def _failure_of(session: Session, error: BlockcopyError | None) -> BlockcopyError:
-    """Return the error to raise for a `receive` that failed. `error`: what failed on this host, if anything."""
+    """Return the error to raise for the failed `receive` of `session`.
+
+    `error`: what failed on this host, if anything.
+    """
     command, status, lines = session.command, session.status, session.last_lines()
     if session.timeout_error is not None:
         return (_ConnectionLostError if session.begun else RemoteError)(session.timeout_error)

@@ -174,7 +174,8 @@ def sample_of(pieces: Iterable[bytes | None]) -> list[str]:
 def sample_matches(device: Device, identity: Identity, extents: Iterable[Extent]) -> bool:
     """Return True if the copy `device` has the bytes that are sampled in `identity`, the source's.
 
-    `extents`: the ranges to compare, some or all of `sample_extents`. Unreadable pieces count as equal.
+    `extents`: the ranges to compare, some or all of those that `sample_extents()` returns. Unreadable pieces count
+    as equal.
     """
     sample = dict(zip(sample_extents(identity["size"]), identity["sample"]))
     return all(_same_piece(sample_of([_read_or_none(device, extent)])[0], sample[extent]) for extent in extents)

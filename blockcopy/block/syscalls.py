@@ -65,7 +65,8 @@ def map_to_read(fd: int, length: int) -> tuple[int, memoryview]:
     """Map the first `length` bytes of file `fd` into memory. Return a tuple: address, and read-only memoryview.
 
     The bytes stay mapped until the last view is gone. A read of bytes that the device lacks, or cannot read, kills
-    the process by SIGBUS. Call `populate` first. Raises OSError (EOPNOTSUPP) if `populate` can hang on this kernel.
+    the process by SIGBUS. Call `populate()` first. Raises OSError (EOPNOTSUPP) if `populate()` can hang on this
+    kernel.
     """
     if not populate_returns(os.uname().release):
         raise OSError(errno.EOPNOTSUPP, "this kernel would retry a read error forever")

@@ -31,7 +31,7 @@ class UnreadableRanges:
     def add(self, extent: Extent, reason: str) -> None:
         """Add `extent`, which cannot be read for `reason`, a text.
 
-        A range within those in `ranges` counts only once.
+        A range within those of the attribute `ranges` counts only once.
         """
         with self._lock:
             if any(each.offset <= extent.offset and extent.end <= each.end for each in self.ranges):

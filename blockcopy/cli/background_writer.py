@@ -15,13 +15,13 @@ _MAX_WAITING = 1000
 
 
 class BackgroundWriter(Generic[Item]):
-    """A queue of items that a thread hands to `write`, in order. The thread ends when the queue is empty."""
+    """A queue of items, which a thread writes in order. The thread ends when the queue is empty."""
 
     def __init__(self, write: Callable[[Item], None], describe_dropped: Callable[[int], Item]) -> None:
         """Make an empty queue.
 
-        `write`: writes one item. Exceptions of it are ignored. `describe_dropped`: makes an item that reports how
-        many items were displaced.
+        `write`: called with each item. Its exceptions are ignored. `describe_dropped`: called with the number of
+        displaced items, returns an item that reports this number.
         """
         self._write = write
         self._describe_dropped = describe_dropped
@@ -60,7 +60,7 @@ class BackgroundWriter(Generic[Item]):
                 self._write(item)
 
     def _next(self) -> Item | None:
-        """Take the next item from the queue. Returns None, and ends the thread, if there is none."""
+        """Take and return the next item of the queue. Returns None, and ends the thread, if there is none."""
         with self._changed:
             if self._dropped:
                 count, self._dropped = self._dropped, 0

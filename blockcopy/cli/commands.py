@@ -18,7 +18,7 @@ from blockcopy.stage import streams
 
 
 def checksum(args: argparse.Namespace) -> None:
-    """Run `checksum`: write the hashes of a destination's blocks to standard output. `args`: its options."""
+    """Run `checksum`: write the hashes of a destination's blocks to standard output. `args`: its parsed options."""
     from blockcopy.stage.checksum import checksum as write_hashes
 
     streams.refuse_terminal(1)
@@ -35,7 +35,10 @@ def checksum(args: argparse.Namespace) -> None:
 
 
 def _digest(name: str | None) -> str | None:
-    """Return the digest that `--digest` names: this host's fastest for `auto`, None for the original program's."""
+    """Return the name of the digest for `name`, the value of `--digest`: this host's fastest for "auto".
+
+    Returns any other `name` as it is. None stands for the digest of the original program.
+    """
     from blockcopy.protocol import digests
 
     if name != "auto":
@@ -46,7 +49,10 @@ def _digest(name: str | None) -> str | None:
 
 @contextlib.contextmanager
 def _checksum_input(path: str) -> Iterator[int]:
-    """Open the file, device or pipe at `path` to read it; `-` is stdin. Raises DeviceError if that fails."""
+    """Return a context manager that opens `path` to read it, and yields the file descriptor.
+
+    `path`: a file, device or pipe, or `-` for standard input. Raises DeviceError if the open fails.
+    """
     if path == "-":
         yield 0
         return
@@ -61,7 +67,10 @@ def _checksum_input(path: str) -> Iterator[int]:
 
 
 def retrieve(args: argparse.Namespace) -> None:
-    """Run `retrieve`: read hashes from stdin, write the blocks that differ to stdout. `args`: its options."""
+    """Run `retrieve`: read hashes from stdin, write the blocks that differ to stdout.
+
+    `args`: its parsed options.
+    """
     from blockcopy.block.device import open_source
     from blockcopy.stage.compressors import XzCompressor, compressor_for
     from blockcopy.stage.retrieve import retrieve as answer
@@ -80,7 +89,7 @@ def retrieve(args: argparse.Namespace) -> None:
 
 
 def save(args: argparse.Namespace) -> None:
-    """Run `save`: write blocks from standard input to the destination, and sync it. `args`: its options."""
+    """Run `save`: write blocks from standard input to the destination, and sync it. `args`: its parsed options."""
     from blockcopy.block.claim import open_destination
     from blockcopy.block.records import invalidate_records
     from blockcopy.stage.save import save as write_blocks
@@ -96,7 +105,7 @@ def save(args: argparse.Namespace) -> None:
 
 
 def receive(args: argparse.Namespace) -> None:
-    """Run `receive`: request blocks on stdout, write blocks from stdin to a file. `args`: its options."""
+    """Run `receive`: request blocks on stdout, write blocks from stdin to a file. `args`: its parsed options."""
     from blockcopy.stage.receive import receive as write_answers
 
     _refuse_dash(args.destination_file)
@@ -113,7 +122,7 @@ def receive(args: argparse.Namespace) -> None:
 
 
 def facts(args: argparse.Namespace) -> None:
-    """Run `facts`: print what this host can do for a copy, as JSON. `args`: its options."""
+    """Run `facts`: print what this host can do for a copy, as JSON. `args`: its parsed options."""
     from blockcopy.stage.facts import facts as found
 
     console.write(json.dumps(found(args.source_file)))

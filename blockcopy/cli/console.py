@@ -55,7 +55,7 @@ def say(text: str | Callable[[], str]) -> None:
 
 
 def drain(seconds: float) -> None:
-    """Wait until every line given to `say` is written, for at most `seconds`. Thread-safe."""
+    """Wait until every line given to `say()` is written, for at most `seconds`. Thread-safe."""
     _stderr.drain(seconds)
 
 
@@ -70,7 +70,7 @@ _stderr: BackgroundWriter[str | Callable[[], str]] = BackgroundWriter(
 
 
 def can_draw_screens() -> bool:
-    """Return whether standard output is a terminal with cursor movement."""
+    """Return True if standard output is a terminal with cursor movement."""
     return _can_draw(sys.stdout)
 
 
@@ -79,7 +79,7 @@ def _can_draw(stream: TextIO | None) -> bool:
 
 
 def progress(args: argparse.Namespace, *, bar_by_default: bool = False) -> Progress:
-    """Return the progress reporter that `--progress` and `--quiet` in `args` ask for. The reporter uses stderr.
+    """Return the Progress that `--progress` and `--quiet` in the parsed `args` select. The reporter uses stderr.
 
     `bar_by_default`: draw a bar on a terminal even without `--progress`.
     """

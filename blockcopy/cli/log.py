@@ -63,7 +63,7 @@ class RateLimit(logging.Filter):
         self._last: tuple[logging.LogRecord, bool] | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether `record` is logged. Each handler gets the same answer for the same record."""
+        """Return True if `record` may be logged. Each handler gets the same answer for the same record."""
         if self._last is None or self._last[0] is not record:
             self._last = record, self._take(record)
         return self._last[1]
@@ -76,7 +76,7 @@ class RateLimit(logging.Filter):
 
 
 def _freeze(record: logging.LogRecord) -> logging.LogRecord:
-    """Fix the message of `record` now, because its arguments may change before another thread formats it.
+    """Return `record` with its text made now: its arguments may change before another thread formats the record.
 
     A traceback stays for that thread: to format one, Python reads source files.
     """
@@ -89,7 +89,7 @@ def _freeze(record: logging.LogRecord) -> logging.LogRecord:
 
 
 def new_record(level: int, text: str) -> logging.LogRecord:
-    """Make a log record of `text` at `level`, one of `logging`'s levels."""
+    """Return a new log record of `text` at `level`, one of logging's levels."""
     return logging.makeLogRecord({"msg": text, "levelno": level, "levelname": logging.getLevelName(level)})
 
 
@@ -105,7 +105,7 @@ class BackgroundHandler(logging.Handler):
     """A handler for a place that may be slow or fail. A background thread formats and writes the records."""
 
     def __init__(self, write: Callable[[int, str], None]) -> None:
-        """`write`: writes the text of one record, given its level."""
+        """Prepare the handler. `write`: called in a thread with the level and the text of each record."""
         super().__init__()
         self._writer: BackgroundWriter[logging.LogRecord] = BackgroundWriter(
             lambda record: write(record.levelno, self.format(record)),
@@ -119,12 +119,12 @@ class BackgroundHandler(logging.Handler):
         self._writer.put(_freeze(record))
 
     def flush(self) -> None:
-        """Wait until all records are written, for at most `_DRAIN_SECONDS`."""
+        """Wait until all records are written, for at most _DRAIN_SECONDS."""
         self._writer.drain(_DRAIN_SECONDS)
 
 
 def set_up(*, verbose: bool, quiet: bool = False, more: Sequence[logging.Handler] = ()) -> None:
-    """Log to standard error and to the handlers `more`. Uncaught exceptions of all threads are logged as well.
+    """Log to standard error, and to all handlers in `more`. Uncaught exceptions of all threads are logged as well.
 
     `verbose`: log everything, for developers. `quiet`: log only errors to standard error. The journal also gets
     what went well, unlike a terminal.
@@ -147,20 +147,20 @@ def set_up(*, verbose: bool, quiet: bool = False, more: Sequence[logging.Handler
 
 
 def log_fault(error: BaseException) -> None:
-    """Log an unforeseen error with its traceback, and wait until it is written."""
+    """Log the unforeseen `error` with its traceback, and wait until that is written."""
     logging.getLogger(__name__).critical("internal error: %r", error, exc_info=error)
     drain()
 
 
 def drain() -> None:
-    """Wait until all log records and lines of `console.say` are written, for a few seconds at most."""
+    """Wait until all log records and lines of `console.say()` are written, for a few seconds at most."""
     console.drain(_DRAIN_SECONDS)
     for handler in logging.getLogger().handlers:
         handler.flush()
 
 
 def is_journal() -> bool:
-    """Return whether standard error is systemd's journal.
+    """Return True if standard error is systemd's journal.
 
     systemd names the journal's file in JOURNAL_STREAM, in case that standard error was redirected since.
     """
@@ -177,9 +177,10 @@ def _with_priority(text: str, level: int) -> str:
 
 
 def log_failure(text: str, fault: BaseException | None = None) -> str:
-    """Log `text`, why the program fails, to all places but standard error. Return the line to write there.
+    """Log `text`, which says why the program fails, to all places but standard error.
 
-    `fault`: an exception to log with its traceback, if any.
+    Returns the line that the caller must write to standard error. `fault`: an exception to log with its traceback,
+    if any.
     """
     record = new_record(logging.ERROR, text)
     if fault is not None:

@@ -18,7 +18,10 @@ _SYSLOG = "blockcopy[%(process)d]: %(message)s"
 
 
 class _LogFile:
-    """The end of a log file. If logrotate has moved the file away, a new one is made."""
+    """The log file at `path`, to which text is appended.
+
+    If logrotate has moved the file away, a new one is made.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = absolute(path)
@@ -26,7 +29,7 @@ class _LogFile:
         self._reported = False
 
     def write(self, _level: int, text: str) -> None:
-        """Append `text` and a newline. Only the first failure is reported, on standard error."""
+        """Append `text` and a newline to the file. Only the first failure is reported, on standard error."""
         data = f"{text}\n".encode(errors="replace")
         for step in (self._follow, lambda: os.write(self._fd, data)):
             try:
@@ -76,7 +79,7 @@ def file_handler(path: str, *, verbose: bool) -> logging.Handler:
 
 
 def preload_syslog() -> None:
-    """Import what `detach_from_stderr` needs. The thread that serves a mount must not look for modules."""
+    """Import what `detach_from_stderr()` needs. The thread that serves a mount must not look for modules."""
     import logging.handlers  # noqa: F401  (slow to load)
 
 

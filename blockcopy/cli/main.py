@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _find(name: str) -> Callable[[argparse.Namespace], None]:
-    """Import the function of the command `name`."""
+    """Import and return the function of the command `name`, which is called with the parsed arguments."""
     module = next(each for each, commands in _LAYERS.items() if name in commands)
     if module != _STAGES and sys.version_info < (3, 11):
         raise UsageError(f"{name} needs Python 3.11 or newer; the copy stages work with this one")

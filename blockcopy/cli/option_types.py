@@ -50,7 +50,10 @@ def regular_file(text: str) -> str:
 
 
 def compression(text: str) -> CompressionSpec:
-    """Parse `zstd`, `zstd:LEVEL`, `auto` or `none`. Raises ArgumentTypeError if `text` is anything else."""
+    """Return the CompressionSpec that `text` names: "zstd", "zstd:LEVEL", "auto" or "none".
+
+    Raises ArgumentTypeError if `text` is anything else.
+    """
     try:
         return CompressionSpec.parse(text)
     except ValueError as error:
@@ -58,7 +61,7 @@ def compression(text: str) -> CompressionSpec:
 
 
 def rate(text: str) -> int | None:
-    """Return the bytes per second that `text` names, as `size` parses it. Returns None for `none`.
+    """Return the bytes per second that `text` names, as `size()` parses it. Returns None for "none".
 
     Raises ArgumentTypeError if `text` is 0 or no number.
     """
@@ -73,7 +76,10 @@ def rate(text: str) -> int | None:
 
 
 def extent(text: str) -> tuple[int, int]:
-    """Parse `OFFSET:LENGTH` into two numbers of bytes. Raises ArgumentTypeError if `text` is anything else."""
+    """Return a tuple of the two numbers of bytes in `text`, which is `OFFSET:LENGTH`.
+
+    Raises ArgumentTypeError if `text` is anything else.
+    """
     offset, colon, length = text.partition(":")
     if not colon:
         raise argparse.ArgumentTypeError(f"{text!r} is not OFFSET:LENGTH")

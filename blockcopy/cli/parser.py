@@ -24,7 +24,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def parser() -> Parser:
-    """Return the parser of the whole command line. It stores the command's name as `command`."""
+    """Return the parser of the whole command line. Its result has the command's name in the attribute `command`."""
     top = Parser(
         prog="blockcopy",
         description="Copy a disk over any pipe, and use it before the copy is complete.",
@@ -40,7 +40,10 @@ def parser() -> Parser:
 
 
 def long_options(command: str) -> dict[str, bool]:
-    """Return the long options of `command` by name, without dashes. A value is True if the option takes a value."""
+    """Return the long options of the command named `command`: a dict, name without dashes → bool.
+
+    The bool says whether the option takes a value.
+    """
     return {
         name[2:]: action.nargs != 0
         for action in commands_of(parser())[command]._actions

@@ -24,8 +24,9 @@ def run(
 ) -> NoReturn:
     """Parse `argv` with `parser`, run the command, and exit with its status, or die of the signal that ended it.
 
-    `find`: returns a command's function, given its name. `argv`: the arguments, sys.argv's if None.
-    `open_files_of`: by command name, how many files it must be able to open, if more than 16.
+    `find`: called with a command's name, returns the function to call with the parsed arguments. `argv`: the
+    arguments, sys.argv's if None. `open_files_of`: mapping, command name → how many files the command must be able
+    to open. Commands that need 16 or fewer are not in this mapping.
     """
     gc.set_threshold(50_000)  # start-up makes no garbage, so do not search its objects again and again
     console.fill_closed_streams()
@@ -45,12 +46,15 @@ def run(
 
 
 def error_line(command: str, message: object) -> str:
-    """Return the line that reports why `command` failed. Scripts and `push` rely on its beginning."""
+    """Return the line that reports that the command named `command` failed, and why: `message`.
+
+    Scripts and `push` rely on its beginning.
+    """
     return f"ERROR ({command}): {message}"
 
 
 def _set_up_log(args: argparse.Namespace) -> None:
-    """Log as the options say."""
+    """Set up the log as the options in `args` say."""
     verbose = bool(getattr(args, "verbose", False) or os.environ.get("BLOCKCOPY_DEBUG"))
     more: list[logging.Handler] = []
     if (path := getattr(args, "log_file", None)) is not None:
@@ -61,7 +65,7 @@ def _set_up_log(args: argparse.Namespace) -> None:
 
 
 def _exit(status: int) -> NoReturn:
-    """Exit without an orderly shutdown of the interpreter.
+    """Exit with `status`, without an orderly shutdown of the interpreter.
 
     All files are written and closed. The shutdown would cost a hundredth of the time to copy 2 GiB, at both ends.
     """

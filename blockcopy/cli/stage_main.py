@@ -11,7 +11,7 @@ from blockcopy.cli.stage_parser import add_stages
 
 
 def main(argv: Sequence[str]) -> NoReturn:
-    """Run the stage that `argv` names, and exit with its status."""
+    """Run the stage that the arguments `argv` name, and exit with its status."""
     parser = argparse.ArgumentParser(prog="blockcopy")
     add_stages(parser.add_subparsers(dest="command", required=True))
     program.run(parser, lambda name: getattr(commands, name), argv, {})

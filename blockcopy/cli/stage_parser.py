@@ -23,7 +23,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def add_command(commands: Any, name: str, summary: str, arguments: str, example: str) -> Any:
     """Add the command `name` to `commands`, argparse's subparsers. Return its parser.
 
-    `arguments`: the positional arguments for the usage line. `example`: a command line without `blockcopy`.
+    `summary`: one line for the help, without a full stop. `arguments`: the positional arguments for the usage line.
+    `example`: a command line without `blockcopy`.
     """
     return commands.add_parser(
         name,
@@ -119,7 +120,7 @@ def _add_facts(commands: Any) -> None:
 
 
 def add_progress(parser: argparse.ArgumentParser) -> Options:
-    """Add `--progress` and `--quiet` to `parser`. Return their group, "output options"."""
+    """Add `--progress` and `--quiet` to `parser`. Return their argument group, "output options"."""
     output = parser.add_argument_group("output options")
     choice = output.add_mutually_exclusive_group()
     choice.add_argument(
@@ -151,7 +152,10 @@ def add_sparse(parser: Options) -> None:
 
 
 def add_compress(parser: Options, purpose: str, default_text: str, *, default: Any = NO_COMPRESSION) -> None:
-    """Add `--compress` to `parser`. `purpose` and `default_text` are for its help."""
+    """Add `--compress` to `parser`. `purpose`, `default_text`: texts for its help.
+
+    `default`: value if not given.
+    """
     parser.add_argument(
         "--compress",
         metavar="SPEC",

@@ -17,7 +17,10 @@ class ConsoleParser(argparse.ArgumentParser):
     """A parser that writes its help as the program writes all output: in full, or with an error."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Write `message` to `file`. Exits with an error if standard output cannot take all of it."""
+        """Write `message` to `file`, standard error if None.
+
+        Exits with an error if standard output cannot take all of it.
+        """
         if file is None or file is not sys.stdout:
             super()._print_message(message, file)
             return
@@ -31,7 +34,10 @@ class Parser(ConsoleParser):
     """A parser that suggests what a wrong word may have meant."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse `args`, or sys.argv. For an unknown option, exits with the usage of the command that it follows."""
+        """Parse `args`, sys.argv if None, into `namespace`, a new one if None. Return the namespace.
+
+        For an unknown option, exits with the usage of the command that precedes the option.
+        """
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             command = commands_of(self)[found.command]
@@ -50,20 +56,26 @@ class Parser(ConsoleParser):
 
 
 def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """Return the parsers of the commands of `parser`, by name."""
+    """Return the commands of `parser`: a dict, name → parser."""
     [commands] = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
     return dict(commands.choices)
 
 
 def _misplaced(unknown: Iterable[str], top: argparse.ArgumentParser, command: str) -> str:
-    """Return what to type if one of the `unknown` options belongs before the command. Returns "" if none does."""
+    """Return what to type if an option in `unknown` belongs before the command named `command`.
+
+    `top`: the parser of the whole command line. Returns "" if no option does.
+    """
     known = {name for action in top._actions for name in action.option_strings}
     first = next((word for word in unknown if word in known), None)
     return f"; write {first} before the command: blockcopy {first} {command}" if first else ""
 
 
 def _similar_options(unknown: Iterable[str], command: argparse.ArgumentParser) -> str:
-    """Return a question that names the options of `command` nearest to `unknown` ones. Returns "" if none is."""
+    """Return a question that names options of the parser `command` which are similar to those in `unknown`.
+
+    Returns "" if no option is similar.
+    """
     known = [name for action in command._actions for name in action.option_strings]
     options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
     nearest = [found for word in options for found in _nearest(word, known)]

@@ -49,7 +49,7 @@ def _try_socket(path: Path) -> None:
 def runtime_dir_candidates(uid: int) -> list[Path]:
     """Return the paths where the runtime directory of user `uid` can be.
 
-    For our own user, `make_runtime_dir` uses the first one.
+    For our own user, `make_runtime_dir()` uses the first one.
     """
     if uid == 0:
         return [Path("/run/blockcopy")]

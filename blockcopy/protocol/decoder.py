@@ -41,11 +41,11 @@ class Decoder:
 
     @property
     def done(self) -> bool:
-        """Whether `done` was read. All further bytes are ignored."""
+        """Whether the message `done` was read. All further bytes are ignored."""
         return self._done
 
     def messages(self, read_into: Callable[[memoryview], int]) -> Iterator[Message | None]:
-        """Read a stream up to `done`, and yield its Messages. Yields None before each read.
+        """Read a stream up to the message `done`, and yield its Messages. Yields None before each read.
 
         `read_into`: called with a memoryview, writes the stream's next bytes into the memoryview. Returns their
         number, 0 at the end. The call may wait, so None announces each call.
@@ -65,7 +65,7 @@ class Decoder:
             self.buffer_updated(count)
 
     def get_buffer(self) -> memoryview:
-        """Return a memoryview for the next bytes. Invalidates earlier payloads. Call `buffer_updated` next."""
+        """Return a memoryview for the next bytes. Invalidates earlier payloads. Call `buffer_updated()` next."""
         if len(self._buffer) != _CAPACITY:
             self._replace_buffer(bytearray(_CAPACITY))
         elif self._at:
@@ -95,7 +95,7 @@ class Decoder:
         self._buffer, self._at, self._end = memoryview(new), 0, rest
 
     def next(self) -> Message | None:
-        """Parse and return the next Message. Returns None if more bytes are needed, or after `done`.
+        """Parse and return the next Message. Returns None if more bytes are needed, or after the message `done`.
 
         Raises StreamError if the bytes are no message of the grammar, or exceed its limits.
         """
@@ -134,7 +134,7 @@ class Decoder:
         return message
 
     def feed_eof(self) -> None:
-        """Accept the end of the stream. Raises TruncatedStreamError unless `done` was read."""
+        """Accept the end of the stream. Raises TruncatedStreamError unless the message `done` was read."""
         if self._done:
             return
         rest = self._end - self._at

@@ -48,7 +48,7 @@ class Digest:
         """Function of a number of bytes: returns the digest of so many zero bytes. Remembers the results."""
 
     def __call__(self, data: Buffer) -> bytes:
-        """Return the digest of `data`, `size` bytes."""
+        """Return the digest of `data`, as bytes of the length `self.size`."""
         return self._function(data)
 
     def _of_zeros(self, length: int) -> bytes:

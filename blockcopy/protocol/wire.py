@@ -294,7 +294,7 @@ FRAME_SIZE = _FRAME.size
 
 
 def encode(message: Message) -> bytes:
-    """Return `message` as bytes of a stream. Copies a payload; `frame_header` avoids this."""
+    """Return `message` as bytes of a stream. Copies a payload; `frame_header()` avoids this."""
     layout = _LAYOUTS[type(message)]
     if layout.max_payload is None:
         return layout.command + layout.fields.pack(*message)

@@ -61,8 +61,8 @@ def checksum(
 
     `fd`: descriptor of a file, device or pipe. `path`: its name for messages. `output`: OutputStream to write to.
     `digest`: name of a digest, for the extended form. None selects the original form. `progress`: reporter of the
-    bytes read. Without `end`, a `rest` asks the source for all bytes beyond the destination's end, unless `fd` is a
-    pipe.
+    bytes read. Without `end`, a message `rest` asks the source for all bytes beyond the destination's end, unless
+    `fd` is a pipe.
 
     Raises DeviceError for the destination, and OutputError for the output. Raises BlockcopyError if `end` is not
     beyond `start`, or if this host lacks the digest.
@@ -107,10 +107,10 @@ def checksum(
 def write_signatures(
     device: Device, size: int, digest: Digest, output: OutputStream, *, stop: Callable[[], bool]
 ) -> None:
-    """Write the signatures of the first `size` bytes of `device` to `output`. Writes no `dgst` and no `done`.
+    """Write the signatures of the first `size` bytes of `device` to `output`. Writes no message `dgst` or `done`.
 
-    `digest`: Digest of the `asks`. `stop`: called without arguments before each piece, in a worker thread. This
-    call ends early if `stop` returns True.
+    `digest`: Digest of the messages `asks`. `stop`: called without arguments before each piece, in a worker thread.
+    This call ends early if `stop` returns True.
 
     Raises DeviceError for the device, and OutputError for the output.
     """
@@ -128,7 +128,7 @@ def write_signatures(
 
 
 def _total_size(fd: int, start: int, end: int | None) -> int | None:
-    """Return the number of bytes that `checksum` reads from `fd`, given `start` and `end` in bytes.
+    """Return the number of bytes that `checksum()` reads from `fd`, given `start` and `end` in bytes.
 
     Returns None for a pipe without `end`.
     """
@@ -170,7 +170,7 @@ class _OriginalWriter:
         self._output.write(hashes)
 
     def flush(self) -> None:
-        """Write what `write` has kept."""
+        """Write what `write()` has kept."""
 
 
 class _ExtendedWriter(_OriginalWriter):
@@ -182,7 +182,7 @@ class _ExtendedWriter(_OriginalWriter):
         self._last: _Signature | None = None  # not written yet, as the next one may join it
 
     def open(self) -> None:
-        """Write `dgst`."""
+        """Write the message `dgst`."""
         self._output.write([wire.encode(wire.DigestName(self.digest.name))])
 
     def pieces(self, scanner: PieceScanner, start: int, stop: int) -> Iterator[Piece]:
@@ -215,7 +215,7 @@ class _ExtendedWriter(_OriginalWriter):
             self._last = signature
 
     def flush(self) -> None:
-        """Write the signature that `write` has kept, if any."""
+        """Write the signature that `write()` has kept, if any."""
         last, self._last = self._last, None
         if last is None:
             return

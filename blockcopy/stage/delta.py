@@ -205,7 +205,7 @@ class _Delta:
         return frames
 
     def _failed(self, at: int, reason: str) -> list[Output]:
-        """Return a list with the `fail` for the block at `at`, which cannot be read for `reason`.
+        """Return a list with the message `fail` for the block at `at`, which cannot be read for `reason`.
 
         If the client knows no `fail`, notes the block and returns [].
         """

@@ -75,7 +75,7 @@ class _Line(Generic[Item, Result]):
         self._outcomes: queue.SimpleQueue[tuple[int, Callable[[], Result]]] = queue.SimpleQueue()
 
     def serve(self) -> None:
-        """Take items and work on them until the items end or `stop` is called. Runs in each worker thread."""
+        """Take items and work on them until the items end or `stop()` is called. Runs in each worker thread."""
         while self._permits.get():
             with self._taking:
                 if self._ended:

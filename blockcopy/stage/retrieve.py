@@ -71,14 +71,15 @@ def retrieve(
 ) -> None:
     """Answer the requests in the InputStream `hashes` from `source`, by frames to the OutputStream `output`.
 
-    Returns after `done`. `compressor`: used unless the client's greeting asks for zstd. `progress`: gets the
-    answered position and the number of sent bytes. `working`: called without arguments for each batch, in any
-    worker thread. Returns a context manager, within which the client waits for this stage.
+    Returns after the message `done`. `compressor`: used unless the client's greeting asks for zstd. `progress`:
+    gets the answered position and the number of sent bytes. `working`: called without arguments for each batch, in
+    any worker thread. Returns a context manager, within which the client waits for this stage.
 
     Earlier requests are answered before any error is raised. The output of a failed stage has no `done`.
 
-    Raises StreamError if `hashes` breaks off or is invalid. Raises DeviceError if blocks cannot be read and
-    the form has no `fail`. Raises OutputError if `output` fails, and BlockcopyError if this host lacks the digest.
+    Raises StreamError if `hashes` breaks off or is invalid. Raises DeviceError if blocks cannot be read and the
+    form has no message `fail`. Raises OutputError if `output` fails, and BlockcopyError if this host lacks the
+    digest.
     """
     buffers = BufferPool(PIECE_SIZE)
     drops = source.exceeds_cache()

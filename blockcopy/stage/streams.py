@@ -64,9 +64,10 @@ class InputStream:
             raise StreamError(f"cannot read the input: {error.strerror}") from error
 
     def skip_past(self, mark: bytes, max_noise: int) -> bool:
-        """Skip everything up to and including the bytes `mark`. Keeps the bytes before the mark in `noise`.
+        """Skip everything up to and including the bytes `mark`.
 
-        Returns False if the stream ends before the mark. Raises StreamError after about `max_noise` bytes.
+        Keeps the bytes before the mark in the attribute `noise`. Returns False if the stream ends before the mark.
+        Raises StreamError after about `max_noise` bytes.
         """
         received = bytearray()
         buffer = memoryview(bytearray(4096))

@@ -15,7 +15,7 @@ class Backoff:
     """Delays of 1, 2, 4 … 30 seconds, each shortened at random by up to a half."""
 
     def __init__(self, chance: Callable[[], float] = random.random) -> None:
-        """Start with the shortest delay. `chance`: returns a number from 0 to 1."""
+        """Start with the shortest delay. `chance`: called without arguments, returns a number from 0 to 1."""
         self._chance = chance
         self._seconds = FIRST_SECONDS
 

@@ -88,7 +88,10 @@ class Command(NamedTuple):
     """The bytes on its standard output after which the stage begins. Empty if the stage's output comes first."""
 
     def start(self) -> subprocess.Popen[bytes]:
-        """Start the command with three unbuffered pipes. Raises OSError if it cannot be started."""
+        """Start the command with three unbuffered pipes, and return its Popen.
+
+        Raises OSError if it cannot be started.
+        """
         return subprocess.Popen(
             self.argv,
             bufsize=0,
@@ -101,23 +104,23 @@ class Command(NamedTuple):
         )
 
     def with_nohup(self) -> Command:
-        """Return the command for an ssh that asks for a password at the terminal, and outlives the terminal."""
+        """Return this Command for an ssh that asks for a password at the terminal, and outlives the terminal."""
         return self._replace(argv=["nohup", *self.argv]).with_absolute_programs()
 
     def with_absolute_programs(self) -> Command:
-        """Return the command with absolute paths of programs. A mount may later hide or block folders of PATH."""
+        """Return this Command with absolute paths of programs. A mount may later hide or block folders of PATH."""
         login, logout = _absolute_program(self.route.login), _absolute_program(self.route.logout)
         return self._replace(
             argv=_absolute_program(self.argv), route=self.route._replace(login=login, logout=logout)
         )
 
     def after_login(self) -> Command:
-        """Return the command for connections through the shared login, which never ask at a terminal."""
+        """Return this Command for connections through the shared login, which never ask at a terminal."""
         return self._replace(own_session=True)
 
 
 def _absolute_program(argv: Sequence[str]) -> list[str]:
-    """Return `argv` with its program found in PATH, or unchanged if the program is not found."""
+    """Return the list `argv` with its program as an absolute path, or unchanged if PATH lacks the program."""
     program = shutil.which(argv[0]) if argv else None
     return [os.path.abspath(program), *argv[1:]] if program else list(argv)
 
@@ -132,7 +135,7 @@ def stage_command(
     stage: str = "retrieve",
     options: Sequence[str] = (),
 ) -> Command:
-    """Return the command that runs `stage` with `options` at `location`, connected to its standard streams.
+    """Return the Command that runs `stage` with `options` at `location`, connected to its standard streams.
 
     `rsh`: the remote shell, DEFAULT_RSH if None. `python`: the interpreter on a host that runs the sent stages,
     DEFAULT_PYTHON if None. `program`: an installed blockcopy to run instead. All three are command lines, such as
@@ -170,14 +173,14 @@ def stage_command(
 
 
 def _quote_path(home: str, rest: str) -> str:
-    """Quote a path for a shell, except for `home` and the slash after it, which the shell expands."""
+    """Return the path `home` + `rest` quoted for a shell. The shell expands `home`, which stays unquoted."""
     if not home:
         return shlex.quote(rest)
     return f"{home}/{shlex.quote(rest[1:])}" if rest[1:] else home
 
 
 def _route_to(location: Location, rsh: list[str], control: str | None) -> Route:
-    """Return the route to the host of `location` by the remote shell `rsh`. `control`: as in `stage_command`."""
+    """Return the Route to the host of `location` by `rsh`, the words of -e. `control`: as in `stage_command()`."""
     host = location.host or ""
     at = next((at for at, word in enumerate(rsh) if Path(word).name == "ssh"), None)
     if at is None:
@@ -205,7 +208,7 @@ def _route_to(location: Location, rsh: list[str], control: str | None) -> Route:
 
 
 def _plain(given: Sequence[str]) -> list[str]:
-    """Return ssh options that undo what its configuration adds to a command. `given`: the words of -e after ssh."""
+    """Return a list of ssh options that undo what ssh's configuration adds. `given`: the words of -e after ssh."""
     settings = ["IgnoreUnknown=*"]  # some below are newer than OpenSSH 8.4
     settings += [f"{name}={value}" for name, value in _PLAIN.items()]
     if not any(_FORWARDING.match(word) for word in given):
@@ -214,7 +217,10 @@ def _plain(given: Sequence[str]) -> list[str]:
 
 
 def _remote_words(option: str, command: str) -> list[str]:
-    """Split `command` at spaces, and leave quotes to the remote shell. `option`: its name, for messages."""
+    """Return the words of `command`, split at spaces only: the remote shell removes quotes.
+
+    `option`: name of the option with this value. Raises UsageError if there is no word.
+    """
     words = command.split()
     if not words:
         raise UsageError(f"{option} is empty")
@@ -222,7 +228,10 @@ def _remote_words(option: str, command: str) -> list[str]:
 
 
 def _local_command(location: Location, program: str | None, stage: str, options: Sequence[str]) -> Command:
-    """Return the command for a `location` on this host. The other arguments: as in `stage_command`."""
+    """Return the Command for a `location` on this host.
+
+    `program`, `stage`, `options`: as in `stage_command()`.
+    """
     arguments = [stage, *options, absolute(location.path)]
     if program is not None:
         argv = [*_words("--blockcopy-path", program), *arguments]
@@ -235,7 +244,10 @@ def _local_command(location: Location, program: str | None, stage: str, options:
 
 
 def _words(option: str, command: str) -> list[str]:
-    """Split `command` as a shell does. `option`: its name, for messages."""
+    """Return the words of `command`, split as a shell does. `option`: name of the option with this value.
+
+    Raises UsageError if the command line is malformed or empty.
+    """
     try:
         words = shlex.split(command)
     except ValueError as error:

@@ -32,7 +32,7 @@ _DRAIN_SECONDS = 2
 
 
 def control_path(*, shared: bool) -> str:
-    """Return the ControlPath for the ssh processes of this command.
+    """Return the ControlPath, a text, for the ssh processes of this command.
 
     Returns NO_CONTROL if the login is not `shared`, or if there is no folder for its socket.
     """
@@ -49,9 +49,9 @@ def control_path(*, shared: bool) -> str:
 
 
 def log_in(command: Command) -> Command:
-    """Make the shared login, asking at the terminal if needed. Return a command that connects through the login.
+    """Make the shared login of `command`. Return the Command that connects through the login.
 
-    ssh itself goes to the background, so closing the terminal does not end the login.
+    May ask at the terminal. ssh itself goes to the background, so closing the terminal does not end the login.
     Raises RemoteError if the login fails, or takes longer than LOGIN_SECONDS.
     """
     try:
@@ -66,7 +66,10 @@ def log_in(command: Command) -> Command:
 
 
 def _wait(ssh: subprocess.Popen[bytes], command: Command) -> Sequence[str]:
-    """Wait for the end of the process `ssh`. Return its last lines on standard error."""
+    """Wait for the end of the process `ssh`, the login of `command`. Return its last lines on standard error.
+
+    Raises RemoteError if the process takes longer than LOGIN_SECONDS.
+    """
     stderr = StderrLines(logger.debug, LineBudget())
     pipe = ssh.stderr
     if pipe is None:
@@ -95,7 +98,7 @@ def _wait(ssh: subprocess.Popen[bytes], command: Command) -> Sequence[str]:
 
 @contextlib.contextmanager
 def logging_out(command: Command) -> Iterator[None]:
-    """End the shared login of `command`, if it has one, when the context is left."""
+    """Return a context manager that ends the shared login of `command`, if any, when the context is left."""
     try:
         yield
     finally:

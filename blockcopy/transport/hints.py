@@ -83,7 +83,7 @@ _DEVICE = [
 def explain_end(
     command: Command, status: int | None, lines: Sequence[str], *, begun: bool, error: BlockcopyError | None = None
 ) -> str:
-    """Return the message for a stage that ended too early: how it ended, what it said, and what to do.
+    """Return the message for the stage of `command`, which ended too early: how, what it said, and what to do.
 
     `status`: exit status, negative for a signal, None if the stage only closed its output. `lines`: the last lines
     of its stderr. `begun`: whether the stage itself ran. `error`: a local error, shown if there are no lines.
@@ -95,13 +95,16 @@ def explain_end(
 
 
 def with_hint(text: str, command: Command, status: int | None, lines: Sequence[str], *, begun: bool) -> str:
-    """Return `text` with a hint appended, if one is known. The other arguments: as in `explain_end`."""
+    """Return `text` with a hint appended, if one is known.
+
+    `command`, `status`, `lines`, `begun`: as in `explain_end()`.
+    """
     hint = _hint(command, status, "\n".join(lines), begun=begun)
     return f"{text} – {hint}" if hint else text
 
 
 def explain_failed_start(command: Command, error: OSError) -> str:
-    """Return the message for a command that could not be started on this host because of `error`."""
+    """Return the message for `command`, which could not be started on this host because of `error`."""
     program = command.argv[0]
     text = f"cannot run `{program}`: {error.strerror}"
     if isinstance(error, FileNotFoundError):
@@ -111,7 +114,10 @@ def explain_failed_start(command: Command, error: OSError) -> str:
 
 
 def _hint(command: Command, status: int | None, said: str, *, begun: bool) -> str | None:
-    """Return what to do about a stage that ended with `status` and `said` these lines. Returns None if unknown."""
+    """Return what to do about the stage of `command`, which ended with `status`. Returns None if unknown.
+
+    `said`: the last lines on standard error, as one text. `begun`: whether the stage itself ran.
+    """
     host = command.location.host
     sent = bool(command.mark)
     before_stage = host is not None and not (sent and begun)
@@ -139,7 +145,7 @@ def _hint(command: Command, status: int | None, said: str, *, begun: bool) -> st
 
 
 def _more_rights(command: Command) -> str:
-    """Return how to run the stage as root."""
+    """Return how to run the stage of `command` as root, in words."""
     if command.location.host is None:
         return "run blockcopy as root"
     option = "--python" if command.mark else "--blockcopy-path"
@@ -147,9 +153,10 @@ def _more_rights(command: Command) -> str:
 
 
 def _hint_by_status(status: int | None, said: str, *, sent: bool) -> str | None:
-    """Return a hint for the statuses of shells: 127 if a program is missing, 126 if it cannot be run.
+    """Return a hint for `status`. Shells exit with 127 if a program is missing, 126 if it cannot be run.
 
-    `sent`: the stage is sent to the host. Returns None if unknown.
+    `said`: the last lines on standard error, as one text. `sent`: whether the stage is sent to the host. Returns
+    None if no hint is known.
     """
     if status == 127 and sent:
         return "there is no `{program}` on {host}: install Python 3.9 or newer there, or name it with --python"

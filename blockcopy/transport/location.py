@@ -32,7 +32,7 @@ class Location:
         return f"{user}{at}[{address}]" if ":" in address else f"{user}{at}{address}"
 
     def split_home(self) -> tuple[str, str]:
-        """Split a remote path into `~` or `~user`, and the rest, which is empty or begins with a slash.
+        """Split the path. Return a tuple: `~` or `~user`, and the rest, which is empty or begins with a slash.
 
         Returns an empty string and the whole path if the path does not begin with a home folder.
         """
@@ -41,10 +41,10 @@ class Location:
 
 
 def parse_location(text: str, argument: str = "SOURCE", *, needs_path: bool = True) -> Location:
-    """Parse a location as rsync does. `argument`: its name in messages.
+    """Return the Location that `text` names. `argument`: name of the command-line argument, for messages.
 
-    A colon before any slash separates host and path. An IPv6 address stands in brackets. A local path with a colon
-    in its first part is written `./a:b`. Unless `needs_path`, a name alone is a host.
+    As with rsync, a colon before any slash separates host and path. An IPv6 address stands in brackets. A local
+    path with a colon in its first part is written `./a:b`. Unless `needs_path`, a name alone is a host.
 
     Raises UsageError, which says what to write instead, if `text` is no location.
     """
@@ -65,7 +65,10 @@ def parse_location(text: str, argument: str = "SOURCE", *, needs_path: bool = Tr
 
 
 def _split(text: str, argument: str) -> tuple[str | None, str]:
-    """Split `text` into host and path as rsync does. The host is None if the path is local."""
+    """Return a tuple of the host and the path in `text`, as rsync splits it. A local path has the host None.
+
+    Raises UsageError, which names `argument`, if the text is empty.
+    """
     bracketed = re.fullmatch(r"((?:[^/:@]+@)?)\[([^/\]]*)\](?::(.*))?", text, re.DOTALL)
     if bracketed and (bracketed[3] is not None or ":" in bracketed[2]):
         return bracketed[1] + bracketed[2] if bracketed[2] else "", bracketed[3] or ""
@@ -78,7 +81,11 @@ def _split(text: str, argument: str) -> tuple[str | None, str]:
 
 
 def _parse_url(text: str, argument: str) -> Location:
-    """Parse an `ssh://` URL as git does. The path is absolute, unless it begins with `/~`. A `%20` is a space."""
+    """Return the Location that `text` names, an `ssh://` URL as in git.
+
+    The path is absolute, unless it begins with `/~`. A `%20` is a space. Raises UsageError, which names `argument`,
+    if the URL is invalid.
+    """
     from urllib.parse import unquote_to_bytes  # slow to load, and seldom needed
 
     found = re.fullmatch(
@@ -96,7 +103,10 @@ def _parse_url(text: str, argument: str) -> Location:
 
 
 def _refuse_mistakes(text: str, argument: str) -> None:
-    """Raise UsageError for the syntax of other programs, and for likely mistakes."""
+    """Raise UsageError if `text` is the syntax of another program, or a likely mistake.
+
+    `argument`: name of the command-line argument, for the message.
+    """
     if "\0" in text:
         raise UsageError(f"{argument} {text!r} contains a NUL, which no path can have")
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)

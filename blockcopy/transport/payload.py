@@ -62,13 +62,13 @@ def opening(arguments: Sequence[str], *, under_home: bool = False) -> bytes:
 
 @functools.cache
 def modules() -> dict[str, str]:
-    """Return the texts of all modules that may be sent, by name. A package has the text of its `__init__`."""
+    """Return all modules that may be sent: a dict, name → text. A package has the text of its `__init__`."""
     return {_name_of(path): path.read_text(encoding="utf-8") for path in _files()}
 
 
 @functools.cache
 def needed_by(stage: str) -> dict[str, str]:
-    """Return the texts of the modules that `stage` loads, by name and without docstrings.
+    """Return the modules that `stage` loads: a dict, name → text without docstrings.
 
     These are the stage, PROGRAM, the modules that both import, and so on. Imports inside functions do not count:
     they are for other commands, or for packages that a host may have.
@@ -101,7 +101,7 @@ _IMPORT = re.compile(rf"^from ({PACKAGE}[\w.]*) import (\([^)]*\)|.*)$", re.MULT
 
 
 def _imported_by(text: str) -> list[str]:
-    """Return the names that a module with this `text` imports from the package: modules, and names in modules."""
+    """Return a list of the names that a module of this `text` imports from the package, also those in modules."""
     names = []
     for module, imported in _IMPORT.findall(text):
         names += [module, *(f"{module}.{word}" for word in re.findall(r"\w+", imported))]
@@ -109,7 +109,7 @@ def _imported_by(text: str) -> list[str]:
 
 
 def packages() -> list[str]:
-    """Return the names of the sent modules that are packages."""
+    """Return the list of the names of sent modules that are packages."""
     return [PACKAGE, *(f"{PACKAGE}.{room}" for room in TRAVELS)]
 
 

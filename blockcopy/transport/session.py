@@ -50,7 +50,7 @@ class SilenceTimer:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count the time inside the context, in which the remote end waits for this end."""
+        """Return a context manager within which no time counts, because the remote end waits for this end."""
         with self._lock:
             self._paused += 1
         try:
@@ -82,8 +82,8 @@ class Session:
         """Prepare a session with the stage that `command` runs.
 
         `timeout`: seconds of silence after which the stage is killed. `prompts`: a password may be asked for.
-        `syncs`: the stage syncs a disk before it exits, however long that takes. `report`: gets each line that the
-        stage writes to standard error, within `budget`.
+        `syncs`: the stage syncs a disk before it exits, however long that takes. `report`: called with each line
+        that the stage writes to standard error, within the rate limit `budget`.
         """
         self.command = command
         self.silence = SilenceTimer()
@@ -99,7 +99,7 @@ class Session:
         self._left = threading.Event()
 
     def __enter__(self) -> Session:
-        """Start the stage. Raises RemoteError if it cannot be started."""
+        """Start the stage, and return this session. Raises RemoteError if it cannot be started."""
         try:
             process = self.command.start()
         except OSError as error:
@@ -135,7 +135,10 @@ class Session:
         self.input.__exit__()
 
     def _exit_timeout(self, *, failed: bool) -> float | None:
-        """Return the seconds to wait for the exit. Returns None if there is no limit."""
+        """Return the seconds to wait for the exit. Returns None if there is no limit.
+
+        `failed`: whether the session ends by an error.
+        """
         if not self.begun:
             return _EXIT_SECONDS
         return None if self._syncs and not failed else _FAILURE_SECONDS
@@ -146,9 +149,9 @@ class Session:
         return self._process.returncode
 
     def begin(self) -> bool:
-        """Send the stage to the host, and wait until it runs. Returns False if the login ends before.
+        """Send the stage to the host, and wait until it runs.
 
-        Raises StreamError if the login prints too much.
+        Returns True if it runs, False if the login ends before. Raises StreamError if the login prints too much.
         """
         if self.command.mark:
             with contextlib.suppress(OutputError):  # its output may explain why it exited
@@ -159,7 +162,10 @@ class Session:
         return True  # an installed program begins with its first output
 
     def last_lines(self) -> list[str]:
-        """Return the last lines on standard error. If the stage did not begin, the login's output comes first."""
+        """Return a list of the last lines on standard error.
+
+        If the stage did not begin, the login's output comes first.
+        """
         return [*([] if self.begun else start_timeout.last_lines(self.input.noise)), *self._stderr.last]
 
     def _listen(self, stderr: IO[bytes]) -> None:

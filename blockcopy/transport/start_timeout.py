@@ -23,17 +23,26 @@ _MAX_QUOTED = 300
 
 
 def max_start_seconds(timeout: float, *, prompts: bool) -> float:
-    """Return the seconds that a stage may take to start. `prompts`: a password may be asked for meanwhile."""
+    """Return the seconds that a stage may take to start, if it may be silent for `timeout` seconds later.
+
+    `prompts`: a password may be asked for meanwhile.
+    """
     return max(timeout, LOGIN_SECONDS) if prompts else timeout
 
 
 def still_waiting(command: Command, output: Iterable[str]) -> str:
-    """Return the warning for a stage that has not started yet. `output`: lines that the login printed."""
+    """Return the warning that the stage of `command` has not started yet.
+
+    `output`: lines that the login printed.
+    """
     return f"still waiting for {_expected(command)}{_quote(output)}"
 
 
 def not_started(command: Command, seconds: float, output: Iterable[str]) -> str:
-    """Return the error for a stage that did not start within `seconds`. `output`: lines that the login printed."""
+    """Return the message that the stage of `command` did not start within `seconds`.
+
+    `output`: lines that the login printed.
+    """
     text = f"gave up waiting for {_expected(command)} after {seconds:g} seconds{_quote(output)}"
     if command.location.host is None:
         return text
@@ -45,7 +54,7 @@ def not_started(command: Command, seconds: float, output: Iterable[str]) -> str:
 
 
 def last_lines(noise: bytes) -> list[str]:
-    """Return the last five lines of `noise`, the output of a login."""
+    """Return the last five lines of `noise`, the bytes that a login printed."""
     lines = map(str.strip, noise[-4096:].decode(errors="replace").split("\n"))
     return [line for line in lines if line][-5:]
 
