@@ -83,7 +83,8 @@ def push(
 
     `timeout`: seconds that the host may be silent when an answer is due. `prompts`: a password may be asked for
     first. `give_up_after`: seconds of attempts to restore a broken connection. `limit`: bytes of the source per
-    second, equal or not. `progress` gets the position up to which signatures were answered, and the bytes sent.
+    second, equal or not, or None. `progress` gets the position up to which signatures were answered, and
+    the bytes sent.
 
     Raises RemoteError if the host cannot be reached or goes away, and DeviceError if the source fails. Raises the
     error of `receive`, with its exit status, if that fails.

@@ -90,7 +90,7 @@ class Device:
             )
 
     def file_system(self) -> str:
-        """Return the ID of the file system of the file, as text. It survives a restart if it is a UUID."""
+        """Return the ID of the file system of the file, as text. A UUID survives a restart; other IDs may not."""
         with self._errors("find the file system of"):
             return f"{os.fstatvfs(self._fd).f_fsid:x}"
 
@@ -99,7 +99,7 @@ class Device:
         return not self.is_block_device and syscalls.has_exact_times(self._fd)
 
     def size(self) -> int:
-        """Return the current size in bytes."""
+        """Return the current size, a number of bytes."""
         with self._errors("find the size of"):
             return os.lseek(self._fd, 0, os.SEEK_END)
 

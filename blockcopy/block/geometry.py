@@ -36,7 +36,7 @@ class Geometry(NamedTuple):
         return -(-self.size // self.block_size)
 
     def extent(self, block: int) -> Extent:
-        """Return the byte range of block number `block`. Raises IndexError if there is no such block."""
+        """Return the Extent of block number `block`. Raises IndexError if there is no such block."""
         if not 0 <= block < self.block_count:
             raise IndexError(f"block {block} of {self.block_count}")
         offset = block * self.block_size

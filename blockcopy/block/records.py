@@ -27,13 +27,19 @@ from blockcopy.paths.trust import distrust_reason
 
 
 def default_path(destination: Device) -> Path:
-    """Return the path of the state file of `destination` without `--state`. Its name is a hash of the identity."""
+    """Return the Path of the state file of `destination`, if `--state` is not given.
+
+    Its name is a hash of the identity.
+    """
     identity = json.dumps(destination_identity(destination), sort_keys=True)
     return default_folder().resolve() / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.state"
 
 
 def default_folder() -> Path:
-    """Return the folder of this user's state files. Raises StateError if the user has no home folder."""
+    """Return the Path of the folder of this user's state files.
+
+    Raises StateError if the user has no home folder.
+    """
     systemd = os.environ.get("STATE_DIRECTORY")  # of a unit with StateDirectory=
     if systemd:
         return Path(systemd.partition(":")[0])
@@ -59,7 +65,10 @@ def invalidate_records(destination: Device) -> None:
 
 
 def invalidate(path: Path) -> None:
-    """Remove the file at `path`, if any, so that no power loss brings it back. Raises StateError if that fails."""
+    """Remove the file at `path`, a Path, if any, so that no power loss brings it back.
+
+    Raises StateError if that fails.
+    """
     try:
         durable.remove(path)
     except OSError as error:

@@ -87,7 +87,7 @@ class Views:
             self._paused = False
 
     def close(self) -> None:
-        """Give up the mapping. It disappears when the last view is gone."""
+        """Give up the mapping, which disappears when the last view is gone."""
         self._mapped = None
 
     def _unpopulate(self, start: int, end: int) -> None:

@@ -62,7 +62,7 @@ class _FileHandler(BackgroundHandler):
 
 
 def file_handler(path: str, *, verbose: bool) -> logging.Handler:
-    """Open or make the log file at `path`, and return a handler that appends to it.
+    """Open or create the log file at `path`, and return a logging handler that appends to it.
 
     The file also gets what went well, and if `verbose`, everything.
     Raises OutputError if the file cannot be written.
@@ -96,7 +96,7 @@ def discard_log() -> None:
 
 
 def _syslog_handler() -> logging.Handler:
-    """Return a handler for syslog, or one that drops all records if this host has no syslog."""
+    """Return a logging handler for syslog, or one that drops all records if this host has no syslog."""
     from logging.handlers import SysLogHandler
 
     try:

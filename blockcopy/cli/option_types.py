@@ -14,7 +14,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def size(text: str) -> int:
-    """Return the bytes that `text` names, such as `4096`, `64K` or `1G`. K, M, G and T are binary units.
+    """Return the number of bytes that `text` names, such as `4096`, `64K` or `1G`. K, M, G and T are binary units.
 
     Raises ArgumentTypeError if `text` is no such number.
     """
@@ -61,7 +61,7 @@ def compression(text: str) -> CompressionSpec:
 
 
 def rate(text: str) -> int | None:
-    """Return the bytes per second that `text` names, as `size()` parses it. Returns None for "none".
+    """Return the number of bytes per second that `text` names, as `size()` parses it. Returns None for "none".
 
     Raises ArgumentTypeError if `text` is 0 or no number.
     """
@@ -90,7 +90,7 @@ def extent(text: str) -> tuple[int, int]:
 
 
 def seconds(text: str) -> float:
-    """Return `text` as seconds; fractions are allowed. Raises ArgumentTypeError if it is negative or no number."""
+    """Return the seconds that `text` names, a float. Raises ArgumentTypeError if it is negative or no number."""
     try:
         count = float(text)
     except ValueError:
@@ -101,7 +101,7 @@ def seconds(text: str) -> float:
 
 
 def positive_seconds(text: str) -> float:
-    """Return `text` as seconds. Raises ArgumentTypeError if it is not a number above 0."""
+    """Return the seconds that `text` names, a float. Raises ArgumentTypeError if it is not a number above 0."""
     count = seconds(text)
     if not count:
         raise argparse.ArgumentTypeError("a timeout of 0 seconds is too short for any answer")

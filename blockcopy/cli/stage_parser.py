@@ -14,7 +14,7 @@ Options = Union[argparse.ArgumentParser, "argparse._ArgumentGroup"]
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """A help formatter with room for long options. It leaves examples as they are."""
+    """A help formatter for the program `prog`, with room for long options. It leaves examples as they are."""
 
     def __init__(self, prog: str, **more: Any) -> None:
         super().__init__(prog, max_help_position=29, **more)

@@ -13,13 +13,16 @@ from pathlib import Path
 
 
 def create(path: Path) -> None:
-    """Create an empty file with mode 0600 at `path`. Raises FileExistsError if something is there."""
+    """Create an empty file with mode 0600 at the Path `path`. Raises FileExistsError if something is there."""
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     sync_folder(path.parent)
 
 
 def make_folder(folder: Path) -> None:
-    """Create `folder` with mode 0700, and all missing folders above it. Does nothing if `folder` exists."""
+    """Create `folder`, a Path, with mode 0700, and all missing folders above it.
+
+    Does nothing if `folder` exists.
+    """
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -29,7 +32,7 @@ def make_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove the file at `path`, if any, and sync its folder.
+    """Remove the file at the Path `path`, if any, and sync its folder.
 
     The folder is synced even if there is no such file, because the disk may still have the name.
     """
@@ -42,13 +45,13 @@ def remove(path: Path) -> None:
 
 
 def rename(path: Path, new: Path) -> None:
-    """Rename the file at `path` to `new`, a path in the same folder. Replaces a file at `new`."""
+    """Rename the file at the Path `path` to `new`, a Path in the same folder. Replaces a file at `new`."""
     path.replace(new)
     sync_folder(new.parent)
 
 
 def write(path: Path, text: str) -> None:
-    """Replace the content of the file at `path` by `text`, atomically. Creates the file with mode 0600."""
+    """Replace the content of the file at the Path `path` by `text`, atomically. Creates the file with mode 0600."""
     new = path.with_name(f"{path.name}.new")
     with contextlib.suppress(FileNotFoundError):
         new.unlink()
@@ -61,7 +64,7 @@ def write(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Write the names in `folder` to the disk, and wait until the disk has them.
+    """Write the names in `folder`, a Path, to the disk, and wait until the disk has them.
 
     Does nothing on a file system that is read-only or cannot sync a folder.
     """

@@ -36,7 +36,7 @@ def names_folder(path: str) -> bool:
 
 
 def obstacle(path: str) -> str | None:
-    """Return in words why a file cannot or must not be created at `path`. Returns None if it can."""
+    """Return in words why a file cannot or must not be created at `path`. Returns None if a file can be created."""
     if names_folder(path):
         return "this is the name of a folder; name the file in it"
     folder = os.path.dirname(os.path.realpath(path))  # follows a link to a missing file, too

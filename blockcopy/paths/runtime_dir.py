@@ -12,7 +12,7 @@ from blockcopy.errors import DeviceError
 
 
 def make_runtime_dir() -> Path:
-    """Return this user's runtime directory. Creates it with mode 0700 if it is missing.
+    """Return the Path of this user's runtime directory. Creates the directory with mode 0700 if it is missing.
 
     Raises DeviceError if it cannot be created, if other users may enter it, or if it cannot hold a socket.
     """
@@ -31,7 +31,7 @@ def make_runtime_dir() -> Path:
 
 
 def _try_socket(path: Path) -> None:
-    """Create and remove a socket at `path`, with a second name, as ssh creates its own.
+    """Create and remove a socket at the Path `path`, with a second name, as ssh creates its own.
 
     Raises OSError if that fails.
     """
@@ -47,7 +47,7 @@ def _try_socket(path: Path) -> None:
 
 
 def runtime_dir_candidates(uid: int) -> list[Path]:
-    """Return the paths where the runtime directory of user `uid` can be.
+    """Return the list of Paths where the runtime directory of user `uid` can be.
 
     For our own user, `make_runtime_dir()` uses the first one.
     """
@@ -60,7 +60,7 @@ def runtime_dir_candidates(uid: int) -> list[Path]:
 
 
 def is_private(folder: Path, uid: int) -> bool:
-    """Return True if `folder` is an existing folder, not a link, that only user `uid` may enter."""
+    """Return True if the Path `folder` is an existing folder, not a link, that only user `uid` may enter."""
     try:
         status = folder.lstat()
     except OSError:

@@ -16,7 +16,7 @@ from pathlib import Path
 def distrust_reason(folder: Path) -> str | None:
     """Return in words why another user may decide what a path in `folder` leads to. Returns None if none may.
 
-    `folder`: an absolute path without symbolic links. Raises OSError if it does not exist.
+    `folder`: an absolute Path without symbolic links. Raises OSError if the folder does not exist.
     """
     for each in (folder, *folder.parents):
         status = each.lstat()

@@ -49,7 +49,7 @@ def eta(done: int, total: int | None, rate: int) -> int | None:
 
 
 def floored_percent(part: int, whole: int) -> float:
-    """Return `part` as a percentage of `whole`, rounded down to two decimals. Only the whole is 100."""
+    """Return `part` as a percentage of `whole`, a float rounded down to two decimals. Only the whole is 100."""
     return 100.0 if part >= whole else part * 10000 // whole / 100
 
 

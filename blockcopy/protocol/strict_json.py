@@ -17,7 +17,7 @@ _NUMBER_BOUND = 1 << 64
 def parse_object(data: bytes, *, errors: str = "strict") -> dict[str, Any]:
     """Parse `data`, the bytes of one JSON object, and return it as a dict.
 
-    `errors`: how `str.encode` treats lone surrogates in text. Use "surrogateescape" if text may be any path.
+    `errors`: how `str.encode()` treats lone surrogates in text. Use "surrogateescape" if text may be any path.
 
     Raises ValueError if `data` is no object in UTF-8 JSON. Refuses duplicate names, NaN and
     infinities. Refuses nesting deeper than 16, numbers beyond 64 bits, and text that UTF-8 cannot encode.

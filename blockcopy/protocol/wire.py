@@ -248,7 +248,7 @@ def _unchanged(payload: Buffer) -> Buffer:
 
 
 class Layout(NamedTuple):
-    """The bytes of one class of messages: `command`, struct `fields`, and perhaps a payload."""
+    """The bytes of the class `message`: `command`, struct `fields`, and perhaps a payload."""
 
     message: Kind
     command: bytes

@@ -144,7 +144,7 @@ def _total_size(fd: int, start: int, end: int | None) -> int | None:
 
 
 class _OriginalWriter:
-    """A writer of the original form: one `Hash` a block."""
+    """A writer of the original form to `output`: one `Hash` a block."""
 
     def __init__(self, output: OutputStream) -> None:
         self.digest = digests.named(digests.ORIGINAL)
@@ -174,7 +174,7 @@ class _OriginalWriter:
 
 
 class _ExtendedWriter(_OriginalWriter):
-    """A writer of the extended form: `asks` and `zero` for many blocks at once."""
+    """A writer of the extended form to `output`: `asks` by `digest`, and `zero`, for many blocks at once."""
 
     def __init__(self, output: OutputStream, digest: Digest) -> None:
         self.digest = digest

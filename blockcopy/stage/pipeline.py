@@ -61,7 +61,7 @@ class _End(Exception):
 
 
 class _Line(Generic[Item, Result]):
-    """Items, results, and the permits that bound them. Shared by the workers and the caller."""
+    """The `items`, the results of `work`, and the permits that bound them. Shared by the workers and the caller."""
 
     def __init__(self, items: Iterable[Item], work: Callable[[Item], Result]) -> None:
         self._items = iter(items)

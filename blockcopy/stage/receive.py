@@ -69,7 +69,7 @@ def receive(
 
 
 class _Source:
-    """The source's answers, and what they say of the source."""
+    """The source's `answers` to our `handshake` and requests, and what they say of the source."""
 
     def __init__(self, answers: InputStream, handshake: Handshake) -> None:
         self._messages = Decoder(wire.NEGOTIATED_BLOCK_STREAM).messages(answers.read_into)

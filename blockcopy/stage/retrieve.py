@@ -35,7 +35,7 @@ from blockcopy.stage.streams import InputStream, Output, OutputStream
 
 
 class _Reply(NamedTuple):
-    """A ready answer, which is sent in its turn."""
+    """A ready answer: the bytes `stream`, which are sent in their turn. The `size` in bytes of the piece is 0."""
 
     stream: bytes
     size: int = 0
@@ -187,9 +187,10 @@ class _Responder:
         }
 
     def take(self, message: wire.Message) -> Iterable[_Item]:
-        """Return the items that answer `message`. Raises StreamError if the message is out of place or invalid.
+        """Return an iterable of the items that answer `message`.
 
-        Call only after the items of the previous message were taken.
+        Raises StreamError if the message is out of place or invalid. Call only after the items of the previous
+        message were taken.
         """
         items = self._answers[type(message)](message)
         self._is_first = False

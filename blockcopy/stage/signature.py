@@ -25,7 +25,7 @@ def digest_piece(
     """Read `piece` of `device`, and digest its blocks of `block_size` bytes by `digest`. Thread-safe.
 
     Returns the list of digests, with None for a block of zeros. Blocks that cannot be read are added to
-    `unreadable`. Their digest is `digest.impossible`, so the source sends them.
+    `unreadable`. Their digest is `digest.impossible`, so the source sends these blocks.
 
     Raises DeviceError if the device ends within the piece.
     """

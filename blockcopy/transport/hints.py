@@ -24,6 +24,8 @@ _BUS_ERRORS = (-signal.SIGBUS, 128 + signal.SIGBUS)
 
 
 class _Case(NamedTuple):
+    """A known failure, and the `hint` for it."""
+
     pattern: str
     """A regular expression for the last lines of stderr."""
     hint: str

@@ -44,8 +44,8 @@ so no byte after it is consumed."""
 def opening(arguments: Sequence[str], *, under_home: bool = False) -> bytes:
     """Return the first bytes for the standard input of a python3 that runs CODE.
 
-    They make that python3 run `blockcopy` with `arguments`, of which the first is the stage. `under_home`: the last
-    argument is a path relative to the folder that the last word after CODE names.
+    These bytes make that python3 run `blockcopy` with `arguments`, the first of which is the stage. `under_home`:
+    the last argument is a path relative to the folder that the last word after CODE names.
     """
     content = {
         "modules": needed_by(arguments[0]),

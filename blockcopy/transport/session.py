@@ -200,7 +200,7 @@ class Session:
 
 
 class _Input(InputStream):
-    """The stream from the stage. Each read restarts the silence timer."""
+    """The stream from the stage of `session`, on the file descriptor `fd`. Each read restarts the silence timer."""
 
     def __init__(self, fd: int, session: Session) -> None:
         super().__init__(fd)
@@ -215,7 +215,10 @@ class _Input(InputStream):
 
 
 class _Output(OutputStream):
-    """The stream to the stage, which a thread watches for silence while this one waits."""
+    """The stream to the stage of `session`, on the file descriptor `fd`.
+
+    A thread watches the stage for silence while this one waits.
+    """
 
     def __init__(self, fd: int, session: Session) -> None:
         super().__init__(fd)
