@@ -164,7 +164,10 @@ def sync(args: argparse.Namespace) -> None:
 
 
 def _push(args: argparse.Namespace, destination: Location) -> None:
-    """Run a `sync` with the parsed options `args`, whose `destination` is on another host."""
+    """Run `sync` with the parsed options `args`. `destination`: the Location of DESTINATION, on another host.
+
+    Raises UsageError if the options do not fit a push, MismatchError if --verify finds differences.
+    """
     from blockcopy.push import push
 
     source = _local_source(args)
@@ -241,9 +244,10 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace, command: Command, path: str, source_size: int | None = None) -> Verdict:
-    """Compare the device at `path` with the other end of `command`, and print the ranges that differ.
+    """Compare the device at `path` with the other end, and print the ranges that differ. Returns the verdict.
 
-    `args`: parsed options. `source_size`: as for `verify.verify`. Returns the verdict.
+    `args`: parsed options. `command`: runs `retrieve` at the other end.
+    `source_size`: None if the other end is the source, else the bytes of the source at `path`.
     """
     with needs_extra():
         from blockcopy.replica.tasks import runner

@@ -31,7 +31,10 @@ class _Stream:
     """A reader in order: its last read, and the distance from the read before."""
 
     def __init__(self, blocks: range, step: int) -> None:
-        """Begin a stream whose last read was of `blocks`. `step`: blocks between two reads, negative if reverse."""
+        """Begin a stream whose last read was of the range `blocks`.
+
+        `step`: blocks between two reads, negative if reverse.
+        """
         self.last = blocks
         self.step = step
         self.steps_ahead = _INITIAL_STEPS
@@ -44,13 +47,16 @@ class _Stream:
         return 0 < self.step <= len(self.last)
 
     def expects(self, blocks: range) -> bool:
-        """Return whether `blocks` are the next read of the stream, or a part of the last read."""
+        """Return whether `blocks`, a range, are the next read of the stream, or a part of the last read."""
         if self.is_sequential:
             return abs(blocks.start - self.last.stop) <= _SLACK_BLOCKS
         return blocks.start in (self.last.start, self.last.start + self.step)
 
     def advance(self, blocks: range) -> bool:
-        """Record a read of `blocks`, which the stream expects. Returns False if it is a part of the last read."""
+        """Record a read of the range `blocks`, which the stream expects.
+
+        Returns False if the read is a part of the last one.
+        """
         if blocks.start == self.last.start or (self.is_sequential and blocks.stop <= self.last.stop):
             return False
         if self.is_sequential:
@@ -74,7 +80,7 @@ class ReadAhead:
         self._lone_reads: deque[range] = deque(maxlen=_MAX_LONE_READS)
 
     def record_read(self, blocks: range, *, waits: bool) -> list[range]:
-        """Record a read of `blocks`. Returns the ranges of blocks to fetch ahead now.
+        """Record a read of `blocks`, a range. Returns a list of the ranges of blocks to fetch ahead now.
 
         `waits`: whether the read has to wait for the source. Then its stream is read ahead farther.
         """
@@ -96,7 +102,7 @@ class ReadAhead:
         return self._sequential_ahead(stream) if stream.is_sequential else self._strided_ahead(stream)
 
     def _begin_stream(self, blocks: range) -> _Stream | None:
-        """Return the stream that a read of `blocks` makes of one or two earlier reads. Returns None if none."""
+        """Return the stream that a read of the range `blocks` makes of earlier reads, or None."""
         for before in self._lone_reads:
             if 0 <= blocks.start - before.stop <= 1:
                 return _Stream(blocks, len(blocks))

@@ -62,7 +62,7 @@ async def verify(
     the copy lacks differ. Equal ends were equal at one moment.
 
     `command`: runs `retrieve` at the other end.
-    `report`: called with each range that differs, ascending. Adjacent ranges are joined.
+    `report`: called with each Extent that differs, ascending. Adjacent ones are joined.
     `timeout`: seconds without progress after which a connection is replaced.
     `give_up_after`: seconds without an answer after which the comparison fails.
     `prompts`: whether ssh may ask for a password.
@@ -114,7 +114,7 @@ async def compare(
 
     Bytes that `device` lacks differ. `link` must be connected. Returns the verdict.
 
-    `report`: called with each range that differs, ascending. Adjacent ranges are joined.
+    `report`: called with each Extent that differs, ascending. Adjacent ones are joined.
     `completed`: called with the number of bytes compared so far, again and again.
     Raises SourceError or DeviceError.
     """
@@ -150,7 +150,7 @@ class _Comparison:
         self._threads = trio.CapacityLimiter(len(os.sched_getaffinity(0)))
 
     async def differences(self, blocks: range) -> list[Extent]:
-        """Return the extents that differ among `blocks`, ascending. Raises SourceError or DeviceError."""
+        """Return the extents that differ in the range `blocks`, ascending. Raises SourceError or DeviceError."""
         found: list[Extent] = []
         errors: list[BlockcopyError] = []
 

@@ -77,7 +77,7 @@ class Volume:
                 return read
 
     async def _ensure(self, blocks: range) -> None:
-        """Make `blocks` present, and start the read-ahead."""
+        """Make `blocks`, a range, present, and start the read-ahead."""
         missing = self._blockmap.any_missing(blocks)
         for ahead in self._read_ahead.record_read(blocks, waits=missing):
             if self._blockmap.any_missing(ahead):

@@ -231,5 +231,8 @@ def completion(args: argparse.Namespace) -> None:
 
 
 def _request(args: argparse.Namespace, **arguments: Any) -> None:
-    """Send the command of `args` with `arguments` to the mount on `args.mountpoint`. Returns when it is done."""
+    """Send the command of `args`, with the keywords `arguments`, to the mount on `args.mountpoint`.
+
+    Raises MountError or the mount's error.
+    """
     control_client.command(args.mountpoint, {"command": args.command, **arguments})

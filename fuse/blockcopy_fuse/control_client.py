@@ -40,7 +40,7 @@ class StatusRequest:
     """A request for a mount's status, under way. Call `close` in the end."""
 
     def __init__(self, mount: Mount) -> None:
-        """Ask `mount` for its status."""
+        """Ask `mount`, a Mount, for its status."""
         self._mount = mount
         self._request = MountRequest(mount, {"command": "status"})
 
@@ -64,7 +64,7 @@ class StatusRequest:
 
 
 def mount_on(mountpoint: str) -> Mount:
-    """Return the FUSE mount on `mountpoint`. Raises MountError if there is none."""
+    """Return the Mount on `mountpoint`, a FUSE mount. Raises MountError if there is none."""
     mount = find_mount(mountpoint)
     if mount is None:
         raise MountError(f"no replica is mounted on {mountpoint}")
@@ -80,7 +80,7 @@ def read_status(mountpoint: str) -> Status:
 
 
 def status_of(mount: Mount) -> Status:
-    """Return the status of `mount`.
+    """Return the status of `mount`, a Mount.
 
     Raises MountError if the mount cannot be asked, MountUnresponsiveError if it does not answer within 5 seconds.
     """
@@ -132,7 +132,7 @@ def _await_status(mountpoint: str) -> Status:
 
 
 def read_map(mountpoint: str, max_cells: int) -> list[MapCell]:
-    """Return the map of the mount on `mountpoint`, in at most `max_cells` cells.
+    """Return the map of the mount on `mountpoint`, a list of at most `max_cells` cells.
 
     Returns an empty list if the mount does not report a map within a second.
     """

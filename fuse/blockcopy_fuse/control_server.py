@@ -51,7 +51,7 @@ class ControlServer:
     """The control socket of this process, at `path`."""
 
     def __init__(self, path: str, listener: socket.socket) -> None:
-        """Take over `listener`, which listens at `path`."""
+        """Take over `listener`, a socket that listens at `path`."""
         self.path = path
         self.listener = listener
 

@@ -63,9 +63,9 @@ FUSERMOUNT_MISSING = f"{_FUSERMOUNT} is not installed: apt install fuse3"
 
 
 def users_may_share() -> bool:
-    """Return whether `user_allow_other` is set, without which only root may mount with `-o allow_other`.
+    """Return whether fuse.conf sets user_allow_other, without which only root may mount with `-o allow_other`.
 
-    Reads fuse.conf by the same rules as fusermount3 (libfuse, util/fusermount.c).
+    Reads the file by the same rules as fusermount3 (libfuse, util/fusermount.c).
     """
     try:
         lines = Path(FUSE_CONF).read_text(errors="replace").splitlines(keepends=True)
@@ -96,7 +96,7 @@ def max_pipe_size() -> int | None:
 
 
 def has_fusectl() -> bool:
-    """Return whether `fusectl` is mounted, without which MAX_BACKGROUND cannot be set."""
+    """Return whether the file system fusectl is mounted, without which MAX_BACKGROUND cannot be set."""
     return os.path.ismount(CONNECTIONS)
 
 

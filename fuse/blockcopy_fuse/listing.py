@@ -30,7 +30,7 @@ class ListedMount:
     error: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON: the status or, if there is none, `source`, `error` and `mountpoint`."""
+        """Return a dict for JSON: the status or, if there is none, the source, the error and the mountpoint."""
         fields = self.status.as_dict() if self.status else {"error": self.error}
         return {"source": self.mount.source, **fields, "mountpoint": self.mount.mountpoint}
 
@@ -52,7 +52,10 @@ class ListedMount:
 
 
 def replicas() -> list[ListedMount]:
-    """Ask all mounted replicas for their status, side by side. Returns a ListedMount each, in a second."""
+    """Ask all mounted replicas for their status, side by side.
+
+    Returns a list of ListedMount, within about a second.
+    """
     replica_mounts = [mount for mount in mountinfo.mounts() if mount.kind == KIND and mount.owner != NO_FUSE]
     requests = [StatusRequest(mount) for mount in replica_mounts]
     end = time.monotonic() + _SECONDS
@@ -73,7 +76,7 @@ def _listed(mount: Mount, request: StatusRequest, end: float) -> ListedMount:
 
 
 def table(mounts: list[ListedMount]) -> str:
-    """Return a table of `mounts` as text, for people. An error may be longer than its column."""
+    """Return a table of `mounts`, ListedMounts, as text for people. An error may be longer than its column."""
     rows = [_HEADINGS, *([printable(text) for text in each.cells()] for each in mounts)]
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(_HEADINGS))]
     widths[2] = max(len(row[2]) for row in rows if len(row) == len(_HEADINGS))  # without the errors

@@ -124,12 +124,12 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def getattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> EntryAttributes:
-        """Return the attributes of `inode`."""
+        """Return the attributes of `inode`. Ignores `ctx`."""
         return self._attributes(inode)
 
     @handler
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext) -> EntryAttributes:
-        """Return the attributes of the file `name`, bytes, in the folder `parent_inode`.
+        """Return the attributes of the file `name`, bytes, in the folder `parent_inode`. Ignores `ctx`.
 
         Raises FUSEError if there is no such file.
         """
@@ -144,7 +144,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def opendir(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileHandleT:
-        """Open the folder `inode`, and return its handle. Raises FUSEError if it is no folder."""
+        """Open the folder `inode`, and return its handle. Ignores `ctx`. Raises FUSEError if it is no folder."""
         if inode != _ROOT:
             raise FUSEError(errno.ENOTDIR)
         return FileHandleT(inode)
@@ -165,7 +165,8 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: InodeT, flags: FlagT, ctx: pyfuse3.RequestContext) -> FileInfo:
         """Open the file `inode` for reading. Returns a FileInfo with the handle.
 
-        `flags`: those of open(2). Raises FUSEError if `inode` is a folder, or if `flags` allow writing.
+        `flags`: those of open(2). Ignores `ctx`.
+        Raises FUSEError if `inode` is a folder, or if `flags` allow writing.
         """
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EROFS)
@@ -208,7 +209,10 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        """Return pyfuse3's StatvfsData of the file system: it is full, and has the size of the replica."""
+        """Return pyfuse3's StatvfsData of the file system: it is full, and has the size of the replica.
+
+        Ignores `ctx`.
+        """
         data = pyfuse3.StatvfsData()
         data.f_bsize = data.f_frsize = 4096
         data.f_blocks = -(-self._volume.size // data.f_frsize)

@@ -161,7 +161,7 @@ def _errno_of(path: str) -> bytes:
 
 
 def is_dead(mount: Mount) -> bool:
-    """Return whether the program of `mount` has died.
+    """Return whether the program of `mount`, a Mount, has died.
 
     Raises MountUnresponsiveError if the mount does not answer.
     """
@@ -188,7 +188,7 @@ class MountRequest:
     """A request to a mount, under way. Call `close` in the end, or `reply` until it returns a reply."""
 
     def __init__(self, mount: Mount, request: dict[str, Any], pid: int | None = None) -> None:
-        """Send `request`, an object of JSON, to `mount`.
+        """Send `request`, an object of JSON, to `mount`, a Mount.
 
         `pid`: the only process that may answer, or None for any process of the owner.
         """

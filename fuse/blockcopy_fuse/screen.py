@@ -106,7 +106,7 @@ def _headline(status: Status) -> RenderableType:
 
 
 def _unresponsive(seconds: float) -> RenderableType:
-    """Return a warning, or an empty line if `seconds` is 0."""
+    """Return a warning that the mount has not answered for `seconds`, or an empty line if they are 0."""
     if not seconds:
         return ""
     return Text(f"The mount has not answered for {seconds:.0f} s. Its last status:", "bold red")

@@ -94,11 +94,11 @@ class BackgroundHydration:
                 nursery.start_soon(self._request, range(first, start), count)
 
     def _next(self, blocks: range) -> int | None:
-        """Return the first of `blocks` that is wanted and that no request here covers. Returns None if none is."""
+        """Return the first block in the range `blocks` that is wanted and not requested yet, or None."""
         return next((block for block in self._blockmap.fetchable(blocks) if block not in self._in_flight), None)
 
     def _end_of_batch(self, first: int) -> int:
-        """Return the block at which a batch from `first` on ends. An unreadable block ends it early."""
+        """Return the block number at which a batch from `first` on ends. An unreadable block ends it early."""
         stop = min(first + self._throttle.batch_blocks, self._geometry.block_count)
         return next(filter(self._blockmap.is_unreadable, range(first, stop)), stop)
 

@@ -90,7 +90,7 @@ class Hydrator:
         return self._faults.last
 
     async def ensure(self, blocks: range, lane: Lane) -> None:
-        """Wait until all `blocks` are present, and request the missing ones on `lane`.
+        """Wait until all `blocks`, a range, are present, and request the missing ones on `lane`.
 
         Raises SourceReadError if the source cannot read some blocks; all others are present then.
         Raises SourceError or DeviceError if a block cannot be made present.

@@ -72,7 +72,7 @@ class Lane:
     ) -> None:
         """Make a lane over `link`, with nothing in flight.
 
-        `window`: bounds the blocks in flight that nobody waits for.
+        `window`: the Window that bounds the blocks in flight that nobody waits for.
         `batch_blocks`: most blocks of a fetch.
         `fetches`: most fetches at once.
         `threads`: most threads that read and digest the destination.

@@ -35,8 +35,8 @@ class Throttle:
     def __init__(self, window: Window, demanded_at: Callable[[], float], limit: int | None = None) -> None:
         """Make a throttle that is not paused.
 
-        `window`: the most blocks in flight.
-        `demanded_at`: returns when a reader last had to wait, in trio's time.
+        `window`: the Window that bounds the blocks in flight.
+        `demanded_at`: called without arguments, returns when a reader last had to wait, in trio's time.
         `limit`: bytes per second, of all blocks that background hydration looks at. None: no limit.
         """
         self._window = window
@@ -81,7 +81,10 @@ class Throttle:
         return trio.current_time() - self._demanded_at() < _YIELDING_SECONDS
 
     async def admit(self) -> None:
-        """Wait until a batch of `batch_blocks` may be requested. The caller calls `take` next."""
+        """Wait until a batch may be requested, of as many blocks as the attribute `batch_blocks` says.
+
+        The caller calls `take` next.
+        """
         while self._paused or trio.current_time() < self._free_at or not self._has_room():
             with trio.move_on_at(self._recheck_at()):
                 await self._changed.wait()

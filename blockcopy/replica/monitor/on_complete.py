@@ -25,7 +25,7 @@ _LAST_WAIT_SECONDS = 1
 
 
 def environment(status: Status) -> dict[str, str]:
-    """Return environment variables by name, one for each field of `status` that is one value.
+    """Return a dict of environment variables, one for each field of `status` that is one value.
 
     BLOCKCOPY_SIZE and BLOCKCOPY_STATE are two of them.
     """

@@ -32,7 +32,7 @@ _LAST_WRITE_SECONDS = 2
 
 
 def exposition(status: Status) -> str:
-    """Return the metrics of `status` in Prometheus' text format. A metric whose value is None is left out."""
+    """Return the metrics of `status` as text in Prometheus' format. A metric whose value is None is left out."""
     labels = {
         name: value
         for name in ("source", "destination", "mountpoint")

@@ -33,7 +33,7 @@ class Notifier:
         self._watchdog = _watchdog_seconds() if self._manager else None
 
     def notify(self, **variables: object) -> None:
-        """Send one datagram with a line NAME=value for each of `variables`. Never blocks, never fails."""
+        """Send one datagram with a line NAME=value for each keyword of `variables`. Never blocks, never fails."""
         if self._manager is None:
             return
         text = "\n".join(f"{name}={printable(str(value))}" for name, value in variables.items())
@@ -79,7 +79,7 @@ def _connected(address: str) -> socket.socket | None:
 
 
 def _watchdog_seconds() -> float | None:
-    """Return half of the watchdog's time, as systemd advises. Returns None if this process has no watchdog."""
+    """Return half of the watchdog's seconds, as systemd advises. Returns None if this process has no watchdog."""
     microseconds, pid = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", "")
     with contextlib.suppress(ValueError):
         if pid in ("", str(os.getpid())) and int(microseconds) > 0:

@@ -62,7 +62,7 @@ T = TypeVar("T")
 
 
 def _about(help: str, metric: str = "") -> dict[str, str]:
-    """Return the metadata of a field that `help` describes.
+    """Return a dict: the metadata of a field that `help` describes.
 
     `metric`: the name for Prometheus, empty for none. The name of a counter ends with `_total`.
     """
@@ -171,7 +171,7 @@ class Status:
 
     @property
     def speed(self) -> str:
-        """Rate and remaining time, for people. Empty if the remaining time is unknown."""
+        """Rate and remaining time, as text for people. Empty if the remaining time is unknown."""
         if self.eta_seconds is None:
             return ""
         return f"{human_size(self.rate_bytes_per_s)}/s, {human_time(self.eta_seconds)} to go"

@@ -38,7 +38,7 @@ class Signatures(NamedTuple):
         return self.position + self.length
 
     def split(self) -> list[Signatures]:
-        """Return the same signatures as one value for each block."""
+        """Return a list of Signatures, one for each block."""
         return [Signatures(*extent, self.block_size, own) for extent, own in self.blocks()]
 
     def blocks(self) -> Iterator[tuple[Extent, bytes]]:
@@ -52,7 +52,7 @@ class Signatures(NamedTuple):
 
 
 def unconditional(position: int, length: int) -> Signatures:
-    """Return the signature of one block that no bytes equal, so that the source sends `length` bytes at `position`.
+    """Return Signatures of one block that no bytes equal, so that the source sends `length` bytes at `position`.
 
     Only for the original dialect.
     """
@@ -212,7 +212,7 @@ class HoleQuery(Batch):
         self._reached = extent.offset
 
     def take_hole(self, hole: Extent) -> bool:
-        """Keep `hole` if it is long enough. Returns False if it lies outside `extent`, or before the last hole."""
+        """Keep `hole` if it is long enough. Returns False if nobody asked for it, or if it is out of order."""
         if not (hole.length and self._reached <= hole.offset and hole.end <= self.extent.end):
             return False
         self._reached = hole.end

@@ -77,9 +77,9 @@ class Client:
         """Prepare a client of the process that `command` starts.
 
         `original`: use the dialect of the original program. `timeout`: seconds after which a process is killed if
-        it owes an answer and makes no progress. `digest`: the only one to offer, or None for all. `compression`:
-        what to ask the source for. `started`: the process, if it was started before. `budget`: how many lines of
-        its standard error may be logged.
+        it owes an answer and makes no progress. `digest`: the only Digest to offer, or None for all.
+        `compression`: the CompressionSpec to ask the source for. `started`: the Process, if it was started before.
+        `budget`: the LineBudget for its standard error in the log, or None for a new one.
         """
         self._command = command
         self._started = started
@@ -128,7 +128,7 @@ class Client:
         self._progress_clock.answered_at = None
 
     async def greet(self) -> Identity:
-        """Wait for the answer to the greeting. Returns the identity of the source, and sets `digest`.
+        """Wait for the answer to the greeting. Returns the identity of the source, and sets the attribute `digest`.
 
         Raises OriginalProgramError if the process does not know the greeting. Raises SourceError if it ends for
         another reason, or if its answer is not acceptable.

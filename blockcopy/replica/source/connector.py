@@ -48,9 +48,9 @@ class Connector:
         """Prepare connections of the processes that `command` starts.
 
         `size_guess`: bytes, tried first if the size must be searched for. `timeout`: seconds without progress after
-        which a connection that owes an answer is closed. `prompts`: a login may ask for a password, so the first
-        connection may take longer. `compression`: what to ask the source for. `started`: a process that runs
-        already. It is removed from the list at its first use.
+        which a connection that owes an answer is closed. `prompts`: whether a login may ask for a password. Then
+        the first connection may take longer. `compression`: the CompressionSpec to ask the source for. `started`: a
+        list with a process that runs already. The process is removed from the list at its first use.
         """
         self.command = command
         self.identity: Identity | None = None
@@ -186,7 +186,7 @@ class Connector:
         return client
 
     def wake(self) -> None:
-        """Wake all tasks that wait for `links_changed`."""
+        """Wake all tasks that wait for the event in the attribute `links_changed`."""
         self.links_changed.set()
         self.links_changed = trio.Event()
 

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MAX_DELAY_IF_WANTED = 5
-"""Seconds until the next attempt, at most, while a task waits that will give up."""
+"""Seconds until the next attempt, at most, while a task waits that has a time limit."""
 
 _MAX_VIOLATIONS = 3
 """Connections that one request may end by unexpected replies. Then the fault is the source's, not the link's."""
@@ -91,7 +91,7 @@ class Link:
         self._client: Client | None = None
         self._waiting = 0
         self._wanted = trio.Event()
-        """Set while a task waits that will give up."""
+        """Set while a task waits that has a time limit."""
         self._closing = False
         self._running = trio.CancelScope()
         self._finished: trio.Event | None = None  # of `run`
@@ -164,7 +164,7 @@ class Link:
             await self._reconnect()
 
     async def _sleep(self, delay: float) -> None:
-        """Sleep for `delay` seconds, or for _MAX_DELAY_IF_WANTED if a task waits that will give up."""
+        """Sleep for `delay` seconds, or for _MAX_DELAY_IF_WANTED if a task waits that has a time limit."""
         with trio.move_on_after(delay):
             await trio.sleep(_MAX_DELAY_IF_WANTED)
             await self._wanted.wait()
@@ -207,10 +207,9 @@ class Link:
     async def ask(self, signatures: Sequence[Signatures], sink: Sink, since: float) -> Delta:
         """Give those bytes of the source to `sink` that differ from `signatures`. Returns the Delta.
 
-        Takes as many connections as needed. `signatures`: ascending, made with the digest that `digest` returns.
-        `since`: when the bytes were first wanted, by trio's clock. Raises
-        SourceError if the source gives no answer for `give_up_after` seconds, or if the link is closed. Raises
-        SourceChangedError if the source is another.
+        Takes as many connections as needed. `signatures`: ascending, made with the digest of the method `digest`.
+        `since`: when the bytes were first wanted, by trio's clock. Raises SourceError if the source gives no answer
+        for too long, or if the link is closed. Raises SourceChangedError if the source is another.
         """
         guarded = _GuardedSink(sink, self._connector)
         if len(signatures) > 1 or signatures[0].length > signatures[0].block_size:

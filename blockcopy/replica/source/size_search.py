@@ -33,7 +33,10 @@ _BAD_SECTORS = 8
 
 
 class SizeSearch:
-    """A search over one client, and over a new one after each exit. `client` is the one whose process runs."""
+    """A search over one client, and over a new one after each exit.
+
+    The attribute `client` is the one whose process runs.
+    """
 
     def __init__(self, client: Client, connect: Callable[[], Awaitable[Client]]) -> None:
         """Search over `client`. `connect`: awaited without arguments after each exit, returns another client."""
@@ -99,7 +102,7 @@ class SizeSearch:
         self.client = await self._connect()
 
     def _next_positions(self) -> list[int]:
-        """Return the positions to ask for next: ascending, from `_low` to `_high` - 1."""
+        """Return a list of the positions to ask for next, ascending, within the limits found so far."""
         low, high = self._low, self._high
         if high == MAX_POSITION:
             return [min(low * _POSITIONS, high - 1)]

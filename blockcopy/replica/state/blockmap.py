@@ -69,10 +69,10 @@ class BlockMap:
         return self.present_bytes == self._geometry.size
 
     def mark(self, blocks: range, kind: Kind) -> None:
-        """Make consecutive `blocks` present, once all their bytes were written or found equal.
+        """Make the range `blocks` present, once all their bytes were written or found equal.
 
-        `kind`: how they became present. Counts only those that were missing. Raises IndexError if a block is
-        outside of the device.
+        `kind`: how they became present, a Kind. Counts only blocks that were missing. Raises IndexError if a block
+        is outside of the device.
         """
         if not blocks:
             return
@@ -94,7 +94,7 @@ class BlockMap:
             self.same_bytes += length
 
     def _set_zeros(self, blocks: range) -> int:
-        """Make `blocks` present, and count their zeros. Returns how many were missing."""
+        """Make the range `blocks` present, and count their zeros. Returns how many were missing."""
         added = 0
         for cell in range(blocks.start // self._coarse, blocks[-1] // self._coarse + 1):
             start = cell * self._coarse
@@ -104,7 +104,7 @@ class BlockMap:
         return added
 
     def count(self, blocks: range) -> tuple[int, int]:
-        """Return two numbers for consecutive `blocks`: the present ones, and about how many of these are zeros.
+        """Return two numbers for the range `blocks`: the present ones, and about how many of these are zeros.
 
         Zeros are counted if the source did not send them.
         """
@@ -155,14 +155,14 @@ class BlockMap:
         return bytes(self._bits[number * _CHUNK_BYTES : (number + 1) * _CHUNK_BYTES])
 
     def missing(self, blocks: range) -> Iterator[int]:
-        """Yield the missing ones of consecutive `blocks`, ascending. Skips present blocks quickly."""
+        """Yield the missing block numbers in the range `blocks`, ascending. Skips present blocks quickly."""
         block = blocks.start
         while (found := self._next_missing(block)) is not None and found < blocks.stop:
             yield found
             block = found + 1
 
     def mark_unreadable(self, blocks: range) -> None:
-        """Note that the source cannot read consecutive `blocks`. They stay missing until `mark`."""
+        """Note that the source cannot read the range `blocks`. They stay missing until they are marked present."""
         self._unreadable = self._unreadable or bytearray(len(self._bits))
         _set(self._unreadable, blocks)
 
@@ -171,7 +171,7 @@ class BlockMap:
         return bool(self._unreadable) and bool(self._unreadable[block >> 3] & 1 << (block & 7))
 
     def fetchable(self, blocks: range) -> Iterator[int]:
-        """Yield those of consecutive `blocks` that are missing and not marked unreadable, ascending."""
+        """Yield the block numbers in the range `blocks` that are missing and not marked unreadable, ascending."""
         found = self._next_fetchable(blocks.start)
         while found is not None and found < blocks.stop:
             yield found
@@ -210,7 +210,7 @@ class BlockMap:
         return found
 
     def any_missing(self, blocks: Sequence[int]) -> bool:
-        """Return whether one of `blocks` is missing. Fast if `blocks` is a range."""
+        """Return whether one of `blocks`, block numbers, is missing. Fast if `blocks` is a range."""
         if isinstance(blocks, range):
             found = self._next_missing(blocks.start) if blocks else None
             return found is not None and found < blocks.stop
@@ -221,7 +221,7 @@ class BlockMap:
 
 
 def _set(bits: bytearray, blocks: range) -> int:
-    """Set the bits of `blocks` in `bits`. Returns how many were not set before."""
+    """Set the bits of the range `blocks` in `bits`. Returns how many were not set before."""
     first, last = blocks.start >> 3, (blocks.stop - 1) >> 3
     old = int.from_bytes(bits[first : last + 1], "little")
     new = old | ((1 << len(blocks)) - 1) << (blocks.start & 7)

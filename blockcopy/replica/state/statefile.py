@@ -96,7 +96,7 @@ class StateFile:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open or create the state file `path`. Renames a file that cannot be believed, and logs why.
+        """Open or create the state file at `path`, a Path. Renames a file that cannot be believed, and logs why.
 
         Raises StateError if another process uses the file, or if it is not a regular file. Raises StateWriteError
         if the file cannot be written, or if other users can replace it.
@@ -341,7 +341,7 @@ def _beside(path: Path) -> list[Path]:
 
 
 def _set_aside(path: Path) -> Path:
-    """Rename `path`, and the files of SQLite beside it, to a free name. Returns that name."""
+    """Rename `path`, and the files of SQLite beside it, to a free name. Returns the new path."""
     number = 1
     while (aside := path.with_name(f"{path.name}.unusable-{number}")).exists():
         number += 1

@@ -50,8 +50,9 @@ async def run_within(work: Callable[[], T], seconds: float, *, limiter: trio.Cap
 
 
 async def start_process(make: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
-    """Call `make` in a thread, and return the process that it starts.
+    """Start a process in a thread, and return it.
 
+    `make`: called without arguments, starts the process and returns it.
     On cancellation the process is killed as soon as it exists. The caller waits for that, EXIT_SECONDS at most.
     """
     made: list[subprocess.Popen[bytes]] = []
