@@ -87,7 +87,7 @@ def push(
     the bytes sent.
 
     Raises RemoteError if the host cannot be reached or goes away, and DeviceError if the source fails. Raises the
-    error of `receive`, with its exit status, if that fails.
+    error of `receive`, with its exit status, if `receive` fails.
     """
     backoff, lost_at = Backoff(), math.inf
     throttled = _ThrottledProgress(progress, limit) if limit else progress

@@ -64,7 +64,7 @@ class Destination(Device):
     def write(self, offset: int, data: Buffer) -> None:
         """Write all of `data` at byte `offset`, and check before and after for changes by other programs.
 
-        Raises DestinationLostError if there was one, DeviceError if the write fails.
+        Raises DestinationLostError if there was a change, DeviceError if the write fails.
         """
         with self._changing(offset + len(memoryview(data))):
             super().write(offset, data)
@@ -88,7 +88,7 @@ class Destination(Device):
     def read(self, offset: int, length: int) -> bytes:
         """Read and return exactly `length` bytes at byte `offset`. Then check for changes by other programs.
 
-        Raises DestinationLostError if there was one, DeviceError if the read fails or the device ends early.
+        Raises DestinationLostError if there was a change, DeviceError if the read fails or the device ends early.
         """
         data = super().read(offset, length)
         self.check_without_blocking()
@@ -108,7 +108,7 @@ class Destination(Device):
     def sync(self) -> None:
         """Wait until everything written is on stable storage, then check for changes by other programs.
 
-        Raises DestinationLostError if there was one, DeviceError if the sync fails.
+        Raises DestinationLostError if there was a change, DeviceError if the sync fails.
         """
         super().sync()
         self.check()

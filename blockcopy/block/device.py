@@ -74,7 +74,8 @@ class Device:
     def check_in_place(self) -> None:
         """Check that this file or device is still at its path. Blocks while a file system on the path hangs.
 
-        Raises DestinationLostError if the path leads nowhere or elsewhere, DeviceError if that is unknown.
+        Raises DestinationLostError if the path leads nowhere or elsewhere, DeviceError if the path cannot be
+        examined.
         """
         try:
             found = os.stat(self.path)
@@ -129,7 +130,7 @@ class Device:
         return data
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Read from byte `offset` into `buffer` until that is full. Returns the number of bytes read.
+        """Read from byte `offset` into `buffer` until the buffer is full. Returns the number of bytes read.
 
         The buffer stays partly unfilled only if the device ends early.
         """
@@ -320,7 +321,7 @@ def check_kind(device: Device) -> None:
 
 
 def open_device(path: str, flags: int, kind: type[Opened]) -> Opened:
-    """Open the regular file or block device at `path`. Return it as a `kind`: Device, or a subclass.
+    """Open the regular file or block device at `path`. Return an object of the class `kind`: Device, or a subclass.
 
     `flags`: as for open(2). O_EXCL applies to a block device only. O_CREAT creates a file with mode 0600.
     Raises DeviceError if `path` is anything else, or cannot be opened.

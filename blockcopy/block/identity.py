@@ -217,8 +217,8 @@ def differences(known: Identity, found: Identity) -> list[str]:
     """Return how the identities `known` and `found` of a source differ: a list of texts, one for each field.
 
     Returns [] for the same source. An identity that was found through the original program has only size and
-    sample. If `known` is one, only size and sample are compared. If `found` is one, the fields that it lacks are
-    differences.
+    sample. If `known` is such an identity, only size and sample are compared. If `found` is such an identity, the
+    fields that it lacks are differences.
     """
     names = known.keys() if len(known) == len(("size", "sample")) else known.keys() | found.keys()
     differing = sorted(name for name in names if not _is_same(name, known.get(name), found.get(name)))

@@ -29,7 +29,7 @@ from blockcopy.paths.trust import distrust_reason
 def default_path(destination: Device) -> Path:
     """Return the Path of the state file of `destination`, if `--state` is not given.
 
-    Its name is a hash of the identity.
+    The file name is a hash of the destination's identity.
     """
     identity = json.dumps(destination_identity(destination), sort_keys=True)
     return default_folder().resolve() / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.state"

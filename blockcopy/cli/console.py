@@ -34,7 +34,7 @@ def write(text: str) -> None:
 
 
 def write_line(text: str) -> None:
-    """Write `text` to standard output as one printable line. Raises OutputError if it cannot be written."""
+    """Write `text` to standard output as one printable line. Raises OutputError if that fails."""
     write(printable(text, len(text)))
 
 

@@ -78,7 +78,7 @@ class RateLimit(logging.Filter):
 def _freeze(record: logging.LogRecord) -> logging.LogRecord:
     """Return `record` with its text made now: its arguments may change before another thread formats the record.
 
-    A traceback stays for that thread: to format one, Python reads source files.
+    A traceback stays for that thread: to format a traceback, Python reads source files.
     """
     try:
         text = record.getMessage()

@@ -90,7 +90,7 @@ def extent(text: str) -> tuple[int, int]:
 
 
 def seconds(text: str) -> float:
-    """Return the seconds that `text` names, a float. Raises ArgumentTypeError if it is negative or no number."""
+    """Return the seconds that `text` names, a float. Raises ArgumentTypeError if that is negative or no number."""
     try:
         count = float(text)
     except ValueError:
@@ -101,7 +101,7 @@ def seconds(text: str) -> float:
 
 
 def positive_seconds(text: str) -> float:
-    """Return the seconds that `text` names, a float. Raises ArgumentTypeError if it is not a number above 0."""
+    """Return the seconds that `text` names, a float. Raises ArgumentTypeError if that is not a number above 0."""
     count = seconds(text)
     if not count:
         raise argparse.ArgumentTypeError("a timeout of 0 seconds is too short for any answer")

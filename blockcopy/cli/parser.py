@@ -24,7 +24,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def parser() -> Parser:
-    """Return the parser of the whole command line. Its result has the command's name in the attribute `command`."""
+    """Return the parser of the whole command line. Parsed arguments have the command's name as `command`."""
     top = Parser(
         prog="blockcopy",
         description="Copy a disk over any pipe, and use it before the copy is complete.",

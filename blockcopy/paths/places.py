@@ -64,7 +64,7 @@ def obstacle(path: str) -> str | None:
 def holds_devices(folder: str) -> bool:
     """Return True if `folder` is on a file system of device nodes, so that its regular files lie in memory.
 
-    `folder`: a path without symbolic links. If it is missing, the nearest existing folder above it decides.
+    `folder`: a path without symbolic links. If `folder` is missing, the nearest existing folder above it decides.
     A separate tmpfs below /dev, such as /dev/shm, may hold files: returns False.
     """
     while not os.path.isdir(folder):

@@ -14,7 +14,7 @@ from blockcopy.errors import DeviceError
 def make_runtime_dir() -> Path:
     """Return the Path of this user's runtime directory. Creates the directory with mode 0700 if it is missing.
 
-    Raises DeviceError if it cannot be created, if other users may enter it, or if it cannot hold a socket.
+    Raises DeviceError if the directory cannot be created or hold a socket, or if other users may enter it.
     """
     folder = runtime_dir_candidates(os.geteuid())[0]
     try:

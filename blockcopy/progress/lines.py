@@ -17,7 +17,7 @@ _LINE_PERCENT = 5
 
 
 class LineProgress(Progress):
-    """A reporter of the original program's lines: one for each 5 percent, and one after 60 seconds without any."""
+    """A reporter of the original program's lines: one for each 5 percent, and after 60 seconds without a line."""
 
     silent = False
 

@@ -24,9 +24,9 @@ _CAPACITY = _COMMAND_SIZE + FRAME_SIZE + MAX_BLOCK_SIZE + _LARGE
 class Decoder:
     """An incremental parser of one stream, whose commands `grammar` lists, a Grammar. Not thread-safe.
 
-    `messages` reads and parses a whole stream. Otherwise, pass bytes to `feed`, which copies them, and take
-    messages from `next`. To avoid the copy, write bytes into `get_buffer()` and call `buffer_updated`. Payloads are
-    then views of the buffer, valid until the next `get_buffer()`.
+    `messages()` reads and parses a whole stream. Otherwise, pass bytes to `feed()`, which copies the bytes, and
+    take messages from `next()`. To avoid the copy, write bytes into `get_buffer()` and call `buffer_updated()`.
+    Payloads are then views of the buffer, valid until the next `get_buffer()`.
 
     Holds at most one incomplete message. Checks sizes and positions before the payload arrives.
     """

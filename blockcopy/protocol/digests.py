@@ -76,7 +76,7 @@ NAMES = tuple(_MAKERS)
 def named(name: str) -> Digest:
     """Return the Digest called `name`, one of NAMES.
 
-    Raises BlockcopyError if `name` is unknown, or if its package is missing on this host.
+    Raises BlockcopyError if `name` is unknown, or if the package for the digest is missing on this host.
     """
     if name not in _MAKERS:
         raise BlockcopyError(f"there is no digest {name!r}; use one of {', '.join(NAMES)}")

@@ -245,7 +245,7 @@ class _DeviceSigner:
         return list(_signatures(piece, found))
 
     def log_unreadable(self) -> None:
-        """Log the blocks that could not be read. They are requested, and a write may repair the disk."""
+        """Log the blocks that could not be read. These blocks are requested, and a write may repair the disk."""
         if self._unreadable:
             logger.warning(
                 "%s has unreadable blocks: %s. They are requested from the source",

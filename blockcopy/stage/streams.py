@@ -21,7 +21,7 @@ PIPE_SIZE = 1024 * 1024
 
 
 class InputStream:
-    """The bytes of file descriptor `fd`, as they arrive. One thread reads; any thread may call `wake`."""
+    """The bytes of file descriptor `fd`, as they arrive. One thread reads; any thread may call `wake()`."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd

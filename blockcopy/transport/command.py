@@ -90,7 +90,7 @@ class Command(NamedTuple):
     def start(self) -> subprocess.Popen[bytes]:
         """Start the command with three unbuffered pipes, and return its Popen.
 
-        Raises OSError if it cannot be started.
+        Raises OSError if the command cannot be started.
         """
         return subprocess.Popen(
             self.argv,

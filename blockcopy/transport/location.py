@@ -13,7 +13,7 @@ _SYNTAX = "write [user@]host:/path or a local path"
 
 @dataclass(frozen=True)
 class Location:
-    """A path on a host, or on this one if `host` is None. `path` is empty if the location is a host itself."""
+    """A path on a host, or on this host if `host` is None. `path` is empty if the location is a host itself."""
 
     host: str | None
     """The user and host as ssh expects them. An IPv6 address has no brackets."""

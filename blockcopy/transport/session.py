@@ -99,7 +99,7 @@ class Session:
         self._left = threading.Event()
 
     def __enter__(self) -> Session:
-        """Start the stage, and return this session. Raises RemoteError if it cannot be started."""
+        """Start the stage, and return this session. Raises RemoteError if the stage cannot be started."""
         try:
             process = self.command.start()
         except OSError as error:
