@@ -101,10 +101,7 @@ class Client:
         self._closing = False
         self._stalled = False
         self.unanswered: Sequence[Signatures] | None = None
-        """The signatures that were next when the process exited with an error of its own or stalled, or None.
-
-        The original program exits like that at a read error.
-        """
+        """The signatures that were next when the process exited with an error of its own or stalled, or None."""
         self._fault: Exception | None = None  # unforeseen, of a part of this client
         self.failure: SourceError | None = None
         """The error by which the process can answer no more. None while it can."""
@@ -231,8 +228,7 @@ class Client:
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Start the process, report that to `task_status`, and wait for its end.
 
-        Then the attribute `failure` has the error that ended the process. Raises SourceError if the process cannot
-        be started.
+        Sets the attribute `failure` then. Raises SourceError if the process cannot be started.
         """
         process = self._process = self._started or await start_process(self._command)
         failure = self._closed_error()
@@ -319,10 +315,7 @@ class Client:
             return  # the process has ended, and the reader finds out why
 
     def _receive(self, stream: InputStream) -> BlockcopyError | None:
-        """Settle batches by the answers in `stream`, until its end, in a thread.
-
-        Returns the error if an unexpected reply ended it, otherwise None.
-        """
+        """Settle batches by answers in `stream`, in a thread. Returns the error of an unexpected reply, or None."""
         decoder = Decoder(self._dialect.grammar)
         try:
             if not self._begun and not self._skip_login_output(stream):
