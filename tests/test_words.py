@@ -72,6 +72,28 @@ def raised_by(node: ast.AST) -> set[str]:
     return names
 
 
+KNOWN = frozenset(["self", "cls", "ctx"])
+"""Arguments that need no word: `ctx` is pyfuse3's, and is not used."""
+
+
+def unmentioned(node: ast.FunctionDef | ast.AsyncFunctionDef, said: str) -> Iterator[str]:
+    """Find the arguments and the return value that a docstring does not mention.
+
+    An argument is mentioned in backticks, or by the words of its name.
+    """
+    words = {word.removesuffix("s").removesuffix("e") for word in re.findall(r"[a-z]+", said.lower())}
+    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg]
+    for argument in filter(None, arguments):
+        name = argument.arg
+        parts = {part.removesuffix("s").removesuffix("e") for part in name.split("_") if part}
+        if name not in KNOWN and not name.startswith("_") and f"`{name}`" not in said and not parts <= words:
+            yield f"the argument {name!r}"
+    returned = ast.unparse(node.returns) if node.returns else "None"
+    has_result = returned not in ("None", "NoReturn", "Self") and not is_property(node)
+    if has_result and not re.search(r"\b(return|yield)", said.lower()):
+        yield f"that it returns {returned}"
+
+
 def findings(path: Path) -> Iterator[str]:
     text = path.read_text()
     name = path.relative_to(CHECKOUT)
@@ -87,6 +109,9 @@ def findings(path: Path) -> Iterator[str]:
             if ":" in sentence.rstrip(":") and ";" in sentence:
                 yield f"{at}: a colon and a semicolon: {sentence[:60]!r}"
     for node in ast.walk(ast.parse(text)):
+        if isinstance(node, Function) and (said := ast.get_docstring(node)):
+            for each in unmentioned(node, said):
+                yield f"{name}:{node.lineno}: {node.name} does not mention {each}"
         if isinstance(node, Function) and not node.name.startswith("_"):
             said = ast.get_docstring(node) or ""
             missing = {each for each in raised_by(node) if each not in said} if said else set()
