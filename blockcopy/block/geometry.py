@@ -81,7 +81,7 @@ class ExtentJoiner:
         self._joined = Extent(0, 0)
 
     def add(self, extent: Extent) -> None:
-        """Join `extent` with the previous range. Emits the previous range first if the two cannot be joined."""
+        """Join `extent` with the previous range. If this is impossible, pass the previous range to `emit` first."""
         offset, length = self._joined
         if length and offset <= extent.offset <= offset + length + self._gap and length < self._max_length:
             self._joined = Extent(offset, max(length, extent.end - offset))

@@ -87,7 +87,7 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
 
 
 def _links(plan: Plan, connector: Connector, nursery: trio.Nursery) -> list[Link]:
-    """Return the links over `connector` that `plan` needs: one for each lane, or one for both.
+    """Return a list of the links over `connector` that `plan` needs: one for each lane, or one for both.
 
     `nursery`: runs their connections.
     """

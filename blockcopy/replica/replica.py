@@ -174,7 +174,7 @@ class Replica:
         logger.info("%s is a complete copy of %s", self._plan.destination, self._plan.command.location)
 
     async def _check_source(self) -> None:
-        """Ask the source for its identity, over the first link that is up.
+        """Check the identity of the source, over the first link that is up.
 
         Raises SourceChangedError if the source has changed.
         """

@@ -123,7 +123,7 @@ class Hydrator:
     ) -> tuple[set[Fetch], set[Fetch]]:
         """Find or start the fetches of missing `blocks`, first wanted at `since` in trio's time.
 
-        Returns the fetches of `lane`, and the fetches of other lanes to wait for.
+        Returns two sets: the fetches of `lane`, and the fetches of other lanes to wait for.
         `may_wait`: whether fetches of other lanes count. If not, `lane` requests their blocks too.
         """
         own, others, idle = set(), set(), []

@@ -156,7 +156,7 @@ class Status:
 
     @property
     def counts(self) -> Counts:
-        """The counts of a progress bar: bytes hydrated or, during verification, bytes verified."""
+        """The Counts for a progress bar. Bytes done are those hydrated or, during verification, those verified."""
         if self.state is State.VERIFYING:
             return Counts(self.verified_bytes, self.size, state=self.state)
         parts = {"same": self.same_bytes, "fetched": self.fetched_bytes, "zero": self.zero_bytes}

@@ -188,7 +188,10 @@ class BlockMap:
             block = behind
 
     def unreadable_ranges(self, reason: str = "") -> UnreadableRanges:
-        """Return the ranges that are unreadable and missing. `reason`: the source's words, kept in the result."""
+        """Return the UnreadableRanges that are still missing: the first MAX_RANGES ranges, and the bytes of all.
+
+        `reason`: the source's words, kept in the result, if known.
+        """
         found = UnreadableRanges()
         if not self._unreadable:
             return found
