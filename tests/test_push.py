@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import support
@@ -29,8 +30,10 @@ from support import (
 
 from blockcopy.block import identity
 from blockcopy.block.device import open_source
+from blockcopy.errors import OutputError
 from blockcopy.protocol import wire, zstd
 from blockcopy.protocol.decoder import Decoder
+from blockcopy.transport import session
 
 SIZE = 40 * BLOCK_SIZE + 1000
 DATA = noise(SIZE)
@@ -176,6 +179,14 @@ def test_a_link_that_breaks_is_made_again(source: Path, destination: Path, tmp_p
         _, rest = process.communicate(timeout=support.PATIENCE)
     assert (process.returncode, b"ERROR" in rest) == (0, False)
     assert destination.read_bytes() == DATA
+
+
+def test_a_write_ends_when_the_session_gives_up() -> None:
+    silence = session.SilenceTimer()
+    given_up = SimpleNamespace(timeout_error="it sent nothing", silence=silence)
+    reader, writer = os.pipe()  # nobody reads
+    with open(reader, "rb"), open(writer, "wb"), pytest.raises(OutputError, match="sent nothing"):
+        session._Output(writer, given_up).write([bytes(4 << 20)])  # type: ignore[arg-type]
 
 
 def test_a_link_that_stays_away_is_given_up(source: Path, destination: Path, tmp_path: Path) -> None:

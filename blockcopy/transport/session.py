@@ -225,7 +225,7 @@ class _Output(OutputStream):
         self._session = session
         os.set_blocking(fd, False)
 
-    def _await_room(self) -> None:
+    def _await_writable(self) -> None:
         writable = select.poll()
         writable.register(self._fd, select.POLLOUT)
         while not writable.poll(1000 * _POLL_SECONDS):
