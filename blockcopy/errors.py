@@ -6,9 +6,11 @@ program. Only `cli.main` prints errors.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
+from collections.abc import Iterator
 
 
 class BlockcopyError(Exception):
@@ -58,6 +60,18 @@ class DeviceError(BlockcopyError):
         made = cls(f"cannot {action} {path}: {reason}")
         made.errno = error.errno
         return made
+
+    @classmethod
+    @contextlib.contextmanager
+    def on_os_error(cls, action: str, path: str) -> Iterator[None]:
+        """Return a context manager that raises each OSError as a DeviceError.
+
+        `action`, `path`: as in `from_os_error()`.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise cls.from_os_error(action, path, error) from error
 
     @classmethod
     def ended_early(cls, path: str, offset: int, length: int, count: int) -> DeviceError:

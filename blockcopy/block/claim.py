@@ -43,7 +43,9 @@ def open_destination(path: str, *, force: bool = False, create: bool = False) ->
         if not device.is_block_device:
             if not force:
                 _claim_file(device)
-            _sync_name(device)
+            # a copy whose name is not durable would be lost after a power loss
+            with DeviceError.on_os_error("sync the folder of", path):
+                durable.sync_folder(Path(path).resolve().parent)
     except BaseException:
         device.close()
         raise
@@ -123,14 +125,6 @@ def _open(path: str, flags: int) -> Destination:
                 "Release it first (lsblk shows what uses it); --force writes all the same"
             ) from error
         raise _refused(path, error, is_block_device=Path(path).is_block_device()) from error
-
-
-def _sync_name(device: Destination) -> None:
-    """Make the name of the file `device` durable: after a power loss, a copy without a name would be lost."""
-    try:
-        durable.sync_folder(Path(device.path).resolve().parent)
-    except OSError as error:
-        raise DeviceError.from_os_error("sync the folder of", device.path, error) from error
 
 
 def _refused(path: str, error: DeviceError, *, is_block_device: bool) -> DeviceError:

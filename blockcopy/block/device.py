@@ -286,12 +286,8 @@ class Device:
         with self._errors("sync"):
             os.fsync(self._fd)
 
-    @contextlib.contextmanager
-    def _errors(self, action: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise DeviceError.from_os_error(action, self.path, error) from error
+    def _errors(self, action: str) -> contextlib.AbstractContextManager[None]:
+        return DeviceError.on_os_error(action, self.path)
 
 
 def open_source(path: str) -> Device:
@@ -326,23 +322,17 @@ def open_device(path: str, flags: int, kind: type[Opened]) -> Opened:
     `flags`: as for open(2). O_EXCL applies to a block device only. O_CREAT creates a file with mode 0600.
     Raises DeviceError if `path` is anything else, or cannot be opened.
     """
-    try:
-        # Before the open, which would wait at a FIFO for its other end.
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        mode = stat.S_IFREG  # the open creates it, or reports that it is missing
-    except OSError as error:
-        raise DeviceError.from_os_error("open", path, error) from error
+    mode = stat.S_IFREG  # of a missing file: the open creates it, or reports that it is missing
+    with DeviceError.on_os_error("open", path), contextlib.suppress(FileNotFoundError):
+        mode = os.stat(path).st_mode  # before the open, which would wait at a FIFO for its other end
     if stat.S_ISDIR(mode):
         raise DeviceError(f"{path} is a folder, neither a regular file nor a block device: name a file in it")
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         raise DeviceError(f"{path} is neither a regular file nor a block device")
     if not stat.S_ISBLK(mode):
         flags &= ~os.O_EXCL  # for a file it has another meaning
-    try:
+    with DeviceError.on_os_error("open", path):
         fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise DeviceError.from_os_error("open", path, error) from error
     try:
         return kind(path, fd)
     except BaseException:

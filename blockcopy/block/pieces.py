@@ -167,3 +167,17 @@ class PieceScanner:
             at = position + (found - position) // max_length * max_length
             yield self.piece(at, min(max_length, end - at), block_size)
             at += max_length
+
+    def pieces(self, position: int, length: int, block_size: int) -> Iterator[Piece]:
+        """Yield the Pieces of `length` bytes at byte `position`. One Piece without data stands for each hole.
+
+        `block_size`: as in `pieces_with_data()`.
+        """
+        at, end = position, position + length
+        for piece in self.pieces_with_data(position, length, block_size):
+            if at < piece.position:
+                yield Piece(at, piece.position - at, [])
+            yield piece
+            at = piece.position + piece.length
+        if at < end:
+            yield Piece(at, end - at, [])

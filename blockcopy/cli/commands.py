@@ -56,10 +56,8 @@ def _checksum_input(path: str) -> Iterator[int]:
     if path == "-":
         yield 0
         return
-    try:
+    with DeviceError.on_os_error("open", path):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise DeviceError.from_os_error("open", path, error) from error
     try:
         yield fd
     finally:

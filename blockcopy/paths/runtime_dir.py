@@ -17,16 +17,12 @@ def make_runtime_dir() -> Path:
     Raises DeviceError if the directory cannot be created or hold a socket, or if other users may enter it.
     """
     folder = runtime_dir_candidates(os.geteuid())[0]
-    try:
+    with DeviceError.on_os_error("make the folder", str(folder)):
         folder.mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise DeviceError.from_os_error("make the folder", str(folder), error) from error
     if not is_private(folder, os.geteuid()):
         raise DeviceError(f"{folder} is not a folder of this user alone")
-    try:
+    with DeviceError.on_os_error("make a socket in", str(folder)):
         _try_socket(folder / f"try-{os.urandom(4).hex()}")
-    except OSError as error:
-        raise DeviceError.from_os_error("make a socket in", str(folder), error) from error
     return folder
 
 

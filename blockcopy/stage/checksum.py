@@ -70,7 +70,8 @@ def checksum(
     if end is not None and end <= start:
         raise BlockcopyError(f"--end {end} must be greater than --start {start}")
     writer = _ExtendedWriter(output, digests.named(digest)) if digest else _OriginalWriter(output)
-    writer.open()
+    if digest:
+        output.write([wire.encode(wire.DigestName(digest))])
     progress = progress or Progress()
     total = _total_size(fd, start, end)
     seekable = _seek(fd, path, start)
@@ -150,9 +151,6 @@ class _OriginalWriter:
         self.digest = digests.named(digests.ORIGINAL)
         self._output = output
 
-    def open(self) -> None:
-        """Write the message that opens the form, if the form has one."""
-
     def pieces(self, scanner: PieceScanner, start: int, stop: int) -> Iterator[Piece]:
         """Yield the Pieces of bytes `start` to `stop` of the device that `scanner` scans. Holes are included."""
         for at in range(start, stop, PIECE_SIZE):
@@ -181,23 +179,12 @@ class _ExtendedWriter(_OriginalWriter):
         self._output = output
         self._last: _Signature | None = None  # not written yet, as the next one may join it
 
-    def open(self) -> None:
-        """Write the message `dgst`."""
-        self._output.write([wire.encode(wire.DigestName(self.digest.name))])
-
     def pieces(self, scanner: PieceScanner, start: int, stop: int) -> Iterator[Piece]:
-        """Yield the Pieces with data in bytes `start` to `stop` of the device that `scanner` scans.
+        """Return an iterator of the Pieces of bytes `start` to `stop`. One Piece stands for each hole.
 
-        Yields one Piece for each hole.
+        `scanner`: scans the device.
         """
-        at = start
-        for piece in scanner.pieces_with_data(start, stop - start, BLOCK_SIZE):
-            if at < piece.position:
-                yield Piece(at, piece.position - at, [])
-            yield piece
-            at = piece.position + piece.length
-        if at < stop:
-            yield Piece(at, stop - at, [])
+        return scanner.pieces(start, stop - start, BLOCK_SIZE)
 
     def write(self, signature: _Signature) -> None:
         """Keep `signature`, joined with the previous one. Write the previous one if the two do not join."""
@@ -314,10 +301,8 @@ def _seek(fd: int, path: str, start: int) -> bool:
 
 def _reader(fd: int, path: str) -> Callable[[memoryview], int]:
     def read_into(buffer: memoryview) -> int:
-        try:
+        with DeviceError.on_os_error("read", path):
             return os.readv(fd, [buffer])
-        except OSError as error:
-            raise DeviceError.from_os_error("read", path, error) from error
 
     return read_into
 

@@ -266,13 +266,11 @@ class _Responder:
                 yield Request(piece, BLOCK_SIZE, None, self._terms)
             self._position = max(at, end)
             return
-        for piece in self._pieces.pieces_with_data(at, end - at, BLOCK_SIZE):
-            if at < piece.position:
-                yield _Reply(wire.encode(wire.Zero(at, piece.position - at)))
-            yield Request(piece, BLOCK_SIZE, None, self._terms)
-            at = piece.position + piece.length
-        if at < end:
-            yield _Reply(wire.encode(wire.Zero(at, end - at)))
+        for piece in self._pieces.pieces(at, end - at, BLOCK_SIZE):
+            if piece.data:
+                yield Request(piece, BLOCK_SIZE, None, self._terms)
+            else:
+                yield _Reply(wire.encode(wire.Zero(piece.position, piece.length)))
 
     def _hole(self, hole: wire.Hole) -> Iterator[_Item]:
         self._require(self._terms.negotiated, "`hole` before `helo`")
