@@ -179,8 +179,8 @@ def stuck_keeper(
         return True
 
     device: Any = SimpleNamespace(is_block_device=True)
-    hydrator: Any = SimpleNamespace(sync=sync, **parts)
-    return committer.Committer(journal, device, blockmap, hydrator), journal, blockmap  # type: ignore[arg-type]
+    hydrator: Any = SimpleNamespace(sync=sync, device=device, blockmap=blockmap, **parts)
+    return committer.Committer(journal, hydrator), journal, blockmap  # type: ignore[arg-type]
 
 
 def test_a_state_file_that_gives_no_answer_is_left(

@@ -618,16 +618,18 @@ def test_a_read_ends_whatever_goes_on_meanwhile() -> None:
     """An example is a source that answers others meanwhile."""
 
     class Waiting:
+        device = None
+        blockmap = BlockMap(Geometry(4 * BLOCK_SIZE))
+
         async def ensure(self, blocks: range, lane: object) -> None:
             await trio.sleep_forever()
 
     async def main() -> None:
-        geometry = Geometry(4 * BLOCK_SIZE)
         plan = plan_of("source", "destination", timeout=30, reconnect_timeout=60)
         lane: Any = SimpleNamespace(window=Window(8, min_blocks=8, max_blocks=8))
-        parts: tuple[Any, ...] = (None, geometry, BlockMap(geometry), Waiting(), lane)
+        hydrator: Any = Waiting()
         async with trio.open_nursery() as nursery:
-            volume = Volume(*parts, nursery, give_up_after=plan.max_wait)
+            volume = Volume(hydrator, lane, nursery, give_up_after=plan.max_wait)
             for length, seconds in ((1, 90), (2 * BLOCK_SIZE, 120)):
                 before = trio.current_time()
                 with pytest.raises(SourceError, match=f"within {seconds} s"):

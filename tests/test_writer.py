@@ -113,10 +113,10 @@ class Watched:
 
 def with_writer(scenario: Callable[[Writer, Watched, BlockMap], object], *, is_large: bool = False) -> None:
     async def main() -> None:
-        device, geometry = Watched(), Geometry(1000 * BLOCK_SIZE)
+        device = Watched()
         device.is_large = is_large
-        blockmap = BlockMap(geometry)
-        writer = Writer(device, geometry, blockmap, sparse=True)  # type: ignore[arg-type]
+        blockmap = BlockMap(Geometry(1000 * BLOCK_SIZE))
+        writer = Writer(device, blockmap, sparse=True)  # type: ignore[arg-type]
         await scenario(writer, device, blockmap)  # type: ignore[misc]
 
     trio.run(main)

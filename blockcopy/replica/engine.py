@@ -72,7 +72,7 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
                 if state_file and record and recovery.matches_source(state_file, record, source):
                     reached = source if is_reached else None
                     blockmap = recovery.resume_blockmap(state_file, record, device, geometry, reached)
-                replica = Replica(plan, device, geometry, blockmap, state_file, links, nursery)
+                replica = Replica(plan, device, blockmap, state_file, links, nursery)
                 await nursery.start(replica.run, source)
                 try:
                     yield replica

@@ -17,7 +17,7 @@ from typing import Any
 import trio
 
 from blockcopy.block.destination import Destination
-from blockcopy.block.geometry import Extent, Geometry
+from blockcopy.block.geometry import Extent
 from blockcopy.block.identity import Identity
 from blockcopy.errors import BlockcopyError, DeviceError, MismatchError, SourceError, SourceReadError
 from blockcopy.progress.rate import RateMeter, eta, floored_percent
@@ -50,7 +50,6 @@ class Replica:
         self,
         plan: Plan,
         device: Destination,
-        geometry: Geometry,
         blockmap: BlockMap,
         state_file: StateFile | None,
         links: list[Link],
@@ -59,25 +58,23 @@ class Replica:
         """Make the replica of `plan`, which does not run yet.
 
         `links`: the first serves the demand lane, the last the bulk lane. They may be the same link.
-        `device`: the destination. `geometry`: of the source. `blockmap`: the blocks that are present.
+        `device`: the destination. `blockmap`: the blocks that are present, in the geometry of the source.
         `state_file`: None to record nothing.
         `nursery`: runs the fetches.
         """
         self._plan = plan
         self._device = device
-        self._geometry = geometry
         self._blockmap = blockmap
+        self._geometry = blockmap.geometry
         self._links = links
         demand = self._demand = demand_lane(links[0])
         is_alone = not plan.demand and not plan.command.location.host
         self._bulk = bulk_lane(links[-1], is_alone=is_alone, drop_behind=device.exceeds_cache())
-        self._hydrator = Hydrator(device, geometry, blockmap, [demand, self._bulk], nursery, sparse=plan.sparse)
-        self._committer = Committer(state_file, device, blockmap, self._hydrator)
+        self._hydrator = Hydrator(device, blockmap, [demand, self._bulk], nursery, sparse=plan.sparse)
+        self._committer = Committer(state_file, self._hydrator)
         self._state_file = str(state_file.path) if state_file else None
         self.throttle = Throttle(self._bulk.window, lambda: demand.active_at, plan.limit)
-        self.volume = Volume(
-            device, geometry, blockmap, self._hydrator, demand, nursery, give_up_after=plan.max_wait
-        )
+        self.volume = Volume(self._hydrator, demand, nursery, give_up_after=plan.max_wait)
         self._meter = RateMeter()
         self.settled = trio.Event()
         """Set when the copy is complete, or has failed."""
@@ -105,7 +102,7 @@ class Replica:
         `source`: the identity of the source, for the state file.
         `task_status`: reports the start once the state file matches the block map. Only then may blocks be written.
         """
-        await self._committer.begin(source, self._geometry.block_size)
+        await self._committer.begin(source)
         task_status.started()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._measure)
@@ -141,9 +138,7 @@ class Replica:
 
     async def _hydrate_once(self) -> None:
         """Run background hydration once. Raises SourceReadError if the source cannot read some blocks."""
-        await BackgroundHydration(
-            self._hydrator, self._device, self._geometry, self._blockmap, self._demand, self._bulk, self.throttle
-        ).run()
+        await BackgroundHydration(self._hydrator, self._demand, self._bulk, self.throttle).run()
         if not self._blockmap.complete:
             await self._check_source()  # it may have been truncated, say
         if found := self._blockmap.unreadable_ranges(str(self._hydrator.last_fault)):

@@ -8,14 +8,11 @@ from collections.abc import Callable
 import trio
 
 from blockcopy.block.buffers import Buffer
-from blockcopy.block.device import Device
-from blockcopy.block.geometry import Geometry
 from blockcopy.errors import BlockcopyError, SourceError
 from blockcopy.replica.hydration.hydrator import Hydrator
 from blockcopy.replica.hydration.lanes import Lane
 from blockcopy.replica.read_stats import ReadStats
 from blockcopy.replica.readahead import ReadAhead
-from blockcopy.replica.state.blockmap import BlockMap
 
 logger = logging.getLogger(__name__)
 
@@ -28,32 +25,27 @@ class Volume:
 
     def __init__(
         self,
-        device: Device,
-        geometry: Geometry,
-        blockmap: BlockMap,
         hydrator: Hydrator,
         lane: Lane,
         nursery: trio.Nursery,
         give_up_after: Callable[[int], float],
     ) -> None:
-        """Make a volume that reads the destination `device`.
+        """Make a volume that reads the destination of `hydrator`.
 
-        `geometry`: of the source.
-        `blockmap`: the blocks that are present.
         `hydrator`, `lane`: fetch missing blocks.
         `nursery`: runs the read-ahead.
         `give_up_after`: called with a number of blocks, returns the seconds after which a read of them fails.
         """
-        self.size = geometry.size
-        self._device = device
-        self._geometry = geometry
-        self._blockmap = blockmap
+        self._device = hydrator.device
+        self._blockmap = hydrator.blockmap
+        self._geometry = hydrator.blockmap.geometry
+        self.size = self._geometry.size
         self._hydrator = hydrator
         self._lane = lane
         self._nursery = nursery
         self._give_up_after = give_up_after
         self._threads = trio.CapacityLimiter(_READ_THREADS)
-        self._read_ahead = ReadAhead(geometry.block_count, lane.window)
+        self._read_ahead = ReadAhead(self._geometry.block_count, lane.window)
         self.read_stats = ReadStats()
 
     async def read(self, offset: int, length: int) -> Buffer:

@@ -17,7 +17,6 @@ from blockcopy.errors import BlockcopyError, SourceReadError
 from blockcopy.replica.hydration.hydrator import Hydrator
 from blockcopy.replica.hydration.lanes import Lane
 from blockcopy.replica.hydration.throttle import Throttle
-from blockcopy.replica.state.blockmap import BlockMap
 
 logger = logging.getLogger(__name__)
 
@@ -28,26 +27,16 @@ _SURVEY_BYTES = 64 << 30
 class BackgroundHydration:
     """One run of background hydration over the whole device."""
 
-    def __init__(
-        self,
-        hydrator: Hydrator,
-        device: Device,
-        geometry: Geometry,
-        blockmap: BlockMap,
-        demand: Lane,
-        bulk: Lane,
-        throttle: Throttle,
-    ) -> None:
+    def __init__(self, hydrator: Hydrator, demand: Lane, bulk: Lane, throttle: Throttle) -> None:
         """Prepare a run with `hydrator`, at the rate that `throttle` admits.
 
-        `device`: the destination, with its `geometry` and `blockmap`.
         `demand`: the lane of the readers, whose requests are followed.
         `bulk`: the lane of this run. It may be the same lane.
         """
         self._hydrator = hydrator
-        self._device = device
-        self._geometry = geometry
-        self._blockmap = blockmap
+        self._device = hydrator.device
+        self._blockmap = hydrator.blockmap
+        self._geometry = hydrator.blockmap.geometry
         self._demand = demand
         self._bulk = bulk
         self._throttle = throttle

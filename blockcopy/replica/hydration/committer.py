@@ -20,12 +20,10 @@ from functools import partial
 
 import trio
 
-from blockcopy.block.device import Device
 from blockcopy.block.identity import NO_TIMES, Identity, Times, destination_identity, settled_times, times_of
 from blockcopy.block.records import invalidate_records, make_authoritative, make_default_authoritative
 from blockcopy.errors import DeviceError, StateError, StateWriteError
 from blockcopy.replica.hydration.hydrator import Hydrator
-from blockcopy.replica.state.blockmap import BlockMap
 from blockcopy.replica.state.recovery import is_at_default_path
 from blockcopy.replica.state.statefile import Binding, StateFile, WriteTimes
 from blockcopy.replica.tasks import abandonable
@@ -51,19 +49,15 @@ class Committer:
     Start `run` and `renew_leases` in a nursery.
     """
 
-    def __init__(
-        self, state_file: StateFile | None, device: Device, blockmap: BlockMap, hydrator: Hydrator
-    ) -> None:
-        """Make a committer for the destination `device`.
+    def __init__(self, state_file: StateFile | None, hydrator: Hydrator) -> None:
+        """Make a committer for the destination of `hydrator`, which syncs, and forgets blocks if that fails.
 
         `state_file`: None to sync only.
-        `blockmap`: the blocks that are present.
-        `hydrator`: syncs the destination, and forgets blocks if that fails.
         """
         self._state_file = state_file
-        self._device = device
-        self._blockmap = blockmap
         self._hydrator = hydrator
+        self._device = hydrator.device
+        self._blockmap = hydrator.blockmap
         self._one_commit = trio.Lock()
         self._one_thread = trio.CapacityLimiter(1)
         self._trouble: StateWriteError | None = None
@@ -72,12 +66,12 @@ class Committer:
         self._recording_ns = 0  # how long it took to record that lease
         self._gave_up = False
 
-    async def begin(self, source: Identity, block_size: int) -> None:
+    async def begin(self, source: Identity) -> None:
         """Make the record match the block map. Call before the destination is written.
 
         The old record is continued if blocks were resumed from it. Otherwise a new record begins, which names
-        `source`, the identity of the source, and `block_size` in bytes. If the new record cannot be written, the
-        old records are removed, and no state is kept.
+        `source`, the identity of the source. If the new record cannot be written, the old records are removed, and
+        no state is kept.
         Raises StateError if an old record cannot be removed.
         """
         state_file = self._state_file
@@ -88,6 +82,7 @@ class Committer:
             self._durable = Times(recorded.mtime_ns, recorded.ctime_ns)
             await self._record(state_file.write_times)
             return
+        block_size = self._blockmap.geometry.block_size
         binding = Binding(source, destination_identity(self._device), self._device.size(), block_size)
         if not await self._record(partial(self._begin, state_file, binding)):
             self._state_file = None

@@ -26,7 +26,7 @@ from functools import partial
 import trio
 
 from blockcopy.block.destination import Destination
-from blockcopy.block.geometry import Geometry, block_runs
+from blockcopy.block.geometry import block_runs
 from blockcopy.block.unreadable_ranges import UnreadableRanges
 from blockcopy.errors import BlockcopyError, DeviceError, SourceError, SourceReadError
 from blockcopy.replica.hydration.lanes import Fetch, Lane
@@ -45,7 +45,6 @@ class Hydrator:
     def __init__(
         self,
         device: Destination,
-        geometry: Geometry,
         blockmap: BlockMap,
         lanes: list[Lane],
         nursery: trio.Nursery,
@@ -54,18 +53,19 @@ class Hydrator:
     ) -> None:
         """Make a hydrator for the destination `device`.
 
-        `geometry`: of the source.
-        `blockmap`: the blocks that are present.
+        `blockmap`: the blocks that are present, in the geometry of the source.
         `lanes`: all lanes that `ensure` is called with.
         `nursery`: runs the fetches.
         `sparse`: write zeros as holes if the device can have holes.
         """
-        self._device = device
-        self._geometry = geometry
-        self._blockmap = blockmap
+        self.device = device
+        """The destination."""
+        self.blockmap = blockmap
+        """The blocks that are present."""
+        self._geometry = blockmap.geometry
         self._lanes = lanes
         self._nursery = nursery
-        self._writer = Writer(device, geometry, blockmap, sparse=sparse)
+        self._writer = Writer(device, blockmap, sparse=sparse)
         self._dropping_cache = False
         self._faults = SourceFaults()
         self._rewritten = UnreadableRanges()
@@ -97,7 +97,7 @@ class Hydrator:
         """
         since = trio.current_time()
         may_wait = True
-        while missing := list(self._blockmap.missing(blocks)):
+        while missing := list(self.blockmap.missing(blocks)):
             wanted = [block for block in missing if not self._faults.is_known(block, since)]
             if not wanted:
                 raise copy(self._faults.error(missing[0]))
@@ -109,7 +109,7 @@ class Hydrator:
                 if (
                     fetch.error is not None
                     and all(block in blocks for block in fetch.blocks)
-                    and self._blockmap.any_missing(blocks)
+                    and self.blockmap.any_missing(blocks)
                 ):
                     raise copy(fetch.error)
             if others:
@@ -177,15 +177,15 @@ class Hydrator:
             if other is lane or not other.in_flight:
                 continue
             for fetch in {other.in_flight[block] for block in blocks if block in other.in_flight}:
-                if not self._blockmap.any_missing(fetch.blocks):
+                if not self.blockmap.any_missing(fetch.blocks):
                     fetch.scope.cancel()
 
     async def _fetch(self, blocks: Sequence[int], lane: Lane, since: float) -> None:
         digest = await lane.link.digest(since)
-        generation = self._blockmap.generation
+        generation = self.blockmap.generation
         read = partial(
             read_signatures,
-            self._device,
+            self.device,
             self._geometry,
             blocks,
             digest,
@@ -196,24 +196,24 @@ class Hydrator:
         asked_at = trio.current_time()
         answer = await lane.link.ask(signatures, self._writer, since)
         lane.window.record_fetch(len(blocks), trio.current_time() - asked_at)
-        if self._blockmap.generation != generation or self._dropping_cache:
+        if self.blockmap.generation != generation or self._dropping_cache:
             return  # a sync failed meanwhile: what was read or written may be lost again
         self._mark(blocks, answer)
         self._cancel_redundant(blocks, lane)
 
     def _mark(self, blocks: Sequence[int], answer: Delta) -> None:
         for extent in answer.data:
-            self._blockmap.mark(self._geometry.span(*extent), "fetched")
+            self.blockmap.mark(self._geometry.span(*extent), "fetched")
         for extent in answer.zeros:
-            self._blockmap.mark(self._geometry.span(*extent), "zero")
+            self.blockmap.mark(self._geometry.span(*extent), "zero")
         unread = {block for each in answer.unreadable for block in self._geometry.span(*each.extent)}
         for run in block_runs(block for block in blocks if block not in unread):
-            self._blockmap.mark(run, "same")
+            self.blockmap.mark(run, "same")
         for each in answer.unreadable:
-            for block in self._blockmap.missing(self._geometry.span(*each.extent)):
-                self._blockmap.mark_unreadable(range(block, block + 1))
+            for block in self.blockmap.missing(self._geometry.span(*each.extent)):
+                self.blockmap.mark_unreadable(range(block, block + 1))
                 self.last_error = self._faults.add(block, each.reason)
-        if self._blockmap.complete:
+        if self.blockmap.complete:
             self.complete.set()
 
     def mark_zeros(self, blocks: range, generation: int) -> None:
@@ -222,11 +222,11 @@ class Hydrator:
         `generation`: the generation of the block map when the holes were found. The call does nothing if a sync
         has failed since.
         """
-        if self._blockmap.generation == generation and not self._dropping_cache:
-            before = self._blockmap.present_bytes
-            self._blockmap.mark(blocks, "zero")
-            self.hole_bytes += self._blockmap.present_bytes - before
-            if self._blockmap.complete:
+        if self.blockmap.generation == generation and not self._dropping_cache:
+            before = self.blockmap.present_bytes
+            self.blockmap.mark(blocks, "zero")
+            self.hole_bytes += self.blockmap.present_bytes - before
+            if self.blockmap.complete:
                 self.complete.set()
 
     async def sync(self) -> bool:
@@ -253,14 +253,14 @@ class Hydrator:
         self._dropping_cache = True
         self.forget()
         try:
-            await trio.to_thread.run_sync(self._device.drop_cache)
+            await trio.to_thread.run_sync(self.device.drop_cache)
         finally:
             self.forget()
             self._dropping_cache = False
 
     def forget(self) -> None:
         """Mark all blocks as missing, so that each is checked again."""
-        self._blockmap.clear()
+        self.blockmap.clear()
         self._faults = SourceFaults()
         self.hole_bytes = 0
         if self.complete.is_set():

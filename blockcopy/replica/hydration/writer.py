@@ -13,7 +13,7 @@ import trio
 
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.destination import Destination
-from blockcopy.block.geometry import Extent, Geometry
+from blockcopy.block.geometry import Extent
 from blockcopy.block.write_behind import WriteBehind
 from blockcopy.errors import DeviceError
 from blockcopy.replica.state.blockmap import BlockMap
@@ -25,14 +25,13 @@ class Writer:
     The receiving thread of each link calls `data` and `zeros`. Trio tasks call `sync`.
     """
 
-    def __init__(self, device: Destination, geometry: Geometry, blockmap: BlockMap, *, sparse: bool) -> None:
-        """Make a writer for the destination `device` with this `geometry`. Call from trio's thread.
+    def __init__(self, device: Destination, blockmap: BlockMap, *, sparse: bool) -> None:
+        """Make a writer for the destination `device`. Call from trio's thread.
 
         `blockmap`: the present blocks, which are not written again.
         `sparse`: write zeros as holes if the device can have holes.
         """
         self._device = device
-        self._geometry = geometry
         self._blockmap = blockmap
         self._sparse = sparse
         self._token = trio.lowlevel.current_trio_token()
@@ -64,7 +63,7 @@ class Writer:
                 self._device.write_zeros(position, length, sparse=self._sparse)
 
     def _is_missing(self, position: int, length: int) -> bool:
-        return self._blockmap.any_missing(self._geometry.span(position, length))
+        return self._blockmap.any_missing(self._blockmap.geometry.span(position, length))
 
     @contextmanager
     def _writing(self, position: int, length: int) -> Iterator[None]:

@@ -33,7 +33,8 @@ class BlockMap:
 
     def __init__(self, geometry: Geometry) -> None:
         """Start with no block present. `geometry`: size and block size of the destination."""
-        self._geometry = geometry
+        self.geometry = geometry
+        """Size and block size of the destination once it is a copy: those of the source."""
         self.generation = 0
         """Grows with each `clear`. What was learnt in one generation must not be marked in a later one."""
         self.clear()
@@ -41,7 +42,7 @@ class BlockMap:
     def clear(self) -> None:
         """Make every block missing, so that each is checked again."""
         self.generation += 1
-        self._bits = bytearray(-(-self._geometry.block_count // 8))
+        self._bits = bytearray(-(-self.geometry.block_count // 8))
         self._unreadable = bytearray()  # bits of the unreadable blocks, if there are any
         self._fill_padding()
         self._changed: set[int] = set()
@@ -54,8 +55,8 @@ class BlockMap:
         self.zero_bytes = 0
         """Present bytes that are zeros at the source, and were not sent."""
         self._last_was_missing = True  # of the device; it may be short
-        self._coarse = max(1, -(-self._geometry.block_count // _COARSE_CELLS))
-        self._zeros = [0] * -(-self._geometry.block_count // self._coarse)
+        self._coarse = max(1, -(-self.geometry.block_count // _COARSE_CELLS))
+        self._zeros = [0] * -(-self.geometry.block_count // self._coarse)
         """The number of zero blocks in each part of _coarse blocks."""
 
     @property
@@ -66,7 +67,7 @@ class BlockMap:
     @property
     def complete(self) -> bool:
         """Whether all blocks are present."""
-        return self.present_bytes == self._geometry.size
+        return self.present_bytes == self.geometry.size
 
     def mark(self, blocks: range, kind: Kind) -> None:
         """Make the range `blocks` present, once all their bytes were written or found equal.
@@ -76,14 +77,14 @@ class BlockMap:
         """
         if not blocks:
             return
-        if not 0 <= blocks.start < blocks.stop <= self._geometry.block_count:
-            raise IndexError(f"blocks {blocks.start} to {blocks.stop - 1} of {self._geometry.block_count}")
+        if not 0 <= blocks.start < blocks.stop <= self.geometry.block_count:
+            raise IndexError(f"blocks {blocks.start} to {blocks.stop - 1} of {self.geometry.block_count}")
         added = self._set_zeros(blocks) if kind == "zero" else _set(self._bits, blocks)
         if not added:
             return
-        length = added * self._geometry.block_size
-        if blocks.stop == self._geometry.block_count and self._last_was_missing:
-            length -= self._geometry.block_size - self._geometry.extent(blocks[-1]).length
+        length = added * self.geometry.block_size
+        if blocks.stop == self.geometry.block_count and self._last_was_missing:
+            length -= self.geometry.block_size - self.geometry.extent(blocks[-1]).length
             self._last_was_missing = False
         self._changed.update(range(blocks.start // CHUNK_BLOCKS, blocks[-1] // CHUNK_BLOCKS + 1))
         if kind == "fetched":
@@ -114,7 +115,7 @@ class BlockMap:
         bits = int.from_bytes(self._bits[first : last + 1], "little") >> (blocks.start & 7)
         present = (bits & (1 << len(blocks)) - 1).bit_count()
         cells = range(blocks.start // self._coarse, blocks[-1] // self._coarse + 1)
-        looked_at = min(cells.stop * self._coarse, self._geometry.block_count) - cells.start * self._coarse
+        looked_at = min(cells.stop * self._coarse, self.geometry.block_count) - cells.start * self._coarse
         zeros = sum(map(self._zeros.__getitem__, cells)) * len(blocks) // looked_at
         return present, min(present, zeros)
 
@@ -129,17 +130,17 @@ class BlockMap:
                 raise ValueError(f"chunk {number} of {len(bits)} bytes")
             self._bits[start : start + len(bits)] = bits
         self._fill_padding()
-        blocks, block_size = self._geometry.block_count, self._geometry.block_size
+        blocks, block_size = self.geometry.block_count, self.geometry.block_size
         missing = len(self._bits) * 8 - int.from_bytes(self._bits, "little").bit_count()
         self.resumed_bytes = (blocks - missing) * block_size
         self._last_was_missing = bool(blocks) and self.any_missing([blocks - 1])
         if blocks and not self._last_was_missing:
-            self.resumed_bytes -= block_size - self._geometry.extent(blocks - 1).length
+            self.resumed_bytes -= block_size - self.geometry.extent(blocks - 1).length
 
     def _fill_padding(self) -> None:
         """Set the bits behind the last block, so that no search finds them missing."""
-        if self._geometry.block_count % 8:
-            self._bits[-1] |= 0xFF << self._geometry.block_count % 8 & 0xFF
+        if self.geometry.block_count % 8:
+            self._bits[-1] |= 0xFF << self.geometry.block_count % 8 & 0xFF
 
     def take_changes(self) -> dict[int, bytes]:
         """Return the chunks (number → bits) that changed since the last call, as they are now."""
@@ -197,16 +198,16 @@ class BlockMap:
             return found
         found.reason = reason
         left = int.from_bytes(self._unreadable, "little") & ~int.from_bytes(self._bits, "little")
-        found.bytes = left.bit_count() * self._geometry.block_size
-        if left >> self._geometry.block_count - 1:
-            found.bytes -= self._geometry.block_size - self._geometry.extent(self._geometry.block_count - 1).length
+        found.bytes = left.bit_count() * self.geometry.block_size
+        if left >> self.geometry.block_count - 1:
+            found.bytes -= self.geometry.block_size - self.geometry.extent(self.geometry.block_count - 1).length
         at = 0
         while left and len(found.ranges) < MAX_RANGES:
             skipped = (left & -left).bit_length() - 1
             left >>= skipped
             run = (~left & left + 1).bit_length() - 1
             left >>= run
-            first, last = self._geometry.extent(at + skipped), self._geometry.extent(at + skipped + run - 1)
+            first, last = self.geometry.extent(at + skipped), self.geometry.extent(at + skipped + run - 1)
             found.ranges.append(Extent(first.offset, last.end - first.offset))
             at += skipped + run
         found.more = bool(left)
