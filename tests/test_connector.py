@@ -6,6 +6,7 @@ The processes are scripted, and the clock of trio jumps to whatever is waited fo
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import trio.testing
 from blockcopy.block.identity import sample_extents
 from blockcopy.errors import OriginalProgramError, SourceChangedError, SourceError
 from blockcopy.protocol import digests
+from blockcopy.replica.plan import Plan
 from blockcopy.replica.source import connector as connector_module
 from blockcopy.replica.source.batches import Delta, Signatures, Sink
 from blockcopy.replica.source.connector import Connector
@@ -125,10 +127,12 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Script]:
             route=SimpleNamespace(by_hand=["ssh", "host"]),
         )
 
+        plan = Plan(command, "destination", **{"timeout": math.inf, **options})
+
         async def main() -> None:
             with trio.fail_after(10_000):
                 async with trio.open_nursery() as nursery:
-                    await scenario(Connector(command, size_guess=0, **options), nursery, script)
+                    await scenario(Connector(plan, size_guess=0), nursery, script)
                     nursery.cancel_scope.cancel()
 
         trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))

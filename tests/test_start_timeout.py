@@ -17,6 +17,7 @@ from blockcopy.block.device import open_source
 from blockcopy.errors import RemoteError, SourceError
 from blockcopy.progress.reporter import Progress
 from blockcopy.push import push
+from blockcopy.replica.plan import Plan
 from blockcopy.replica.source.connector import Connector
 from blockcopy.transport import control_master, start_timeout
 from blockcopy.transport.command import stage_command
@@ -95,7 +96,7 @@ def test_a_user_is_told_what_is_waited_for(
     command = stage_command(parse_location("host:/x"), rsh(LOGINS["waits"]))
 
     async def pull() -> None:
-        connector = Connector(command, size_guess=0, timeout=0.5, prompts=True)
+        connector = Connector(Plan(command, "destination", timeout=0.5, prompts=True), size_guess=0)
         async with trio.open_nursery() as nursery:
             with pytest.raises(SourceError, match="after 1 seconds"):
                 await connector.open(nursery)

@@ -250,6 +250,7 @@ def _compare(args: argparse.Namespace, command: Command, path: str, source_size:
     `source_size`: None if the other end is the source, else the bytes of the source at `path`.
     """
     with needs_extra():
+        from blockcopy.replica.plan import Plan
         from blockcopy.replica.tasks import runner
         from blockcopy.replica.verify import verify as compare
 
@@ -262,18 +263,15 @@ def _compare(args: argparse.Namespace, command: Command, path: str, source_size:
 
     as_json = getattr(args, "json", False)
     ranges = array.array("q")  # offset and length of each: half of the blocks may be ranges
+    plan = Plan(
+        command,
+        path,
+        timeout=args.timeout,
+        reconnect_timeout=args.reconnect_timeout,
+        prompts=prompts(command.location),
+    )
     with logging_out(command), console.progress(args, bar_by_default=True) as progress:
-        run_verify = functools.partial(
-            compare,
-            command,
-            path,
-            report,
-            timeout=args.timeout,
-            give_up_after=args.reconnect_timeout,
-            prompts=prompts(command.location),
-            source_size=source_size,
-            progress=progress,
-        )
+        run_verify = functools.partial(compare, plan, report, progress, source_size)
         verdict = run(lambda: runner.run_interruptible(run_verify))
     if as_json:
         _write_json(verdict, ranges)

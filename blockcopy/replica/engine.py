@@ -48,14 +48,7 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
         try:
             async with trio.open_nursery() as nursery:
                 guess = record.binding.source["size"] if record else existing.size() if existing else 0
-                connector = Connector(
-                    plan.command,
-                    size_guess=guess,
-                    timeout=plan.timeout,
-                    prompts=plan.prompts,
-                    compression=plan.compression,
-                    started=plan.started,
-                )
+                connector = Connector(plan, size_guess=guess)
                 links = _links(plan, connector, nursery)
                 is_reached = await _connect(plan, links, connector, record, nursery)
                 source = connector.identity

@@ -21,9 +21,9 @@ from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.replica.hydration.signatures import read_signatures
 from blockcopy.replica.hydration.throttle import BATCH_BLOCKS
+from blockcopy.replica.plan import Plan
 from blockcopy.replica.source.connector import Connector
 from blockcopy.replica.source.link import Link
-from blockcopy.transport.command import Command
 
 _ROUND_BLOCKS = 16 * BATCH_BLOCKS
 """Blocks that are compared at once: 512 MiB. Their differences are reported in order."""
@@ -46,37 +46,26 @@ class Verdict:
 
 
 async def verify(
-    command: Command,
-    path: str,
-    report: Callable[[Extent], None],
-    *,
-    timeout: float,
-    give_up_after: float,
-    prompts: bool,
-    source_size: int | None = None,
-    progress: Progress,
+    plan: Plan, report: Callable[[Extent], None], progress: Progress, source_size: int | None = None
 ) -> Verdict:
-    """Compare every block of the device at `path` with the other end.
+    """Compare every block of the device at `plan.destination` with the other end.
 
     Returns the verdict. Blocks that one end cannot read are in the verdict, and all others are compared. Bytes that
     the copy lacks differ. Equal ends were equal at one moment.
 
-    `command`: runs `retrieve` at the other end.
+    `plan.command`: runs `retrieve` at the other end.
     `report`: called with each Extent that differs, ascending. Adjacent ones are joined.
-    `timeout`: seconds without progress after which a connection is replaced.
-    `give_up_after`: seconds without an answer after which the comparison fails.
-    `prompts`: whether ssh may ask for a password.
-    `source_size`: None if the other end is the source. Else `path` is a source of so many bytes.
     `progress`: gets the counts of bytes compared so far.
+    `source_size`: None if the other end is the source. Else `plan.destination` is a source of so many bytes.
     Raises SourceError or DeviceError, in exception groups.
     Raises SourceChangedError or DeviceError if one of two equal ends changed meanwhile.
     """
-    with open_source(path) as device:
+    with open_source(plan.destination) as device:
         before = await trio.to_thread.run_sync(source_identity, device)
         async with trio.open_nursery() as nursery:
             local_size = device.size()
-            connector = Connector(command, size_guess=local_size, timeout=timeout, prompts=prompts)
-            link = Link(connector, nursery, give_up_after=give_up_after)
+            connector = Connector(plan, size_guess=local_size)
+            link = Link(connector, nursery, give_up_after=plan.reconnect_timeout)
             await link.open()
             nursery.start_soon(link.run)
             remote_size = connector.identity["size"] if connector.identity else 0
@@ -97,7 +86,7 @@ async def verify(
                 await link.check()
                 changes = differences(before, await trio.to_thread.run_sync(source_identity, device))
                 if changes:
-                    raise DeviceError(f"{path} changed during the comparison: {'; '.join(changes)}")
+                    raise DeviceError(f"{plan.destination} changed during the comparison: {'; '.join(changes)}")
             verdict.tail_bytes = max(0, copy_size - total)
             await link.close()
     return verdict

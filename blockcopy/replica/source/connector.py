@@ -8,25 +8,22 @@ identity of the source by asking for a sample of its bytes.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from subprocess import Popen
 
 import trio
 
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.identity import Identity, differences, sample_extents, sample_of
 from blockcopy.errors import OriginalProgramError, SourceChangedError, SourceError
-from blockcopy.protocol.compression import NO_COMPRESSION, CompressionSpec
 from blockcopy.protocol.digests import Digest
+from blockcopy.replica.plan import Plan
 from blockcopy.replica.source.batches import unconditional
 from blockcopy.replica.source.client import Client
 from blockcopy.replica.source.process import Process
 from blockcopy.replica.source.size_search import SizeSearch
 from blockcopy.transport import start_timeout
-from blockcopy.transport.command import Command
 from blockcopy.untrusted_text import LineBudget
 
 logger = logging.getLogger(__name__)
@@ -35,24 +32,13 @@ logger = logging.getLogger(__name__)
 class Connector:
     """The connector of one source, for all links. Call from trio's thread only."""
 
-    def __init__(
-        self,
-        command: Command,
-        *,
-        size_guess: int,
-        timeout: float = math.inf,
-        prompts: bool = False,
-        compression: CompressionSpec = NO_COMPRESSION,
-        started: list[Popen[bytes]] | None = None,
-    ) -> None:
-        """Prepare connections of the processes that `command` starts.
+    def __init__(self, plan: Plan, *, size_guess: int) -> None:
+        """Prepare connections of the processes that `plan.command` starts. The first uses `plan.started`.
 
-        `size_guess`: bytes, tried first if the size must be searched for. `timeout`: seconds without progress after
-        which a connection that owes an answer is closed. `prompts`: whether a login may ask for a password. Then
-        the first connection may take longer. `compression`: the CompressionSpec to ask the source for. `started`: a
-        list with a process that runs already. The process is removed from the list at its first use.
+        A connection that owes an answer is closed after `plan.timeout` without progress. The first may take longer
+        if `plan.prompts`. `size_guess`: bytes, tried first if the size must be searched for.
         """
-        self.command = command
+        self.command = plan.command
         self.identity: Identity | None = None
         """The identity of the source. None until it is known from a connection or from a record."""
         self.digest: Digest | None = None
@@ -65,10 +51,7 @@ class Connector:
         self.fatal_blocks = 0
         """The number of blocks at which every connection ended."""
         self._size_guess = size_guess
-        self._timeout = timeout
-        self._prompts = prompts
-        self._compression = compression
-        self._started = started if started is not None else []
+        self._plan = plan
         self._budget = LineBudget()  # for standard error of all connections in the log
         self._original = False
         self._opening_original = trio.Lock()
@@ -95,10 +78,10 @@ class Connector:
         client = Client(
             self.command,
             original=original,
-            timeout=self._timeout,
+            timeout=self._plan.timeout,
             digest=self.digest,
-            compression=self._compression,
-            started=Process(self._started.pop()) if self._started else None,
+            compression=self._plan.compression,
+            started=Process(self._plan.started.pop()) if self._plan.started else None,
             budget=self._budget,
         )
         await nursery.start(client.run)
@@ -112,17 +95,18 @@ class Connector:
         if self._original and self.identity is not None:
             await self._sample(client, self.identity["size"])
             return
-        with trio.move_on_after(self._timeout):
+        with trio.move_on_after(self._plan.timeout):
             self._compare(await client.greet_again())
             return
-        raise SourceError(f"no answer from {self.command.location} for {self._timeout:g} seconds")
+        raise SourceError(f"no answer from {self.command.location} for {self._plan.timeout:g} seconds")
 
     async def _first_greeting(self, client: Client) -> Identity:
         """Wait until `client` is greeted by the source. Returns the identity of the source.
 
         Logs a warning if the source takes long to start. Raises SourceError if it takes too long.
         """
-        seconds = start_timeout.max_start_seconds(self._timeout, prompts=self._prompts and self.identity is None)
+        prompts = self._plan.prompts and self.identity is None
+        seconds = start_timeout.max_start_seconds(self._plan.timeout, prompts=prompts)
         with trio.move_on_after(min(seconds, start_timeout.WARN_SECONDS)):
             return await client.greet()
         if seconds > start_timeout.WARN_SECONDS:
