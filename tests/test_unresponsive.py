@@ -26,7 +26,7 @@ from support import BLOCK_SIZE, PYTHON, Mount, noise, run, until, written
 
 from blockcopy.errors import MountError
 from blockcopy.paths import places
-from blockcopy.replica.monitor import status as replica_status
+from blockcopy.replica.monitor import typed_json
 from blockcopy.replica.monitor.status import LinkState, ReadStatus, State, Status, summary
 from blockcopy_fuse import control_client, listing, mountinfo, probe, unmount
 from blockcopy_fuse.mountinfo import Mount as MountEntry
@@ -213,7 +213,7 @@ def test_any_field_of_a_status_can_be_missing_beside_others_that_are_told(tmp_pa
     full = {**GOOD, **dict.fromkeys(counts, 1 << 62), "size": numbers, "demand": demand}
     missing = [{name: value for name, value in full.items() if name != each} for each in counts if each != "size"]
     missing += [{**full, "demand": {name: demand[name] for name in demand if name != each}} for each in demand]
-    for status in map(replica_status.parse, missing):
+    for status in (typed_json.parse(Status, each) for each in missing):
         assert summary(status)
         assert listing.table([listing.ListedMount(mounted, status)])
         Console(file=io.StringIO()).print(screen(status, []))
@@ -221,7 +221,7 @@ def test_any_field_of_a_status_can_be_missing_beside_others_that_are_told(tmp_pa
 
 def test_a_newer_mount_may_tell_more() -> None:
     newer = {**GOOD, "state": "resting", "link": {"state": "sleeping", "colour": 5}, "moon": {"phase": [1]}}
-    status = replica_status.parse(newer)
+    status = typed_json.parse(Status, newer)
     assert (status.state, status.link.state) == (State.UNKNOWN, LinkState.UNKNOWN)
     assert status.as_dict().keys() == {field.name for field in dataclasses.fields(Status)}
     Console(file=io.StringIO()).print(screen(status, []))
@@ -278,7 +278,7 @@ def test_a_name_of_any_characters_hides_no_other_mount(tmp_path: Path) -> None:
 
 def test_a_status_survives_json(mount: Mounter, tmp_path: Path) -> None:
     status = mount(written(tmp_path / "source", DATA), tmp_path / "copy").status()
-    assert json.loads(replica_status.parse(status).as_json()) == status
+    assert json.loads(typed_json.parse(Status, status).as_json()) == status
 
 
 OF_ANOTHER = """
@@ -312,7 +312,7 @@ def test_a_mount_that_tells_its_status_and_does_nothing_keeps_no_command(
 ) -> None:
     told = folder_as_mount(tmp_path)
     monkeypatch.setattr(control_client, "find_mount", lambda _: told)
-    monkeypatch.setattr(control_client, "status_of", lambda _: replica_status.parse(GOOD))
+    monkeypatch.setattr(control_client, "status_of", lambda _: typed_json.parse(Status, GOOD))
     monkeypatch.setattr(control_client, "ANSWER_SECONDS", 0.01)
     monkeypatch.setattr(control_client, "SYNC_SECONDS", 0.01)
     monkeypatch.setattr(

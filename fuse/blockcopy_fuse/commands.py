@@ -26,7 +26,7 @@ from blockcopy.replica.monitor.status import Status, summary
 from blockcopy.transport.control_master import log_in, logging_out
 from blockcopy.transport.location import parse_location
 from blockcopy_fuse import control_client, fuse_support, options, unmount
-from blockcopy_fuse.probe import MountUnresponsiveError
+from blockcopy_fuse.probe import MountUnresponsiveError, await_file
 
 if TYPE_CHECKING:
     from blockcopy.replica.plan import Plan
@@ -75,7 +75,7 @@ def mount(args: argparse.Namespace) -> None:
     if args.foreground:
         _raise_if_incomplete("ended", serve(lambda: None, console.progress(args, bar_by_default=True)))
     elif daemon.run_in_background(lambda ready: serve(ready, Progress())):
-        mounting.await_first_answer(mount_plan)
+        await_file(str(mount_plan.file), mountpoint)  # in another process than the one that serves
 
 
 def _raise_if_incomplete(event: str, status: Status) -> None:

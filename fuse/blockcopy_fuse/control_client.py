@@ -10,7 +10,7 @@ from typing import Any
 
 from blockcopy.errors import BlockcopyError, IncompleteError, MountError
 from blockcopy.progress.reporter import Progress
-from blockcopy.replica.monitor import status as replica_status
+from blockcopy.replica.monitor import typed_json
 from blockcopy.replica.monitor.status import MapCell, State, Status
 from blockcopy_fuse.mountinfo import Mount
 from blockcopy_fuse.probe import (
@@ -53,7 +53,7 @@ class StatusRequest:
         if reply is None:
             return None
         try:
-            status = replica_status.parse(reply.get("status"))
+            status = typed_json.parse(Status, reply.get("status"))
         except ValueError as error:
             raise invalid_reply(self._mount, error) from error
         return dataclasses.replace(status, pid=reply.get("pid", status.pid))  # the kernel reports the true one
@@ -91,14 +91,6 @@ def status_of(mount: Mount) -> Status:
     return status
 
 
-def request_status(mountpoint: str) -> StatusRequest:
-    """Ask the mount on `mountpoint` for its status, without waiting. Returns the request under way.
-
-    Raises MountError if nothing is mounted there.
-    """
-    return StatusRequest(mount_on(mountpoint))
-
-
 def wait(mountpoint: str, progress: Progress) -> Status:
     """Wait until the copy on `mountpoint` is complete, and report to `progress`. Returns the last status.
 
@@ -122,7 +114,7 @@ def wait(mountpoint: str, progress: Progress) -> Status:
 
 def _await_status(mountpoint: str) -> Status:
     """Return the status of the mount on `mountpoint`, however long it takes. Warns if the mount is unresponsive."""
-    with contextlib.closing(request_status(mountpoint)) as request:
+    with contextlib.closing(StatusRequest(mount_on(mountpoint))) as request:
         status = request.status(ANSWER_SECONDS)
         if status is None:
             logger.warning("%s; waiting for it", MountUnresponsiveError(mountpoint))
@@ -136,19 +128,14 @@ def read_map(mountpoint: str, max_cells: int) -> list[MapCell]:
 
     Returns an empty list if the mount does not report a map within a second.
     """
+    request = {"command": "map", "cells": max_cells}
     try:
-        with contextlib.closing(
-            MountRequest(mount_on(mountpoint), {"command": "map", "cells": max_cells})
-        ) as request:
-            reply = request.reply(_MAP_SECONDS)
-    except MountError:
+        with contextlib.closing(MountRequest(mount_on(mountpoint), request)) as sent:
+            reply = sent.reply(_MAP_SECONDS) or {}
+        cells = typed_json.parse(tuple[MapCell, ...], reply.get("cells"))
+    except (MountError, ValueError):
         return []
-    return replica_status.parse_cells((reply or {}).get("cells"), max_cells)
-
-
-def _seconds_for(command: str) -> float | None:
-    """Return how many seconds `command` may take, by its name. Returns None if the source decides how long."""
-    return {"pause": SYNC_SECONDS, "prefetch": None}.get(command, ANSWER_SECONDS)
+    return [*cells] if len(cells) <= max_cells else []
 
 
 def command(mountpoint: str, request: dict[str, Any]) -> None:
@@ -160,7 +147,7 @@ def command(mountpoint: str, request: dict[str, Any]) -> None:
     mount = mount_on(mountpoint)
     status_of(mount)
     name = str(request.get("command"))
-    seconds = _seconds_for(name)
+    seconds = {"pause": SYNC_SECONDS, "prefetch": None}.get(name, ANSWER_SECONDS)  # a source decides on a prefetch
     with contextlib.closing(MountRequest(mount, request)) as sent:
         reply = sent.reply(seconds)
     if reply is None:

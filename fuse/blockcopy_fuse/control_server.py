@@ -30,6 +30,7 @@ from blockcopy.block.geometry import MAX_POSITION, Extent
 from blockcopy.errors import BlockcopyError, DeviceError, UsageError
 from blockcopy.paths.runtime_dir import make_runtime_dir
 from blockcopy.protocol.strict_json import parse_object
+from blockcopy.replica.monitor import typed_json
 from blockcopy.replica.monitor.status import Status
 from blockcopy.replica.replica import Replica
 from blockcopy.replica.tasks import abandonable
@@ -179,18 +180,13 @@ async def _change(replica: Replica, request: dict[str, Any]) -> None:
             await replica.commit()
     elif command == "limit" and _is_rate(request.get("rate")):
         replica.throttle.limit = request["rate"]
-    elif command == "prefetch" and _are_extents(request.get("extents")):
-        await replica.prefetch(_extents(request["extents"], replica.volume.size))
+    elif command == "prefetch" and (extents := _extents(request.get("extents"))) is not None:
+        for extent in extents:
+            if extent.offset >= replica.volume.size:
+                raise UsageError(f"there is nothing at {extent.offset}: the source has {replica.volume.size} bytes")
+        await replica.prefetch(extents)
     else:
         raise UsageError(f"unknown or invalid request: {json.dumps(request)[:200]}")
-
-
-def _extents(ranges: list[list[int]], size: int) -> list[Extent]:
-    """Return `ranges`, each [offset, length], as Extents. Raises UsageError if one begins beyond `size` bytes."""
-    for offset, _ in ranges:
-        if offset >= size:
-            raise UsageError(f"there is nothing at {offset}: the source has {size} bytes")
-    return [Extent(*each) for each in ranges]
 
 
 def _is_cell_count(value: object) -> bool:
@@ -201,12 +197,9 @@ def _is_rate(value: object) -> bool:
     return value is None or (type(value) is int and 0 < value <= MAX_POSITION)
 
 
-def _are_extents(value: object) -> bool:
-    def is_extent(each: object) -> bool:
-        return (
-            isinstance(each, list)
-            and len(each) == 2
-            and all(type(number) is int and 0 <= number <= MAX_POSITION for number in each)
-        )
-
-    return isinstance(value, list) and all(map(is_extent, value))
+def _extents(value: object) -> tuple[Extent, ...] | None:
+    """Return `value`, decoded JSON, as Extents. Returns None if it is no list of [offset, length]."""
+    try:
+        return typed_json.parse(tuple[Extent, ...], value)
+    except ValueError:
+        return None

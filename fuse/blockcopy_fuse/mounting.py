@@ -47,7 +47,6 @@ from blockcopy_fuse import STATUS_NAME, control_client, control_server, fuse_sup
 from blockcopy_fuse.control_server import ControlServer
 from blockcopy_fuse.operations import Operations
 from blockcopy_fuse.options import MountOptions, quoted
-from blockcopy_fuse.probe import await_file
 
 logger = logging.getLogger(__name__)
 
@@ -217,14 +216,6 @@ async def _pid_file(path: str | None) -> AsyncIterator[None]:
             await abandonable.run_within(partial(safe_write.remove, path, written), _FILE_SECONDS)
 
 
-def await_first_answer(mount_plan: MountPlan) -> None:
-    """Return when the mount of `mount_plan` answers. Call from another process than the one that serves.
-
-    Raises MountError if the mount cannot be read, MountUnresponsiveError if it does not answer.
-    """
-    await_file(str(mount_plan.file), mount_plan.mountpoint)
-
-
 def _init(mount_plan: MountPlan, mountpoint: str, replica: Replica, status: Callable[[], Status]) -> None:
     """Mount `replica` on the resolved path `mountpoint`, as `mount_plan` says.
 
@@ -276,7 +267,12 @@ def _released_before_helper(options: MountOptions) -> Iterator[None]:
 
 
 def _fuse_descriptors() -> list[int]:
-    return [int(entry.name) for entry in Path("/proc/self/fd").iterdir() if _is_fuse(entry)]
+    found = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the descriptor that lists the folder is closed again
+            if os.readlink(entry) == "/dev/fuse":
+                found.append(int(entry.name))
+    return found
 
 
 async def _watch_connection(stop: trio.Event) -> None:
@@ -292,13 +288,6 @@ async def _watch_connection(stop: trio.Event) -> None:
         await trio.lowlevel.wait_readable(errors.fileno())
         logger.debug("the kernel has ended the connection")
         stop.set()
-
-
-def _is_fuse(entry: Path) -> bool:
-    try:
-        return os.readlink(entry) == "/dev/fuse"
-    except OSError:
-        return False  # the descriptor that listed the folder is closed again
 
 
 async def _serve(replica: Replica, stop: trio.Event, ready: Callable[[], None], notifier: Notifier) -> None:

@@ -41,6 +41,9 @@ _MAX_SOCKETS = 8
 _END_SECONDS = 0.2
 """How long a killed process may take to end before it is left. If it waits for a dead disk, it may never end."""
 
+_DEAD = b"%d" % errno.ENOTCONN
+"""The answer to statvfs(2) on a mount whose program has died. The kernel may answer stat(2) from its cache."""
+
 _left: set[int] = set()
 """Processes that were left, or whose exit status was not collected yet."""
 
@@ -67,7 +70,8 @@ class ForkedCall:
         if not self._pid:
             try:
                 _leave_all_but(child_end)
-                _write(child_end, work()[: _MAX_REPLY + 1])
+                with open(child_end, "wb") as pipe:
+                    pipe.write(work()[: _MAX_REPLY + 1])
             finally:
                 os._exit(0)
         os.close(child_end)
@@ -120,11 +124,6 @@ def _leave_all_but(kept: int) -> None:
                 os.close(int(name))
 
 
-def _write(fd: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
-
-
 def find_mount(path: str) -> Mount | None:
     """Return the Mount at `path` without touching it. Returns None if no FUSE mount is there.
 
@@ -147,14 +146,17 @@ def await_file(path: str, mountpoint: str) -> None:
 
     Raises MountError if the file cannot be found, MountUnresponsiveError if the mount does not answer.
     """
-    found = int(_call_in_child(partial(_errno_of, path), mountpoint) or errno.EIO)  # nothing, if it was killed
+    found = int(
+        _call_in_child(partial(_errno_of, os.stat, path), mountpoint) or errno.EIO
+    )  # nothing, if it was killed
     if found:
         raise MountError(f"the mount on {mountpoint} does not answer: {os.strerror(found)}")
 
 
-def _errno_of(path: str) -> bytes:
+def _errno_of(call: Callable[[str], object], path: str) -> bytes:
+    """Call `call` with `path`. Returns the number of the error as text, or b"0"."""
     try:
-        os.stat(path)
+        call(path)
     except OSError as error:
         return b"%d" % (error.errno or errno.EIO)
     return b"0"
@@ -165,15 +167,7 @@ def is_dead(mount: Mount) -> bool:
 
     Raises MountUnresponsiveError if the mount does not answer.
     """
-    return _call_in_child(partial(_dead, mount.mountpoint), mount.mountpoint) == b"dead"
-
-
-def _dead(mountpoint: str) -> bytes:
-    try:
-        os.statvfs(mountpoint)  # not stat, which the kernel answers from its cache
-    except OSError as error:
-        return b"dead" if error.errno == errno.ENOTCONN else b""
-    return b""
+    return _call_in_child(partial(_errno_of, os.statvfs, mount.mountpoint), mount.mountpoint) == _DEAD
 
 
 def _call_in_child(work: Callable[[], bytes], mountpoint: str) -> bytes:
@@ -271,7 +265,7 @@ def _request_in_child(mount: Mount, request: dict[str, Any], pid: int | None) ->
             peer, reply = _exchange(path, mount.owner, request, pid)
             if reply:
                 return b"socket %d\n%s" % (peer, reply)
-    if _dead(mount.mountpoint):
+    if _errno_of(os.statvfs, mount.mountpoint) == _DEAD:
         return b"errno %d\n" % errno.ENOTCONN
     if request != {"command": "status"}:
         return b"nobody\n"

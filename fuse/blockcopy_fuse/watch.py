@@ -17,6 +17,7 @@ from rich.live import Live
 
 from blockcopy.errors import Interrupted
 from blockcopy_fuse import control_client
+from blockcopy_fuse.control_client import StatusRequest
 from blockcopy_fuse.screen import screen
 
 _INTERVAL_SECONDS = 0.5
@@ -59,7 +60,7 @@ def watch(mountpoint: str) -> None:
                 live.update(screen(status, cells, unanswered_seconds=unanswered), refresh=True)
                 if select.select(keys, [], [], _INTERVAL_SECONDS)[0] and os.read(keys[0], 1) in (b"q", b"Q", b""):
                     return
-                request = request or control_client.request_status(mountpoint)
+                request = request or StatusRequest(control_client.mount_on(mountpoint))
                 if (answer := request.status(_INTERVAL_SECONDS)) is not None:
                     status, answered_at, request = answer, time.monotonic(), None
     except Interrupted as interrupted:

@@ -4,7 +4,7 @@
            ─► metrics for Prometheus          the screen, the list of mounts           a section of the manual
 
 The fields are those of the JSON, in its order. The help text of a field describes it wherever it is shown.
-`parse` makes a Status of the JSON that another process wrote.
+`typed_json` makes a Status of the JSON that another process wrote. An unknown state is `State.UNKNOWN`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from blockcopy.block.geometry import Extent
 from blockcopy.progress.rate import floored_percent, human_size, human_time
 from blockcopy.progress.reporter import Counts
-from blockcopy.replica.monitor import typed_json
 
 if TYPE_CHECKING:
     import trio
@@ -27,7 +26,15 @@ UNKNOWN = "?"
 """A text that the other process did not report, or that this version does not know."""
 
 
-class State(StrEnum):
+class _OpenEnum(StrEnum):
+    """An enumeration with a member UNKNOWN, for the values of newer versions."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> _OpenEnum:
+        return cls(UNKNOWN)
+
+
+class State(_OpenEnum):
     """The state of a copy. `complete`: the destination is synced, and the source is no longer needed."""
 
     STARTING = "starting"
@@ -39,12 +46,8 @@ class State(StrEnum):
     FAILED = "failed"
     UNKNOWN = UNKNOWN
 
-    @classmethod
-    def _missing_(cls, value: object) -> State:
-        return cls.UNKNOWN
 
-
-class LinkState(StrEnum):
+class LinkState(_OpenEnum):
     """The state of the connections to the source, all together. `closed`: they ended for good."""
 
     CONNECTING = "connecting"
@@ -52,10 +55,6 @@ class LinkState(StrEnum):
     RECONNECTING = "reconnecting"
     CLOSED = "closed"
     UNKNOWN = UNKNOWN
-
-    @classmethod
-    def _missing_(cls, value: object) -> LinkState:
-        return cls.UNKNOWN
 
 
 T = TypeVar("T")
@@ -177,15 +176,6 @@ class Status:
         return f"{human_size(self.rate_bytes_per_s)}/s, {human_time(self.eta_seconds)} to go"
 
 
-def parse(found: object) -> Status:
-    """Return the Status that `found`, the decoded JSON of another process, describes.
-
-    Missing fields get their defaults, fields of a newer version are ignored, an unknown state is `State.UNKNOWN`.
-    Raises ValueError if `found` is no status, or if a field has a wrong type or an impossible value.
-    """
-    return typed_json.parse(Status, found)
-
-
 def summary(status: Status) -> str:
     """Return a line about `status` for people: state, progress, origin of the bytes, need of the source, errors."""
     origin = f"{human_size(status.same_bytes)} were equal, {human_size(status.fetched_bytes)} fetched"
@@ -234,19 +224,6 @@ class MapCell:
     def as_dict(self) -> dict[str, int]:
         """Return the fields by name, for JSON."""
         return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-
-
-def parse_cells(found: object, max_cells: int) -> list[MapCell]:
-    """Return the list of cells that `found`, the decoded JSON of a map, describes.
-
-    Returns an empty list if `found` is no map of at most `max_cells` cells.
-    """
-    if not isinstance(found, list) or len(found) > max_cells:
-        return []
-    try:
-        return [typed_json.parse(MapCell, cell) for cell in found]
-    except ValueError:
-        return []
 
 
 class MonitoredReplica(Protocol):

@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 
 def parse(kind: type[T], value: object) -> T:
-    """Convert `value`, decoded JSON, into the dataclass `kind`.
+    """Convert `value`, decoded JSON, into the dataclass `kind`, or into another type that a field can have.
 
     Returns an instance of `kind` in which each field has its annotated type.
-    Raises ValueError if `value` is no object, a field is wrong, or a field without a default is missing.
+    Raises ValueError if `value` is no such object, a field is wrong, or a field without a default is missing.
     """
     found: T = _parsed(kind, value, kind.__name__)
     return found
