@@ -328,6 +328,7 @@ def stalled_pass(mount: Mounter, folder: Path) -> Mount:
     """The pass's source answers no more from the fifth batch on; that of the reads goes on."""
     mounted = mount(*big_pair(folder), program=faulty("stall", 40, once=folder / "stalled"))
     until(lambda: mounted.status()["hydrated_bytes"] == 32 * BLOCK_SIZE, "four batches")
+    until((folder / "stalled").exists, "the stall")  # a process that is killed before leaves it to the next one
     return mounted
 
 
