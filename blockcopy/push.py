@@ -19,7 +19,7 @@ from blockcopy.stage.retrieve import retrieve
 from blockcopy.transport.backoff import Backoff
 from blockcopy.transport.command import Command
 from blockcopy.transport.hints import SSH_FAILED, explain_end, with_hint
-from blockcopy.transport.session import Session, SilenceTimer
+from blockcopy.transport.session import Session
 from blockcopy.untrusted_text import LineBudget
 
 logger = logging.getLogger(__name__)
@@ -49,21 +49,6 @@ class _ThrottledProgress(Progress):
         ahead = self._passed / self._limit - (time.monotonic() - self._started)
         if ahead > 0:
             time.sleep(ahead)
-
-    def finish(self) -> None:
-        self._progress.finish()
-
-
-class _UntimedProgress(Progress):
-    """A progress reporter that forwards to `progress`, and pauses the timer `silence` meanwhile."""
-
-    def __init__(self, progress: Progress, silence: SilenceTimer) -> None:
-        self._progress = progress
-        self._silence = silence
-
-    def update(self, counts: Counts) -> None:
-        with self._silence.paused():
-            self._progress.update(counts)
 
     def finish(self) -> None:
         self._progress.finish()
@@ -135,8 +120,8 @@ def _push_once(session: Session, source: Device, progress: Progress) -> None:
     try:
         with session:
             if session.begin():
-                untimed = _UntimedProgress(progress, session.silence)
-                retrieve(source, session.input, session.output, progress=untimed, working=session.silence.paused)
+                working = session.silence.paused
+                retrieve(source, session.input, session.output, progress=progress, working=working)
     except (StreamError, OutputError) as error:
         failure = error  # most often `receive` has exited, and has reported why
     except BlockcopyError:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from types import TracebackType
 from typing import NamedTuple
 
 
@@ -39,10 +38,8 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """End all reports. `kind`, `error`, `traceback`: the exception that ends the `with` statement, or None."""
+    def __exit__(self, *exc: object) -> None:
+        """End all reports. `exc`: the exception that ends the `with` statement, as for any context manager."""
 
     def update(self, counts: Counts) -> None:
         """Take the current `counts`. Thread-safe."""

@@ -37,12 +37,8 @@ class Decoder:
         self._at = 0  # start of the next message in the buffer
         self._end = 0  # end of the received bytes in the buffer
         self._needed = 0  # known size of the incomplete message
-        self._done = False
-
-    @property
-    def done(self) -> bool:
+        self.done = False
         """Whether the message `done` was read. All further bytes are ignored."""
-        return self._done
 
     def messages(self, read_into: Callable[[memoryview], int]) -> Iterator[Message | None]:
         """Read a stream up to the message `done`, and yield its Messages. Yields None before each read.
@@ -53,7 +49,7 @@ class Decoder:
         Raises TruncatedStreamError if the stream ends without `done`. Raises StreamError if it contains anything
         but messages.
         """
-        while not self._done:
+        while not self.done:
             message = self.next()
             if message is not None:
                 yield message
@@ -77,12 +73,12 @@ class Decoder:
 
     def buffer_updated(self, count: int) -> None:
         """Accept `count` bytes that the caller has written into the front of the memoryview of `get_buffer()`."""
-        if not self._done:
+        if not self.done:
             self._end += count
 
     def feed(self, data: Buffer) -> None:
         """Accept `data`, the next bytes of the stream. Copies them."""
-        if self._done:
+        if self.done:
             return
         rest = self._end - self._at
         self._replace_buffer(bytearray(rest + len(data)))
@@ -99,7 +95,7 @@ class Decoder:
 
         Raises StreamError if the bytes are no message of the grammar, or exceed its limits.
         """
-        if self._done:
+        if self.done:
             return None
         self._needed = 0
         start = self._at + _COMMAND_SIZE
@@ -129,13 +125,13 @@ class Decoder:
                 return None
             fields = (*fields[:-1], layout.load(self._buffer[start:end]))
         message = layout.message(*fields)
-        self._done = isinstance(message, Done)
+        self.done = isinstance(message, Done)
         self._at = end
         return message
 
     def feed_eof(self) -> None:
         """Accept the end of the stream. Raises TruncatedStreamError unless the message `done` was read."""
-        if self._done:
+        if self.done:
             return
         rest = self._end - self._at
         raise TruncatedStreamError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import time
+import timeit
 from collections.abc import Mapping
 from typing import Callable
 
@@ -99,22 +99,15 @@ def speeds() -> dict[str, int]:
 
     Takes a few milliseconds in the first call.
     """
-    found = {}
+    found, data = {}, bytes(_TRIAL_SIZE)
     for name in NAMES:
         try:
             function = named(name)
         except BlockcopyError:
             continue
-        found[name] = max(1, int(_TRIAL_SIZE / min(_trial(function) for _ in range(3)) / 1e6))
+        seconds = min(timeit.repeat(functools.partial(function, data), number=1, repeat=3))
+        found[name] = max(1, int(_TRIAL_SIZE / max(seconds, 1e-9) / 1e6))
     return found
-
-
-def _trial(function: Digest) -> float:
-    """Return the seconds that `function` takes to digest _TRIAL_SIZE bytes."""
-    data = bytes(_TRIAL_SIZE)
-    started = time.perf_counter()
-    function(data)
-    return max(time.perf_counter() - started, 1e-9)
 
 
 def choose(local: Mapping[str, float], remote: Mapping[str, float]) -> str | None:

@@ -51,11 +51,8 @@ def _check(value: object, depth: int, errors: str) -> None:
     if isinstance(value, (dict, list)):
         if not depth:
             raise ValueError("nested too deep")
-        for each in value:
+        for each in (*value, *value.values()) if isinstance(value, dict) else value:
             _check(each, depth - 1, errors)
-        if isinstance(value, dict):
-            for each in value.values():
-                _check(each, depth - 1, errors)
     elif isinstance(value, str):
         value.encode(errors=errors)  # UnicodeEncodeError, a ValueError, if it has a lone surrogate
     elif isinstance(value, (int, float)) and not abs(value) < _NUMBER_BOUND:

@@ -24,9 +24,6 @@ class Compressor:
     kind: wire.Kind = wire.Data
     """Class of the compressed frames."""
 
-    sends_unread = True
-    """Whether the kernel may splice bytes from the device to the pipe, unread by this process."""
-
     def frame(self, position: int, data: Buffer) -> list[Buffer]:
         """Return the list `[header, payload]` of a frame with `data`, which the source has at byte `position`.
 
@@ -46,7 +43,6 @@ class XzCompressor(Compressor):
     """The compressor of the original's --lzma: `dlzm` frames."""
 
     kind = wire.XzData
-    sends_unread = False
 
     def __init__(self) -> None:
         """Raise BlockcopyError if this Python has no xz."""
@@ -61,7 +57,6 @@ class ZstdCompressor(Compressor):
 
     name = "zstd"
     kind = wire.ZstdData
-    sends_unread = False
 
     def __init__(self, level: int) -> None:
         """Compress at `level`, one of `zstd.LEVELS`. Raises BlockcopyError if this host has no zstd."""

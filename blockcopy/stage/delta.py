@@ -99,14 +99,11 @@ class _Delta:
         return frames + self._frames_of(kind, start, self._piece.length)
 
     def _read(self) -> None:
-        if self._terms.compressor.sends_unread:
-            self._unread = self._find_unread()
+        if self._terms.compressor.kind is wire.Data:  # the kernel may splice bytes, unread by this process
+            wanted = filter(self._wanted_unless_zeros, self._blocks)
+            self._unread = frozenset(filter(self._is_not_zeros, wanted))
         piece = self._piece.without(self._unread, self._block_size)
         self._available, self._failures = piece.read_skipping_errors(self._source, self._buffer, self._block_size)
-
-    def _find_unread(self) -> frozenset[int]:
-        """Return the positions of blocks that are no zeros here, and zeros or missing at the client."""
-        return frozenset(at for at in self._blocks if self._wanted_unless_zeros(at) and self._is_not_zeros(at))
 
     def _wanted_unless_zeros(self, at: int) -> bool:
         if self._remote is None:

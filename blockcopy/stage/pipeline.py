@@ -14,7 +14,8 @@ import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from typing import Callable, Generic, NoReturn, TypeVar
+from concurrent.futures import Future
+from typing import Callable, Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -72,7 +73,7 @@ class _Line(Generic[Item, Result]):
         self._permits: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: take an item. False: end
         for _ in range(DEPTH):
             self._permits.put(True)
-        self._outcomes: queue.SimpleQueue[tuple[int, Callable[[], Result]]] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[tuple[int, Future[Result]]] = queue.SimpleQueue()
 
     def serve(self) -> None:
         """Take items and work on them until the items end or `stop()` is called. Runs in each worker thread."""
@@ -82,27 +83,29 @@ class _Line(Generic[Item, Result]):
                     return
                 number = self._taken
                 self._taken += 1
+                outcome: Future[Result] = Future()
                 try:
                     item = next(self._items)
                 except BaseException as error:  # noqa: BLE001  (passed on in order, raised by the caller)
                     self._ended = True
-                    self._outcomes.put((number, _raiser(_End() if isinstance(error, StopIteration) else error)))
+                    outcome.set_exception(_End() if isinstance(error, StopIteration) else error)
+                    self._outcomes.put((number, outcome))
                     return
             try:
-                outcome = _returner(self._work(item))
+                outcome.set_result(self._work(item))
             except BaseException as error:  # noqa: BLE001  (as above)
-                outcome = _raiser(error)
+                outcome.set_exception(error)
             self._outcomes.put((number, outcome))
             del item, outcome  # releases their buffers while this thread waits
 
     def results(self) -> Iterator[Result]:
         """Yield the results in order. Raises an error of a worker in the place of its result."""
-        early: dict[int, Callable[[], Result]] = {}
+        early: dict[int, Future[Result]] = {}
         for number in itertools.count():
             while number not in early:
                 early.update([self._outcomes.get()])
             try:
-                result = early.pop(number)()
+                result = early.pop(number).result()
             except _End:
                 return
             self._permits.put(True)
@@ -114,17 +117,3 @@ class _Line(Generic[Item, Result]):
         self._ended = True
         for _ in range(WORKERS):
             self._permits.put(False)
-
-
-def _returner(result: Result) -> Callable[[], Result]:
-    """Return a function that returns `result`."""
-    return lambda: result
-
-
-def _raiser(error: BaseException) -> Callable[[], NoReturn]:
-    """Return a function that raises `error`."""
-
-    def throw() -> NoReturn:
-        raise error
-
-    return throw

@@ -53,8 +53,9 @@ def receive(
         existing = existing_destination(path, force=force)
         if existing is not None:
             stack.enter_context(existing)
-        source = _Source(answers, Handshake(compression))
-        output.write([source.greeting])
+        handshake = Handshake(compression)
+        source = _Source(answers, handshake)
+        output.write([handshake.greeting])
         identity, name = source.read_greeting()
         destination = existing or stack.enter_context(open_destination(path, force=force, create=True))
         size = identity["size"]
@@ -62,7 +63,7 @@ def receive(
         make_room(destination, size)
         with (
             Writer(destination, sparse, Progress(), size=size) as writer,
-            _requesting(destination, size, name, output, answers, source.greeting),
+            _requesting(destination, size, name, output, answers, handshake.greeting),
         ):
             source.write_all(writer, size)
         source.check(identity)
@@ -76,11 +77,6 @@ class _Source:
         self._handshake = handshake
         self._identity: Identity = {}
         self._unreadable = UnreadableRanges()
-
-    @property
-    def greeting(self) -> bytes:
-        """The client's greeting, as bytes to send."""
-        return self._handshake.greeting
 
     def read_greeting(self) -> SourceGreeting:
         """Read the source's greeting, and return the SourceGreeting.

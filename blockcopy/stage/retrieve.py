@@ -72,8 +72,8 @@ def retrieve(
     """Answer the requests in the InputStream `hashes` from `source`, by frames to the OutputStream `output`.
 
     Returns after the message `done`. `compressor`: used unless the client's greeting asks for zstd. `progress`:
-    gets the answered position and the number of sent bytes. `working`: called without arguments for each batch, in
-    any worker thread. Returns a context manager, within which the client waits for this stage.
+    gets the answered position and the number of sent bytes. `working`: called without arguments for each batch and
+    report, in any thread. Returns a context manager, within which the client waits for this stage.
 
     Earlier requests are answered before any error is raised. The output of a failed stage has no `done`.
 
@@ -109,7 +109,8 @@ def retrieve(
         read += answer.read
         sent += sum(map(len, answer.frames))
         done = min(position, size)
-        progress.update(Counts(done, size, {"sent": sent}, skipped=max(0, done - read)))
+        with working():
+            progress.update(Counts(done, size, {"sent": sent}, skipped=max(0, done - read)))
 
     unreadable = UnreadableRanges()
     responder = _Responder(source, output, compressor or Compressor(), unreadable)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 from blockcopy.errors import UsageError
 from blockcopy.paths.places import absolute, working_folder
@@ -152,7 +152,7 @@ def stage_command(
     home, rest = location.split_home()
     path = [rest if home else _no_option(rest)] if location.path else []
     if program is not None:
-        words = _remote_words("--blockcopy-path", program)
+        words = _words("--blockcopy-path", program, str.split)  # the remote shell removes quotes
         quoted = [_quote_path(home, each) for each in path]
         argv = [*route.argv, *words, stage, *options, *quoted]
         return Command(location, argv, {}, working_folder(), stage, program=program, route=route)
@@ -161,7 +161,7 @@ def stage_command(
     home_word = [home] if home else []  # expanded by the remote shell, or else by Python
     return Command(
         location,
-        [*route.argv, *_remote_words("--python", python), "-c", payload.CODE, *shown, *home_word],
+        [*route.argv, *_words("--python", python, str.split), "-c", payload.CODE, *shown, *home_word],
         {},
         working_folder(),
         stage,
@@ -216,17 +216,6 @@ def _plain(given: Sequence[str]) -> list[str]:
     return [word for setting in settings for word in ("-o", setting)]
 
 
-def _remote_words(option: str, command: str) -> list[str]:
-    """Return the words of `command`, split at spaces only: the remote shell removes quotes.
-
-    `option`: name of the option with this value. Raises UsageError if there is no word.
-    """
-    words = command.split()
-    if not words:
-        raise UsageError(f"{option} is empty")
-    return words
-
-
 def _local_command(location: Location, program: str | None, stage: str, options: Sequence[str]) -> Command:
     """Return the Command for a `location` on this host.
 
@@ -243,13 +232,15 @@ def _local_command(location: Location, program: str | None, stage: str, options:
     return Command(location, argv, {"PYTHONPATH": python_path}, working_folder(), stage, program="blockcopy")
 
 
-def _words(option: str, command: str) -> list[str]:
-    """Return the words of `command`, split as a shell does. `option`: name of the option with this value.
+def _words(option: str, command: str, split: Callable[[str], list[str]] = shlex.split) -> list[str]:
+    """Return the list of words of `command`. `option`: name of the option with this value.
+
+    `split`: takes the command line and returns its words, by default as a shell does.
 
     Raises UsageError if the command line is malformed or empty.
     """
     try:
-        words = shlex.split(command)
+        words = split(command)
     except ValueError as error:
         raise UsageError(f"{option} {command!r} is not a valid command line: {error}") from error
     if not words:

@@ -10,7 +10,6 @@ import re
 import shlex
 import signal
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from blockcopy.errors import BlockcopyError, describe_exit
 from blockcopy.transport import payload
@@ -23,63 +22,45 @@ _BUS_ERRORS = (-signal.SIGBUS, 128 + signal.SIGBUS)
 """Statuses of a process that died of SIGBUS, and of a shell that ran one. A stage dies so in `Device.view`."""
 
 
-class _Case(NamedTuple):
-    """A known failure, and the `hint` for it."""
-
-    pattern: str
-    """A regular expression for the last lines of stderr."""
-    hint: str
-
-
-_LOGIN = [
-    _Case(
-        "Could not resolve hostname|Name or service not known",
-        "{host} is not known here: check its spelling, ~/.ssh/config and DNS",
+# Known failures: a regular expression for the last lines of stderr → the hint for the user.
+_LOGIN = {
+    "Could not resolve hostname|Name or service not known": (
+        "{host} is not known here: check its spelling, ~/.ssh/config and DNS"
     ),
-    _Case(
-        "Host key verification failed",
-        "log in once by hand, and check that it is the right host: {login}",
-    ),
-    _Case(
-        r"Permission denied \(|Too many authentication failures",
+    "Host key verification failed": "log in once by hand, and check that it is the right host: {login}",
+    r"Permission denied \(|Too many authentication failures": (
         "{host} does not let this user in: check the user's name, and that the key is known there. "
-        "Try it by hand: {login}",
+        "Try it by hand: {login}"
     ),
-    _Case(
-        "Connection refused|timed out|No route to host|unreachable|Connection closed by|Connection reset",
-        "{host} cannot be reached: is it up, and does sshd listen there? Try it by hand: {login}",
+    "Connection refused|timed out|No route to host|unreachable|Connection closed by|Connection reset": (
+        "{host} cannot be reached: is it up, and does sshd listen there? Try it by hand: {login}"
     ),
-    _Case(
-        "must have a tty to run sudo",
-        "sudo there wants a terminal: exempt this user (`Defaults:USER !requiretty` in sudoers), or log in as root",
+    "must have a tty to run sudo": (
+        "sudo there wants a terminal: exempt this user (`Defaults:USER !requiretty` in sudoers), or log in as root"
     ),
-    _Case(
-        "(sudo|doas): .*(password|terminal|tty|uthentication).* required|(sudo|doas): no tty|doas: Authoriz",
-        "{program} there asks for a password: allow it without one (NOPASSWD in sudoers), or log in as root",
+    "(sudo|doas): .*(password|terminal|tty|uthentication).* required|(sudo|doas): no tty|doas: Authoriz": (
+        "{program} there asks for a password: allow it without one (NOPASSWD in sudoers), or log in as root"
     ),
-    _Case("sudoers|not allowed to execute", "sudo there does not let this user do that: see its sudoers"),
-    _Case(
-        "(?m)^(sudo|doas|su): ", "the command must work without a terminal; try it by hand: {login} {program} -V"
-    ),
-    _Case("[Pp]assword (change required|has expired)|account has expired", "log in once by hand: {login}"),
-    _Case(
-        f"(?m)^{payload.STDIN_LOST}",
+    "sudoers|not allowed to execute": "sudo there does not let this user do that: see its sudoers",
+    "(?m)^(sudo|doas|su): ": "the command must work without a terminal; try it by hand: {login} {program} -V",
+    "[Pp]assword (change required|has expired)|account has expired": "log in once by hand: {login}",
+    f"(?m)^{payload.STDIN_LOST}": (
         "a start-up file of the login there reads standard input: let it do so only on a terminal "
-        "(`[ -t 0 ] && …`); `docker exec` needs `-i`",
+        "(`[ -t 0 ] && …`); `docker exec` needs `-i`"
     ),
-    _Case("restricted", "the login there is restricted: name a program that it may run with --blockcopy-path"),
-]
+    "restricted": "the login there is restricted: name a program that it may run with --blockcopy-path",
+}
 
-_PYTHON = [
-    _Case("and blockcopy needs", "name a newer one with --python, or an installed blockcopy with --blockcopy-path"),
-    _Case("SyntaxError", "`{program}` there is no Python 3: name one with --python"),
-]
+_PYTHON = {
+    "and blockcopy needs": "name a newer one with --python, or an installed blockcopy with --blockcopy-path",
+    "SyntaxError": "`{program}` there is no Python 3: name one with --python",
+}
 
-_DEVICE = [
-    _Case("cannot open .*: Permission denied", "that user may not open it: {more_rights}"),
-    _Case("cannot open .*: No such file or directory", "the path is one on {where}: is it spelled right?"),
-    _Case("Too many open files", "raise the limit on {where} (ulimit -n, or LimitNOFILE= of a unit)"),
-]
+_DEVICE = {
+    "cannot open .*: Permission denied": "that user may not open it: {more_rights}",
+    "cannot open .*: No such file or directory": "the path is one on {where}: is it spelled right?",
+    "Too many open files": "raise the limit on {where} (ulimit -n, or LimitNOFILE= of a unit)",
+}
 
 
 def explain_end(
@@ -123,12 +104,10 @@ def _hint(command: Command, status: int | None, said: str, *, begun: bool) -> st
     host = command.location.host
     sent = bool(command.mark)
     before_stage = host is not None and not (sent and begun)
-    cases = list(_DEVICE)
+    cases = _DEVICE
     if before_stage:
-        cases = [*_LOGIN, *cases]
-        if sent:
-            cases += _PYTHON
-    found = next((case.hint for case in cases if re.search(case.pattern, said)), None)
+        cases = {**_LOGIN, **_DEVICE, **(_PYTHON if sent else {})}
+    found = next((hint for pattern, hint in cases.items() if re.search(pattern, said)), None)
     if found is None and status in _BUS_ERRORS:
         found = (
             "the device was made shorter, or its disk failed, while it was read: see the kernel's log on {where}"
