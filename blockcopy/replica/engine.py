@@ -84,16 +84,12 @@ def _links(plan: Plan, connector: Connector, nursery: trio.Nursery) -> list[Link
 
     `nursery`: runs their connections.
     """
-    links = []
-    if plan.demand or not plan.hydrate:
-        links.append(Link(connector, nursery, give_up_after=plan.reconnect_timeout))
-    if plan.hydrate:
-        # Beside readers, background hydration waits for the source for ever.
-        give_up_after = math.inf if plan.demand else plan.reconnect_timeout
-        links.append(Link(connector, nursery, give_up_after=give_up_after))
-    if len(links) > 1:
-        links[0].fallback = links[1]  # a slow answer on the bulk link is better than none
-    return links
+    link = Link(connector, nursery, give_up_after=plan.reconnect_timeout)
+    if not (plan.demand and plan.hydrate):
+        return [link]
+    # Beside readers, background hydration waits for the source for ever.
+    link.fallback = Link(connector, nursery, give_up_after=math.inf)
+    return [link, link.fallback]  # a slow answer on the bulk link is better than none
 
 
 def _geometry(plan: Plan, size: int) -> Geometry:

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from copy import copy
+from functools import partial
 from typing import Any
 
 import trio
@@ -75,6 +76,8 @@ class Replica:
         self._state_file = str(state_file.path) if state_file else None
         self.throttle = Throttle(self._bulk.window, lambda: demand.active_at, plan.limit)
         self.volume = Volume(self._hydrator, demand, nursery, give_up_after=plan.max_wait)
+        self.hydrates = plan.hydrate
+        """Whether there is background hydration, paused or not."""
         self._meter = RateMeter()
         self.settled = trio.Event()
         """Set when the copy is complete, or has failed."""
@@ -85,11 +88,6 @@ class Replica:
         self._verified = 0
         self._failure: BlockcopyError | None = None
         self._background = trio.CancelScope()
-
-    @property
-    def hydrates(self) -> bool:
-        """Whether there is background hydration, paused or not."""
-        return self._plan.hydrate
 
     @property
     def hydrated_bytes(self) -> int:
@@ -108,14 +106,14 @@ class Replica:
             nursery.start_soon(self._measure)
             nursery.start_soon(self._guard, self._committer.run)
             nursery.start_soon(self._guard, self._committer.renew_leases)
-            nursery.start_soon(self._guard, self._watch)
-            if self._plan.hydrate:
+            nursery.start_soon(self._guard, partial(self._watch, self._device.check_in_place))
+            if self.hydrates:
                 nursery.start_soon(self._guard, self._hydrate)
             await self._await_complete()
             await self._guard(self._finish)
             nursery.cancel_scope.cancel()
         if self._complete:
-            await self._guard(self._watch_copy)
+            await self._guard(partial(self._watch, self._device.check))  # the path of a copy may change
 
     async def _guard(self, part: Callable[[], Any]) -> None:
         """Await `part`, an async function without arguments.
@@ -141,7 +139,7 @@ class Replica:
         await BackgroundHydration(self._hydrator, self._demand, self._bulk, self.throttle).run()
         if not self._blockmap.complete:
             await self._check_source()  # it may have been truncated, say
-        if found := self._blockmap.unreadable_ranges(str(self._hydrator.last_fault)):
+        if found := self._blockmap.unreadable_ranges(str(self._hydrator.faults.last)):
             raise SourceReadError(
                 f"{self._plan.command.location} cannot read {found}. All else was copied. "
                 "Each read of these blocks tries again, and so does the next mount or sync"
@@ -161,7 +159,7 @@ class Replica:
         if self._plan.verify:
             await self._verify()
             await self._check_source()  # all blocks were compared with one source
-        await self._check_in_place()
+        await trio.to_thread.run_sync(self._device.check_in_place, abandon_on_cancel=True)
         await self._committer.close()
         await self.disconnect()
         self._complete = True
@@ -175,24 +173,12 @@ class Replica:
         """
         await self._links[-1].check(*self._links[:-1])
 
-    async def _watch(self) -> None:
+    async def _watch(self, check: Callable[[], None]) -> None:
+        """Call `check` again and again. Raises DestinationLostError if others moved or changed the destination."""
         while True:
             await trio.sleep(_WATCH_SECONDS)
-            await self._check_in_place()
-
-    async def _watch_copy(self) -> None:
-        """Check the complete copy again and again. Its path may change by now.
-
-        Raises DestinationLostError if another program changes the copy.
-        """
-        while True:
-            await trio.sleep(_WATCH_SECONDS)
-            await trio.to_thread.run_sync(self._device.check, abandon_on_cancel=True)
-
-    async def _check_in_place(self) -> None:
-        """Check the destination and its path. Raises DestinationLostError if others moved or changed it."""
-        # The path may lie on a file system that never answers: the thread can be left behind.
-        await trio.to_thread.run_sync(self._device.check_in_place, abandon_on_cancel=True)
+            # A path may lie on a file system that never answers: the thread can be left behind.
+            await trio.to_thread.run_sync(check, abandon_on_cancel=True)
 
     async def _verify(self) -> None:
         """Compare every block on the disk with the source once more.

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import trio
 
-from blockcopy.block.buffers import Buffer
 from blockcopy.block.device import Device, open_source
 from blockcopy.block.geometry import Extent, ExtentJoiner, Geometry
 from blockcopy.block.identity import differences, source_identity
@@ -22,6 +21,7 @@ from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.replica.hydration.signatures import read_signatures
 from blockcopy.replica.hydration.throttle import BATCH_BLOCKS
 from blockcopy.replica.plan import Plan
+from blockcopy.replica.source.batches import DISCARD
 from blockcopy.replica.source.connector import Connector
 from blockcopy.replica.source.link import Link
 
@@ -78,9 +78,8 @@ async def verify(
             verdict = await compare(device, Geometry(min(total, remote_size)), link, report, completed)
             if total > remote_size:
                 report(Extent(remote_size, total - remote_size))
-                verdict = replace(
-                    verdict, size=total, differing_bytes=verdict.differing_bytes + total - remote_size
-                )
+                verdict.size = total
+                verdict.differing_bytes += total - remote_size
             if not verdict.differing_bytes:
                 await trio.to_thread.run_sync(device.check_in_place, abandon_on_cancel=True)
                 await link.check()
@@ -162,7 +161,7 @@ class _Comparison:
         local_unreadable = UnreadableRanges()
         read = partial(read_signatures, self._device, self._geometry, batch, digest, local_unreadable)
         signatures = await trio.to_thread.run_sync(read, limiter=self._threads)
-        answer = await self._link.ask(signatures, _Discard(), since)
+        answer = await self._link.ask(signatures, DISCARD, since)
         for each in answer.unreadable:
             self._verdict.remote_unreadable.add(*each)
         extents = [*answer.data, *answer.zeros]
@@ -174,11 +173,3 @@ class _Comparison:
             self._verdict.local_unreadable.add(extent, local_unreadable.reason)
         blocks = (self._geometry.extent(block) for each in extents for block in self._geometry.span(*each))
         return [extent for extent in blocks if extent not in unread]
-
-
-class _Discard:
-    """A sink that discards all answers."""
-
-    def data(self, position: int, payload: Buffer) -> None: ...
-
-    def zeros(self, position: int, length: int) -> None: ...

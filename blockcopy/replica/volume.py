@@ -74,13 +74,10 @@ class Volume:
         for ahead in self._read_ahead.record_read(blocks, waits=missing):
             if self._blockmap.any_missing(ahead):
                 self._nursery.start_soon(self._fetch_ahead, ahead)
-        if missing:
-            with self.read_stats.wait():
-                await self._ensure_in_time(blocks)
-
-    async def _ensure_in_time(self, blocks: range) -> None:
+        if not missing:
+            return
         seconds = self._give_up_after(len(blocks))
-        with trio.move_on_after(seconds):
+        with self.read_stats.wait(), trio.move_on_after(seconds):
             await self._hydrator.ensure(blocks, self._lane)
             return
         raise SourceError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from blockcopy.progress.bar import DONE, GOING
@@ -88,10 +88,8 @@ def screen(status: Status, cells: list[MapCell], *, unanswered_seconds: float = 
 
 
 def _headline(status: Status) -> RenderableType:
-    row = Table.grid(padding=(0, 1, 0, 0), expand=True)
-    row.add_column(no_wrap=True)
-    row.add_column(no_wrap=True)
-    row.add_column(ratio=1)
+    columns = Column(no_wrap=True), Column(no_wrap=True), Column(ratio=1)
+    row = Table.grid(*columns, padding=(0, 1, 0, 0), expand=True)
     row.add_row(
         Text(status.state.upper(), _STATE_STYLES.get(status.state, "bold")),
         Text(f"{status.percent:.2f} %", "bold"),
@@ -119,9 +117,7 @@ def _source_need(status: Status) -> RenderableType:
 
 
 def _details(status: Status) -> RenderableType:
-    rows = Table.grid(padding=(0, 2, 0, 0))
-    rows.add_column(style="dim", no_wrap=True)
-    rows.add_column()
+    rows = Table.grid(Column(style="dim", no_wrap=True), Column(), padding=(0, 2, 0, 0))
     rows.add_row("present", _amount(status))
     rows.add_row("origin", _origin(status))
     rows.add_row("link", _link(status.link))

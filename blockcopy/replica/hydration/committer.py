@@ -189,7 +189,9 @@ class Committer:
             return
         try:
             if self._trouble is None:
-                times = await trio.to_thread.run_sync(self._last_times)
+                times = NO_TIMES
+                if not self._device.is_block_device:
+                    times = await trio.to_thread.run_sync(settled_times, self._device, self._device.sync)
                 await self._write(partial(state_file.write_times, WriteTimes(*times, until_ns=None)))
         except DeviceError:
             try:
@@ -203,9 +205,6 @@ class Committer:
                 await self._in_thread(state_file.close)
             except TimeoutError:
                 state_file.is_stuck = True  # a thread still uses it, and ends with the process
-
-    def _last_times(self) -> Times:
-        return NO_TIMES if self._device.is_block_device else settled_times(self._device, self._device.sync)
 
     async def _record(self, write: Callable[[WriteTimes], None]) -> bool:
         """Call `write` with the times to record and a new lease, as `_write` does. Returns False if that fails."""

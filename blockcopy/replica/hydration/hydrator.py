@@ -28,7 +28,7 @@ import trio
 from blockcopy.block.destination import Destination
 from blockcopy.block.geometry import block_runs
 from blockcopy.block.unreadable_ranges import UnreadableRanges
-from blockcopy.errors import BlockcopyError, DeviceError, SourceError, SourceReadError
+from blockcopy.errors import BlockcopyError, DeviceError, SourceError
 from blockcopy.replica.hydration.lanes import Fetch, Lane
 from blockcopy.replica.hydration.signatures import read_signatures
 from blockcopy.replica.hydration.source_faults import SourceFaults
@@ -67,7 +67,8 @@ class Hydrator:
         self._nursery = nursery
         self._writer = Writer(device, blockmap, sparse=sparse)
         self._dropping_cache = False
-        self._faults = SourceFaults()
+        self.faults = SourceFaults()
+        """The blocks that the source could not read lately. Replaced by `forget`."""
         self._rewritten = UnreadableRanges()
         """Ranges of the destination that cannot be read. Their blocks are fetched, and a write may repair them."""
         self.hole_bytes = 0
@@ -84,11 +85,6 @@ class Hydrator:
         """An event: something was written since the last sync. Each sync replaces the event."""
         return self._writer.unsynced
 
-    @property
-    def last_fault(self) -> SourceReadError | None:
-        """The error of the latest block that the source could not read, or None."""
-        return self._faults.last
-
     async def ensure(self, blocks: range, lane: Lane) -> None:
         """Wait until all `blocks`, a range, are present, and request the missing ones on `lane`.
 
@@ -98,9 +94,9 @@ class Hydrator:
         since = trio.current_time()
         may_wait = True
         while missing := list(self.blockmap.missing(blocks)):
-            wanted = [block for block in missing if not self._faults.is_known(block, since)]
+            wanted = [block for block in missing if not self.faults.is_known(block, since)]
             if not wanted:
-                raise copy(self._faults.error(missing[0]))
+                raise copy(self.faults.error(missing[0]))
             own, others = self._fetches_of(wanted, lane, since, may_wait=may_wait)
             for fetch in own:
                 await fetch.ended.wait()
@@ -212,7 +208,7 @@ class Hydrator:
         for each in answer.unreadable:
             for block in self.blockmap.missing(self._geometry.span(*each.extent)):
                 self.blockmap.mark_unreadable(range(block, block + 1))
-                self.last_error = self._faults.add(block, each.reason)
+                self.last_error = self.faults.add(block, each.reason)
         if self.blockmap.complete:
             self.complete.set()
 
@@ -261,7 +257,7 @@ class Hydrator:
     def forget(self) -> None:
         """Mark all blocks as missing, so that each is checked again."""
         self.blockmap.clear()
-        self._faults = SourceFaults()
+        self.faults = SourceFaults()
         self.hole_bytes = 0
         if self.complete.is_set():
             self.complete = trio.Event()

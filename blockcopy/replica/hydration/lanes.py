@@ -65,7 +65,6 @@ class Lane:
         window: Window,
         *,
         batch_blocks: int,
-        fetches: int,
         threads: int,
         hedge_after: float,
         drop_behind: bool = False,
@@ -74,7 +73,6 @@ class Lane:
 
         `window`: the Window that bounds the blocks in flight that nobody waits for.
         `batch_blocks`: most blocks of a fetch.
-        `fetches`: most fetches at once.
         `threads`: most threads that read and digest the destination.
         `hedge_after`: seconds to wait for a block in flight on another lane, before this lane requests it too.
         `drop_behind`: drop bytes of the destination from the page cache once they are digested.
@@ -84,7 +82,7 @@ class Lane:
         self.batch_blocks = batch_blocks
         self.hedge_after = hedge_after
         self.drop_behind = drop_behind
-        self.fetches = trio.CapacityLimiter(fetches)
+        self.fetches = trio.CapacityLimiter(_MAX_FETCHES)
         self.threads = trio.CapacityLimiter(threads)
         self.in_flight: dict[int, Fetch] = {}
         """The fetch of each block in flight on this lane, by block number."""
@@ -114,7 +112,6 @@ def demand_lane(link: Link) -> Lane:
         link,
         Window(_INITIAL_WINDOW, min_blocks=_MIN_WINDOW, max_blocks=_MAX_DEMAND_WINDOW),
         batch_blocks=_DEMAND_BATCH_BLOCKS,
-        fetches=_MAX_FETCHES,
         threads=_DEMAND_THREADS,
         hedge_after=_DEMAND_HEDGE_SECONDS,
     )
@@ -126,15 +123,11 @@ def bulk_lane(link: Link, *, is_alone: bool, drop_behind: bool) -> Lane:
     `is_alone`: whether neither readers nor a network share the link. Then the window is full from the start.
     `drop_behind`: drop bytes of the destination from the page cache once they are digested.
     """
+    initial = _MAX_BULK_WINDOW if is_alone else _INITIAL_WINDOW
     return Lane(
         link,
-        Window(
-            _MAX_BULK_WINDOW if is_alone else _INITIAL_WINDOW,
-            min_blocks=_MIN_WINDOW,
-            max_blocks=_MAX_BULK_WINDOW,
-        ),
+        Window(initial, min_blocks=_MIN_WINDOW, max_blocks=_MAX_BULK_WINDOW),
         batch_blocks=BATCH_BLOCKS,
-        fetches=_MAX_FETCHES,
         threads=WORKERS,
         hedge_after=_BULK_HEDGE_SECONDS,
         drop_behind=drop_behind,

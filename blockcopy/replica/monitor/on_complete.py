@@ -29,10 +29,10 @@ def environment(status: Status) -> dict[str, str]:
 
     BLOCKCOPY_SIZE and BLOCKCOPY_STATE are two of them.
     """
-    values = {name: value for name, value in status.as_dict().items() if isinstance(value, (str, int, float))}
     return {
         f"BLOCKCOPY_{name.upper()}": str(int(value) if isinstance(value, bool) else value)
-        for name, value in values.items()
+        for name, value in status.as_dict().items()
+        if isinstance(value, (str, int, float))
     }
 
 

@@ -193,7 +193,7 @@ class ByteProbe(Batch):
 
         At the end, the attribute `delta` has the bytes that exist. `settle`: as for Batch.
         """
-        super().__init__([unconditional(position, 1) for position in positions], _DISCARD, settle)
+        super().__init__([unconditional(position, 1) for position in positions], DISCARD, settle)
 
 
 class HoleQuery(Batch):
@@ -205,7 +205,7 @@ class HoleQuery(Batch):
         Those of `min_length` bytes or more are kept, in the attribute `holes`.
         `settle`: called once, from any thread and without arguments, at the end of the batch.
         """
-        super().__init__([], _DISCARD, settle)
+        super().__init__([], DISCARD, settle)
         self.extent = extent
         self.min_length = min_length
         self.holes: list[Extent] = []
@@ -231,4 +231,5 @@ class _Discard:
         """Drop `length` zeros at `position`."""
 
 
-_DISCARD = _Discard()
+DISCARD: Sink = _Discard()
+"""The sink that drops everything."""

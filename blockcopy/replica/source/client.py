@@ -112,7 +112,7 @@ class Client:
         if original:
             self._greeted.set()  # the original program knows no greeting
         else:  # at once, before any task asks
-            self._transmit(command.opening + self._handshake.greeting)
+            self._send.send_nowait(command.opening + self._handshake.greeting)
 
     @property
     def answered_at(self) -> float | None:
@@ -147,7 +147,7 @@ class Client:
         """Send the greeting once more. Returns the identity that the source has now. Raises as `greet` does."""
         self._check_open()
         self._hello, self._greeted = None, trio.Event()
-        self._transmit(self._handshake.greeting)
+        self._send.send_nowait(self._handshake.greeting)
         return await self.greet()
 
     async def ask(self, signatures: Sequence[Signatures], sink: Sink) -> Delta:
@@ -188,15 +188,11 @@ class Client:
             self._progress_clock.begin()
         settled = trio.Event()
         batch = make(partial(self._token.run_sync_soon, settled.set))
-        self._transmit(self._dialect.request(batch))
+        self._send.send_nowait(self._dialect.request(batch))
         await settled.wait()
         if batch.error is not None:
             raise copy(batch.error)
         return batch
-
-    def _transmit(self, request_bytes: bytes) -> None:
-        self._check_open()
-        self._send.send_nowait(request_bytes)
 
     def _check_open(self) -> None:
         if self.failure is not None or self._closing:

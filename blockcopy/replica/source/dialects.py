@@ -65,7 +65,7 @@ class Dialect(ABC):
         """Append `batch` to the pending ones. Returns the bytes to send for it."""
         batch.fence = self._fence_of(self._next_sequence)
         self._next_sequence += 1
-        stream = self._encode(batch) + self._encode_fence(batch)
+        stream = self._encode(batch)
         self.pending.append(batch)
         return stream
 
@@ -100,11 +100,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def _encode(self, batch: Batch) -> bytes:
-        """Return the bytes to send for the signatures of `batch`."""
-
-    @abstractmethod
-    def _encode_fence(self, batch: Batch) -> bytes:
-        """Return the bytes that follow the signatures of `batch`, so that all of them are answered."""
+        """Return the bytes to send for `batch`: its signatures, and its fence, so that all of them are answered."""
 
 
 class NegotiatedDialect(Dialect):
@@ -116,15 +112,12 @@ class NegotiatedDialect(Dialect):
         return sequence
 
     def _encode(self, batch: Batch) -> bytes:
+        messages: list[wire.Message] = [
+            wire.Asks(each.position, each.block_size, each.length, each.digests) for each in batch.signatures
+        ]
         if isinstance(batch, HoleQuery):
-            return wire.encode(wire.Hole(*batch.extent))
-        return b"".join(
-            wire.encode(wire.Asks(each.position, each.block_size, each.length, each.digests))
-            for each in batch.signatures
-        )
-
-    def _encode_fence(self, batch: Batch) -> bytes:
-        return wire.encode(wire.Fence(batch.fence))
+            messages.append(wire.Hole(*batch.extent))
+        return b"".join(map(wire.encode, [*messages, wire.Fence(batch.fence)]))
 
     def receive(self, message: wire.Message) -> None:
         """Take `message` from the source. Raises StreamError if it answers nothing that was asked."""
@@ -168,14 +161,11 @@ class OriginalDialect(Dialect):
         asked = [wire.Hash(*extent, own) for each in batch.signatures for extent, own in each.blocks()]
         if not isinstance(batch, ByteProbe):
             asked.append(wire.Hash(self._last_byte(batch), 1, NO_DIGEST))
-        return b"".join(map(wire.encode, asked))
+        return b"".join(map(wire.encode, [*asked, *[wire.Hash(batch.fence, 0, NO_DIGEST)] * FENCES]))
 
     @staticmethod
     def _last_byte(batch: Batch) -> int:
         return batch.signatures[-1].end - 1
-
-    def _encode_fence(self, batch: Batch) -> bytes:
-        return wire.encode(wire.Hash(batch.fence, 0, NO_DIGEST)) * FENCES
 
     def _receive_data(self, position: int, payload: Buffer) -> None:
         if not payload:

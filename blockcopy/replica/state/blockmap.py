@@ -158,7 +158,7 @@ class BlockMap:
     def missing(self, blocks: range) -> Iterator[int]:
         """Yield the missing block numbers in the range `blocks`, ascending. Skips present blocks quickly."""
         block = blocks.start
-        while (found := self._next_missing(block)) is not None and found < blocks.stop:
+        while (found := _next_clear(self._bits, block)) is not None and found < blocks.stop:
             yield found
             block = found + 1
 
@@ -180,7 +180,7 @@ class BlockMap:
 
     def _next_fetchable(self, block: int) -> int | None:
         while True:
-            found = self._next_missing(block)
+            found = _next_clear(self._bits, block)
             if found is None or not self.is_unreadable(found):
                 return found
             behind = _next_clear(self._unreadable, found)
@@ -216,12 +216,9 @@ class BlockMap:
     def any_missing(self, blocks: Sequence[int]) -> bool:
         """Return whether one of `blocks`, block numbers, is missing. Fast if `blocks` is a range."""
         if isinstance(blocks, range):
-            found = self._next_missing(blocks.start) if blocks else None
+            found = _next_clear(self._bits, blocks.start) if blocks else None
             return found is not None and found < blocks.stop
         return any(not self._bits[block >> 3] & 1 << (block & 7) for block in blocks)
-
-    def _next_missing(self, block: int) -> int | None:
-        return _next_clear(self._bits, block)
 
 
 def _set(bits: bytearray, blocks: range) -> int:

@@ -105,7 +105,8 @@ class StateFile:
         self.record: Record | None = None
         self.is_stuck = False
         """Set it if a call in another thread may never return. From then on `close` does nothing."""
-        self._token = ""
+        self.token = ""
+        """The random token of this record, which no other record has, not even an earlier one of this file."""
         self._facts: dict[str, Any] = {}
         try:
             self._db = self._open()
@@ -201,21 +202,16 @@ class StateFile:
         times = [written.mtime_ns, written.ctime_ns, written.until_ns if written.until_ns is not None else 0]
         if not all(type(each) is int for each in (binding.destination_size, binding.block_size, *times)):
             raise ValueError("a size or a time")
-        self._token, self._facts = token, facts
+        self.token, self._facts = token, facts
         return Record(binding, written, believed)
-
-    @property
-    def token(self) -> str:
-        """The random token of this record, which no other record has, not even an earlier one of this file."""
-        return self._token
 
     def begin_record(self, binding: Binding, times: WriteTimes) -> None:
         """Replace the record by a new one about `binding`, without chunks.
 
         `times`: when the destination was written. Raises StateWriteError if the record cannot be written.
         """
-        self._token = secrets.token_hex(16)
-        self._facts = {"token": self._token, "binding": vars(binding)}
+        self.token = secrets.token_hex(16)
+        self._facts = {"token": self.token, "binding": vars(binding)}
         with self._transaction():
             self._db.execute("DELETE FROM chunks")
             self._write_facts(times)
@@ -228,7 +224,7 @@ class StateFile:
         rows = []
         for number, bits in chunks.items():
             stored = b"" if bits == _FULL else bits
-            rows.append((number, stored, _seal(f"{self._token} {number}", stored)))
+            rows.append((number, stored, _seal(f"{self.token} {number}", stored)))
         with self._transaction():
             self._db.executemany("INSERT OR REPLACE INTO chunks VALUES (?, ?, ?)", rows)
             self._write_facts(times)

@@ -37,10 +37,12 @@ def run(main: Callable[[], Awaitable[T]]) -> T:
         with _noting():
             return trio.run(main)
     except BaseExceptionGroup as group:
-        leaves = _leaves(group)
-        if not all(isinstance(leaf, (BlockcopyError, Interrupted)) for leaf in leaves):
+        if group.split((BlockcopyError, Interrupted))[1]:
             raise  # an internal error, with all tracebacks
-        raise next((leaf for leaf in leaves if isinstance(leaf, Interrupted)), leaves[0]) from group
+        error: BaseException = group.subgroup(Interrupted) or group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from group
 
 
 async def run_optional(name: str, part: Callable[[], Awaitable[None]]) -> None:
@@ -82,13 +84,6 @@ async def receive_signals() -> AsyncIterator[AsyncIterator[int]]:
         while _noted:
             os.kill(os.getpid(), _noted.pop())
         yield signals
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    found: list[BaseException] = []
-    for error in group.exceptions:
-        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
-    return found
 
 
 async def run_interruptible(main: Callable[[], Awaitable[T]]) -> T:
