@@ -6,9 +6,10 @@ Text is untrusted if another host, process or user chose it: output of a source,
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import deque
-from typing import Callable
+from typing import IO, Callable
 
 MAX_TEXT_LENGTH = 4096
 """Characters shown of one text."""
@@ -109,14 +110,20 @@ class StderrLines:
             self._take(line)
         self._budget.drop(max(0, skipped))
 
-    def read_to_end(self, fd: int) -> None:
-        """Read standard error from the file descriptor `fd` until its end. Blocks: call in a thread.
+    def listen(self, pipe: IO[bytes]) -> threading.Thread:
+        """Start a daemon thread that reads standard error from `pipe` until its end, and closes `pipe` then.
 
-        Raises OSError if a read fails.
+        Returns the Thread.
         """
-        while data := os.read(fd, _READ_BYTES):
-            self.feed(data)
-        self.finish()
+        listener = threading.Thread(target=self._read_to_end, args=[pipe], name="listen", daemon=True)
+        listener.start()
+        return listener
+
+    def _read_to_end(self, pipe: IO[bytes]) -> None:
+        with pipe:
+            while data := os.read(pipe.fileno(), _READ_BYTES):
+                self.feed(data)
+            self.finish()
 
     def finish(self) -> None:
         """Take an unfinished last line. Call when standard error has ended."""

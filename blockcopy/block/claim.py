@@ -112,7 +112,7 @@ def _check_writable(device: Destination) -> None:
     try:
         device.write_nothing()
     except DeviceError as error:
-        raise _refused(device.path, error, is_block_device=device.is_block_device) from error
+        raise _refused(error, is_block_device=device.is_block_device) from error
 
 
 def _open(path: str, flags: int) -> Destination:
@@ -124,14 +124,14 @@ def _open(path: str, flags: int) -> Destination:
                 f"{path} is in use: mounted, swapped on, or held by LVM, RAID or another program. "
                 "Release it first (lsblk shows what uses it); --force writes all the same"
             ) from error
-        raise _refused(path, error, is_block_device=Path(path).is_block_device()) from error
+        raise _refused(error, is_block_device=Path(path).is_block_device()) from error
 
 
-def _refused(path: str, error: DeviceError, *, is_block_device: bool) -> DeviceError:
-    """Return the error to raise for `error`, the failure to open `path` or to write to it.
+def _refused(error: DeviceError, *, is_block_device: bool) -> DeviceError:
+    """Return the error to raise for `error`, the failure to open a path or to write to it.
 
     Returns a DestinationRefusedError with the reason in words if the errno is a known refusal, else `error` itself.
-    `is_block_device`: whether `path` is a block device.
+    `is_block_device`: whether the path is a block device.
     """
     reason = _REASONS.get(error.errno or 0)
     if reason is None:

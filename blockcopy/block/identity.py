@@ -259,9 +259,7 @@ def _kernel_name(number: int) -> str | None:
     entry = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
     partition = _text(entry / "partition")
     disk = entry if partition is None else entry.parent
-    name = next(filter(None, (_text(disk / each) for each in _NAMES_IN_SYSFS)), None)
-    if name is None:
-        name = _backing_file(disk)
+    name = next(filter(None, (_text(disk / each) for each in _NAMES_IN_SYSFS)), None) or _backing_file(disk)
     if name is None or partition is None:
         return name
     return f"{name} partition {partition}"

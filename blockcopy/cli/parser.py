@@ -76,12 +76,7 @@ def _add_mount(commands: Any) -> None:
         help="set FUSE options, separated by commas, such as allow_other",
     )
     group.add_argument("--name", help="name the file NAME (default: as DESTINATION)")
-    group.add_argument(
-        "--pid-file",
-        metavar="FILE",
-        type=option_types.regular_file,
-        help="write the process id of the mount to FILE",
-    )
+    _add_file(group, "--pid-file", "write the process id of the mount to FILE")
     group.add_argument("--replace", action="store_true", help="first clear the dead mount of a killed blockcopy")
     group.add_argument("--no-background", action="store_true", help="copy only what is read")
     _add_copy_options(mount)
@@ -138,12 +133,7 @@ def _add_copy_options(parser: argparse.ArgumentParser) -> None:
     add_compress(copy, "compress on the source", "auto over a network", default=argparse.SUPPRESS)
     copy.add_argument("--on-complete", metavar="COMMAND", help="run COMMAND in a shell when the copy is complete")
     state = parser.add_argument_group("state options (which blocks are present)")
-    state.add_argument(
-        "--state",
-        metavar="FILE",
-        type=option_types.regular_file,
-        help="keep the state in FILE (default: see the manual)",
-    )
+    _add_file(state, "--state", "keep the state in FILE (default: see the manual)")
     state.add_argument("--no-state", action="store_true", help="keep no state; a restart checks every block")
     state.add_argument("--recheck", action="store_true", help="ignore the state; check every block")
 
@@ -184,14 +174,14 @@ def _add_connection_options(parser: argparse.ArgumentParser) -> Options:
     return connection
 
 
+def _add_file(group: Options, option: str, purpose: str) -> None:
+    """Add to `group` an `option` whose value is the FILE that the command writes. `purpose`: the help text."""
+    group.add_argument(option, metavar="FILE", type=option_types.regular_file, help=purpose)
+
+
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
     output = add_progress(parser)
-    output.add_argument(
-        "--metrics",
-        metavar="FILE",
-        type=option_types.regular_file,
-        help="write Prometheus metrics to FILE every 10 seconds",
-    )
+    _add_file(output, "--metrics", "write Prometheus metrics to FILE every 10 seconds")
     output.add_argument("--log-file", metavar="FILE", type=option_types.file, help="append the log to FILE")
 
 

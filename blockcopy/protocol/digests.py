@@ -44,15 +44,12 @@ class Digest:
         """Bytes of each digest."""
         self.impossible = bytes(self.size)
         """A value that is no block's digest: a request with it always gets the bytes."""
-        self.of_zeros = functools.lru_cache(maxsize=64)(self._of_zeros)
+        self.of_zeros = functools.lru_cache(maxsize=64)(lambda length: function(bytes(length)))
         """Function of a number of bytes: returns the digest of so many zero bytes. Remembers the results."""
 
     def __call__(self, data: Buffer) -> bytes:
         """Return the digest of `data`, as bytes of the length `self.size`."""
         return self._function(data)
-
-    def _of_zeros(self, length: int) -> bytes:
-        return self._function(bytes(length))
 
 
 def _blake3() -> Callable[[Buffer], bytes]:

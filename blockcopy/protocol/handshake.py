@@ -22,13 +22,6 @@ _MAX_SHOWN = 500
 """Characters of a greeting in a message."""
 
 
-class ClientGreeting(NamedTuple):
-    """What a source uses of a client's greeting: the name of the common `digest`, and the wanted `compression`."""
-
-    digest: str
-    compression: CompressionSpec
-
-
 class SourceGreeting(NamedTuple):
     """The believed facts of a source: its `identity`, and the name of the `digest` it chose."""
 
@@ -63,11 +56,13 @@ class Handshake:
         raise StreamError(f"no agreement with the source's greeting {json.dumps(facts)[:_MAX_SHOWN]}")
 
 
-def read_client(hello: wire.Hello) -> ClientGreeting:
-    """Return the ClientGreeting in a client's `hello`. Raises StreamError if there is no common digest."""
-    return ClientGreeting(
-        _common_digest(hello.facts.get("digests")), CompressionSpec.from_greeting(hello.facts.get("compress"))
-    )
+def read_client(hello: wire.Hello) -> tuple[str, CompressionSpec]:
+    """Return the name of the digest to use, and the CompressionSpec that the client's `hello` asks for.
+
+    Raises StreamError if there is no common digest.
+    """
+    spec = CompressionSpec.from_greeting(hello.facts.get("compress"))
+    return _common_digest(hello.facts.get("digests")), spec
 
 
 def _common_digest(offered: object) -> str:

@@ -22,7 +22,7 @@ class Compressor:
     """Name in a greeting."""
 
     kind: wire.Kind = wire.Data
-    """Class of the compressed frames."""
+    """Class of the compressed frames. If it is Data, the kernel may splice bytes that this process never reads."""
 
     def frame(self, position: int, data: Buffer) -> list[Buffer]:
         """Return the list `[header, payload]` of a frame with `data`, which the source has at byte `position`.

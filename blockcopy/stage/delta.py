@@ -99,7 +99,11 @@ class _Delta:
         return frames + self._frames_of(kind, start, self._piece.length)
 
     def _read(self) -> None:
-        if self._terms.compressor.kind is wire.Data:  # the kernel may splice bytes, unread by this process
+        """Read the piece into the buffer.
+
+        Without compression, the kernel splices blocks from the device to the pipe. Those stay unread here.
+        """
+        if self._terms.compressor.kind is wire.Data:
             wanted = filter(self._wanted_unless_zeros, self._blocks)
             self._unread = frozenset(filter(self._is_not_zeros, wanted))
         piece = self._piece.without(self._unread, self._block_size)

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import subprocess
-import threading
 from collections.abc import Iterator, Sequence
 
 from blockcopy.errors import DeviceError, RemoteError
@@ -71,16 +70,9 @@ def _wait(ssh: subprocess.Popen[bytes], command: Command) -> Sequence[str]:
     Raises RemoteError if the process takes longer than LOGIN_SECONDS.
     """
     stderr = StderrLines(logger.debug, LineBudget())
-    pipe = ssh.stderr
-    if pipe is None:
+    if ssh.stderr is None:
         raise ValueError("ssh was started without a pipe")
-
-    def listen() -> None:
-        with pipe:
-            stderr.read_to_end(pipe.fileno())
-
-    listener = threading.Thread(target=listen, name="listen", daemon=True)
-    listener.start()
+    listener = stderr.listen(ssh.stderr)
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             ssh.wait(start_timeout.WARN_SECONDS)

@@ -110,9 +110,8 @@ class Session:
         self._pipes: list[IO[bytes]] = [process.stdin, process.stdout]
         self.output = _Output(process.stdin.fileno(), self)
         self.input = _Input(process.stdout.fileno(), self)
-        self._listener = threading.Thread(target=self._listen, args=[process.stderr], name="listen", daemon=True)
+        self._listener = self._stderr.listen(process.stderr)
         self._watcher = threading.Thread(target=self._watch, name="watch")
-        self._listener.start()
         self._watcher.start()
         return self
 
@@ -167,10 +166,6 @@ class Session:
         If the stage did not begin, the login's output comes first.
         """
         return [*([] if self.begun else start_timeout.last_lines(self.input.noise)), *self._stderr.last]
-
-    def _listen(self, stderr: IO[bytes]) -> None:
-        with stderr:
-            self._stderr.read_to_end(stderr.fileno())
 
     def _note(self, line: str) -> None:
         if self.begun and self._report is not None:
