@@ -564,7 +564,7 @@ def test_what_a_failed_sync_has_dropped_is_not_believed_for_its_page_cache(
             await use(replica, chance, reads=4)
             await bring_all(replica)
             await replica.commit()
-            assert replica.hydrated_bytes == len(DATA)
+            assert replica.status().hydrated_bytes == len(DATA)
 
     async def bring_all(replica: Replica) -> None:
         with contextlib.suppress(DeviceError):

@@ -826,7 +826,7 @@ def test_a_sync_that_fails_in_the_middle_makes_it_check_again(
                 assert await read_block(replica, block)
             with pytest.raises(DeviceError, match="write-back"):
                 await replica.commit()
-            assert replica.hydrated_bytes == 0
+            assert replica.status().hydrated_bytes == 0
             replica.throttle.limit = None
             await replica.wait_complete()
             assert replica.status().state == "complete"

@@ -89,11 +89,6 @@ class Replica:
         self._failure: BlockcopyError | None = None
         self._background = trio.CancelScope()
 
-    @property
-    def hydrated_bytes(self) -> int:
-        """Bytes of the destination that are present."""
-        return self._blockmap.present_bytes
-
     async def run(self, source: Identity, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run all tasks of the replica until it is cancelled. They hydrate, commit, watch and complete the copy.
 
@@ -261,7 +256,7 @@ class Replica:
     @property
     def _progress(self) -> tuple[int, int]:
         """Bytes done in the current phase, and how many of them cost no work. The rate leaves the latter out."""
-        return (self._verified, 0) if self._verifying else (self.hydrated_bytes, self._hydrator.hole_bytes)
+        return (self._verified, 0) if self._verifying else (self._blockmap.present_bytes, self._hydrator.hole_bytes)
 
     @property
     def _is_copy(self) -> bool:
@@ -285,7 +280,7 @@ class Replica:
 
     def status(self) -> Status:
         """Return the status of this moment. Call from trio's thread only."""
-        size, hydrated, state = self._geometry.size, self.hydrated_bytes, self.state
+        size, hydrated, state = self._geometry.size, self._blockmap.present_bytes, self.state
         progress, skipped = self._progress
         rate = self._meter.rate(progress - skipped) if state in (State.HYDRATING, State.VERIFYING) else 0
         error = self._device.lost or self._links[0].changed or self._failure or self._hydrator.last_error

@@ -36,31 +36,26 @@ SYNC_SECONDS = 600
 """How long a mount's program may take to sync the destination, or to sync it and end."""
 
 
-class StatusRequest:
+class StatusRequest(MountRequest):
     """A request for a mount's status, under way. Call `close` in the end."""
 
     def __init__(self, mount: Mount) -> None:
         """Ask `mount`, a Mount, for its status."""
-        self._mount = mount
-        self._request = MountRequest(mount, {"command": "status"})
+        super().__init__(mount, {"command": "status"})
 
     def status(self, seconds: float) -> Status | None:
         """Wait at most `seconds` for the status, and return it. Returns None if there is none yet.
 
         Raises MountError if the mount cannot be asked, or if its reply is no status.
         """
-        reply = self._request.reply(seconds)
+        reply = self.reply(seconds)
         if reply is None:
             return None
         try:
             status = typed_json.parse(Status, reply.get("status"))
         except ValueError as error:
-            raise invalid_reply(self._mount, error) from error
+            raise invalid_reply(self.mount, error) from error
         return dataclasses.replace(status, pid=reply.get("pid", status.pid))  # the kernel reports the true one
-
-    def close(self) -> None:
-        """End the request. May be called more than once."""
-        self._request.close()
 
 
 def mount_on(mountpoint: str) -> Mount:

@@ -19,7 +19,7 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -186,7 +186,8 @@ class MountRequest:
 
         `pid`: the only process that may answer, or None for any process of the owner.
         """
-        self._mount = mount
+        self.mount = mount
+        """The mount that is asked."""
         self._call: ForkedCall | None = ForkedCall(partial(_request_in_child, mount, request, pid))
 
     def reply(self, seconds: float | None) -> dict[str, Any] | None:
@@ -195,7 +196,7 @@ class MountRequest:
         Returns None if there is no reply yet. Raises MountError if there will be none.
         """
         if self._call is None:
-            raise MountError(f"the mount on {self._mount.mountpoint} has answered this request already")
+            raise MountError(f"the mount on {self.mount.mountpoint} has answered this request already")
         try:
             result = self._call.result(seconds)
             if result is None:
@@ -204,9 +205,9 @@ class MountRequest:
             found = parse_object(text, errors="surrogateescape") if text else None
         except ValueError as error:
             self.close()
-            raise invalid_reply(self._mount, error) from error
+            raise invalid_reply(self.mount, error) from error
         self.close()
-        return _reply(self._mount, head.decode(), found)
+        return _reply(self.mount, head.decode(), found)
 
     def close(self) -> None:
         """End the request. May be called more than once."""
@@ -337,15 +338,11 @@ def _exchange(path: str, owner: int, request: dict[str, Any], pid: int | None) -
 
 
 def _read(read_some: Callable[[int], bytes]) -> bytes:
-    """Return all bytes up to the end, or one byte more than a reply may have.
+    """Return all bytes up to the end, or more bytes than a reply may have.
 
     `read_some`: called with a number of bytes, returns at most so many bytes.
     """
-
-    def pieces() -> Iterator[bytes]:
-        left = _MAX_REPLY + 1
-        while left > 0 and (data := read_some(min(left, 1 << 16))):
-            left -= len(data)
-            yield data
-
-    return b"".join(pieces())
+    found = bytearray()
+    while len(found) <= _MAX_REPLY and (data := read_some(1 << 16)):
+        found += data
+    return bytes(found)

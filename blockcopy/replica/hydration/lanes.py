@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
@@ -39,59 +41,49 @@ _BULK_HEDGE_SECONDS = 2
 """Seconds until background hydration requests a block that is in flight on the demand lane."""
 
 
+@dataclass(eq=False)
 class Fetch:
     """A request for some blocks, and how it ended."""
 
-    def __init__(self, blocks: Sequence[int], since: float) -> None:
-        """Make a fetch of `blocks`, block numbers. `since`: when they were first wanted, in trio's time."""
-        self.blocks = blocks
-        self.since = since
-        self.scope = trio.CancelScope()
-        """Cancelled if all blocks are present already."""
-        self.ended = trio.Event()
-        self.error: BlockcopyError | None = None
-        """The error of a fetch that failed. None if it has succeeded."""
+    blocks: Sequence[int]
+    """Block numbers."""
+    since: float
+    """When the blocks were first wanted, in trio's time."""
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    """Cancelled if all blocks are present already."""
+    ended: trio.Event = field(default_factory=trio.Event)
+    error: BlockcopyError | None = None
+    """The error of a fetch that failed. None if it has succeeded."""
 
 
+@dataclass(eq=False)
 class Lane:
     """A link and the bounds for what is in flight on the link.
 
     A replica has two lanes: demand for readers, bulk for background hydration.
     """
 
-    def __init__(
-        self,
-        link: Link,
-        window: Window,
-        *,
-        batch_blocks: int,
-        threads: int,
-        hedge_after: float,
-        drop_behind: bool = False,
-    ) -> None:
-        """Make a lane over `link`, with nothing in flight.
-
-        `window`: the Window that bounds the blocks in flight that nobody waits for.
-        `batch_blocks`: most blocks of a fetch.
-        `threads`: most threads that read and digest the destination.
-        `hedge_after`: seconds to wait for a block in flight on another lane, before this lane requests it too.
-        `drop_behind`: drop bytes of the destination from the page cache once they are digested.
-        """
-        self.link = link
-        self.window = window
-        self.batch_blocks = batch_blocks
-        self.hedge_after = hedge_after
-        self.drop_behind = drop_behind
-        self.fetches = trio.CapacityLimiter(_MAX_FETCHES)
-        self.threads = trio.CapacityLimiter(threads)
-        self.in_flight: dict[int, Fetch] = {}
-        """The fetch of each block in flight on this lane, by block number."""
-        self.active_at = -math.inf
-        """When a fetch last began or ended, in trio's time."""
-        self.requested_at = -math.inf
-        """When a fetch last began, in trio's time."""
-        self.requested_end = 0
-        """The block number after the last block of the latest fetch."""
+    link: Link
+    window: Window
+    """The bounds for the blocks in flight that nobody waits for."""
+    batch_blocks: int
+    """Most blocks of a fetch."""
+    threads: trio.CapacityLimiter
+    """A limiter of the threads that read and digest the destination."""
+    hedge_after: float
+    """Seconds to wait for a block in flight on another lane, before this lane requests it too."""
+    drop_behind: bool = False
+    """Drop bytes of the destination from the page cache once they are digested."""
+    fetches: trio.CapacityLimiter = field(default_factory=partial(trio.CapacityLimiter, _MAX_FETCHES))
+    """A limiter of the fetches."""
+    in_flight: dict[int, Fetch] = field(default_factory=dict)
+    """The fetch of each block in flight on this lane, by block number."""
+    active_at: float = -math.inf
+    """When a fetch last began or ended, in trio's time."""
+    requested_at: float = -math.inf
+    """When a fetch last began, in trio's time."""
+    requested_end: int = 0
+    """The block number after the last block of the latest fetch."""
 
     def add(self, fetch: Fetch) -> None:
         """Put the blocks of `fetch` in flight."""
@@ -112,7 +104,7 @@ def demand_lane(link: Link) -> Lane:
         link,
         Window(_INITIAL_WINDOW, min_blocks=_MIN_WINDOW, max_blocks=_MAX_DEMAND_WINDOW),
         batch_blocks=_DEMAND_BATCH_BLOCKS,
-        threads=_DEMAND_THREADS,
+        threads=trio.CapacityLimiter(_DEMAND_THREADS),
         hedge_after=_DEMAND_HEDGE_SECONDS,
     )
 
@@ -128,7 +120,7 @@ def bulk_lane(link: Link, *, is_alone: bool, drop_behind: bool) -> Lane:
         link,
         Window(initial, min_blocks=_MIN_WINDOW, max_blocks=_MAX_BULK_WINDOW),
         batch_blocks=BATCH_BLOCKS,
-        threads=WORKERS,
+        threads=trio.CapacityLimiter(WORKERS),
         hedge_after=_BULK_HEDGE_SECONDS,
         drop_behind=drop_behind,
     )

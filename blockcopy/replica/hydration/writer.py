@@ -6,8 +6,7 @@ No other part of the replica writes to the destination.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import trio
 
@@ -49,31 +48,26 @@ class Writer:
         Another link may have brought the same bytes before.
         Thread-safe. Raises DeviceError if the write fails.
         """
-        if self._is_missing(position, len(payload)):
-            with self._writing(position, len(payload)):
-                self._device.write(position, payload)
+        self._write(position, len(payload), lambda: self._device.write(position, payload))
 
     def zeros(self, position: int, length: int) -> None:
         """Write `length` zeros at `position`, unless all their blocks are present.
 
         Thread-safe. Raises DeviceError if the write fails.
         """
-        if self._is_missing(position, length):
-            with self._writing(position, length):
-                self._device.write_zeros(position, length, sparse=self._sparse)
+        self._write(position, length, lambda: self._device.write_zeros(position, length, sparse=self._sparse))
 
-    def _is_missing(self, position: int, length: int) -> bool:
-        return self._blockmap.any_missing(self._blockmap.geometry.span(position, length))
-
-    @contextmanager
-    def _writing(self, position: int, length: int) -> Iterator[None]:
+    def _write(self, position: int, length: int, write: Callable[[], None]) -> None:
+        """Call `write`, which writes `length` bytes at `position`, unless all their blocks are present."""
+        if not self._blockmap.any_missing(self._blockmap.geometry.span(position, length)):
+            return
         with self._lock:
             self._writes += 1
             if not self._dirty:
                 self._dirty = True
                 self._token.run_sync_soon(self.unsynced.set)
         try:
-            yield
+            write()
         finally:
             with self._lock:
                 self._writes -= 1

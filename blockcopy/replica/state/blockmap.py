@@ -54,7 +54,6 @@ class BlockMap:
         """Present bytes that were sent because they differed."""
         self.zero_bytes = 0
         """Present bytes that are zeros at the source, and were not sent."""
-        self._last_was_missing = True  # of the device; it may be short
         self._coarse = max(1, -(-self.geometry.block_count // _COARSE_CELLS))
         self._zeros = [0] * -(-self.geometry.block_count // self._coarse)
         """The number of zero blocks in each part of _coarse blocks."""
@@ -79,13 +78,11 @@ class BlockMap:
             return
         if not 0 <= blocks.start < blocks.stop <= self.geometry.block_count:
             raise IndexError(f"blocks {blocks.start} to {blocks.stop - 1} of {self.geometry.block_count}")
+        with_last = blocks.stop == self.geometry.block_count and self.any_missing(blocks[-1:])
         added = self._set_zeros(blocks) if kind == "zero" else _set(self._bits, blocks)
         if not added:
             return
-        length = added * self.geometry.block_size
-        if blocks.stop == self.geometry.block_count and self._last_was_missing:
-            length -= self.geometry.block_size - self.geometry.extent(blocks[-1]).length
-            self._last_was_missing = False
+        length = self._length(added, with_last=with_last)
         self._changed.update(range(blocks.start // CHUNK_BLOCKS, blocks[-1] // CHUNK_BLOCKS + 1))
         if kind == "fetched":
             self.fetched_bytes += length
@@ -93,6 +90,11 @@ class BlockMap:
             self.zero_bytes += length
         else:
             self.same_bytes += length
+
+    def _length(self, count: int, *, with_last: bool) -> int:
+        """Return the bytes of `count` blocks. `with_last`: whether the device's last block, maybe short, is in."""
+        excess = self.geometry.block_count * self.geometry.block_size - self.geometry.size
+        return count * self.geometry.block_size - (excess if with_last else 0)
 
     def _set_zeros(self, blocks: range) -> int:
         """Make the range `blocks` present, and count their zeros. Returns how many were missing."""
@@ -130,12 +132,9 @@ class BlockMap:
                 raise ValueError(f"chunk {number} of {len(bits)} bytes")
             self._bits[start : start + len(bits)] = bits
         self._fill_padding()
-        blocks, block_size = self.geometry.block_count, self.geometry.block_size
+        blocks = range(self.geometry.block_count)
         missing = len(self._bits) * 8 - int.from_bytes(self._bits, "little").bit_count()
-        self.resumed_bytes = (blocks - missing) * block_size
-        self._last_was_missing = bool(blocks) and self.any_missing([blocks - 1])
-        if blocks and not self._last_was_missing:
-            self.resumed_bytes -= block_size - self.geometry.extent(blocks - 1).length
+        self.resumed_bytes = self._length(len(blocks) - missing, with_last=not self.any_missing(blocks[-1:]))
 
     def _fill_padding(self) -> None:
         """Set the bits behind the last block, so that no search finds them missing."""
@@ -198,9 +197,8 @@ class BlockMap:
             return found
         found.reason = reason
         left = int.from_bytes(self._unreadable, "little") & ~int.from_bytes(self._bits, "little")
-        found.bytes = left.bit_count() * self.geometry.block_size
-        if left >> self.geometry.block_count - 1:
-            found.bytes -= self.geometry.block_size - self.geometry.extent(self.geometry.block_count - 1).length
+        with_last = bool(left >> self.geometry.block_count - 1)
+        found.bytes = self._length(left.bit_count(), with_last=with_last)
         at = 0
         while left and len(found.ranges) < MAX_RANGES:
             skipped = (left & -left).bit_length() - 1
