@@ -35,7 +35,8 @@ from blockcopy.replica.source.client import Client
 from blockcopy.replica.sync import sync
 from blockcopy.transport.command import stage_command
 from blockcopy.transport.location import Location
-from blockcopy.untrusted_text import LineBudget, StderrLines
+from blockcopy.transport.stderr_lines import StderrLines
+from blockcopy.untrusted_text import LineBudget
 
 SIZE = 8 * BLOCK_SIZE
 DATA = noise(SIZE)

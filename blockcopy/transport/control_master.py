@@ -17,7 +17,8 @@ from blockcopy.paths.runtime_dir import make_runtime_dir
 from blockcopy.transport import start_timeout
 from blockcopy.transport.command import NO_CONTROL, Command
 from blockcopy.transport.hints import explain_failed_start, with_hint
-from blockcopy.untrusted_text import LineBudget, StderrLines
+from blockcopy.transport.stderr_lines import StderrLines
+from blockcopy.untrusted_text import LineBudget
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from blockcopy.stage.streams import InputStream, OutputStream
 from blockcopy.transport import start_timeout
 from blockcopy.transport.command import MAX_NOISE, Command
 from blockcopy.transport.hints import explain_failed_start
-from blockcopy.untrusted_text import LineBudget, StderrLines
+from blockcopy.transport.stderr_lines import StderrLines
+from blockcopy.untrusted_text import LineBudget
 
 logger = logging.getLogger(__name__)
 

@@ -41,7 +41,8 @@ from blockcopy.stage.streams import InputStream, enlarge_pipe
 from blockcopy.transport import start_timeout
 from blockcopy.transport.command import MAX_NOISE, Command
 from blockcopy.transport.hints import explain_end
-from blockcopy.untrusted_text import LineBudget, StderrLines
+from blockcopy.transport.stderr_lines import StderrLines
+from blockcopy.untrusted_text import LineBudget
 
 logger = logging.getLogger(__name__)
 
