@@ -60,11 +60,14 @@ def test_a_short_read_is_an_error(file: Path) -> None:
             opened.read(2 * MIB, 1)
 
 
-def test_read_up_to_ends_where_the_file_does(file: Path) -> None:
+def test_a_read_goes_on_where_the_kernel_stopped(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, length, offset: pread(fd, length // 3, offset))
     with open_source(str(file)) as opened:
-        assert opened.read_up_to(MIB + 1, 100) == file.read_bytes()[-99:]
-        assert opened.read_up_to(2 * MIB, 100) == b""
-        assert opened.read_up_to(0, 0) == b""
+        assert opened.read(1000, 5000) == file.read_bytes()[1000:6000]
+        with pytest.raises(DeviceError, match="ends after 99"):
+            opened.read(MIB + 1, 100)
+        assert opened.read(2 * MIB, 0) == b""
 
 
 def test_a_read_error_names_the_offset(tmp_path: Path, device: str) -> None:

@@ -109,23 +109,14 @@ class Device:
         with self._errors(f"grow to {size} bytes the file"):
             os.ftruncate(self._fd, size)
 
-    def read_up_to(self, offset: int, length: int) -> bytes:
-        """Read and return `length` bytes at byte `offset`: fewer only if the device ends early."""
-        pieces = []
-        with self._errors(f"read {length} bytes at {offset} of"):
-            while length:
-                piece = os.pread(self._fd, length, offset)
-                if not piece:
-                    break
-                pieces.append(piece)
-                offset += len(piece)
-                length -= len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
     def read(self, offset: int, length: int) -> bytes:
         """Read and return exactly `length` bytes at byte `offset`. Raises DeviceError if the device ends early."""
-        data = self.read_up_to(offset, length)
-        if len(data) != length:
+        with self._errors(f"read {length} bytes at {offset} of"):
+            data = os.pread(self._fd, length, offset)
+            if len(data) < length:  # the device ends early, or the kernel stopped before
+                rest = memoryview(bytearray(length - len(data)))
+                data += rest[: self._fill(offset + len(data), rest)]
+        if len(data) < length:
             raise DeviceError.ended_early(self.path, offset, length, len(data))
         return data
 
@@ -134,13 +125,13 @@ class Device:
 
         The buffer stays partly unfilled only if the device ends early.
         """
-        filled = 0
         with self._errors(f"read {len(buffer)} bytes at {offset} of"):
-            while filled < len(buffer):
-                count = os.preadv(self._fd, [buffer[filled:]], offset + filled)
-                if not count:
-                    break
-                filled += count
+            return self._fill(offset, buffer)
+
+    def _fill(self, offset: int, buffer: memoryview) -> int:
+        filled = 0
+        while filled < len(buffer) and (count := os.preadv(self._fd, [buffer[filled:]], offset + filled)):
+            filled += count
         return filled
 
     def view(self, offset: int, length: int, extents: Sequence[Extent]) -> memoryview | None:
