@@ -131,17 +131,14 @@ def write_signatures(
 def _total_size(fd: int, start: int, end: int | None) -> int | None:
     """Return the number of bytes that `checksum()` reads from `fd`, given `start` and `end` in bytes.
 
-    Returns None for a pipe without `end`.
+    Returns None for a pipe without `end`. May leave the file position at the end: seek afterwards.
     """
     if end is not None:
         return end - start
     try:
-        here = os.lseek(fd, 0, os.SEEK_CUR)
-        size = os.lseek(fd, 0, os.SEEK_END)
-        os.lseek(fd, here, os.SEEK_SET)
+        return os.lseek(fd, 0, os.SEEK_END) - start
     except OSError:
         return None
-    return size - start
 
 
 class _OriginalWriter:
