@@ -27,6 +27,7 @@ from blockcopy.replica.hydration.committer import Committer
 from blockcopy.replica.hydration.hydrator import Hydrator
 from blockcopy.replica.hydration.lanes import bulk_lane, demand_lane
 from blockcopy.replica.hydration.throttle import Throttle
+from blockcopy.replica.hydration.writer import Writer
 from blockcopy.replica.monitor.status import LinkState, LinkStatus, MapCell, State, Status
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.source.link import Link
@@ -71,7 +72,8 @@ class Replica:
         demand = self._demand = demand_lane(links[0])
         is_alone = not plan.demand and not plan.command.location.host
         self._bulk = bulk_lane(links[-1], is_alone=is_alone, drop_behind=device.exceeds_cache())
-        self._hydrator = Hydrator(device, blockmap, [demand, self._bulk], nursery, sparse=plan.sparse)
+        writer = Writer(device, blockmap, sparse=plan.sparse)
+        self._hydrator = Hydrator(writer, [demand, self._bulk], nursery)
         self._committer = Committer(state_file, self._hydrator)
         self._state_file = str(state_file.path) if state_file else None
         self.throttle = Throttle(self._bulk.window, lambda: demand.active_at, plan.limit)

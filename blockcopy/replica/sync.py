@@ -32,7 +32,4 @@ async def sync(plan: Plan, progress: Progress, notifier: Notifier) -> None:
             await replica.wait_complete()
             nursery.cancel_scope.cancel()
         status = replica.status()
-    if plan.on_complete:  # the destination is closed by now
-        await run_optional(
-            "--on-complete", partial(on_complete.run, plan.on_complete, status, plan.command.working_dir)
-        )
+    await run_optional("--on-complete", partial(on_complete.run, plan, status))  # the destination is closed by now

@@ -24,11 +24,7 @@ class Volume:
     """A readable view of the source. Any number of trio tasks may call `read` at once."""
 
     def __init__(
-        self,
-        hydrator: Hydrator,
-        lane: Lane,
-        nursery: trio.Nursery,
-        give_up_after: Callable[[int], float],
+        self, hydrator: Hydrator, lane: Lane, nursery: trio.Nursery, give_up_after: Callable[[int], float]
     ) -> None:
         """Make a volume that reads the destination of `hydrator`.
 

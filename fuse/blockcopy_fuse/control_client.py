@@ -86,8 +86,8 @@ def status_of(mount: Mount) -> Status:
     return status
 
 
-def wait(mountpoint: str, progress: Progress) -> Status:
-    """Wait until the copy on `mountpoint` is complete, and report to `progress`. Returns the last status.
+def wait(mountpoint: str, progress: Progress) -> None:
+    """Wait until the copy on `mountpoint` is complete, and report to `progress`.
 
     An unresponsive mount is waited for without end, because it may continue.
     Raises IncompleteError if the copy failed or the mount went away, MountError if nothing is mounted there.
@@ -104,7 +104,6 @@ def wait(mountpoint: str, progress: Progress) -> Status:
             raise IncompleteError(f"{mountpoint} went away before the copy was complete: {error}") from error
     progress.update(status.counts)
     progress.finish()
-    return status
 
 
 def _await_status(mountpoint: str) -> Status:

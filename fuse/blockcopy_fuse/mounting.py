@@ -191,8 +191,8 @@ def _device_of(mountpoint: str) -> str:
 async def _on_complete(plan: Plan, replica: Replica, status: Callable[[], Status]) -> None:
     await replica.settled.wait()
     final = status()
-    if plan.on_complete and not final.source_needed:
-        await on_complete.run(plan.on_complete, final, plan.command.working_dir)
+    if not final.source_needed:
+        await on_complete.run(plan, final)
 
 
 @asynccontextmanager

@@ -102,16 +102,12 @@ class Operations(pyfuse3.Operations):
         entry.st_ino = inode
         entry.generation = 0
         entry.entry_timeout = entry.attr_timeout = _FOREVER
+        entry.st_mode, entry.st_nlink = stat.S_IFREG | self._options.mode(0o444), 1
         if inode == self._file:
-            entry.st_mode = stat.S_IFREG | self._options.mode(0o444)
-            entry.st_nlink = 1
             entry.st_size = self._volume.size
         elif inode == _ROOT:
-            entry.st_mode = stat.S_IFDIR | self._options.mode(0o555)
-            entry.st_nlink = 2
+            entry.st_mode, entry.st_nlink = stat.S_IFDIR | self._options.mode(0o555), 2
         elif inode == _STATUS:
-            entry.st_mode = stat.S_IFREG | self._options.mode(0o444)
-            entry.st_nlink = 1
             entry.attr_timeout = 0
             entry.st_size = len(self._status().as_json())
         else:

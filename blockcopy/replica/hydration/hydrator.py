@@ -25,7 +25,6 @@ from functools import partial
 
 import trio
 
-from blockcopy.block.destination import Destination
 from blockcopy.block.geometry import block_runs
 from blockcopy.block.unreadable_ranges import UnreadableRanges
 from blockcopy.errors import BlockcopyError, DeviceError, SourceError
@@ -34,7 +33,6 @@ from blockcopy.replica.hydration.signatures import read_signatures
 from blockcopy.replica.hydration.source_faults import SourceFaults
 from blockcopy.replica.hydration.writer import Writer
 from blockcopy.replica.source.batches import Delta
-from blockcopy.replica.state.blockmap import BlockMap
 
 logger = logging.getLogger(__name__)
 
@@ -42,30 +40,21 @@ logger = logging.getLogger(__name__)
 class Hydrator:
     """The one that makes blocks of a destination present. Call from trio's thread only."""
 
-    def __init__(
-        self,
-        device: Destination,
-        blockmap: BlockMap,
-        lanes: list[Lane],
-        nursery: trio.Nursery,
-        *,
-        sparse: bool = True,
-    ) -> None:
-        """Make a hydrator for the destination `device`.
+    def __init__(self, writer: Writer, lanes: list[Lane], nursery: trio.Nursery) -> None:
+        """Make a hydrator for the destination of `writer`.
 
-        `blockmap`: the blocks that are present, in the geometry of the source.
+        `writer`: writes what differs.
         `lanes`: all lanes that `ensure` is called with.
         `nursery`: runs the fetches.
-        `sparse`: write zeros as holes if the device can have holes.
         """
-        self.device = device
+        self.device = writer.device
         """The destination."""
-        self.blockmap = blockmap
-        """The blocks that are present."""
-        self._geometry = blockmap.geometry
+        self.blockmap = writer.blockmap
+        """The blocks that are present, in the geometry of the source."""
+        self._geometry = writer.blockmap.geometry
         self._lanes = lanes
         self._nursery = nursery
-        self._writer = Writer(device, blockmap, sparse=sparse)
+        self._writer = writer
         self._dropping_cache = False
         self.faults = SourceFaults()
         """The blocks that the source could not read lately. Replaced by `forget`."""
@@ -77,7 +66,7 @@ class Hydrator:
         """The error of the latest failed fetch or sync, or None."""
         self.complete = trio.Event()
         """Set when no block is missing. Replaced if blocks are missing again."""
-        if blockmap.complete:
+        if self.blockmap.complete:
             self.complete.set()
 
     @property

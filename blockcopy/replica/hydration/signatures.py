@@ -35,23 +35,17 @@ def read_signatures(
     Raises DeviceError if the device ends early.
     """
     max_blocks = MAX_ASKED // geometry.block_size
-    found = [
-        _signatures(device, geometry, run[start : start + max_blocks], digest, unreadable)
-        for run in block_runs(blocks)
-        for start in range(0, len(run), max_blocks)
-    ]
+    found = []
+    for run in block_runs(blocks):
+        for first in run[::max_blocks]:
+            offset = geometry.extent(first).offset
+            end = geometry.extent(min(first + max_blocks, run.stop) - 1).end
+            digests = b"".join(_digests(device, geometry, offset, end, digest, unreadable))
+            found.append(Signatures(offset, end - offset, geometry.block_size, digests))
     if drop_behind:
         for each in found:
             device.drop_behind(each.position, each.length)
     return found
-
-
-def _signatures(
-    device: Device, geometry: Geometry, run: range, digest: Digest, unreadable: UnreadableRanges
-) -> Signatures:
-    offset, end = geometry.extent(run[0]).offset, geometry.extent(run[-1]).end
-    digests = b"".join(_digests(device, geometry, offset, end, digest, unreadable))
-    return Signatures(offset, end - offset, geometry.block_size, digests)
 
 
 def _digests(

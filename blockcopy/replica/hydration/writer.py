@@ -30,8 +30,10 @@ class Writer:
         `blockmap`: the present blocks, which are not written again.
         `sparse`: write zeros as holes if the device can have holes.
         """
-        self._device = device
-        self._blockmap = blockmap
+        self.device = device
+        """The destination."""
+        self.blockmap = blockmap
+        """The blocks that are present."""
         self._sparse = sparse
         self._token = trio.lowlevel.current_trio_token()
         self._write_behind = WriteBehind(device)
@@ -48,18 +50,18 @@ class Writer:
         Another link may have brought the same bytes before.
         Thread-safe. Raises DeviceError if the write fails.
         """
-        self._write(position, len(payload), lambda: self._device.write(position, payload))
+        self._write(position, len(payload), lambda: self.device.write(position, payload))
 
     def zeros(self, position: int, length: int) -> None:
         """Write `length` zeros at `position`, unless all their blocks are present.
 
         Thread-safe. Raises DeviceError if the write fails.
         """
-        self._write(position, length, lambda: self._device.write_zeros(position, length, sparse=self._sparse))
+        self._write(position, length, lambda: self.device.write_zeros(position, length, sparse=self._sparse))
 
     def _write(self, position: int, length: int, write: Callable[[], None]) -> None:
         """Call `write`, which writes `length` bytes at `position`, unless all their blocks are present."""
-        if not self._blockmap.any_missing(self._blockmap.geometry.span(position, length)):
+        if not self.blockmap.any_missing(self.blockmap.geometry.span(position, length)):
             return
         with self._lock:
             self._writes += 1
@@ -85,9 +87,9 @@ class Writer:
                 self.unsynced = trio.Event()
         try:
             if was_dirty:
-                await trio.to_thread.run_sync(self._device.sync)
+                await trio.to_thread.run_sync(self.device.sync)
             else:
-                self._device.check_without_blocking()
+                self.device.check_without_blocking()
         except DeviceError:
             with self._lock:
                 self._dirty = True

@@ -16,6 +16,7 @@ import trio
 
 from blockcopy.errors import describe_exit
 from blockcopy.replica.monitor.status import Status
+from blockcopy.replica.plan import Plan
 from blockcopy.replica.tasks import abandonable
 
 logger = logging.getLogger(__name__)
@@ -36,16 +37,20 @@ def environment(status: Status) -> dict[str, str]:
     }
 
 
-async def run(command: str, status: Status, folder: str) -> None:
-    """Run `command` by /bin/sh in `folder`, with `status` in its environment, and return when it has ended.
+async def run(plan: Plan, status: Status) -> None:
+    """Run `plan.on_complete` by /bin/sh, with `status` in its environment, and return when it has ended.
 
+    Does nothing if there is no such command. The command runs in the folder in which this program was started.
     A command that cannot be run, or that fails, is logged. If this function is cancelled, it waits for a second
     and leaves the command running. Call from trio's thread only.
     """
-    logger.info("running --on-complete: %s", command)
+    if not plan.on_complete:
+        return
+    logger.info("running --on-complete: %s", plan.on_complete)
     variables = {**os.environ, **environment(status)}
+    start = partial(_start, plan.on_complete, plan.command.working_dir, variables)
     try:
-        process = await abandonable.start_process(partial(_start, command, folder, variables))
+        process = await abandonable.start_process(start)
     except OSError as error:
         logger.error("cannot run --on-complete: %s", error)
         return

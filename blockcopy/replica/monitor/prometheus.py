@@ -11,16 +11,12 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
 
 import trio
 
 from blockcopy.paths import safe_write
 from blockcopy.replica.monitor.status import LinkStatus, ReadStatus, State, Status
 from blockcopy.replica.tasks import abandonable
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +37,7 @@ def exposition(status: Status) -> str:
     return "".join(f"{line}\n" for line in _lines(status, labels))
 
 
-def _lines(status: DataclassInstance, labels: dict[str, str]) -> Iterator[str]:
+def _lines(status: Status | ReadStatus | LinkStatus, labels: dict[str, str]) -> Iterator[str]:
     for field in dataclasses.fields(status):
         value, name = getattr(status, field.name), field.metadata["metric"]
         if isinstance(value, (ReadStatus, LinkStatus)):
