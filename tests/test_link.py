@@ -589,7 +589,7 @@ class FakeConnector:
     def __init__(self, plan: Sequence[FakeRetriever | SourceError] = ()) -> None:
         self.plan = list(plan)
         self.changed: SourceChangedError | None = None
-        self.links_changed = trio.Event()
+        self.waiting = trio.lowlevel.ParkingLot()
         self.fatal_blocks = 0
         self.attempts: list[float] = []
         """When they were, in trio's time."""
@@ -603,10 +603,6 @@ class FakeConnector:
         if isinstance(found, SourceError):
             raise found
         return found
-
-    def wake(self) -> None:
-        self.links_changed.set()
-        self.links_changed = trio.Event()
 
     def waits(self) -> list[float]:
         return [round(later - earlier, 3) for earlier, later in zip(self.attempts, self.attempts[1:], strict=False)]

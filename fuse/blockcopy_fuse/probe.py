@@ -132,13 +132,9 @@ def find_mount(path: str) -> Mount | None:
     absolute = os.path.abspath(path)
     mount = mountinfo.mount_at(absolute)
     if mount is None:
-        resolved = _call_in_child(partial(_realpath, absolute), path)
+        resolved = _call_in_child(lambda: os.fsencode(os.path.realpath(absolute)), path)
         mount = mountinfo.mount_at(os.fsdecode(resolved))
     return None if mount is None or mount.owner == NO_FUSE else mount
-
-
-def _realpath(path: str) -> bytes:
-    return os.fsencode(os.path.realpath(path))
 
 
 def await_file(path: str, mountpoint: str) -> None:

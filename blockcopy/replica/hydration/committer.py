@@ -108,7 +108,7 @@ class Committer:
         Without a lease, a crash would leave times that look like the writes of another program.
         """
         while not self._device.is_block_device:
-            await self._hydrator.unsynced.wait()
+            await self._hydrator.writer.unsynced.wait()
             if self._state_file is None:
                 return
             await self._record(self._state_file.write_times)
@@ -137,7 +137,7 @@ class Committer:
 
     async def _extend_lease(self) -> None:
         """Renew a lease that may end before the next sync. A sync makes the times of our writes durable."""
-        if self._state_file is None or self._device.is_block_device or not self._hydrator.unsynced.is_set():
+        if self._state_file is None or self._device.is_block_device or not self._hydrator.writer.unsynced.is_set():
             return
         if self._lease_ns < time.time_ns() + _SECONDS * 1_000_000_000:
             await self._record(self._state_file.write_times)

@@ -54,7 +54,7 @@ class Hydrator:
         self._geometry = writer.blockmap.geometry
         self._lanes = lanes
         self._nursery = nursery
-        self._writer = writer
+        self.writer = writer
         self._dropping_cache = False
         self.faults = SourceFaults()
         """The blocks that the source could not read lately. Replaced by `forget`."""
@@ -68,11 +68,6 @@ class Hydrator:
         """Set when no block is missing. Replaced if blocks are missing again."""
         if self.blockmap.complete:
             self.complete.set()
-
-    @property
-    def unsynced(self) -> trio.Event:
-        """An event: something was written since the last sync. Each sync replaces the event."""
-        return self._writer.unsynced
 
     async def ensure(self, blocks: range, lane: Lane) -> None:
         """Wait until all `blocks`, a range, are present, and request the missing ones on `lane`.
@@ -120,7 +115,10 @@ class Hydrator:
             else:
                 idle.append(block)
         for start in range(0, len(idle), lane.batch_blocks):
-            own.add(self._start_fetch(idle[start : start + lane.batch_blocks], lane, since))
+            fetch = Fetch(idle[start : start + lane.batch_blocks], since)
+            lane.add(fetch)
+            self._nursery.start_soon(self._run, fetch, lane)
+            own.add(fetch)
         return own, others
 
     def _in_flight_elsewhere(self, block: int, lane: Lane) -> Fetch | None:
@@ -128,12 +126,6 @@ class Hydrator:
             (other.in_flight[block] for other in self._lanes if other is not lane and block in other.in_flight),
             None,
         )
-
-    def _start_fetch(self, blocks: Sequence[int], lane: Lane, since: float) -> Fetch:
-        fetch = Fetch(blocks, since)
-        lane.add(fetch)
-        self._nursery.start_soon(self._run, fetch, lane)
-        return fetch
 
     async def _run(self, fetch: Fetch, lane: Lane) -> None:
         blocks = fetch.blocks
@@ -179,7 +171,7 @@ class Hydrator:
         )
         signatures = await trio.to_thread.run_sync(read, limiter=lane.threads)
         asked_at = trio.current_time()
-        answer = await lane.link.ask(signatures, self._writer, since)
+        answer = await lane.link.ask(signatures, self.writer, since)
         lane.window.record_fetch(len(blocks), trio.current_time() - asked_at)
         if self.blockmap.generation != generation or self._dropping_cache:
             return  # a sync failed meanwhile: what was read or written may be lost again
@@ -221,7 +213,7 @@ class Hydrator:
         So no block counts as present any more, and all are checked again.
         """
         try:
-            return await self._writer.sync()
+            return await self.writer.sync()
         except DeviceError as error:
             self.last_error = error
             await self.forget_cached()

@@ -45,7 +45,7 @@ class Throttle:
         self._paused = False
         self._in_flight = 0  # blocks
         self._free_at = -math.inf  # when the limit admits the next batch
-        self._changed = trio.Event()
+        self._waiting = trio.lowlevel.ParkingLot()  # in `admit`
 
     @property
     def paused(self) -> bool:
@@ -55,7 +55,7 @@ class Throttle:
     @paused.setter
     def paused(self, paused: bool) -> None:
         self._paused = paused
-        self._wake()
+        self._waiting.unpark_all()
 
     @property
     def limit(self) -> int | None:
@@ -66,7 +66,7 @@ class Throttle:
     def limit(self, limit: int | None) -> None:
         self._limit = limit
         self._free_at = -math.inf
-        self._wake()
+        self._waiting.unpark_all()
 
     @property
     def batch_blocks(self) -> int:
@@ -87,7 +87,7 @@ class Throttle:
         """
         while self._paused or trio.current_time() < self._free_at or not self._has_room():
             with trio.move_on_at(self._recheck_at()):
-                await self._changed.wait()
+                await self._waiting.park()
 
     def _has_room(self) -> bool:
         max_blocks = _YIELDING_BLOCKS if self._yields else self._window.blocks
@@ -110,8 +110,4 @@ class Throttle:
     def give_back(self, blocks: int) -> None:
         """Count a number of `blocks` as no longer in flight: they are present, or have failed."""
         self._in_flight -= blocks
-        self._wake()
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
+        self._waiting.unpark_all()

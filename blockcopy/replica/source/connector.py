@@ -46,8 +46,8 @@ class Connector:
         self.changed: SourceChangedError | None = None
         """The error once the source is found to be another. From then on no answer is accepted. None before."""
         self._unreadable_pieces: set[int] = set()  # positions in the sample at which the original exited
-        self.links_changed = trio.Event()
-        """Set, and replaced by a new event, if a link connects or will never connect again."""
+        self.waiting = trio.lowlevel.ParkingLot()
+        """The tasks that wait until a link connects, or will never connect again."""
         self.fatal_blocks = 0
         """The number of blocks at which every connection ended."""
         self._size_guess = size_guess
@@ -168,11 +168,6 @@ class Connector:
         self.digest = self.digest or client.digest
         client.begin_serving()
         return client
-
-    def wake(self) -> None:
-        """Wake all tasks that wait for the event in the attribute `links_changed`."""
-        self.links_changed.set()
-        self.links_changed = trio.Event()
 
 
 class _Pieces:

@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from copy import copy
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import trio
 
@@ -53,26 +53,25 @@ class _FatalError(SourceError):
     """Connection after connection ended at the same signatures."""
 
 
-class _GuardedSink:
+class _GuardedSink(NamedTuple):
     """A sink that drops answers once the source is found to be another, on whatever connection."""
 
-    def __init__(self, sink: Sink, connector: Connector) -> None:
-        self._sink = sink
-        self._connector = connector
+    sink: Sink
+    connector: Connector
 
     def data(self, position: int, payload: Buffer) -> None:
         """Pass on `payload`, the bytes at `position`. Raises SourceChangedError if the source is another."""
         self._check()
-        self._sink.data(position, payload)
+        self.sink.data(position, payload)
 
     def zeros(self, position: int, length: int) -> None:
         """Pass on `length` zeros at `position`. Raises SourceChangedError if the source is another."""
         self._check()
-        self._sink.zeros(position, length)
+        self.sink.zeros(position, length)
 
     def _check(self) -> None:
-        if self._connector.changed is not None:
-            raise copy(self._connector.changed)
+        if self.connector.changed is not None:
+            raise copy(self.connector.changed)
 
 
 class Link:
@@ -139,7 +138,7 @@ class Link:
             self.last_error = SourceError(f"{location}: internal error: {error!r}")
             raise self.last_error from error
         self._connections += 1
-        self._connector.wake()
+        self._connector.waiting.unpark_all()
 
     async def run(self) -> None:
         """Keep a connection open. Returns after `close`, or once the source is found to be another."""
@@ -148,7 +147,7 @@ class Link:
             with self._running:
                 await self._keep_connected()
         finally:  # also if it is cancelled from outside
-            self._connector.wake()
+            self._connector.waiting.unpark_all()
             self._finished.set()
 
     async def _keep_connected(self) -> None:
@@ -347,7 +346,7 @@ class Link:
             self._wanted.set()
         try:
             with trio.move_on_at(deadline) as waiting:
-                await self._connector.links_changed.wait()
+                await self._connector.waiting.park()
         finally:
             self._waiting -= 1
             if not self._waiting:
@@ -375,7 +374,7 @@ class Link:
         """Close the link for ever. Requests that wait fail now. Returns when the connection has ended."""
         self._closing = True
         self._running.cancel()
-        self._connector.wake()
+        self._connector.waiting.unpark_all()
         if self._finished is not None:
             await self._finished.wait()
         if self._client is not None:
