@@ -10,12 +10,16 @@ import socket
 import stat
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import support
+import trio
 from support import BLOCK_SIZE, Mount, failed, noise, run, succeeded, until, with_changes
+
+from blockcopy_fuse.control_server import ControlServer
 
 Mounter = Callable[..., Mount]
 
@@ -247,6 +251,36 @@ def ask_raw(path: str, sent: bytes) -> dict[str, Any]:
         with connection.makefile("rb") as replies:
             [line] = replies.readlines()
     return json.loads(line)  # type: ignore[no-any-return]
+
+
+def test_a_mount_that_is_gone_answers_no_request_but_to_end(tmp_path: Path) -> None:
+    """A new mount may have its device number, and clients find the socket by this number."""
+    path = str(tmp_path / "0:99-1.sock")
+    replies: list[bytes] = []
+    calls: list[str] = []
+
+    async def ask(command: str) -> None:
+        stream = await trio.open_unix_socket(path)
+        await stream.send_all(json.dumps({"command": command}).encode() + b"\n")
+        replies.append(b"".join([data async for data in stream]))
+        await stream.aclose()
+
+    async def main() -> None:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            server = ControlServer(path, listener)
+            async with trio.open_nursery() as nursery:
+                serve: Any = partial(
+                    server.serve, None, partial(calls.append, "status"), partial(calls.append, "end")
+                )
+                nursery.start_soon(serve, lambda: True)
+                for command in ("status", "pause", "map", "end"):
+                    await ask(command)
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert (replies, calls) == ([b"", b"", b"", b'{"ok": true}\n'], ["end"])
 
 
 GARBAGE = {

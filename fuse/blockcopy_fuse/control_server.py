@@ -56,16 +56,25 @@ class ControlServer:
         self.path = path
         self.listener = listener
 
-    async def serve(self, replica: Replica, status: Callable[[], Status], end: Callable[[], None]) -> None:
+    async def serve(
+        self,
+        replica: Replica,
+        status: Callable[[], Status],
+        end: Callable[[], None],
+        is_unmounted: Callable[[], bool],
+    ) -> None:
         """Answer requests about `replica` until cancelled.
 
         `status`: called without arguments, returns the Status of the moment. `end`: called to end the mount.
-        Call from trio's thread only.
+        `is_unmounted`: called without arguments, returns whether the mount is gone. From then on only `end` gets a
+        reply, because a new mount may have the same device number. Call from trio's thread only.
         """
 
         async def answer(stream: trio.SocketStream) -> None:
             try:
-                await stream.send_all(json.dumps(await _reply(stream, replica, status, end)).encode() + b"\n")
+                reply = await _reply(stream, replica, status, end, is_unmounted)
+                if reply is not None:
+                    await stream.send_all(json.dumps(reply).encode() + b"\n")
             except trio.BrokenResourceError:
                 logger.debug("the client of the control socket has gone away")
             except Exception as error:
@@ -129,11 +138,17 @@ def _remove_dead_sockets(folder: Path) -> None:
 
 
 async def _reply(
-    stream: trio.SocketStream, replica: Replica, status: Callable[[], Status], end: Callable[[], None]
-) -> dict[str, Any]:
+    stream: trio.SocketStream,
+    replica: Replica,
+    status: Callable[[], Status],
+    end: Callable[[], None],
+    is_unmounted: Callable[[], bool],
+) -> dict[str, Any] | None:
     try:
         request = await _request(stream)
         command = request.get("command")
+        if is_unmounted() and command != "end":
+            return None
         if command == "status":
             return {"ok": True, "status": status().as_dict()}
         if command == "map" and _is_cell_count(request.get("cells")):

@@ -136,7 +136,7 @@ async def serve(mount_plan: MountPlan, ready: Callable[[], None], progress: Prog
     Raises, in exception groups, what `open_replica` raises, and MountError if FUSE refuses the mount.
     Raises Interrupted if a signal came before the mount was there. Call from trio's thread only.
     """
-    stop = trio.Event()
+    stop, unmounted = trio.Event(), trio.Event()
     mounted = False
     mountpoint = os.path.realpath(mount_plan.mountpoint)  # now: later it would be a request to this process
     socket: ControlServer | None = None
@@ -172,10 +172,12 @@ async def serve(mount_plan: MountPlan, ready: Callable[[], None], progress: Prog
                             "--on-complete": partial(_on_complete, mount_plan.plan, replica, status),
                         }
                         if socket is not None:
-                            parts["the control socket"] = partial(socket.serve, replica, status, stop.set)
+                            parts["the control socket"] = partial(
+                                socket.serve, replica, status, stop.set, unmounted.is_set
+                            )
                         for name, part in parts.items():
                             helpers.start_soon(run_optional, name, part)
-                        await _serve(replica, stop, ready, notifier)
+                        await _serve(replica, stop, unmounted, ready, notifier)
                         helpers.cancel_scope.cancel()
             finally:
                 pyfuse3.close(unmount=True)
@@ -275,8 +277,8 @@ def _fuse_descriptors() -> list[int]:
     return found
 
 
-async def _watch_connection(stop: trio.Event) -> None:
-    """Set `stop` when the kernel has ended the FUSE connection.
+async def _watch_connection(stop: trio.Event, unmounted: trio.Event) -> None:
+    """Set `stop` and `unmounted` when the kernel has ended the FUSE connection.
 
     pyfuse3.main() notices that as well, but returns only after all handlers have returned. A handler that waits
     for an unresponsive source does not return. An ended connection is an error condition of its descriptor.
@@ -287,11 +289,16 @@ async def _watch_connection(stop: trio.Event) -> None:
             errors.register(descriptor, 0)
         await trio.lowlevel.wait_readable(errors.fileno())
         logger.debug("the kernel has ended the connection")
+        unmounted.set()
         stop.set()
 
 
-async def _serve(replica: Replica, stop: trio.Event, ready: Callable[[], None], notifier: Notifier) -> None:
-    """Serve requests for `replica` until `stop` is set or the mount is removed from outside. Sets `stop` then.
+async def _serve(
+    replica: Replica, stop: trio.Event, unmounted: trio.Event, ready: Callable[[], None], notifier: Notifier
+) -> None:
+    """Serve requests for `replica` until `stop` is set or the mount is removed from outside.
+
+    Sets `stop` then, and `unmounted` once the mount is gone.
 
     `ready`: called once without arguments, when requests are served. `notifier`: reports the start and the end.
     """
@@ -304,7 +311,7 @@ async def _serve(replica: Replica, stop: trio.Event, ready: Callable[[], None], 
     ended = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(take_requests)
-        nursery.start_soon(_watch_connection, stop)
+        nursery.start_soon(_watch_connection, stop, unmounted)
         ready()
         notifier.notify(READY=1, MAINPID=os.getpid())
         await stop.wait()
