@@ -339,7 +339,16 @@ def test_a_mounted_device_is_refused(tmp_path: Path, device: str) -> None:
             open_destination(device)
         open_destination(device, force=True).close()
         open_source(device).close()
-    open_destination(device).close()
+    # A mount namespace that another test made meanwhile may have a copy of the mount, until that test ends.
+    until(lambda: not in_use(device), "the device is free")
+
+
+def in_use(device: str) -> bool:
+    try:
+        open_destination(device).close()
+    except DestinationRefusedError:
+        return True
+    return False
 
 
 def test_a_device_that_another_program_holds_is_refused(device: str) -> None:
