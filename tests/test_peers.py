@@ -285,7 +285,7 @@ def test_a_crash_of_a_background_mount_is_in_its_log(tmp_path: Path) -> None:
 import sys
 if "mount" in sys.orig_argv:
     from blockcopy_fuse import mounting
-    async def fail(stop):
+    async def fail(*events):
         raise RuntimeError("on request\\n\\x1b[2J")
     mounting._watch_connection = fail
 """
