@@ -422,9 +422,7 @@ def test_a_fault_in_the_answer_to_a_read_that_does_not_wait(
 
 @pytest.mark.parametrize("fault", ["garble", "oversize"])
 def test_a_fault_in_mid_pass(mount: Mounter, source: Path, destination: Path, fault: str, tmp_path: Path) -> None:
-    program = faulty(
-        fault, 9, once=tmp_path / "it-happened"
-    )  # one of both processes is asked for 16 blocks or more
+    program = faulty(fault, 9, once=tmp_path / "it-happened")  # less than half of the blocks
     mounted = mount(source, destination, program=program)
     assert survey(mounted) == (set(range(BLOCKS)), set())
     mounted.wait()
