@@ -8,7 +8,7 @@ from typing import Union
 Buffer = Union[bytes, bytearray, memoryview]
 
 ZEROS = bytes(1024 * 1024)
-"""One MiB of zeros. `ZEROS.startswith(data)` is true if `data`, of at most this length, is all zeros."""
+"""A MiB of zeros. `ZEROS.startswith(data)` is true if `data`, of at most this length, is all zeros."""
 
 
 class BufferPool:

@@ -1,4 +1,4 @@
-"""Where the log goes besides standard error: a file, or syslog. A mount in the background has nothing else."""
+"""Log sinks besides standard error: a file, and syslog. A mount in the background has only these."""
 
 from __future__ import annotations
 

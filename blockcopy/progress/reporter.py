@@ -26,7 +26,7 @@ class Counts(NamedTuple):
     state: str | None = None
     """A word for the current activity, if a command has several."""
     skipped: int = 0
-    """Of the bytes done, those that needed no work, such as holes. No rate includes them."""
+    """Bytes done without any work, such as holes. `done` counts them, and no rate includes them."""
 
 
 class Progress:

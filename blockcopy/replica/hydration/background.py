@@ -25,7 +25,7 @@ _SURVEY_BYTES = 64 << 30
 
 
 class BackgroundHydration:
-    """One run of background hydration over the whole device."""
+    """A run of background hydration over the whole device."""
 
     def __init__(self, hydrator: Hydrator, demand: Lane, bulk: Lane, throttle: Throttle) -> None:
         """Prepare a run with `hydrator`, at the rate that `throttle` admits.

@@ -78,7 +78,7 @@ def _field(default: T, help: str, metric: str = "") -> T:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadStatus:
-    """What users read, and how long their reads waited for the source."""
+    """The reads of users: their number and bytes, and how long they waited for the source."""
 
     reads: int = _field(0, "Reads by users.", "reads_total")
     bytes: int = _field(0, "Bytes that users read.", "read_bytes_total")
@@ -103,7 +103,7 @@ class LinkStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """One moment of a replica. Sizes are in bytes, times in seconds."""
+    """The status of a replica at one moment. Sizes are in bytes, times in seconds."""
 
     state: State = field(
         metadata=_about(
