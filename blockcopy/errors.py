@@ -86,12 +86,20 @@ class DestinationRefusedError(DeviceError):
     """A destination that is in use, locked, mounted, read-only or too small."""
 
 
+class UserWritesError(DestinationRefusedError):
+    """A destination that holds what a user wrote to a writable mount, which the command would overwrite."""
+
+
 class DestinationLostError(DeviceError):
     """A destination that another program removed, replaced, truncated or wrote to during the copy."""
 
 
 class StateError(BlockcopyError):
     """A state file that is invalid, or that another process uses."""
+
+
+class StateUnusableError(StateError):
+    """A state file that is missing, damaged, or of a version that this program cannot read."""
 
 
 class StateWriteError(StateError):
@@ -102,6 +110,10 @@ class RemoteError(BlockcopyError):
     """Another host that cannot be reached, refuses, exits early, or violates the protocol."""
 
     exit_code = 3
+
+
+class ReadOnlyError(DeviceError):
+    """A replica that cannot be written: it was mounted read-only, or a sync of its destination has failed."""
 
 
 class SourceError(RemoteError):

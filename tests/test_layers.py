@@ -194,7 +194,8 @@ def test_each_command_is_in_the_module_of_its_layer() -> None:
     for module, commands in main._LAYERS.items():
         assert set(commands) <= READ[module].functions
     [named] = [action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)]
-    assert set(named.choices) == {command for commands in main._LAYERS.values() for command in commands}
+    functions = {name.replace("-", "_") for name in named.choices}
+    assert functions == {command for commands in main._LAYERS.values() for command in commands}
 
 
 def _module_map() -> Iterator[str]:

@@ -7,6 +7,7 @@ import logging
 import os
 from pathlib import Path
 
+from blockcopy.block import user_writes
 from blockcopy.block.destination import Destination
 from blockcopy.block.device import check_kind, open_device
 from blockcopy.errors import DestinationRefusedError, DeviceError
@@ -23,21 +24,26 @@ _REASONS = {
 }
 
 
-def open_destination(path: str, *, force: bool = False, create: bool = False) -> Destination:
+def open_destination(
+    path: str, *, force: bool = False, create: bool = False, with_user_writes: bool = False
+) -> Destination:
     """Return the file or device at `path`, opened to read and write, as a Destination: claimed until it is closed.
 
     A block device is opened exclusively. The kernel refuses this if the device is mounted, used for swap, or part
     of a volume group or array. Nor can the device be mounted while it is open. A regular file gets an fcntl lock,
     which QEMU respects. `force`: go on if a claim fails. `create`: create a missing regular file, with mode 0600.
+    `with_user_writes`: accept a destination that holds writes of a user, which the caller preserves.
 
-    Raises DestinationRefusedError if the claim fails or the kernel refuses writes, DeviceError if `path` cannot be
-    opened.
+    Raises DestinationRefusedError if the claim fails or the kernel refuses writes. Raises UserWritesError if writes
+    of a user would be overwritten. Raises DeviceError if `path` cannot be opened.
     """
     if not os.path.exists(path):
         _check_missing(path, create=create)
     device = _open(path, os.O_RDWR | (os.O_CREAT if create else 0) | (0 if force else os.O_EXCL))
     try:
         _check_writable(device)
+        if not with_user_writes:
+            user_writes.refuse(device)
         if not force:
             check_kind(device)
         if not device.is_block_device:
@@ -52,24 +58,25 @@ def open_destination(path: str, *, force: bool = False, create: bool = False) ->
     return device
 
 
-def existing_destination(path: str, *, force: bool) -> Destination | None:
+def existing_destination(path: str, *, force: bool, with_user_writes: bool = False) -> Destination | None:
     """Return the existing file or device at `path` as an open and claimed Destination. Creates nothing.
 
-    Called before any host is contacted. `force`: as for `open_destination()`. Returns None if `path` is missing,
-    but a file can be created there. Raises DeviceError if no file can be created, and as `open_destination()` does.
+    Called before any host is contacted. `force`, `with_user_writes`: as for `open_destination()`. Returns None if
+    `path` is missing, but a file can be created there. Raises DeviceError if no file can be created, and as
+    `open_destination()` does.
     """
     if os.path.exists(path):
-        return open_destination(path, force=force)
+        return open_destination(path, force=force, with_user_writes=with_user_writes)
     _check_missing(path, create=True)
     return None
 
 
-def check_destination(path: str, *, force: bool) -> None:
+def check_destination(path: str, *, force: bool, with_user_writes: bool = False) -> None:
     """Check that the destination at `path` can be claimed or created now. Keeps no claim and creates nothing.
 
-    `force`: as for `open_destination()`. Raises DeviceError if the destination cannot be used.
+    `force`, `with_user_writes`: as for `open_destination()`. Raises DeviceError if the destination cannot be used.
     """
-    device = existing_destination(path, force=force)
+    device = existing_destination(path, force=force, with_user_writes=with_user_writes)
     if device is not None:
         device.close()
 

@@ -105,12 +105,13 @@ class Destination(Device):
             self.check_without_blocking()
         return data
 
-    def sync(self) -> None:
+    def sync(self, *, times: bool = True) -> None:
         """Wait until everything written is on stable storage, then check for changes by other programs.
 
+        `times`: wait for the times of a file too.
         Raises DestinationLostError if there was a change, DeviceError if the sync fails.
         """
-        super().sync()
+        super().sync(times=times)
         self.check()
 
     def check_without_blocking(self) -> None:

@@ -13,7 +13,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Callable, TypeVar
 
 from blockcopy.block import syscalls
 from blockcopy.block.buffers import ZEROS, Buffer
@@ -24,6 +24,9 @@ from blockcopy.paths.places import holds_devices
 
 _WRITE_BACK_BYTES = 256 * 1024 * 1024
 """Bytes written back between two checks of the deadline."""
+
+_NO_ATTRIBUTES = (errno.ENODATA, errno.EOPNOTSUPP)
+"""Errors that say that a file lacks an extended attribute, or that its file system has none."""
 
 Opened = TypeVar("Opened", bound="Device")
 
@@ -272,9 +275,40 @@ class Device:
                 break
         return True
 
-    def sync(self) -> None:
-        """Wait until everything written, and the times of a file, are on stable storage (fsync)."""
+    def sync(self, *, times: bool = True) -> None:
+        """Wait until everything written is on stable storage. `times`: the times of a file too."""
         with self._errors("sync"):
+            (os.fsync if times else os.fdatasync)(self._fd)
+
+    def has_attribute(self, name: str) -> bool:
+        """Return True if this is a file with the extended attribute `name`. Raises DeviceError if unknown."""
+        if self.is_block_device:
+            return False
+        try:
+            os.getxattr(self._fd, name)
+        except OSError as error:
+            if error.errno in _NO_ATTRIBUTES:
+                return False
+            raise DeviceError.from_os_error("read the attributes of", self.path, error) from error
+        return True
+
+    def set_attribute(self, name: str, value: bytes) -> None:
+        """Set the extended attribute `name` to `value`, durably, if this is a file that can have attributes."""
+        if not self.is_block_device:
+            self._change_attributes(lambda: os.setxattr(self._fd, name, value))
+
+    def remove_attribute(self, name: str) -> None:
+        """Remove the extended attribute `name`, durably, if there is one."""
+        if not self.is_block_device:
+            self._change_attributes(lambda: os.removexattr(self._fd, name))
+
+    def _change_attributes(self, change: Callable[[], None]) -> None:
+        with self._errors("change the attributes of"):
+            try:
+                change()
+            except OSError as error:
+                if error.errno not in _NO_ATTRIBUTES:
+                    raise
             os.fsync(self._fd)
 
     def _errors(self, action: str) -> contextlib.AbstractContextManager[None]:

@@ -104,3 +104,16 @@ def join_extents(extents: Iterable[Extent], *, gap: int = 0) -> list[Extent]:
         joiner.add(extent)
     joiner.flush()
     return joined
+
+
+def subtract(extents: Iterable[Extent], others: Iterable[Extent]) -> list[Extent]:
+    """Return the parts of `extents` that lie in none of `others`, in the order of `extents`."""
+    left = list(extents)
+    for other in others:
+        left = [
+            Extent(start, end - start)
+            for each in left
+            for start, end in ((each.offset, min(each.end, other.offset)), (max(each.offset, other.end), each.end))
+            if start < end
+        ]
+    return left

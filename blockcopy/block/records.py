@@ -6,9 +6,10 @@ record must invalidate it first.
 
     DEFAULT.state       the record at the default path
     DEFAULT.elsewhere   the token of the authoritative record, if that is at another path (`--state`)
+    DEFAULT.writes      exists if the destination holds writes of a user (see `user_writes`)
 
-Every command can find the default path of a destination. By removing these two files, it invalidates the record
-at any path.
+Every command can find the default path of a destination. By removing the first two files, it invalidates the
+record at any path. While the third one exists, no command may do so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Linux system calls that the module `os` lacks: fallocate, sync_file_range, mmap, madvise, fstatfs (section 2).
+"""Linux system calls that `os` lacks: fallocate, sync_file_range, mmap, madvise, fstatfs, prctl (section 2).
 
 Each function raises OSError, with EOPNOTSUPP if its call is not available. Every caller can do without the call.
 `ctypes` is loaded by the first call, because not every Python has it. Other threads run while a call waits, unlike
@@ -22,6 +22,7 @@ _FALLOC_FL_PUNCH_HOLE = 2
 _SYNC_FILE_RANGE_WRITE = 2
 _SYNC_FILE_RANGE_WHOLLY = 7  # WAIT_BEFORE | WRITE | WAIT_AFTER
 _MADV_POPULATE_READ = 22
+_PR_SET_IO_FLUSHER = 57
 _MAP_FAILED = 2 * sys.maxsize + 1
 _EXACT_TIMES = (
     0xEF53,  # ext2, ext3, ext4
@@ -43,6 +44,16 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
     Raises OSError (EOPNOTSUPP, EINVAL, …) if the file system or device cannot do this.
     """
     _call("fallocate", fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length)
+
+
+def become_io_flusher() -> None:
+    """Tell the kernel that this thread writes for others, and so do all threads and processes that it starts.
+
+    Its allocations then do not wait for the write-back of what it serves, and it may exceed the limit of dirty
+    pages a little. Otherwise both could wait for each other. Linux 5.6; needs CAP_SYS_RESOURCE.
+    Raises OSError if that is not possible.
+    """
+    _call("prctl", _PR_SET_IO_FLUSHER, 1, 0, 0, 0)
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:
@@ -152,6 +163,7 @@ def _function(name: str) -> Any:
             "munmap": [address, size],
             "madvise": [address, size, number],
             "fstatfs": [number, address],
+            "prctl": [number, offset, offset, offset, offset],
         }
         function = getattr(libc, f"{name}64", None) or getattr(libc, name)
         function.argtypes = arguments[name]

@@ -20,7 +20,7 @@ _STAGES = "blockcopy.cli.commands"
 
 _LAYERS = {
     _STAGES: ("checksum", "retrieve", "save", "receive", "facts"),
-    "blockcopy.replica.commands": ("sync", "verify"),
+    "blockcopy.replica.commands": ("sync", "verify", "discard_writes"),
     "blockcopy_fuse.commands": (
         "mount",
         "status",
@@ -48,11 +48,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _find(name: str) -> Callable[[argparse.Namespace], None]:
     """Import and return the function of the command `name`, which is called with the parsed arguments."""
-    module = next(each for each, commands in _LAYERS.items() if name in commands)
+    function = name.replace("-", "_")
+    module = next(each for each, commands in _LAYERS.items() if function in commands)
     if module != _STAGES and sys.version_info < (3, 11):
         raise UsageError(f"{name} needs Python 3.11 or newer; the copy stages work with this one")
     try:
-        command: Callable[[argparse.Namespace], None] = getattr(importlib.import_module(module), name)
+        command: Callable[[argparse.Namespace], None] = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
         raise UsageError(
             f"{name} is not part of this copy of blockcopy, which has the stages alone: install the checkout, "

@@ -34,7 +34,7 @@ def parser() -> Parser:
     top.add_argument("-v", "--verbose", action="store_true", help="log each step to standard error")
     top.add_argument("--version", action="version", version=f"blockcopy {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_mount, _add_sync, _add_verify, _add_control, add_stages, _add_about):
+    for add in (_add_mount, _add_sync, _add_verify, _add_discard_writes, _add_control, add_stages, _add_about):
         add(commands)
     return top
 
@@ -75,6 +75,10 @@ def _add_mount(commands: Any) -> None:
         default=[],
         help="set FUSE options, separated by commas, such as allow_other",
     )
+    group.add_argument("--writable", action="store_true", help="accept writes; the source is still only read")
+    group.add_argument(
+        "--discard-writes", action="store_true", help="first throw away what was written to an earlier mount"
+    )
     group.add_argument("--name", help="name the file NAME (default: as DESTINATION)")
     _add_file(group, "--pid-file", "write the process id of the mount to FILE")
     group.add_argument("--replace", action="store_true", help="first clear the dead mount of a killed blockcopy")
@@ -110,6 +114,18 @@ def _add_verify(commands: Any) -> None:
     verify.add_argument("--json", action="store_true", help="print JSON instead of lines of OFFSET:LENGTH")
     _add_source_options(verify, reconnect_timeout=math.inf)
     add_progress(verify)
+
+
+def _add_discard_writes(commands: Any) -> None:
+    discard = add_command(
+        commands,
+        "discard-writes",
+        "throw away what was written to a mount, so that the copy can be made anew",
+        "DESTINATION",
+        "discard-writes /dev/vg/copy",
+    )
+    discard.add_argument("destination", metavar="DESTINATION", help="device or file that was mounted writable")
+    _add_file(discard, "--state", "the state is in FILE (default: see the manual)")
 
 
 def _add_both_ends(

@@ -17,12 +17,14 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from blockcopy import optional_packages
-from blockcopy.block.claim import check_destination
+from blockcopy.block import user_writes
+from blockcopy.block.claim import check_destination, open_destination
 from blockcopy.block.device import open_source
 from blockcopy.cli import console
 from blockcopy.errors import DeviceError, MismatchError, SourceReadError, UsageError
 from blockcopy.paths.places import absolute
 from blockcopy.protocol.compression import CompressionSpec
+from blockcopy.replica.state.recovery import discard_user_writes
 from blockcopy.transport.command import Command, stage_command
 from blockcopy.transport.control_master import control_path, logging_out
 from blockcopy.transport.location import Location, parse_location
@@ -233,6 +235,12 @@ def verify(args: argparse.Namespace) -> None:
         source = _local_source(args)
         with open_source(source) as device:
             verdict = _compare(args, command_for(args, destination, "retrieve"), source, device.size())
+    if verdict.user_bytes:
+        logger.warning(
+            "%d bytes of %s lie in blocks that a user has written to: they were not compared",
+            verdict.user_bytes,
+            args.destination,
+        )
     if verdict.tail_bytes:
         logger.warning(
             "%s is %d bytes longer than %s: its tail was not compared",
@@ -241,6 +249,28 @@ def verify(args: argparse.Namespace) -> None:
             args.source,
         )
     _raise_if_different(args, verdict)
+
+
+def discard_writes(args: argparse.Namespace) -> None:
+    """Run `blockcopy discard-writes` with the parsed options `args`. Prints how much is thrown away.
+
+    Raises DeviceError or StateError if the destination is in use, or holds no writes of a user.
+    """
+    path = absolute(args.destination)
+    with open_destination(path, with_user_writes=True) as device:
+        found = discard_user_writes(device, absolute(args.state) if args.state else None)
+    console.write_line(f"threw away {found} in {args.destination}; the next mount or sync checks every block")
+
+
+def discard_if_written(path: str, state: str | None) -> None:
+    """Throw away what the user wrote to the destination at `path`, if anything, and log how much that is.
+
+    `state`: the path of the state file, or None. Raises DeviceError or StateError if that is not possible.
+    """
+    if os.path.exists(path):
+        with open_destination(path, with_user_writes=True) as device:
+            if user_writes.find(device) is not None:
+                logger.warning("threw away %s in %s", discard_user_writes(device, state), path)
 
 
 def _compare(args: argparse.Namespace, command: Command, path: str, source_size: int | None = None) -> Verdict:
@@ -290,6 +320,7 @@ def _write_json(verdict: Verdict, ranges: array.array[int]) -> None:
         "size": verdict.size,
         "differing_bytes": verdict.differing_bytes,
         "tail_bytes": verdict.tail_bytes,
+        "user_bytes": verdict.user_bytes,
         "unreadable_bytes": verdict.remote_unreadable.bytes + verdict.local_unreadable.bytes,
         "unreadable_ranges": unread,
     }

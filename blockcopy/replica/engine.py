@@ -15,6 +15,7 @@ from contextlib import ExitStack, asynccontextmanager
 
 import trio
 
+from blockcopy.block import user_writes
 from blockcopy.block.claim import existing_destination, make_room, open_destination
 from blockcopy.block.destination import Destination
 from blockcopy.block.device import Device, open_source
@@ -47,10 +48,15 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
         replica: Replica | None = None
         try:
             async with trio.open_nursery() as nursery:
+                is_alone = record is not None and record.has_user_writes and recovery.is_complete(record)
                 guess = record.binding.source["size"] if record else existing.size() if existing else 0
                 connector = Connector(plan, size_guess=guess)
                 links = _links(plan, connector, nursery)
-                is_reached = await _connect(plan, links, connector, record, nursery)
+                if record is not None and is_alone:  # all blocks are the destination's for good
+                    connector.identity = record.binding.source
+                    is_reached = False
+                else:
+                    is_reached = await _connect(plan, links, connector, record, nursery)
                 source = connector.identity
                 if source is None:  # impossible: `_connect` would have raised
                     raise SourceError(f"{plan.command.location} did not send its identity")
@@ -107,16 +113,21 @@ def _open_state_file(plan: Plan, device: Device, stack: ExitStack) -> tuple[Stat
 
     `stack` will close the file.
     Returns the file and the record, with None in place of a missing one. Raises StateError if the state file is
-    one of the two ends.
+    one of the two ends. Raises UserWritesError if writes of a user would be overwritten.
     """
     if plan.state is not None:
         for path in (plan.destination, plan.command.location.path if plan.command.location.host is None else ""):
             if path and os.path.exists(plan.state) and os.path.exists(path) and os.path.samefile(plan.state, path):
                 raise StateError(f"cannot keep the state in {plan.state}: that is {path} itself")
-    state_file = recovery.open_state_file(plan.state, device, keep=plan.keep_state)
+    note = user_writes.find(device)
+    state_file = recovery.open_state_file(plan.state, device, keep=plan.keep_state, note=note)
     if state_file is None:
         return None, None
     stack.callback(state_file.close)
+    has_user_writes = note is not None or (state_file.record is not None and state_file.record.has_user_writes)
+    if has_user_writes and (plan.recheck or not plan.writable):
+        why = "would be checked anew" if plan.recheck else "would be overwritten"
+        raise user_writes.error_for(plan.destination, f"holds writes of a user, which {why}")
     return state_file, None if plan.recheck else recovery.usable_record(state_file, device, BLOCK_SIZE)
 
 
@@ -159,7 +170,7 @@ def _claim_existing(plan: Plan, stack: ExitStack) -> Destination | None:
 
     Returns the destination, or None if it must be created. Raises DestinationRefusedError if it is the source.
     """
-    device = existing_destination(plan.destination, force=plan.force)
+    device = existing_destination(plan.destination, force=plan.force, with_user_writes=plan.writable)
     if device is None:
         return None
     stack.enter_context(device)

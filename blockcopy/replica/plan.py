@@ -32,6 +32,8 @@ class Plan:
     """The path of the state file. None: its default place."""
     recheck: bool = False
     """Ignore what an earlier run has recorded, and check every block."""
+    writable: bool = False
+    """Accept writes of a user, and preserve those of earlier runs."""
     resume_offline: bool = False
     """Start from the state file if the source cannot be reached."""
     timeout: float = 30

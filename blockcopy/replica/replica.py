@@ -12,7 +12,6 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from copy import copy
-from functools import partial
 from typing import Any
 
 import trio
@@ -20,7 +19,7 @@ import trio
 from blockcopy.block.destination import Destination
 from blockcopy.block.geometry import Extent
 from blockcopy.block.identity import Identity
-from blockcopy.errors import BlockcopyError, DeviceError, MismatchError, SourceError, SourceReadError
+from blockcopy.errors import BlockcopyError, DeviceError, MismatchError, ReadOnlyError, SourceError, SourceReadError
 from blockcopy.progress.rate import RateMeter, eta, floored_percent
 from blockcopy.replica.hydration.background import BackgroundHydration
 from blockcopy.replica.hydration.committer import Committer
@@ -74,13 +73,17 @@ class Replica:
         self._bulk = bulk_lane(links[-1], is_alone=is_alone, drop_behind=device.exceeds_cache())
         writer = Writer(device, blockmap, sparse=plan.sparse)
         self._hydrator = Hydrator(writer, [demand, self._bulk], nursery)
-        self._committer = Committer(state_file, self._hydrator)
+        self._committer = Committer(state_file, self._hydrator, source=str(plan.command.location))
         self._state_file = str(state_file.path) if state_file else None
         self.throttle = Throttle(self._bulk.window, lambda: demand.active_at, plan.limit)
-        self.volume = Volume(self._hydrator, demand, nursery, give_up_after=plan.max_wait)
+        self.volume = Volume(
+            self._hydrator, demand, nursery, give_up_after=plan.max_wait, before_write=self._begin_write
+        )
         self.hydrates = plan.hydrate
         """Whether there is background hydration, paused or not."""
         self._meter = RateMeter()
+        self.read_only = trio.Event()
+        """Set when a sync has failed, so that nothing more can be written."""
         self.settled = trio.Event()
         """Set when the copy is complete, or has failed."""
         self._started_at = trio.current_time()
@@ -103,14 +106,16 @@ class Replica:
             nursery.start_soon(self._measure)
             nursery.start_soon(self._guard, self._committer.run)
             nursery.start_soon(self._guard, self._committer.renew_leases)
-            nursery.start_soon(self._guard, partial(self._watch, self._device.check_in_place))
+            nursery.start_soon(self._guard, self._watch)
             if self.hydrates:
                 nursery.start_soon(self._guard, self._hydrate)
             await self._await_complete()
             await self._guard(self._finish)
+            if self._plan.writable:
+                await trio.sleep_forever()
             nursery.cancel_scope.cancel()
         if self._complete:
-            await self._guard(partial(self._watch, self._device.check))  # the path of a copy may change
+            await self._guard(self._watch)
 
     async def _guard(self, part: Callable[[], Any]) -> None:
         """Await `part`, an async function without arguments.
@@ -157,7 +162,7 @@ class Replica:
             await self._verify()
             await self._check_source()  # all blocks were compared with one source
         await trio.to_thread.run_sync(self._device.check_in_place, abandon_on_cancel=True)
-        await self._committer.close()
+        await (self._committer.commit() if self._plan.writable else self._committer.close())
         await self.disconnect()
         self._complete = True
         self.settled.set()
@@ -170,10 +175,14 @@ class Replica:
         """
         await self._links[-1].check(*self._links[:-1])
 
-    async def _watch(self, check: Callable[[], None]) -> None:
-        """Call `check` again and again. Raises DestinationLostError if others moved or changed the destination."""
+    async def _watch(self) -> None:
+        """Watch for changes by others. Raises DestinationLostError if others moved or changed the destination.
+
+        The path of a complete copy may change.
+        """
         while True:
             await trio.sleep(_WATCH_SECONDS)
+            check = self._device.check if self._complete else self._device.check_in_place
             # A path may lie on a file system that never answers: the thread can be left behind.
             await trio.to_thread.run_sync(check, abandon_on_cancel=True)
 
@@ -191,7 +200,9 @@ class Replica:
 
         self._verified, self._verifying = 0, True  # stays True until the copy is complete or has failed
         await trio.to_thread.run_sync(self._device.drop_cache)
-        verdict = await compare(self._device, self._geometry, self._links[-1], report, self._note_verified)
+        verdict = await compare(
+            self._device, self._geometry, self._links[-1], report, self._note_verified, self._blockmap.user
+        )
         if first is not None:
             await self._committer.forget()
             raise MismatchError(
@@ -206,6 +217,12 @@ class Replica:
     def _note_verified(self, count: int) -> None:
         self._verified = count
 
+    async def _begin_write(self) -> None:
+        """Prepare for a write of the user. Raises ReadOnlyError if there may be none."""
+        if not self._plan.writable:
+            raise ReadOnlyError(f"{self._plan.destination} is mounted read-only")
+        await self._committer.begin_user_writes()
+
     def _fail(self, error: BlockcopyError) -> None:
         """Fail the copy with `error`, and end background hydration.
 
@@ -215,6 +232,8 @@ class Replica:
         logger.error("the copy cannot be completed: %s", error)
         self._failure = self._failure or error
         self.settled.set()
+        if self._hydrator.writer.failure is not None:
+            self.read_only.set()
 
     async def wait_complete(self) -> None:
         """Wait until the destination is a complete copy. Raises the BlockcopyError that failed the copy."""
@@ -225,6 +244,18 @@ class Replica:
     async def commit(self) -> None:
         """Sync the destination, and record the blocks that are present. Raises DeviceError if the sync fails."""
         await self._committer.commit()
+
+    async def flush(self) -> None:
+        """Make all that the user has written durable, and record it.
+
+        Raises DeviceError if the sync fails, now or earlier. Raises StateWriteError if it cannot be recorded.
+        """
+        try:
+            await self._committer.flush()
+        except DeviceError as error:
+            if self._failure is None:
+                self._fail(error)
+            raise
 
     async def prefetch(self, extents: Sequence[Extent]) -> None:
         """Make the blocks of `extents`, byte ranges, present. Requests go to the bulk lane.
@@ -262,8 +293,8 @@ class Replica:
 
     @property
     def _is_copy(self) -> bool:
-        """Whether the copy was completed, and no other program is known to have changed the destination since."""
-        return self._complete and not self._device.lost
+        """Whether the copy was completed, and is not known to have been damaged since."""
+        return self._complete and not self._device.lost and self._hydrator.writer.failure is None
 
     @property
     def state(self) -> State:
@@ -310,6 +341,8 @@ class Replica:
             limit_bytes_per_s=self.throttle.limit,
             eta_seconds=eta(progress, size, rate),
             elapsed_seconds=round(trio.current_time() - self._started_at, 1),
+            written_bytes=self._blockmap.user.written_bytes,
+            lost_bytes=self._blockmap.user.lost_bytes,
             source_needed=not self._is_copy,
             demand=self.volume.read_stats.status(),
             link=self._link_status(),
@@ -327,7 +360,9 @@ class Replica:
         cells = []
         for start in range(0, self._geometry.block_count, blocks_per_cell):
             blocks = range(start, min(start + blocks_per_cell, self._geometry.block_count))
-            cells.append(MapCell(len(blocks), *self._blockmap.count(blocks)))
+            cells.append(
+                MapCell(len(blocks), *self._blockmap.count(blocks), self._blockmap.user.count_blocks(blocks))
+            )
         for block in self._bulk.in_flight:
             cells[block // blocks_per_cell].in_flight += 1
         for block in self._demand.in_flight:

@@ -6,7 +6,7 @@ It sends the same signatures as a copy does, counts the answers, and discards th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,6 +24,8 @@ from blockcopy.replica.plan import Plan
 from blockcopy.replica.source.batches import DISCARD
 from blockcopy.replica.source.connector import Connector
 from blockcopy.replica.source.link import Link
+from blockcopy.replica.state.recovery import recorded_user_pages
+from blockcopy.replica.state.user_pages import UserPages
 
 _ROUND_BLOCKS = 16 * BATCH_BLOCKS
 """Blocks that are compared at once: 512 MiB. Their differences are reported in order."""
@@ -37,6 +39,8 @@ class Verdict:
     """Bytes of the source."""
     differing_bytes: int = 0
     """Bytes of the blocks that differ."""
+    user_bytes: int = 0
+    """Bytes of blocks that a user has written to. They are not compared."""
     tail_bytes: int = 0
     """Bytes of the copy beyond the size of the source. They are not compared."""
     local_unreadable: UnreadableRanges = field(default_factory=UnreadableRanges)
@@ -75,7 +79,9 @@ async def verify(
             def completed(count: int) -> None:
                 progress.update(Counts(count, total))
 
-            verdict = await compare(device, Geometry(min(total, remote_size)), link, report, completed)
+            geometry = Geometry(min(total, remote_size))
+            user = recorded_user_pages(device, geometry) if source_size is None else None
+            verdict = await compare(device, geometry, link, report, completed, user)
             if total > remote_size:
                 report(Extent(remote_size, total - remote_size))
                 verdict.size = total
@@ -97,6 +103,7 @@ async def compare(
     link: Link,
     report: Callable[[Extent], None],
     completed: Callable[[int], None],
+    user: UserPages | None = None,
 ) -> Verdict:
     """Compare every block of `device` with the other end of `link`, which has this `geometry`.
 
@@ -104,9 +111,12 @@ async def compare(
 
     `report`: called with each Extent that differs, ascending. Adjacent ones are joined.
     `completed`: called with the number of bytes compared so far, again and again.
+    `user`: the pages that the user wrote. Their blocks are not compared.
     Raises SourceError or DeviceError.
     """
     verdict = Verdict(geometry.size)
+    if user is not None:
+        verdict.user_bytes = user.written_bytes
 
     def differs(extent: Extent) -> None:
         verdict.differing_bytes += extent.length
@@ -114,7 +124,7 @@ async def compare(
 
     ranges = ExtentJoiner(differs)
     local = Geometry(min(device.size(), geometry.size), geometry.block_size)
-    comparison = _Comparison(device, local, link, verdict)
+    comparison = _Comparison(device, local, link, verdict, user)
     for start in range(0, local.block_count, _ROUND_BLOCKS):
         blocks = range(start, min(start + _ROUND_BLOCKS, local.block_count))
         for extent in await comparison.differences(blocks):
@@ -130,7 +140,10 @@ async def compare(
 class _Comparison:
     """A comparison of blocks that both ends have. It adds unreadable blocks to `verdict`."""
 
-    def __init__(self, device: Device, geometry: Geometry, link: Link, verdict: Verdict) -> None:
+    def __init__(
+        self, device: Device, geometry: Geometry, link: Link, verdict: Verdict, user: UserPages | None
+    ) -> None:
+        self._user = user
         self._device = device
         self._geometry = geometry
         self._link = link
@@ -142,7 +155,7 @@ class _Comparison:
         found: list[Extent] = []
         errors: list[BlockcopyError] = []
 
-        async def ask(batch: range) -> None:
+        async def ask(batch: Sequence[int]) -> None:
             try:
                 found.extend(await self._ask(batch))
             except BlockcopyError as error:
@@ -150,12 +163,16 @@ class _Comparison:
 
         async with trio.open_nursery() as nursery:
             for first in range(blocks.start, blocks.stop, BATCH_BLOCKS):
-                nursery.start_soon(ask, range(first, min(first + BATCH_BLOCKS, blocks.stop)))
+                batch = range(first, min(first + BATCH_BLOCKS, blocks.stop))
+                if self._user is None or not self._user.count_blocks(batch):
+                    nursery.start_soon(ask, batch)
+                elif others := [block for block in batch if not self._user.has_block(block)]:
+                    nursery.start_soon(ask, others)
         if errors:
             raise errors[0]
         return sorted(found)
 
-    async def _ask(self, batch: range) -> list[Extent]:
+    async def _ask(self, batch: Sequence[int]) -> list[Extent]:
         since = trio.current_time()
         digest = await self._link.digest(since)
         local_unreadable = UnreadableRanges()

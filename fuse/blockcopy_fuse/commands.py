@@ -21,7 +21,15 @@ from blockcopy.cli import console, log_sinks
 from blockcopy.errors import IncompleteError, MissingRequirementError, RemoteError, UsageError
 from blockcopy.paths.places import absolute
 from blockcopy.progress.reporter import Progress
-from blockcopy.replica.commands import command_for, needs_extra, plan_of, prompts, run, source_command
+from blockcopy.replica.commands import (
+    command_for,
+    discard_if_written,
+    needs_extra,
+    plan_of,
+    prompts,
+    run,
+    source_command,
+)
 from blockcopy.replica.monitor.status import Status, summary
 from blockcopy.transport.control_master import log_in, logging_out
 from blockcopy.transport.location import parse_location
@@ -43,14 +51,16 @@ def mount(args: argparse.Namespace) -> None:
         from blockcopy.replica.monitor.sd_notify import Notifier
         from blockcopy_fuse import daemon, mounting
     command = source_command(args).with_absolute_programs()
+    fuse_options = options.parse(args.options)
+    writable = _is_writable(args, fuse_options)
     plan = plan_of(
         args,
         command,
+        writable=writable,
         hydrate=not args.no_background,
         resume_offline=True,
         read_timeout=fuse_support.longest_read(),
     )
-    fuse_options = options.parse(args.options)
     mountpoint = absolute(args.mountpoint)
     unmount.clear_dead_mount(mountpoint, replace=args.replace, kind=f"fuse.{fuse_options.subtype}")
     mount_plan = mounting.MountPlan(
@@ -62,7 +72,11 @@ def mount(args: argparse.Namespace) -> None:
         log_file=absolute(args.log_file) if args.log_file else None,
     )
     mounting.check(mount_plan)
-    check_destination(plan.destination, force=plan.force)  # before ssh asks for a password
+    if args.discard_writes:
+        discard_if_written(plan.destination, plan.state)
+    check_destination(
+        plan.destination, force=plan.force, with_user_writes=writable
+    )  # before ssh asks for a password
     if plan.prompts and not args.foreground:
         mount_plan = dataclasses.replace(mount_plan, plan=_logged_in_now(plan))
     notifier = Notifier()
@@ -76,6 +90,21 @@ def mount(args: argparse.Namespace) -> None:
         _raise_if_incomplete("ended", serve(lambda: None, console.progress(args, bar_by_default=True)))
     elif daemon.run_in_background(lambda ready: serve(ready, Progress())):
         await_file(str(mount_plan.file), mountpoint)  # in another process than the one that serves
+
+
+def _is_writable(args: argparse.Namespace, fuse_options: options.MountOptions) -> bool:
+    """Return whether the mount accepts writes, as `args`, the parsed arguments, and `fuse_options` say.
+
+    Raises UsageError if they contradict each other, or if a writable mount would have no state.
+    """
+    if args.writable and fuse_options.writable is False:
+        raise UsageError("--writable and -o ro exclude each other")
+    writable = args.writable or bool(fuse_options.writable)
+    if writable and (args.no_state or args.recheck):
+        raise UsageError(
+            "--no-state and --recheck are not possible with --writable: the state says what the user has written"
+        )
+    return writable
 
 
 def _raise_if_incomplete(event: str, status: Status) -> None:

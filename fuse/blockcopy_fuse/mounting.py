@@ -30,6 +30,7 @@ import trio
 
 import blockcopy
 from blockcopy.block.records import default_folder
+from blockcopy.block.syscalls import become_io_flusher
 from blockcopy.errors import Interrupted, MountError, UsageError
 from blockcopy.paths import safe_write
 from blockcopy.paths.runtime_dir import runtime_dir_candidates
@@ -136,6 +137,8 @@ async def serve(mount_plan: MountPlan, ready: Callable[[], None], progress: Prog
     Raises, in exception groups, what `open_replica` raises, and MountError if FUSE refuses the mount.
     Raises Interrupted if a signal came before the mount was there. Call from trio's thread only.
     """
+    if mount_plan.plan.writable:
+        _prepare_for_writes()
     stop, unmounted = trio.Event(), trio.Event()
     mounted = False
     mountpoint = os.path.realpath(mount_plan.mountpoint)  # now: later it would be a request to this process
@@ -156,7 +159,7 @@ async def serve(mount_plan: MountPlan, ready: Callable[[], None], progress: Prog
                 path = socket.path if socket else None
                 return dataclasses.replace(replica.status(), mountpoint=mountpoint, control_socket=path)
 
-            _init(mount_plan, mountpoint, replica, status)
+            operations = _init(mount_plan, mountpoint, replica, status)
             mounted = True
             try:
                 with _released_before_helper(mount_plan.options):
@@ -169,6 +172,7 @@ async def serve(mount_plan: MountPlan, ready: Callable[[], None], progress: Prog
                             "sd_notify": partial(notifier.keep_notifying, replica),
                             "--metrics": partial(prometheus.keep_writing, mount_plan.plan.metrics, status),
                             "the progress": partial(report, replica, progress),
+                            "the kernel's cache": partial(_drop_lost_pages, replica, operations),
                             "--on-complete": partial(_on_complete, mount_plan.plan, replica, status),
                         }
                         if socket is not None:
@@ -185,9 +189,26 @@ async def serve(mount_plan: MountPlan, ready: Callable[[], None], progress: Prog
     return status()
 
 
+def _prepare_for_writes() -> None:
+    """Make sure that this process cannot wait for the write-back of its own mount. Call before threads start."""
+    try:
+        become_io_flusher()
+    except OSError as error:  # an ordinary user may not
+        logger.debug("a lack of memory may delay this mount: %s", error.strerror)
+
+
 def _device_of(mountpoint: str) -> str:
     found = mountinfo.mount_at(mountpoint)
     return found.device if found else str(os.getpid())  # the mount was removed already
+
+
+async def _drop_lost_pages(replica: Replica, operations: Operations) -> None:
+    """Drop the kernel's cache of `replica` once a sync has failed. The cache has bytes that were lost.
+
+    `operations`: know the inode of the replica.
+    """
+    await replica.read_only.wait()
+    await abandonable.run(partial(pyfuse3.invalidate_inode, operations.file_inode))
 
 
 async def _on_complete(plan: Plan, replica: Replica, status: Callable[[], Status]) -> None:
@@ -218,8 +239,8 @@ async def _pid_file(path: str | None) -> AsyncIterator[None]:
             await abandonable.run_within(partial(safe_write.remove, path, written), _FILE_SECONDS)
 
 
-def _init(mount_plan: MountPlan, mountpoint: str, replica: Replica, status: Callable[[], Status]) -> None:
-    """Mount `replica` on the resolved path `mountpoint`, as `mount_plan` says.
+def _init(mount_plan: MountPlan, mountpoint: str, replica: Replica, status: Callable[[], Status]) -> Operations:
+    """Mount `replica` on the resolved path `mountpoint`, as `mount_plan` says. Returns the handlers of requests.
 
     `status`: called without arguments, returns the content of the status file.
     Raises MountError if libfuse cannot mount.
@@ -227,7 +248,7 @@ def _init(mount_plan: MountPlan, mountpoint: str, replica: Replica, status: Call
     name = mount_plan.options.fsname or str(mount_plan.plan.command.location)
     options = {
         *pyfuse3.default_options,
-        "ro",
+        "default_permissions" if mount_plan.plan.writable else "ro",
         f"fsname={quoted(name)}",
         f"subtype={mount_plan.options.subtype}",
         *mount_plan.options.fuse,
@@ -237,12 +258,14 @@ def _init(mount_plan: MountPlan, mountpoint: str, replica: Replica, status: Call
         mount_plan.name,
         status,
         options=mount_plan.options,
+        writable=mount_plan.plan.writable,
         before_first_open=lambda: fuse_support.tune(mountpoint),
     )
     try:
         pyfuse3.init(operations, mountpoint, options)
     except RuntimeError as error:  # libfuse has printed the reason itself
         raise MountError(f"cannot mount on {mount_plan.mountpoint}: {error}") from error
+    return operations
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """The handlers of the kernel's FUSE requests.
 
 The mount is a folder with two files, the replica and status.json. If the mountpoint is a file, it is the replica.
-The logical content of a replica never changes while it is mounted. So attributes are constant, the kernel may
-cache everything, and nothing is ever invalidated. Handlers run in trio's thread, and must not block it.
-An error of blockcopy becomes an errno in this module only.
+The content of a replica changes only by writes through the mount, so the kernel may cache everything. Attributes
+are constant: a changed mtime would drop the cached pages. Nothing is invalidated, unless a failed sync has lost
+writes (`mounting`). The kernel sends each write at once. With its write-back cache, it would trust its own size of
+the file. Handlers run in trio's thread, and must not block it. An error of blockcopy becomes an errno here alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FlagT, FU
 
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.geometry import BLOCK_SIZE
-from blockcopy.errors import BlockcopyError, SourceReadError
+from blockcopy.errors import BlockcopyError, DeviceError, ReadOnlyError, SourceReadError
 from blockcopy.replica.monitor.status import Status
 from blockcopy.replica.replica import Replica
 from blockcopy_fuse import STATUS_NAME
@@ -59,12 +60,21 @@ def handler(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutin
             raise FUSEError(errno.EIO) from error
         except BlockcopyError as error:
             logger.warning("%s: %s", method.__name__, error)
-            raise FUSEError(errno.EIO) from error
+            raise FUSEError(_errno(error)) from error
         except Exception as error:
             logger.exception("%s failed", method.__name__)
             raise FUSEError(errno.EIO) from error
 
     return answer
+
+
+def _errno(error: BlockcopyError) -> int:
+    """Return the errno that a user gets for `error`."""
+    if isinstance(error, ReadOnlyError):
+        return errno.EROFS
+    if isinstance(error, DeviceError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return error.errno
+    return errno.EIO
 
 
 class Operations(pyfuse3.Operations):
@@ -77,12 +87,13 @@ class Operations(pyfuse3.Operations):
         status: Callable[[], Status],
         *,
         options: MountOptions,
+        writable: bool,
         before_first_open: Callable[[], None],
     ) -> None:
         """Show `replica` as the file `name`, or as the root itself if `name` is None.
 
         `status`: called without arguments, returns the content of the status file.
-        `options`: owner and mode of the files.
+        `options`: owner and mode of the files. `writable`: whether the replica may be opened for writing.
         `before_first_open`: called once without arguments, before the replica is opened.
         """
         super().__init__()
@@ -91,11 +102,17 @@ class Operations(pyfuse3.Operations):
         self._volume = replica.volume
         self._status = status
         self._options = options
+        self._writable = writable
         self._mounted_ns = time.time_ns()
         self._file = _ROOT if name is None else _REPLICA
         self._entries = {} if name is None else {os.fsencode(name): _REPLICA, STATUS_NAME.encode(): _STATUS}
         self._statuses: dict[FileHandleT, bytes] = {}
         self._next_handle = _STATUS_HANDLES
+
+    @property
+    def file_inode(self) -> InodeT:
+        """The inode of the replica."""
+        return self._file
 
     def _attributes(self, inode: InodeT) -> EntryAttributes:
         entry = EntryAttributes()
@@ -105,6 +122,7 @@ class Operations(pyfuse3.Operations):
         entry.st_mode, entry.st_nlink = stat.S_IFREG | self._options.mode(0o444), 1
         if inode == self._file:
             entry.st_size = self._volume.size
+            entry.st_mode |= self._options.mode(0o200 if self._writable else 0)
         elif inode == _ROOT:
             entry.st_mode, entry.st_nlink = stat.S_IFDIR | self._options.mode(0o555), 2
         elif inode == _STATUS:
@@ -159,18 +177,18 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def open(self, inode: InodeT, flags: FlagT, ctx: pyfuse3.RequestContext) -> FileInfo:
-        """Open the file `inode` for reading. Returns a FileInfo with the handle.
+        """Open the file `inode`. Returns a FileInfo with the handle.
 
-        `flags`: those of open(2). Ignores `ctx`.
-        Raises FUSEError if `inode` is a folder, or if `flags` allow writing.
+        `flags`: those of open(2). O_TRUNC is ignored, as block devices do. Ignores `ctx`.
+        Raises FUSEError if `inode` is a folder, or if `flags` ask for writes that are not possible.
         """
-        if flags & os.O_ACCMODE != os.O_RDONLY:
+        if flags & os.O_ACCMODE != os.O_RDONLY and not (self._writable and inode == self._file):
             raise FUSEError(errno.EROFS)
         if inode == self._file:
             if self._before_first_open is not None:
                 self._before_first_open()
                 self._before_first_open = None
-            return FileInfo(fh=FileHandleT(inode), keep_cache=True)
+            return FileInfo(fh=FileHandleT(inode), keep_cache=not self._replica.read_only.is_set())
         if inode == _STATUS:
             # The text is made when the file is opened, so that its reader sees one moment.
             handle, self._next_handle = FileHandleT(self._next_handle), self._next_handle + 1
@@ -187,8 +205,33 @@ class Operations(pyfuse3.Operations):
         return await self._volume.read(off, size)
 
     @handler
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        """Write `buf` to the open file `fh` at offset `off`. Returns how many bytes, fewer only at its end."""
+        return await self._volume.write(off, buf)
+
+    @handler
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: FileHandleT | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> EntryAttributes:
+        """Return the attributes of `inode`, which stay as they are. New times in `attr` are ignored.
+
+        `fields`: what is to change. Ignores `fh` and `ctx`. Raises FUSEError for another size, owner or mode.
+        """
+        known = self._attributes(inode)
+        if fields.update_size and attr.st_size != known.st_size:
+            raise FUSEError(errno.EINVAL)  # as truncate(2) of a block device
+        if fields.update_mode or fields.update_uid or fields.update_gid:
+            raise FUSEError(errno.EPERM)
+        return known
+
+    @handler
     async def flush(self, fh: FileHandleT) -> None:
-        """Do nothing: the open file `fh` cannot be written."""
+        """Do nothing when a process closes the open file `fh`: each write has arrived."""
 
     @handler
     async def release(self, fh: FileHandleT) -> None:
@@ -197,11 +240,11 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
-        """Sync the destination, and record what was read, and therefore stored, so far.
+        """Sync the destination, and record what was written, and what was read and therefore stored, so far.
 
         The open file `fh` and `datasync` make no difference.
         """
-        await self._replica.commit()
+        await self._replica.flush()
 
     @handler
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:

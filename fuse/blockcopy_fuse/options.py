@@ -17,13 +17,13 @@ from blockcopy.errors import UsageError
 from blockcopy_fuse import fuse_support
 
 FLAGS = {
-    *("allow_other", "allow_root", "auto_unmount", "default_permissions", "debug", "ro", "exec", "noexec"),
+    *("allow_other", "allow_root", "auto_unmount", "default_permissions", "debug", "ro", "rw", "exec", "noexec"),
     *("suid", "nosuid", "dev", "nodev", "sync", "async", "dirsync", "atime", "noatime"),
 }
 """Options without a value, which libfuse takes and which do no harm here."""
 
-_DEFAULTS = {"atime"}
-"""Flags that change nothing. They are not passed on, because libfuse 3.17 refuses them."""
+_OWN = {"atime", "ro", "rw"}
+"""Flags that are not passed on. `atime` changes nothing, and libfuse 3.17 refuses it. The mount adds `ro`."""
 
 VALUES = {"fsname", "subtype", "uid", "gid", "umask"}
 """Options that need a value."""
@@ -31,7 +31,6 @@ VALUES = {"fsname", "subtype", "uid", "gid", "umask"}
 REFUSED = {
     "max_read": "it makes the mount vanish at once (a fault of libfuse's bindings)",
     "max_background": "set /sys/fs/fuse/connections/*/max_background instead",
-    "rw": "the replica is read-only",
     "remount": "options of a mounted replica cannot change; unmount it, and mount it again",
 }
 """Options that cannot work, and why."""
@@ -41,6 +40,7 @@ REFUSED = {
 class MountOptions:
     """The parsed options. `fuse`: flags for libfuse. `uid`, `gid`, `umask`: owner and mode of the files.
 
+    `writable`: None if neither `rw` nor `ro` was given.
     `fsname`: the source that `mount` and `df` show, or None for the real one. `subtype`: as in fuse.SUBTYPE.
     """
 
@@ -50,6 +50,7 @@ class MountOptions:
     umask: int
     fsname: str | None = None
     subtype: str = "blockcopy"
+    writable: bool | None = None
 
     def mode(self, all_bits: int) -> int:
         """Return `all_bits`, such as 0o444 or 0o555, without the bits of the umask."""
@@ -93,17 +94,20 @@ def parse(texts: list[str]) -> MountOptions:
             flags.add(name)
         else:
             raise UsageError(f"-o {option} is not possible: {_why_not(name)}")
+    if {"rw", "ro"} <= flags:
+        raise UsageError("-o rw and -o ro exclude each other")
     _check_sharing(flags)
     subtype = values.get("subtype", "blockcopy")
     if not re.fullmatch(r"[\w.+-]+", subtype, re.ASCII):
         raise UsageError(f"-o subtype={subtype} is not possible: it must be one word, as in fuse.blockcopy")
     return MountOptions(
-        frozenset(flags - _DEFAULTS),
+        frozenset(flags - _OWN),
         uid=_id("uid", values["uid"]) if "uid" in values else os.getuid(),
         gid=_id("gid", values["gid"]) if "gid" in values else os.getgid(),
         umask=_umask(values["umask"]) if "umask" in values else 0 if "allow_other" in flags else 0o077,
         fsname=values.get("fsname"),
         subtype=subtype,
+        writable=None if not flags & {"rw", "ro"} else "rw" in flags,
     )
 
 

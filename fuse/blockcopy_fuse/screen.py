@@ -33,6 +33,7 @@ _STATE_STYLES = {
 CELL_KINDS = {
     "reading": ("◆", "R", "bold magenta", "being read now"),
     "in_flight": ("»", ">", "bold bright_blue", "in flight"),
+    "written": ("▓", "W", "yellow", "written by the user"),
     "present": ("█", "#", "green", "present"),
     "zero": ("░", "0", "cyan", "zeros"),
     "partly": ("▄", "+", "green", "partly present"),
@@ -45,7 +46,11 @@ def cell_kind(cell: MapCell) -> str:
     """Return the name in CELL_KINDS by which `cell` is shown."""
     if cell.reading:
         return "reading"
+    if cell.written * 2 > cell.blocks:
+        return "written"
     if cell.present == cell.blocks:
+        if cell.written:
+            return "written"
         return "zero" if cell.zero * 2 > cell.blocks else "present"
     if cell.in_flight:
         return "in_flight"
@@ -144,6 +149,7 @@ def _origin(status: Status) -> Text:
         f"{human_size(status.same_bytes)} equal",
         f"{human_size(status.fetched_bytes)} fetched",
         f"{human_size(status.zero_bytes)} zeros",
+        f"{human_size(status.written_bytes)} written by the user" if status.written_bytes else "",
     ]
     return Text(", ".join(filter(None, parts)))
 

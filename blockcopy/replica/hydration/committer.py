@@ -3,9 +3,12 @@
     blocks are marked → the destination is synced → the changed chunks of the block map are recorded
 
 This order keeps the state file true: each recorded block is right on the destination, and durable there. A commit
-takes place each second and on request. Chunks that change after a commit has taken them wait for the next one.
-If a sync fails, no block counts as present, neither in memory nor on record. If the state file cannot be written,
-the copy goes on, and the next run checks more blocks.
+takes place each second and on request. What changes after a commit has taken its changes waits for the next one.
+If a sync fails, what earlier commits have recorded stays, because their syncs succeeded. All else is undone. If the
+state file cannot be written, the copy goes on, and the next run checks more blocks.
+
+The first write of a user is noted before it lands: in the state file, and outside of it (`user_writes`). From then
+on a flush succeeds only if what the user wrote is durable and on record.
 
 A lease is a time on record until which this run may write to a destination file. A later run ignores the record
 if the file was written after the lease: another program wrote it. Block devices have no times, and need no lease.
@@ -16,14 +19,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 
 import trio
 
+from blockcopy.block import user_writes
 from blockcopy.block.identity import NO_TIMES, Identity, Times, destination_identity, settled_times, times_of
 from blockcopy.block.records import invalidate_records, make_authoritative, make_default_authoritative
-from blockcopy.errors import DeviceError, StateError, StateWriteError
+from blockcopy.errors import DestinationLostError, DeviceError, StateError, StateWriteError
 from blockcopy.replica.hydration.hydrator import Hydrator
+from blockcopy.replica.state.blockmap import Changes
 from blockcopy.replica.state.recovery import is_at_default_path
 from blockcopy.replica.state.statefile import Binding, StateFile, WriteTimes
 from blockcopy.replica.tasks import abandonable
@@ -32,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 _SECONDS = 1
 """Seconds between two commits, and between two renewals of the lease."""
+
+_IDLE_SECONDS = 10
+"""Seconds between two commits if only the user's writes are left to commit. A flush does not wait for them."""
 
 _LEASE_NS = 3_000_000_000
 """Nanoseconds that a lease lasts after it was recorded.
@@ -49,16 +58,20 @@ class Committer:
     Start `run` and `renew_leases` in a nursery.
     """
 
-    def __init__(self, state_file: StateFile | None, hydrator: Hydrator) -> None:
-        """Make a committer for the destination of `hydrator`, which syncs, and forgets blocks if that fails.
+    def __init__(self, state_file: StateFile | None, hydrator: Hydrator, *, source: str = "") -> None:
+        """Make a committer for the destination of `hydrator`, which syncs, and undoes changes if that fails.
 
-        `state_file`: None to sync only.
+        `state_file`: None to sync only. `source`: the source, as the user named it.
         """
         self._state_file = state_file
         self._hydrator = hydrator
         self._device = hydrator.device
         self._blockmap = hydrator.blockmap
+        self._source = source
+        self._counter: user_writes.Counter | None = None
+        self._has_user_writes = False
         self._one_commit = trio.Lock()
+        self._commits_begun = self._commits_ended = 0
         self._one_thread = trio.CapacityLimiter(1)
         self._trouble: StateWriteError | None = None
         self._durable = NO_TIMES  # times of the destination that survive a power loss
@@ -69,18 +82,21 @@ class Committer:
     async def begin(self, source: Identity) -> None:
         """Make the record match the block map. Call before the destination is written.
 
-        The old record is continued if blocks were resumed from it. Otherwise a new record begins, which names
-        `source`, the identity of the source. If the new record cannot be written, the old records are removed, and
-        no state is kept.
-        Raises StateError if an old record cannot be removed.
+        The old record is continued if blocks were resumed from it, or if the user has written. Otherwise a new
+        record begins, which names `source`, the identity of the source. If the new record cannot be written, the
+        old records are removed, and no state is kept.
+        Raises StateError if an old record cannot be removed, or if a record of user's writes cannot be continued.
         """
         state_file = self._state_file
         if state_file is None:
             return
-        if self._blockmap.resumed_bytes and state_file.record:
-            recorded = state_file.record.times
-            self._durable = Times(recorded.mtime_ns, recorded.ctime_ns)
-            await self._record(state_file.write_times)
+        record = state_file.record
+        if record and (self._blockmap.resumed_bytes or record.has_user_writes):
+            self._durable = Times(record.times.mtime_ns, record.times.ctime_ns)
+            if record.has_user_writes:
+                await self._note_user_writes()
+            else:
+                await self._record(state_file.write_times)
             return
         block_size = self._blockmap.geometry.block_size
         binding = Binding(source, destination_identity(self._device), self._device.size(), block_size)
@@ -96,18 +112,45 @@ class Committer:
         else:
             make_authoritative(state_file.token, self._device)
 
+    async def begin_user_writes(self) -> None:
+        """Note durably that the destination holds writes of the user. Call before each write of the user.
+
+        Raises StateWriteError if that is not possible.
+        """
+        if not self._has_user_writes:
+            async with self._one_commit:
+                if not self._has_user_writes:
+                    await self._note_user_writes()
+
+    async def _note_user_writes(self) -> None:
+        """Note in both places that the destination holds writes of the user. Raises StateWriteError otherwise."""
+        state_file = self._state_file
+        if state_file is None:
+            raise StateWriteError(f"{self._device.path} cannot be written: there is no state file")
+
+        def note() -> None:
+            known = user_writes.Note(self._source, str(state_file.path), state_file.commits)
+            self._counter = user_writes.make(self._device, known)
+            state_file.note_user_writes(WriteTimes(*self._durable, until_ns=time.time_ns()))
+
+        try:
+            await self._in_thread(note)
+        except TimeoutError as error:
+            raise StateWriteError(f"cannot record in {state_file.path}: {error.strerror}") from error
+        self._has_user_writes = True
+
     async def run(self) -> None:
         """Commit each second, for ever. Raises DeviceError if the destination cannot be synced."""
         while True:
-            await trio.sleep(_SECONDS)
+            await trio.sleep(_IDLE_SECONDS if self._blockmap.complete else _SECONDS)
             await self.commit()
 
     async def renew_leases(self) -> None:
-        """Renew the lease each second while a destination file has unsynced writes.
+        """Renew the lease each second while a destination file has unsynced writes, until the user writes.
 
         Without a lease, a crash would leave times that look like the writes of another program.
         """
-        while not self._device.is_block_device:
+        while not self._device.is_block_device and not self._has_user_writes:
             await self._hydrator.writer.unsynced.wait()
             if self._state_file is None:
                 return
@@ -117,36 +160,73 @@ class Committer:
     async def commit(self) -> None:
         """Make all blocks durable that are marked now, and record them. Raises DeviceError if the sync fails."""
         async with self._one_commit:
-            with trio.CancelScope(shield=True):  # chunks that were taken are recorded or put back
+            with trio.CancelScope(shield=True):  # changes that were taken are recorded or put back
                 await self._commit()
 
+    async def flush(self) -> None:
+        """Make all that the user has written durable, and record it. Flushes that wait together share a commit.
+
+        Raises DeviceError if the sync fails, now or earlier. Raises StateWriteError if it cannot be recorded.
+        """
+        wanted = self._commits_begun + 1
+        async with self._one_commit:
+            if self._commits_ended < wanted:
+                with trio.CancelScope(shield=True):
+                    await self._commit()
+        if self._hydrator.writer.failure is not None:
+            raise copy(self._hydrator.writer.failure)
+        if self._has_user_writes and self._trouble is not None and not self._blockmap.complete:
+            raise copy(self._trouble)
+
     async def _commit(self) -> None:
+        self._commits_begun += 1
+        number = self._commits_begun
         await self._extend_lease()
         times = times_of(self._device)
         changes = self._blockmap.take_changes()
         try:
-            if await self._hydrator.sync():
+            if await self._hydrator.sync(times=not self._has_user_writes):
                 self._durable = times
-        except DeviceError:
-            await self._clear_record()
+        except DeviceError as error:
+            await self._record_failed_sync(error)
             raise
-        if self._state_file is None or not changes:
-            return
-        if not await self._record(partial(self._state_file.write_chunks, changes)):
+        self._blockmap.settle()
+        if self._state_file is not None and any(changes):
+            await self._record_changes(changes)
+        self._commits_ended = number
+
+    async def _record_changes(self, changes: Changes) -> None:
+        if self._state_file and not await self._record(partial(self._state_file.write_changes, changes)):
             self._blockmap.restore_changes(changes)
+
+    async def _record_failed_sync(self, error: DeviceError) -> None:
+        """Record what is left after the sync that failed with `error`: which pages of the user are lost.
+
+        A foreign change of the destination makes all blocks missing on record too, unless the user has written.
+        Raises StateError if such a record can be neither written nor removed.
+        """
+        if self._has_user_writes:
+            await self._record_changes(self._blockmap.take_changes())
+            self._blockmap.settle()
+        elif isinstance(error, DestinationLostError):
+            await self._clear_record()
 
     async def _extend_lease(self) -> None:
         """Renew a lease that may end before the next sync. A sync makes the times of our writes durable."""
-        if self._state_file is None or self._device.is_block_device or not self._hydrator.writer.unsynced.is_set():
+        if self._state_file is None or self._device.is_block_device or self._has_user_writes:
+            return
+        if not self._hydrator.writer.unsynced.is_set():
             return
         if self._lease_ns < time.time_ns() + _SECONDS * 1_000_000_000:
             await self._record(self._state_file.write_times)
 
     async def forget(self) -> None:
-        """Mark all blocks as missing, in memory and on record.
+        """Mark all blocks as missing, in memory and on record. Does nothing if the user has written.
 
         Raises StateError if the record can be neither written nor removed.
         """
+        if self._has_user_writes:
+            return
         async with self._one_commit:
             self._hydrator.forget()
             await self._clear_record()
@@ -182,25 +262,27 @@ class Committer:
     async def _close_state_file(self) -> None:
         """Record the last times of the destination, and close. Raises DeviceError if a sync fails.
 
-        These last syncs bypass the hydrator. So if one fails, this method itself forgets blocks and cache.
+        These last syncs bypass the hydrator. So if one fails, this method itself undoes what they should cover.
         """
         state_file = self._state_file
         if state_file is None:
             return
         try:
-            if self._trouble is None:
+            if self._trouble is None and self._hydrator.writer.failure is None:
                 times = NO_TIMES
                 if not self._device.is_block_device:
                     times = await trio.to_thread.run_sync(settled_times, self._device, self._device.sync)
                 await self._write(partial(state_file.write_times, WriteTimes(*times, until_ns=None)))
-        except DeviceError:
+        except DeviceError as error:
             try:
-                await self._hydrator.forget_cached()
+                await self._hydrator.undo_unsynced(error)
             finally:
-                await self._clear_record()
+                await self._record_failed_sync(error)
             raise
         finally:
             self._state_file = None
+            if self._counter is not None:
+                self._counter.close()
             try:
                 await self._in_thread(state_file.close)
             except TimeoutError:
@@ -217,8 +299,14 @@ class Committer:
 
     async def _write(self, write: Callable[[], None]) -> bool:
         """Call `write` in a thread. Returns False and warns once if the state file cannot be written, or hangs."""
+
+        def write_and_count() -> None:
+            write()
+            if self._counter is not None and self._state_file is not None:
+                self._counter.set(self._state_file.commits)
+
         try:
-            await self._in_thread(write)
+            await self._in_thread(write_and_count)
         except TimeoutError as error:
             path = self._state_file.path if self._state_file else ""
             trouble = StateWriteError(f"cannot record in the state file {path}: {error.strerror}")

@@ -19,20 +19,21 @@ written, or after the source said that they are equal. This holds if `_fetch` cr
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
 
 import trio
 
-from blockcopy.block.geometry import block_runs
+from blockcopy.block.geometry import Extent, block_runs
 from blockcopy.block.unreadable_ranges import UnreadableRanges
-from blockcopy.errors import BlockcopyError, DeviceError, SourceError
+from blockcopy.errors import BlockcopyError, DestinationLostError, DeviceError, SourceError
 from blockcopy.replica.hydration.lanes import Fetch, Lane
 from blockcopy.replica.hydration.signatures import read_signatures
 from blockcopy.replica.hydration.source_faults import SourceFaults
 from blockcopy.replica.hydration.writer import Writer
 from blockcopy.replica.source.batches import Delta
+from blockcopy.replica.state.blockmap import Kind
 
 logger = logging.getLogger(__name__)
 
@@ -179,17 +180,36 @@ class Hydrator:
         self._cancel_redundant(blocks, lane)
 
     def _mark(self, blocks: Sequence[int], answer: Delta) -> None:
+        """Mark `blocks`, about which the source sent `answer`, as present.
+
+        A block in which the user is just writing stays missing, and is fetched again. What landed there left out
+        the bytes of a write that may yet fail.
+        """
+        claimed = self.writer.claimed_blocks()
         for extent in answer.data:
-            self.blockmap.mark(self._geometry.span(*extent), "fetched")
+            self._mark_runs(self._geometry.span(*extent), "fetched", claimed)
         for extent in answer.zeros:
-            self.blockmap.mark(self._geometry.span(*extent), "zero")
+            self._mark_runs(self._geometry.span(*extent), "zero", claimed)
         unread = {block for each in answer.unreadable for block in self._geometry.span(*each.extent)}
-        for run in block_runs(block for block in blocks if block not in unread):
-            self.blockmap.mark(run, "same")
+        self._mark_runs([block for block in blocks if block not in unread], "same", claimed)
         for each in answer.unreadable:
             for block in self.blockmap.missing(self._geometry.span(*each.extent)):
                 self.blockmap.mark_unreadable(range(block, block + 1))
                 self.last_error = self.faults.add(block, each.reason)
+        if self.blockmap.complete:
+            self.complete.set()
+
+    def _mark_runs(self, blocks: Sequence[int], kind: Kind, claimed: frozenset[int]) -> None:
+        """Mark `blocks`, ascending numbers, as present by `kind`, except the `claimed` ones."""
+        if isinstance(blocks, range) and not claimed:
+            self.blockmap.mark(blocks, kind)
+            return
+        for run in block_runs(block for block in blocks if block not in claimed):
+            self.blockmap.mark(run, kind)
+
+    def note_write(self, extent: Extent) -> None:
+        """Note in the block map that the user wrote `extent`. A block that is whole by that is present."""
+        self.blockmap.note_write(extent)
         if self.blockmap.complete:
             self.complete.set()
 
@@ -201,44 +221,56 @@ class Hydrator:
         """
         if self.blockmap.generation == generation and not self._dropping_cache:
             before = self.blockmap.present_bytes
-            self.blockmap.mark(blocks, "zero")
+            self._mark_runs(blocks, "zero", self.writer.claimed_blocks())
             self.hole_bytes += self.blockmap.present_bytes - before
             if self.blockmap.complete:
                 self.complete.set()
 
-    async def sync(self) -> bool:
+    async def sync(self, *, times: bool = True) -> bool:
         """Make all marked blocks durable. Returns False if they were durable before.
 
+        `times`: make the times of a destination file durable too.
         Raises DeviceError if the sync fails. The kernel may then have dropped written bytes and return old ones.
-        So no block counts as present any more, and all are checked again.
+        So what no earlier sync has covered is undone.
         """
         try:
-            return await self.writer.sync()
+            return await self.writer.sync(times=times)
         except DeviceError as error:
-            self.last_error = error
-            await self.forget_cached()
+            await self.undo_unsynced(error)
             raise
 
-    async def forget_cached(self) -> None:
-        """Mark all blocks as missing, and drop the page cache of the destination. Call after a failed sync.
+    async def undo_unsynced(self, error: DeviceError) -> None:
+        """Undo in memory what no sync has covered, because a sync has failed with `error`. Nothing is lost twice.
 
-        The cache holds bytes that no disk has, and the next check would find them equal to the source.
+        Blocks that became present since the last sync are missing again. What the user wrote since is lost, and no
+        more is accepted. If another program has changed the destination, all blocks are missing again, unless the
+        user has written some. The page cache is dropped. It holds bytes that no disk has, and the next check would
+        find them equal to the source.
         Raises DeviceError if the cache cannot be dropped.
         """
-        # Forget before, so that no reader takes bytes for the source's while they are dropped.
-        # Mark nothing meanwhile, and forget again: something may have been read before it was dropped.
+        self.last_error = error
+        self.writer.refuse_writes(error)
+        is_foreign = isinstance(error, DestinationLostError)
+        if is_foreign and self.blockmap.user.written_bytes:
+            return  # the bytes are durable: only what others did to them is unknown
+        undo = self.blockmap.clear if is_foreign else self.blockmap.roll_back
+        # Undo before, so that no reader takes bytes for the source's while they are dropped.
+        # Mark nothing meanwhile, and undo again: something may have been read before it was dropped.
         self._dropping_cache = True
-        self.forget()
+        self._forget(undo)
         try:
             await trio.to_thread.run_sync(self.device.drop_cache)
         finally:
-            self.forget()
+            self._forget(undo)
             self._dropping_cache = False
 
     def forget(self) -> None:
-        """Mark all blocks as missing, so that each is checked again."""
-        self.blockmap.clear()
+        """Mark all blocks as missing, so that each is checked again. Raises RuntimeError if the user wrote some."""
+        self._forget(self.blockmap.clear)
+
+    def _forget(self, undo: Callable[[], None]) -> None:
+        undo()
         self.faults = SourceFaults()
-        self.hole_bytes = 0
-        if self.complete.is_set():
+        self.hole_bytes = min(self.hole_bytes, self.blockmap.zero_bytes)
+        if self.complete.is_set() and not self.blockmap.complete:
             self.complete = trio.Event()

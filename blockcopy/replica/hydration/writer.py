@@ -1,93 +1,159 @@
-"""The writer: write what the source has sent to the destination, and track whether it is durable.
+"""The writer: writes what the source has sent, and what the user writes, to the destination.
 
-No other part of the replica writes to the destination.
+No other part of the replica writes to the destination. Here the two meet, under one lock:
+
+    a landing       bytes of the source. Written only where blocks are missing, and pages are neither the user's
+                    nor claimed. A landing never waits
+    a claim         the range of a user's write, from before the write until the block map knows of it. The write
+                    waits until no landing is in its range. These are local writes, so it never waits for the source
+
+So nothing of the source lands on a page of the user, whatever was in flight when the write came.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import trio
 
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.destination import Destination
-from blockcopy.block.geometry import Extent
+from blockcopy.block.geometry import Extent, subtract
 from blockcopy.block.write_behind import WriteBehind
-from blockcopy.errors import DeviceError
+from blockcopy.errors import DeviceError, ReadOnlyError
 from blockcopy.replica.state.blockmap import BlockMap
+
+_ZEROS_STEP = 64 * 1024 * 1024
+"""Most bytes of zeros that are written at once. A user's write in their range waits for so many."""
 
 
 class Writer:
-    """The sink of all fetches.
+    """The sink of all fetches, and the writer of the user's bytes.
 
-    The receiving thread of each link calls `data` and `zeros`. Trio tasks call `sync`.
+    The receiving thread of each link calls `data` and `zeros`. Trio tasks call `claim`, `release` and `sync`.
     """
 
     def __init__(self, device: Destination, blockmap: BlockMap, *, sparse: bool) -> None:
         """Make a writer for the destination `device`. Call from trio's thread.
 
-        `blockmap`: the present blocks, which are not written again.
+        `blockmap`: what is present and what is the user's. Neither is written again by a landing.
         `sparse`: write zeros as holes if the device can have holes.
         """
         self.device = device
         """The destination."""
         self.blockmap = blockmap
-        """The blocks that are present."""
+        """The blocks that are present, and the pages that are the user's."""
         self._sparse = sparse
         self._token = trio.lowlevel.current_trio_token()
         self._write_behind = WriteBehind(device)
-        self._lock = threading.Lock()  # of what follows
-        self._writes = 0  # under way
+        self._lock = threading.Condition()  # of what follows
+        self._landings: list[Extent] = []
+        self._claims: list[Extent] = []
+        self.failure: ReadOnlyError | None = None
+        """Why the user's writes are refused. None if they are accepted."""
         self._dirty = True  # an earlier run may have left unsynced writes
         self.unsynced = trio.Event()
         """Set by the first write after a sync began. Replaced by a sync."""
         self.unsynced.set()
 
     def data(self, position: int, payload: Buffer) -> None:
-        """Write `payload`, bytes of the source, at `position`, unless all their blocks are present.
+        """Write `payload`, bytes of the source, at `position`, where blocks are missing and pages not the user's.
 
-        Another link may have brought the same bytes before.
         Thread-safe. Raises DeviceError if the write fails.
         """
-        self._write(position, len(payload), lambda: self.device.write(position, payload))
+        view = memoryview(payload)
+        with self._landing(Extent(position, len(view))) as room:
+            for extent in room:
+                start = extent.offset - position
+                self.device.write(extent.offset, view[start : start + extent.length])
+                self._write_behind.add(extent)
 
     def zeros(self, position: int, length: int) -> None:
-        """Write `length` zeros at `position`, unless all their blocks are present.
+        """Write `length` zeros at `position`, where blocks are missing and pages not the user's.
 
         Thread-safe. Raises DeviceError if the write fails.
         """
-        self._write(position, length, lambda: self.device.write_zeros(position, length, sparse=self._sparse))
+        for start in range(position, position + length, _ZEROS_STEP):
+            with self._landing(Extent(start, min(_ZEROS_STEP, position + length - start))) as room:
+                for extent in room:
+                    self.device.write_zeros(*extent, sparse=self._sparse)
+                    self._write_behind.add(extent)
 
-    def _write(self, position: int, length: int, write: Callable[[], None]) -> None:
-        """Call `write`, which writes `length` bytes at `position`, unless all their blocks are present."""
-        if not self.blockmap.any_missing(self.blockmap.geometry.span(position, length)):
-            return
+    @contextmanager
+    def _landing(self, extent: Extent) -> Iterator[list[Extent]]:
+        """Keep the user's writes out of `extent`, whole blocks. Yields the parts that may be written."""
         with self._lock:
-            self._writes += 1
-            if not self._dirty:
+            room = self.blockmap.room(extent)
+            if self._claims:
+                room = subtract(room, self._claims)
+            self._landings.append(extent)
+            if room and not self._dirty:
                 self._dirty = True
                 self._token.run_sync_soon(self.unsynced.set)
         try:
-            write()
+            yield room
         finally:
             with self._lock:
-                self._writes -= 1
-        self._write_behind.add(Extent(position, length))
+                self._landings.remove(extent)
+                self._lock.notify_all()
 
-    async def sync(self) -> bool:
+    def claim(self, extent: Extent) -> bool:
+        """Keep landings out of `extent`, the range of a user's write. Call from trio's thread.
+
+        Returns whether the write can begin at once. If not, it is `write` that waits.
+        """
+        with self._lock:
+            self._claims.append(extent)
+            self._dirty = True
+            self.unsynced.set()
+            return not self._is_landing(extent)
+
+    def write(self, extent: Extent, data: Buffer) -> None:
+        """Write the user's `data` at `extent`, which was claimed, when no landing is in its range any more.
+
+        Blocks: call in a thread. Raises DeviceError if the write fails.
+        """
+        with self._lock:
+            self._lock.wait_for(lambda: not self._is_landing(extent))
+        self.device.write(extent.offset, data)
+
+    def _is_landing(self, extent: Extent) -> bool:
+        return any(each.offset < extent.end and extent.offset < each.end for each in self._landings)
+
+    def claimed_blocks(self) -> frozenset[int]:
+        """Return the block numbers of all claims. Call from trio's thread."""
+        span = self.blockmap.geometry.span
+        return frozenset(block for claim in self._claims for block in span(*claim))
+
+    def release(self, extent: Extent) -> None:
+        """End the claim on `extent`. Call from trio's thread, after the block map knows of the write."""
+        with self._lock:
+            self._claims.remove(extent)
+
+    def refuse_writes(self, error: DeviceError) -> None:
+        """Refuse all later writes of the user, because a sync has failed with `error`. Reads go on."""
+        if self.failure is None:
+            self.failure = ReadOnlyError(
+                f"{self.device.path} is no longer written, because a sync has failed: {error}"
+            )
+
+    async def sync(self, *, times: bool = True) -> bool:
         """Make all bytes durable whose write has returned. Returns False if they were durable before.
 
+        `times`: make the times of a destination file durable too.
         Raises DeviceError if the sync fails, or if another program has written to the destination.
         """
         with self._lock:
             was_dirty = self._dirty
-            self._dirty = self._writes > 0  # the sync may miss what is written meanwhile
+            # The sync may miss what is written meanwhile.
+            self._dirty = bool(self._landings or self._claims)
             if was_dirty and not self._dirty:
                 self.unsynced = trio.Event()
         try:
             if was_dirty:
-                await trio.to_thread.run_sync(self.device.sync)
+                await trio.to_thread.run_sync(lambda: self.device.sync(times=times))
             else:
                 self.device.check_without_blocking()
         except DeviceError:

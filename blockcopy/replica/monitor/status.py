@@ -116,7 +116,9 @@ class Status:
     destination: str = _field(UNKNOWN, "The path of the destination.")
     pid: int = _field(0, "The process id of the mount or sync.")
     size: int = field(metadata=_about("Size of the source.", "size_bytes"))
-    hydrated_bytes: int = _field(0, "Bytes of the destination that are the source's.", "hydrated_bytes")
+    hydrated_bytes: int = _field(
+        0, "Bytes of the destination that are the source's or the user's.", "hydrated_bytes"
+    )
     hydrated_percent: float = _field(0.0, "Hydrated bytes as a percentage of the size, rounded down.")
     resumed_bytes: int = _field(0, "Hydrated bytes that a state file recorded.", "resumed_bytes")
     same_bytes: int = _field(0, "Hydrated bytes that were equal at both ends.", "same_bytes")
@@ -127,6 +129,8 @@ class Status:
     unreadable_ranges: tuple[Extent, ...] = _field(
         (), "The first 16 ranges that the source cannot read, as [offset, length]."
     )
+    written_bytes: int = _field(0, "Bytes of the blocks that the user has written to.", "written_bytes")
+    lost_bytes: int = _field(0, "Bytes that the user wrote and a failed sync lost. Their reads fail.", "lost_bytes")
     verified_bytes: int = _field(0, "Bytes that --verify compared again after the copy was complete.")
     verified_percent: float | None = _field(
         None, "Verified bytes as a percentage of the size; null without --verify."
@@ -181,6 +185,8 @@ def summary(status: Status) -> str:
     origin = f"{human_size(status.same_bytes)} were equal, {human_size(status.fetched_bytes)} fetched"
     if status.zero_bytes:
         origin += f", {human_size(status.zero_bytes)} zeros"
+    if status.written_bytes:
+        origin += f", {human_size(status.written_bytes)} written by the user"
     if status.resumed_bytes:
         origin = f"{human_size(status.resumed_bytes)} were recorded, {origin}"
     parts = [
@@ -216,6 +222,8 @@ class MapCell:
     present: int
     zero: int
     """Present blocks that are zeros which the source did not send, as far as this run found them."""
+    written: int = 0
+    """Blocks that the user has written to."""
     in_flight: int = 0
     """Blocks that background hydration fetches now."""
     reading: int = 0

@@ -1,31 +1,59 @@
 """The block map: which blocks of the destination are present, in one bit per block and counters. No I/O.
 
-A present block has the source's bytes. All others are missing. A block that the source cannot read is marked
-unreadable: it stays missing, and background hydration does not fetch it. The hydrator knows which blocks are being
-fetched. The bits that changed are handed out in chunks, for the state file.
+A present block has the source's bytes, or the user's. From then on it is the destination's for good: nothing is
+fetched for it again. All others are missing, though some of their pages may be the user's (`user_pages`). A block
+that the source cannot read is marked unreadable: it stays missing, and background hydration does not fetch it. The
+hydrator knows which blocks are being fetched.
+
+    missing ──── equal, fetched, zeros ───────────────────► present
+       │                                                      │ a write of the user
+       └─ a write ─► partial ─ the rest fetched or written ─► present, the user's
+
+Changes are handed out for the state file. If the sync fails that should make them durable, they are undone.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
-from blockcopy.block.geometry import Extent, Geometry
+from blockcopy.block.geometry import Extent, Geometry, block_runs
 from blockcopy.block.unreadable_ranges import MAX_RANGES, UnreadableRanges
+from blockcopy.replica.state.bits import add, next_clear
+from blockcopy.replica.state.user_pages import UserPages
 
 CHUNK_BLOCKS = 16384
 """Blocks of a chunk, whose bits are recorded together: 2 KiB for 2 GiB of the device."""
 
-Kind = Literal["same", "fetched", "zero"]
-"""How a block became present: its bytes were equal, or were sent, or are zeros, which are not sent."""
+Kind = Literal["same", "fetched", "zero", "written"]
+"""How a block became present: its bytes were equal, or were sent, or are zeros, which are not sent.
+
+Or the user wrote all of it.
+"""
 
 _CHUNK_BYTES = CHUNK_BLOCKS // 8
 
 _COARSE_CELLS = 4096
 """Parts of the device whose blocks of zeros are counted: enough for a map on a screen."""
 
-_NOT_FULL = re.compile(rb"[^\xff]", re.DOTALL)
+
+class Changes(NamedTuple):
+    """Rows (number → bits) that changed: `chunks` of the present blocks, the user's `pages`, the `lost` pages."""
+
+    chunks: dict[int, bytes]
+    pages: dict[int, bytes]
+    lost: dict[int, bytes]
+
+
+class _Counters(NamedTuple):
+    """The counters of a block map. `zeros`: the number of zero blocks in each coarse cell."""
+
+    resumed: int
+    same: int
+    fetched: int
+    zero: int
+    written: int
+    zeros: list[int]
 
 
 class BlockMap:
@@ -36,16 +64,22 @@ class BlockMap:
         self.geometry = geometry
         """Size and block size of the destination once it is a copy: those of the source."""
         self.generation = 0
-        """Grows with each `clear`. What was learnt in one generation must not be marked in a later one."""
+        """Grows with `clear`, `roll_back` and `interrupt`. What one generation learnt, no later one may mark."""
+        self.user = UserPages(geometry)
+        """The pages that the user wrote."""
         self.clear()
 
     def clear(self) -> None:
-        """Make every block missing, so that each is checked again."""
+        """Make every block missing, so that each is checked again. Raises RuntimeError if the user wrote some."""
+        if self.user.written_bytes:
+            raise RuntimeError("the destination holds writes of a user")
         self.generation += 1
         self._bits = bytearray(-(-self.geometry.block_count // 8))
         self._unreadable = bytearray()  # bits of the unreadable blocks, if there are any
         self._fill_padding()
         self._changed: set[int] = set()
+        self._undo: dict[int, bytes] = {}  # chunks as they were before the first change since a sync began
+        self._undo_syncing: dict[int, bytes] = {}  # as they were at the last sync that succeeded
         self.resumed_bytes = 0
         """Present bytes that an earlier run recorded."""
         self.same_bytes = 0
@@ -54,14 +88,17 @@ class BlockMap:
         """Present bytes that were sent because they differed."""
         self.zero_bytes = 0
         """Present bytes that are zeros at the source, and were not sent."""
+        self.overwritten_bytes = 0
+        """Present bytes that were missing until the user wrote whole blocks."""
         self._coarse = max(1, -(-self.geometry.block_count // _COARSE_CELLS))
         self._zeros = [0] * -(-self.geometry.block_count // self._coarse)
         """The number of zero blocks in each part of _coarse blocks."""
+        self._durable = self._durable_next = self._counters()
 
     @property
     def present_bytes(self) -> int:
         """The present bytes of the device, whatever their origin."""
-        return self.resumed_bytes + self.same_bytes + self.fetched_bytes + self.zero_bytes
+        return self.resumed_bytes + self.same_bytes + self.fetched_bytes + self.zero_bytes + self.overwritten_bytes
 
     @property
     def complete(self) -> bool:
@@ -79,15 +116,21 @@ class BlockMap:
         if not 0 <= blocks.start < blocks.stop <= self.geometry.block_count:
             raise IndexError(f"blocks {blocks.start} to {blocks.stop - 1} of {self.geometry.block_count}")
         with_last = blocks.stop == self.geometry.block_count and self.any_missing(blocks[-1:])
-        added = self._set_zeros(blocks) if kind == "zero" else _set(self._bits, blocks)
+        chunks = range(blocks.start // CHUNK_BLOCKS, blocks[-1] // CHUNK_BLOCKS + 1)
+        for number in chunks:
+            if number not in self._undo:
+                self._undo[number] = self._chunk(number)
+        added = self._set_zeros(blocks) if kind == "zero" else add(self._bits, blocks)
         if not added:
             return
         length = self._length(added, with_last=with_last)
-        self._changed.update(range(blocks.start // CHUNK_BLOCKS, blocks[-1] // CHUNK_BLOCKS + 1))
+        self._changed.update(chunks)
         if kind == "fetched":
             self.fetched_bytes += length
         elif kind == "zero":
             self.zero_bytes += length
+        elif kind == "written":
+            self.overwritten_bytes += length
         else:
             self.same_bytes += length
 
@@ -101,7 +144,7 @@ class BlockMap:
         added = 0
         for cell in range(blocks.start // self._coarse, blocks[-1] // self._coarse + 1):
             start = cell * self._coarse
-            new = _set(self._bits, range(max(blocks.start, start), min(blocks.stop, start + self._coarse)))
+            new = add(self._bits, range(max(blocks.start, start), min(blocks.stop, start + self._coarse)))
             self._zeros[cell] += new
             added += new
         return added
@@ -121,12 +164,12 @@ class BlockMap:
         zeros = sum(map(self._zeros.__getitem__, cells)) * len(blocks) // looked_at
         return present, min(present, zeros)
 
-    def resume(self, chunks: Mapping[int, bytes]) -> None:
-        """Make the blocks of recorded `chunks` (number → bits) present, in a map with no block present.
+    def resume(self, rows: Changes) -> None:
+        """Take over recorded `rows`, in a map with no block present.
 
-        Raises ValueError if the device has no such chunk, or if its length is another.
+        Raises ValueError if the device has no such row, or if the length of a row is another.
         """
-        for number, bits in chunks.items():
+        for number, bits in rows.chunks.items():
             start = number * _CHUNK_BYTES
             if number < 0 or len(bits) != len(self._bits[start : start + _CHUNK_BYTES]) or not bits:
                 raise ValueError(f"chunk {number} of {len(bits)} bytes")
@@ -135,21 +178,99 @@ class BlockMap:
         blocks = range(self.geometry.block_count)
         missing = len(self._bits) * 8 - int.from_bytes(self._bits, "little").bit_count()
         self.resumed_bytes = self._length(len(blocks) - missing, with_last=not self.any_missing(blocks[-1:]))
+        self.user.resume(rows.pages, rows.lost)
+        self._durable = self._durable_next = self._counters()
 
     def _fill_padding(self) -> None:
         """Set the bits behind the last block, so that no search finds them missing."""
         if self.geometry.block_count % 8:
             self._bits[-1] |= 0xFF << self.geometry.block_count % 8 & 0xFF
 
-    def take_changes(self) -> dict[int, bytes]:
-        """Return the chunks (number → bits) that changed since the last call, as they are now."""
-        changes = {number: self._chunk(number) for number in sorted(self._changed)}
+    def room(self, extent: Extent) -> list[Extent]:
+        """Return the parts of `extent`, whole blocks, that the source's bytes may fill, ascending.
+
+        These are neither present nor the user's. May be called while another thread changes the map.
+        """
+        found: list[Extent] = []
+        for run in block_runs(self.missing(self.geometry.span(*extent))):
+            first, last = self.geometry.extent(run[0]), self.geometry.extent(run[-1])
+            found += self.user.others(Extent(first.offset, last.end - first.offset))
+        return found
+
+    def is_available(self, extent: Extent) -> bool:
+        """Return whether `extent` can be read without the source: it is present, or its pages are the user's."""
+        if not self.any_missing(self.geometry.span(*extent)):
+            return True
+        return all(
+            self.user.has(_intersection(extent, self.geometry.extent(block)))
+            for block in self.missing(self.geometry.span(*extent))
+        )
+
+    def note_write(self, extent: Extent) -> None:
+        """Note that the user wrote `extent`. Its edges lie in pages that are available. Call after the write."""
+        self.user.note_write(extent)
+        for block in self.geometry.span(*extent):
+            whole = self.geometry.extent(block)
+            if self.any_missing(range(block, block + 1)):
+                self.user.add(_intersection(extent, whole))
+                if self.user.has(whole):
+                    self.mark(range(block, block + 1), "written")
+            elif not self.user.has_block(block):
+                self.user.add(_intersection(extent, whole))
+
+    def take_changes(self) -> Changes:
+        """Return what changed since the last call. A sync begins now; `settle` or `roll_back` must follow it."""
+        changes = Changes(
+            {number: self._chunk(number) for number in sorted(self._changed)}, *self.user.take_changes()
+        )
         self._changed.clear()
+        self._undo_syncing, self._undo = {**self._undo, **self._undo_syncing}, {}
+        self._durable_next = self._counters()
+        self.user.begin_sync()
         return changes
 
-    def restore_changes(self, numbers: Iterable[int]) -> None:
-        """Mark the chunks with these `numbers` as changed again, because they could not be recorded."""
-        self._changed.update(numbers)
+    def settle(self) -> None:
+        """Note that the sync has succeeded. What changed before it began is never undone."""
+        self._undo_syncing = {}
+        self._durable = self._durable_next
+        self.user.end_sync()
+
+    def roll_back(self) -> None:
+        """Undo all changes since the last sync that succeeded, because a sync has failed.
+
+        Blocks that became present since are missing again. What the user wrote since is lost.
+        """
+        self.generation += 1
+        undone = {**self._undo, **self._undo_syncing}
+        for number, bits in undone.items():
+            start = number * _CHUNK_BYTES
+            self._bits[start : start + len(bits)] = bits
+        self._changed.update(undone)
+        self._undo, self._undo_syncing = {}, {}
+        counters = self._durable
+        self.resumed_bytes, self.same_bytes, self.fetched_bytes = counters[:3]
+        self.zero_bytes, self.overwritten_bytes, self._zeros = counters[3], counters[4], [*counters.zeros]
+        self._durable_next = counters
+        self.user.lose_unsynced()
+
+    def interrupt(self) -> None:
+        """Make fetches in flight mark nothing: a write of the user has failed, and what it left is unknown."""
+        self.generation += 1
+
+    def _counters(self) -> _Counters:
+        return _Counters(
+            self.resumed_bytes,
+            self.same_bytes,
+            self.fetched_bytes,
+            self.zero_bytes,
+            self.overwritten_bytes,
+            [*self._zeros],
+        )
+
+    def restore_changes(self, changes: Changes) -> None:
+        """Count `changes` as changed again, because they could not be recorded."""
+        self._changed.update(changes.chunks)
+        self.user.restore_changes(changes.pages, changes.lost)
 
     def _chunk(self, number: int) -> bytes:
         return bytes(self._bits[number * _CHUNK_BYTES : (number + 1) * _CHUNK_BYTES])
@@ -157,14 +278,14 @@ class BlockMap:
     def missing(self, blocks: range) -> Iterator[int]:
         """Yield the missing block numbers in the range `blocks`, ascending. Skips present blocks quickly."""
         block = blocks.start
-        while (found := _next_clear(self._bits, block)) is not None and found < blocks.stop:
+        while (found := next_clear(self._bits, block)) is not None and found < blocks.stop:
             yield found
             block = found + 1
 
     def mark_unreadable(self, blocks: range) -> None:
         """Note that the source cannot read the range `blocks`. They stay missing until they are marked present."""
         self._unreadable = self._unreadable or bytearray(len(self._bits))
-        _set(self._unreadable, blocks)
+        add(self._unreadable, blocks)
 
     def is_unreadable(self, block: int) -> bool:
         """Return whether `block` was marked unreadable, even if it is present by now."""
@@ -179,10 +300,10 @@ class BlockMap:
 
     def _next_fetchable(self, block: int) -> int | None:
         while True:
-            found = _next_clear(self._bits, block)
+            found = next_clear(self._bits, block)
             if found is None or not self.is_unreadable(found):
                 return found
-            behind = _next_clear(self._unreadable, found)
+            behind = next_clear(self._unreadable, found)
             if behind is None:
                 return None
             block = behind
@@ -214,31 +335,11 @@ class BlockMap:
     def any_missing(self, blocks: Sequence[int]) -> bool:
         """Return whether one of `blocks`, block numbers, is missing. Fast if `blocks` is a range."""
         if isinstance(blocks, range):
-            found = _next_clear(self._bits, blocks.start) if blocks else None
+            found = next_clear(self._bits, blocks.start) if blocks else None
             return found is not None and found < blocks.stop
         return any(not self._bits[block >> 3] & 1 << (block & 7) for block in blocks)
 
 
-def _set(bits: bytearray, blocks: range) -> int:
-    """Set the bits of the range `blocks` in `bits`. Returns how many were not set before."""
-    first, last = blocks.start >> 3, (blocks.stop - 1) >> 3
-    old = int.from_bytes(bits[first : last + 1], "little")
-    new = old | ((1 << len(blocks)) - 1) << (blocks.start & 7)
-    bits[first : last + 1] = new.to_bytes(last + 1 - first, "little")
-    return (new ^ old).bit_count()
-
-
-def _next_clear(bits: bytearray, block: int) -> int | None:
-    """Return the first block from `block` on whose bit in `bits` is not set. Returns None if there is none."""
-    index = block >> 3
-    if index >= len(bits):
-        return None
-    byte = bits[index] | (1 << (block & 7)) - 1  # bits before `block` do not count
-    if byte == 0xFF:
-        found = _NOT_FULL.search(bits, index + 1)
-        if found is None:
-            return None
-        index = found.start()
-        byte = bits[index]
-    lowest_zero = ~byte & byte + 1
-    return index * 8 + lowest_zero.bit_length() - 1
+def _intersection(one: Extent, other: Extent) -> Extent:
+    start = max(one.offset, other.offset)
+    return Extent(start, min(one.end, other.end) - start)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from blockcopy.block import user_writes
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import Extent, Geometry
 from blockcopy.block.identity import (
@@ -24,31 +25,62 @@ from blockcopy.block.identity import (
     shows_writes,
     times_of,
 )
-from blockcopy.block.records import default_path, invalidate_records, is_authoritative
-from blockcopy.errors import StateWriteError
+from blockcopy.block.records import default_path, invalidate, invalidate_records, is_authoritative
+from blockcopy.errors import StateError, StateUnusableError, StateWriteError, UserWritesError
 from blockcopy.replica.state.blockmap import BlockMap
 from blockcopy.replica.state.statefile import Record, StateFile, WriteTimes
+from blockcopy.replica.state.user_pages import UserPages
 
 logger = logging.getLogger(__name__)
 
 
-def open_state_file(path: str | None, destination: Device, *, keep: bool) -> StateFile | None:
+def open_state_file(
+    path: str | None, destination: Device, *, keep: bool, note: user_writes.Note | None
+) -> StateFile | None:
     """Open or create the state file of `destination`, at `path`, or at the default place if `path` is None.
 
+    `note`: of the user's writes in `destination`, or None. The state file must then be there, and usable.
     Returns None if `keep` is false. Returns None with a warning if no state file can be written. In both cases
     every older record of the destination is removed. Raises StateError if an older record cannot be removed. Raises
-    StateError if another process uses the file, or if the file is not a regular file.
+    StateError if another process uses the file, or if the file is not a regular file. Raises UserWritesError if
+    the user's writes cannot be told from the rest.
     """
-    if not keep:
+    wanted = Path(path) if path else default_path(destination) if keep else None
+    if note is not None:
+        return _state_file_of_writes(wanted, destination, note)
+    if wanted is None:
         invalidate_records(destination)
         return None
-    wanted = Path(path) if path else default_path(destination)
     try:
         return StateFile(wanted)
     except StateWriteError as error:
         invalidate_records(destination)
         logger.warning("%s; after a restart, every block will be checked again", error)
         return None
+
+
+def _state_file_of_writes(path: Path | None, destination: Device, note: user_writes.Note) -> StateFile:
+    """Open and return the StateFile at `path` of a `destination` that holds writes of a user, as `note` says.
+
+    Raises StateError if another process uses the file. Raises UserWritesError if the file lacks these writes.
+    """
+    if path is None:
+        raise user_writes.error_for(destination.path, "holds writes of a user, so its state is needed", note.source)
+    try:
+        state_file = StateFile(path, must_be_usable=True)
+    except StateError as error:
+        hint = f" (its state was in {note.state})" if note.state and note.state != str(path) else ""
+        reason = f"holds writes of a user, and {error}{hint}"
+        raise user_writes.error_for(destination.path, reason, note.source) from error
+    if state_file.record is None or state_file.commits < note.commits:
+        state_file.close()
+        raise user_writes.error_for(
+            destination.path,
+            f"holds writes of a user, and the state file {path} is an older one: it has {state_file.commits} "
+            f"commits, and {note.commits} were acknowledged",
+            note.source,
+        )
+    return state_file
 
 
 def is_at_default_path(state_file: StateFile, destination: Device) -> bool:
@@ -61,6 +93,7 @@ def usable_record(state_file: StateFile, destination: Device, block_size: int) -
     """Return the record in `state_file` if it is about `destination`, which nobody else has written to since.
 
     Returns None if there is no such record. `block_size`: bytes in a block today.
+    Raises UserWritesError if the destination holds writes of a user, and the record cannot be used.
     """
     record = state_file.record
     if record is None:
@@ -71,16 +104,34 @@ def usable_record(state_file: StateFile, destination: Device, block_size: int) -
         {**destination_identity(destination), "size": destination.size(), "block size": block_size},
     )
     if differing:
-        _warn_ignored(state_file, f"the destination is another: {'; '.join(differing)}")
+        _ignore(state_file, f"the destination is another: {'; '.join(differing)}")
     elif not (is_at_default_path(state_file, destination) or is_authoritative(state_file.token, destination)):
-        _warn_ignored(
+        _ignore(
             state_file, f"another command, with its state elsewhere, may have written to {destination.path} since"
         )
-    elif was_written_by_others(record.times, times_of(destination)):
-        _warn_ignored(state_file, f"another program has written to {destination.path} since")
+    elif not may_have_changed(record) and was_written_by_others(record.times, times_of(destination)):
+        _ignore(state_file, f"another program has written to {destination.path} since")
     else:
         return record
     return None
+
+
+def may_have_changed(record: Record) -> bool:
+    """Return whether a destination with `record` may differ from the record by right: by writes of its user.
+
+    After a crash, writes that were not flushed are not on record. Of a complete copy, every block is the user's.
+    """
+    return record.has_user_writes and (record.times.until_ns is not None or is_complete(record))
+
+
+def is_complete(record: Record) -> bool:
+    """Return whether `record` says that all blocks are present."""
+    blockmap = BlockMap(Geometry(record.binding.source["size"]))
+    try:
+        blockmap.resume(record.rows)
+    except ValueError:
+        return False  # `resume_blockmap` reports it
+    return blockmap.complete
 
 
 def was_written_by_others(recorded: WriteTimes, times: Times) -> bool:
@@ -97,9 +148,12 @@ def was_written_by_others(recorded: WriteTimes, times: Times) -> bool:
 
 
 def matches_source(state_file: StateFile, record: Record, source: Identity) -> bool:
-    """Return whether `record`, which is in `state_file`, is about this unchanged `source`."""
+    """Return whether `record`, which is in `state_file`, is about this unchanged `source`.
+
+    Raises UserWritesError if not, and the destination holds writes of a user.
+    """
     if differing := differences(record.binding.source, source):
-        _warn_ignored(state_file, f"the source is another, or has changed: {'; '.join(differing)}")
+        _ignore(state_file, f"the source is another, or has changed: {'; '.join(differing)}")
     return not differing
 
 
@@ -112,28 +166,91 @@ def resume_blockmap(
     cannot be reached. `geometry`: of the source. `state_file`: named in the log.
 
     A complete copy is checked again unless both ends show whether they were written since. If the source cannot be
-    reached, a complete copy is not checked.
+    reached, a complete copy is not checked. Nor is a copy that the user has written to.
+    Raises UserWritesError if the destination holds writes of a user, and the record does not prove right.
     """
     blockmap = BlockMap(geometry)
     try:
-        blockmap.resume(record.chunks)
+        blockmap.resume(record.rows)
     except ValueError as error:
-        _warn_ignored(state_file, f"it is damaged: {error}")
+        _ignore(state_file, f"it is damaged: {error}")
         return BlockMap(geometry)
     recorded = record.binding.source
     is_tracked = destination.has_exact_times() and shows_writes(recorded) and shows_writes(source or recorded)
-    if blockmap.complete and source is not None and not is_tracked:
+    if blockmap.complete and source is not None and not (is_tracked or record.has_user_writes):
         logger.warning("the copy was complete; checking every block for changes since")
         return BlockMap(geometry)
 
-    def is_present(extent: Extent) -> bool:
-        return not blockmap.any_missing(geometry.span(*extent))
+    def is_sources(extent: Extent) -> bool:
+        blocks = geometry.span(*extent)
+        return not blockmap.any_missing(blocks) and not blockmap.user.count_blocks(blocks)
 
-    if not sample_matches(destination, recorded, filter(is_present, sample_extents(geometry.size))):
-        _warn_ignored(state_file, f"another program has written to {destination.path} since")
+    if not may_have_changed(record) and not sample_matches(
+        destination, recorded, filter(is_sources, sample_extents(geometry.size))
+    ):
+        _ignore(state_file, f"another program has written to {destination.path} since")
         return BlockMap(geometry)
     return blockmap
 
 
-def _warn_ignored(state_file: StateFile, why: str) -> None:
+def recorded_user_pages(destination: Device, geometry: Geometry) -> UserPages | None:
+    """Return the pages of `destination` that the user wrote, as its state file says, or None if there are none.
+
+    `geometry`: of the source. Raises StateError if there are some, and the state file cannot be used or is in use.
+    """
+    note = user_writes.find(destination)
+    if note is None:
+        return None
+    path = Path(note.state) if note.state else default_path(destination)
+    state_file = _state_file_of_writes(path, destination, note)
+    try:
+        blockmap = BlockMap(geometry)
+        if state_file.record is not None:
+            blockmap.resume(state_file.record.rows)
+        return blockmap.user
+    except ValueError as error:
+        raise StateError(f"the state file {path} is damaged: {error}") from error
+    finally:
+        state_file.close()
+
+
+def discard_user_writes(destination: Device, path: str | None) -> str:
+    """Throw away what the user wrote to `destination`: the next run checks every block, and fetches what differs.
+
+    `path`: of the state file, or None for the one that the note names. Returns in words how much that is.
+    Raises StateError if there are no such writes, or if the state file is in use or cannot be removed.
+    """
+    note = user_writes.find(destination)
+    wanted = Path(path or (note.state if note else "") or default_path(destination))
+    has_writes, amount = note is not None, "an unknown number of bytes that a user wrote"
+    try:
+        state_file = StateFile(wanted, must_be_usable=True)
+    except (StateUnusableError, StateWriteError) as error:
+        logger.debug("%s", error)
+    else:
+        record = state_file.record
+        state_file.close()
+        if record is not None and record.has_user_writes:
+            user = BlockMap(Geometry(record.binding.source["size"])).user
+            user.resume(record.rows.pages, record.rows.lost)
+            has_writes, amount = True, f"{user.written_bytes} bytes of blocks that a user wrote to"
+    if not has_writes:
+        raise StateError(f"{destination.path} holds no writes of a user: there is nothing to throw away")
+    invalidate(wanted)
+    invalidate_records(destination)
+    user_writes.remove(destination)
+    return amount
+
+
+def _ignore(state_file: StateFile, why: str) -> None:
+    """Log `why` the record in `state_file` is ignored.
+
+    Raises UserWritesError if its destination holds writes of a user, because these would be overwritten.
+    """
+    if state_file.record is not None and state_file.record.has_user_writes:
+        raise UserWritesError(
+            f"the destination holds writes of a user, and its state file {state_file.path} cannot be used: {why}. "
+            "Nothing was changed. To go on, undo that, and mount it with --writable again. To throw the writes "
+            "away, use: blockcopy discard-writes DESTINATION"
+        )
     logger.warning("ignoring state file %s: %s. Checking every block again", state_file.path, why)

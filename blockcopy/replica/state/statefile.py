@@ -1,15 +1,18 @@
 """The state file of a destination: the record of which blocks are present and durable, and of which source.
 
-The file is an SQLite database with two tables:
+The file is an SQLite database with four tables:
 
-- `facts` has one row of JSON: the source and destination of the record, and the times of the destination.
+- `facts` has one row of JSON: the source and destination of the record, and the times of the destination. It also
+tells whether the user has written, and how often the record was written.
 
-- `chunks` has the bits of the block map, CHUNK_BLOCKS blocks per row. A chunk whose blocks are all present is
-stored empty. A chunk with no present block is not stored.
+- `chunks` has the bits of the block map, CHUNK_BLOCKS blocks per row. A chunk with no present block is not stored.
 
-SQLite makes each commit atomic, also if the power fails. Each row has a seal, a checksum with the token of its
-record as key. A seal finds what SQLite does not: a flipped bit, or a row of another file. A file with any such
-fault is renamed and kept. It is never overwritten and never believed.
+- `pages` and `lost` have the bits of the user's pages, and of those that a failed sync lost. See `user_pages`.
+
+A row whose bits are all set is stored empty. SQLite makes each commit atomic, also if the power fails. Its
+write-ahead log needs one sync for a commit. The log ends with the run, or with the next run after a crash. Each row
+has a seal, a checksum with the token of its record as key. A seal finds what SQLite does not: a flipped bit, or a
+row of another file. A file with any such fault is renamed and kept. It is never overwritten and never believed.
 
 Any thread may call any method, one thread at a time.
 """
@@ -24,33 +27,40 @@ import os
 import secrets
 import sqlite3
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from blockcopy.block.identity import Identity, is_identity
 from blockcopy.block.records import invalidate
-from blockcopy.errors import StateError, StateWriteError
+from blockcopy.errors import StateError, StateUnusableError, StateWriteError
 from blockcopy.paths import durable
 from blockcopy.paths.trust import distrust_reason
 from blockcopy.protocol.strict_json import parse_object
-from blockcopy.replica.state.blockmap import CHUNK_BLOCKS
+from blockcopy.replica.state.bits import ROW_BYTES
+from blockcopy.replica.state.blockmap import CHUNK_BLOCKS, Changes
 
 logger = logging.getLogger(__name__)
 
 _APPLICATION_ID = 0x62637079  # "bcpy"
-_FORMAT = 2
-"""The version of the format. Version 1 had no ctime."""
+_FORMAT, _OLD_FORMAT = 3, 2
+"""The version of the format. Version 1 had no ctime, and version 2 no writes of a user. Version 2 is still read."""
+
+_TABLES = Changes._fields
+"""The tables of rows of bits."""
 
 _SCHEMA = f"""
-CREATE TABLE facts (id INTEGER PRIMARY KEY, text TEXT NOT NULL, seal BLOB NOT NULL);
-CREATE TABLE chunks (number INTEGER PRIMARY KEY, bits BLOB NOT NULL, seal BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS facts (id INTEGER PRIMARY KEY, text TEXT NOT NULL, seal BLOB NOT NULL);
+{
+    " ".join(
+        f"CREATE TABLE IF NOT EXISTS {table} (number INTEGER PRIMARY KEY, bits BLOB NOT NULL, seal BLOB NOT NULL);"
+        for table in _TABLES
+    )
+}
 PRAGMA application_id = {_APPLICATION_ID};
 PRAGMA user_version = {_FORMAT};
 """
-
-_FULL = b"\xff" * (CHUNK_BLOCKS // 8)
 
 
 class _UnusableError(Exception):
@@ -82,11 +92,15 @@ class WriteTimes:
 
 @dataclass(frozen=True)
 class Record:
-    """The content of a state file. `chunks`: number → bits, for `BlockMap.resume`."""
+    """The content of a state file.
+
+    `rows`: for `BlockMap.resume`. `has_user_writes`: whether the destination holds writes of a user.
+    """
 
     binding: Binding
     times: WriteTimes
-    chunks: dict[int, bytes]
+    rows: Changes
+    has_user_writes: bool = False
 
 
 class StateFile:
@@ -95,9 +109,10 @@ class StateFile:
     The attribute `record` is its content when it was opened, or None.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, must_be_usable: bool = False) -> None:
         """Open or create the state file at `path`, a Path. Renames a file that cannot be believed, and logs why.
 
+        `must_be_usable`: raise StateUnusableError instead if the file is missing or cannot be believed.
         Raises StateError if another process uses the file, or if it is not a regular file. Raises StateWriteError
         if the file cannot be written, or if other users can replace it.
         """
@@ -108,9 +123,15 @@ class StateFile:
         self.token = ""
         """The random token of this record, which no other record has, not even an earlier one of this file."""
         self._facts: dict[str, Any] = {}
+        self.commits = 0
+        """How often the record was written."""
+        if must_be_usable and not os.path.lexists(path):
+            raise StateUnusableError(f"the state file {path} is missing")
         try:
             self._db = self._open()
         except _UnusableError as error:
+            if must_be_usable:
+                raise StateUnusableError(f"the state file {path} cannot be used ({error})") from error
             aside = _set_aside(path)
             logger.warning(
                 "the state file %s cannot be used (%s); it is kept as %s. Checking every block again",
@@ -162,14 +183,11 @@ class StateFile:
 
         `is_new`: make the tables first. Raises sqlite3.Error.
         """
-        for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = DELETE", "synchronous = EXTRA"):
+        for pragma in ("locking_mode = EXCLUSIVE", "synchronous = EXTRA"):
             db.execute(f"PRAGMA {pragma}")
-        if is_new:
-            db.executescript(f"BEGIN EXCLUSIVE; {_SCHEMA} COMMIT;")
-            return None
-        record = self._read(db)  # with a lock of its own: a file that cannot be believed is not written to
-        db.execute("BEGIN EXCLUSIVE")  # the locking mode keeps this lock until the file is closed
-        db.execute("COMMIT")
+        record = None if is_new else self._read(db)  # a file that cannot be believed is not written to
+        db.executescript(f"BEGIN EXCLUSIVE; {_SCHEMA} COMMIT;")  # the locking mode keeps the lock from here on
+        db.execute("PRAGMA journal_mode = WAL")
         return record
 
     def _read(self, db: sqlite3.Connection) -> Record | None:
@@ -177,56 +195,68 @@ class StateFile:
         if found != "ok":
             raise _UnusableError(f"it is damaged: {found}")
         row = db.execute("SELECT text, seal FROM facts").fetchone()
-        chunks = db.execute("SELECT number, bits, seal FROM chunks").fetchall()
-        if row is None and not chunks:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        tables = _TABLES if version == _FORMAT else _TABLES[:1]
+        rows = {table: db.execute(f"SELECT number, bits, seal FROM {table}").fetchall() for table in tables}
+        if row is None and not any(rows.values()):
             return None  # the process that created the file ended early
         try:
-            return self._believe(row, chunks)
+            return self._believe(row, rows)
         except (AttributeError, TypeError, ValueError, KeyError) as error:
             raise _UnusableError("it is damaged") from error
 
-    def _believe(self, row: tuple[str, bytes], chunks: list[tuple[int, bytes, bytes]]) -> Record:
+    def _believe(self, row: tuple[str, bytes], rows: dict[str, list[tuple[int, bytes, bytes]]]) -> Record:
         text, seal = row
         if seal != _seal("facts", text.encode()):
             raise ValueError("the facts")
         facts = parse_object(text.encode())
         token = facts["token"]
-        believed = {}
-        for number, bits, seal in chunks:
-            if seal != _seal(f"{token} {number}", bits):
-                raise ValueError(f"chunk {number}")
-            believed[number] = bits or _FULL
+        believed: dict[str, dict[int, bytes]] = {table: {} for table in _TABLES}
+        for table, found in rows.items():
+            for number, bits, seal in found:
+                if seal != _row_seal(token, table, number, bits):
+                    raise ValueError(f"row {number} of {table}")
+                believed[table][number] = bits or _full(table)
         binding, written = Binding(**facts["binding"]), WriteTimes(**facts.pop("clock"))
         if not is_identity(binding.source) or not isinstance(binding.destination, dict):
             raise ValueError("the binding")
         times = [written.mtime_ns, written.ctime_ns, written.until_ns if written.until_ns is not None else 0]
-        if not all(type(each) is int for each in (binding.destination_size, binding.block_size, *times)):
+        commits, has_user_writes = facts.pop("commits", 0), facts.get("user_writes", False)
+        if not all(type(each) is int for each in (binding.destination_size, binding.block_size, commits, *times)):
             raise ValueError("a size or a time")
-        self.token, self._facts = token, facts
-        return Record(binding, written, believed)
+        if not isinstance(has_user_writes, bool):
+            raise ValueError("whether there are writes of a user")  # noqa: TRY004  (of data, not of an argument)
+        self.token, self._facts, self.commits = token, facts, commits
+        return Record(binding, written, Changes(**believed), has_user_writes)
 
     def begin_record(self, binding: Binding, times: WriteTimes) -> None:
-        """Replace the record by a new one about `binding`, without chunks.
+        """Replace the record by a new one about `binding`, without rows.
 
         `times`: when the destination was written. Raises StateWriteError if the record cannot be written.
         """
         self.token = secrets.token_hex(16)
         self._facts = {"token": self.token, "binding": vars(binding)}
         with self._transaction():
-            self._db.execute("DELETE FROM chunks")
+            self._delete_rows()
             self._write_facts(times)
 
-    def write_chunks(self, chunks: Mapping[int, bytes], times: WriteTimes) -> None:
-        """Record `chunks` (number → bits), whose blocks are durable, and `times`, as `write_times` does.
+    def note_user_writes(self, times: WriteTimes) -> None:
+        """Record that the destination holds writes of a user, and `times`. Raises StateWriteError if that fails."""
+        self._facts["user_writes"] = True
+        self.write_times(times)
+
+    def write_changes(self, changes: Changes, times: WriteTimes) -> None:
+        """Record `changes`, which are durable, and `times`, as `write_times` does.
 
         Raises StateWriteError if that fails.
         """
-        rows = []
-        for number, bits in chunks.items():
-            stored = b"" if bits == _FULL else bits
-            rows.append((number, stored, _seal(f"{self.token} {number}", stored)))
         with self._transaction():
-            self._db.executemany("INSERT OR REPLACE INTO chunks VALUES (?, ?, ?)", rows)
+            for table, rows in changes._asdict().items():
+                stored = [(number, b"" if bits == _full(table) else bits) for number, bits in rows.items()]
+                self._db.executemany(
+                    f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?)",
+                    [(number, bits, _row_seal(self.token, table, number, bits)) for number, bits in stored],
+                )
             self._write_facts(times)
 
     def write_times(self, times: WriteTimes) -> None:
@@ -235,9 +265,13 @@ class StateFile:
             self._write_facts(times)
 
     def clear(self) -> None:
-        """Remove all chunks from the record. Raises StateWriteError if that fails."""
+        """Remove all rows from the record. Raises StateWriteError if that fails."""
         with self._transaction():
-            self._db.execute("DELETE FROM chunks")
+            self._delete_rows()
+
+    def _delete_rows(self) -> None:
+        for table in _TABLES:
+            self._db.execute(f"DELETE FROM {table}")
 
     def delete(self) -> None:
         """Close and delete the file, if it cannot be written. Raises StateError if it cannot be deleted."""
@@ -248,12 +282,15 @@ class StateFile:
         """Close the file. Deletes a file that was created here and has no record."""
         if self.is_stuck:
             return
+        with contextlib.suppress(sqlite3.Error):  # the log stays then, and the next run reads it
+            self._db.execute("PRAGMA journal_mode = DELETE")
         self._db.close()
         if self._made and not self._facts:
             durable.remove(self.path)
 
     def _write_facts(self, times: WriteTimes) -> None:
-        text = json.dumps({**self._facts, "clock": vars(times)})
+        self.commits += 1
+        text = json.dumps({**self._facts, "commits": self.commits, "clock": vars(times)})
         self._db.execute("INSERT OR REPLACE INTO facts VALUES (1, ?, ?)", (text, _seal("facts", text.encode())))
 
     @contextlib.contextmanager
@@ -268,6 +305,16 @@ class StateFile:
                     self._db.execute("ROLLBACK")
         except sqlite3.Error as error:
             raise StateWriteError(f"cannot record in the state file {self.path}: {error}") from error
+
+
+def _full(table: str) -> bytes:
+    """Return a row of `table` whose bits are all set."""
+    return b"\xff" * (CHUNK_BLOCKS // 8 if table == "chunks" else ROW_BYTES)
+
+
+def _row_seal(token: str, table: str, number: int, bits: bytes) -> bytes:
+    """Return the seal of the row `number` with `bits` in `table`. `token`: of the record."""
+    return _seal(f"{token} {number}" if table == "chunks" else f"{token} {table} {number}", bits)
 
 
 def _seal(key: str, data: bytes) -> bytes:
@@ -316,9 +363,9 @@ def _check_files(path: Path) -> int:
     if header[:16] != b"SQLite format 3\0" or header[68:72] != _APPLICATION_ID.to_bytes(4, "big"):
         raise _UnusableError("it is not a state file of blockcopy")
     version = int.from_bytes(header[60:64], "big")
-    if version != _FORMAT:
+    if version not in (_FORMAT, _OLD_FORMAT):
         raise _UnusableError(f"its format is {version}, and this program reads {_FORMAT}")
-    if header[18:20] != b"\1\1":  # a write-ahead log, which this program never has, would be written back
+    if header[18:20] not in (b"\1\1", b"\2\2"):  # 2: a crash has left a write-ahead log
         raise _UnusableError("it is damaged")
     return status.st_size
 

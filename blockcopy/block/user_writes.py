@@ -1,0 +1,147 @@
+"""The note that a destination holds a user's writes. No command of ours may overwrite them.
+
+A writable mount makes the note before the first write of the user. The note outlives the mount, the completion of
+the copy, and the loss of the state file. Only `discard-writes` removes it.
+
+    DEFAULT.writes              a file beside the default place of the state file: three lines
+    user.blockcopy.writes       an extended attribute of a destination file, if its file system has them
+
+The third line counts the commits that the state file has acknowledged. It is written after each commit, and never
+synced. So it cannot run ahead of the state file. A state file with a lower count has lost acknowledged writes.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from blockcopy.block.device import Device
+from blockcopy.block.records import default_path
+from blockcopy.errors import StateError, StateWriteError, UserWritesError
+from blockcopy.paths import durable
+from blockcopy.paths.trust import distrust_reason
+
+_ATTRIBUTE = "user.blockcopy.writes"
+
+_COUNTER_DIGITS = 20
+"""Digits of the counter. Their number is fixed, so that one small write replaces them."""
+
+_MAX_NOTE = 64 * 1024
+"""Bytes of a note that are read."""
+
+
+class Note(NamedTuple):
+    """The note of a destination.
+
+    `source`: the source of the mount, as the user named it. `state`: the path of its state file. Both are empty if
+    they are unknown. `commits`: the number of commits that the state file has, at least.
+    """
+
+    source: str = ""
+    state: str = ""
+    commits: int = 0
+
+
+def note_path(device: Device) -> Path:
+    """Return the Path of the note of the destination `device`."""
+    return default_path(device).with_suffix(".writes")
+
+
+def find(device: Device) -> Note | None:
+    """Return the Note of the destination `device`, or None if it holds no writes of a user.
+
+    A note that cannot be understood is a note too. Raises StateError if the note's place cannot be examined.
+    """
+    path = note_path(device)
+    try:
+        with path.open("rb") as file:
+            return _parsed(file.read(_MAX_NOTE))
+    except (FileNotFoundError, NotADirectoryError):
+        return Note() if device.has_attribute(_ATTRIBUTE) else None
+    except OSError as error:
+        raise StateError(
+            f"cannot find out whether {device.path} holds writes of a user: cannot read {path}: {error.strerror}"
+        ) from error
+
+
+def _parsed(content: bytes) -> Note:
+    try:
+        source, state, commits = content.decode("unicode_escape").splitlines()
+        return Note(source, state, int(commits))
+    except ValueError:
+        return Note()
+
+
+def refuse(device: Device) -> None:
+    """Raise UserWritesError if the destination `device` holds writes of a user."""
+    note = find(device)
+    if note is not None:
+        raise error_for(device.path, "holds what was written to a writable mount", note.source)
+
+
+def error_for(path: str, reason: str, source: str = "") -> UserWritesError:
+    """Return the error that names the two ways on for the destination at `path`.
+
+    `reason`: a verb with its objects, which says what is wrong. `source`: as the user named it, or empty.
+    """
+    return UserWritesError(
+        f"{path} {reason}. Nothing was changed. To go on, use: blockcopy mount --writable {source or 'SOURCE'} "
+        f"{path} MOUNTPOINT. To throw the writes away, use: blockcopy discard-writes {path}"
+    )
+
+
+class Counter:
+    """The counter in a note, open for writing."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the note at the Path `path`. Raises StateWriteError if the note cannot be written."""
+        self._path = path
+        try:
+            self._file = path.open("r+b", buffering=0)
+        except OSError as error:
+            raise StateWriteError(f"cannot write {path}: {error.strerror}") from error
+        self._at = os.fstat(self._file.fileno()).st_size - _COUNTER_DIGITS - 1
+
+    def set(self, commits: int) -> None:
+        """Write the number of `commits` that the state file has acknowledged. Thread-safe.
+
+        Raises StateWriteError if the note cannot be written.
+        """
+        try:
+            os.pwrite(self._file.fileno(), f"{commits:0{_COUNTER_DIGITS}}".encode(), self._at)
+        except OSError as error:
+            raise StateWriteError(f"cannot write {self._path}: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Close the note."""
+        self._file.close()
+
+
+def make(device: Device, note: Note) -> Counter:
+    """Make `note` the note of the destination `device`, durably. Returns its counter, which the caller closes.
+
+    Raises StateWriteError if the note cannot be made, DeviceError if the attribute cannot be made durable.
+    """
+    path = note_path(device)
+    lines = [note.source, note.state, f"{note.commits:0{_COUNTER_DIGITS}}"]
+    text = "".join(f"{line.encode('unicode_escape').decode()}\n" for line in lines)
+    try:
+        durable.make_folder(path.parent)
+        if why := distrust_reason(path.parent):
+            raise StateWriteError(f"cannot note in {path} that {device.path} is written: {why}")
+        durable.write(path, text)
+    except OSError as error:
+        raise StateWriteError(f"cannot note in {path} that {device.path} is written: {error.strerror}") from error
+    device.set_attribute(_ATTRIBUTE, b"1")
+    return Counter(path)
+
+
+def remove(device: Device) -> None:
+    """Remove the note of the destination `device`, durably. Raises StateError or DeviceError if that fails."""
+    path = note_path(device)
+    device.remove_attribute(_ATTRIBUTE)
+    try:
+        durable.remove(path)
+    except OSError as error:
+        raise StateError(f"cannot remove {path}, the note of a user's writes: {error.strerror}") from error
