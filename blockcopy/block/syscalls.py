@@ -49,8 +49,8 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 def become_io_flusher() -> None:
     """Tell the kernel that this thread writes for others, and so do all threads and processes that it starts.
 
-    Its allocations then do not wait for the write-back of what it serves, and it may exceed the limit of dirty
-    pages a little. Otherwise both could wait for each other. Linux 5.6; needs CAP_SYS_RESOURCE.
+    Its allocations then do not wait for the write-back of what it serves. It may exceed the limit of dirty pages
+    a little. Otherwise both could wait for each other. Linux 5.6; needs CAP_SYS_RESOURCE.
     Raises OSError if that is not possible.
     """
     _call("prctl", _PR_SET_IO_FLUSHER, 1, 0, 0, 0)
