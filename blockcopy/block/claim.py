@@ -37,12 +37,15 @@ def open_destination(
     Raises DestinationRefusedError if the claim fails or the kernel refuses writes. Raises UserWritesError if writes
     of a user would be overwritten. Raises DeviceError if `path` cannot be opened.
     """
-    if not os.path.exists(path):
+    is_new = not os.path.exists(path)
+    if is_new:
         _check_missing(path, create=create)
     device = _open(path, os.O_RDWR | (os.O_CREAT if create else 0) | (0 if force else os.O_EXCL))
     try:
         _check_writable(device)
-        if not with_user_writes:
+        if is_new and user_writes.find(device):
+            user_writes.remove(device)  # of an earlier file with this inode number
+        elif not with_user_writes:
             user_writes.refuse(device)
         if not force:
             check_kind(device)

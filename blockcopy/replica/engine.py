@@ -48,15 +48,10 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
         replica: Replica | None = None
         try:
             async with trio.open_nursery() as nursery:
-                is_alone = record is not None and record.has_user_writes and recovery.is_complete(record)
                 guess = record.binding.source["size"] if record else existing.size() if existing else 0
                 connector = Connector(plan, size_guess=guess)
                 links = _links(plan, connector, nursery)
-                if record is not None and is_alone:  # all blocks are the destination's for good
-                    connector.identity = record.binding.source
-                    is_reached = False
-                else:
-                    is_reached = await _connect(plan, links, connector, record, nursery)
+                is_reached = await _connect(plan, links, connector, record, nursery)
                 source = connector.identity
                 if source is None:  # impossible: `_connect` would have raised
                     raise SourceError(f"{plan.command.location} did not send its identity")
@@ -139,8 +134,12 @@ async def _connect(
     Links open side by side, with two exceptions. If they share a login, the first link logs in. If each may ask for
     a password, they open one by one, before the terminal is gone.
     If the source is away, `plan` may allow an offline start. `connector` then takes its identity from `record`.
+    A complete copy that the user has written to needs no source: nothing is opened.
     Raises SourceError if the source is away and there is no offline start.
     """
+    if record is not None and record.has_user_writes and recovery.is_complete(record) and not plan.verify:
+        connector.identity = record.binding.source
+        return False
     first, *others = links
     shares_login = bool(plan.command.route.logout)
     if not (plan.prompts or shares_login):

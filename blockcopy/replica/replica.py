@@ -253,7 +253,7 @@ class Replica:
         try:
             await self._committer.flush()
         except DeviceError as error:
-            if self._failure is None:
+            if not self.read_only.is_set():
                 self._fail(error)
             raise
 

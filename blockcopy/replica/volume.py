@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
-from copy import copy
 from functools import partial
 
 import trio
@@ -114,8 +113,7 @@ class Volume:
         while cut := [each for each in self._blockmap.user.cut(extent) if not self._blockmap.is_available(each)]:
             for page in cut:
                 await self._make_available(page)
-        if self._writer.failure is not None:
-            raise copy(self._writer.failure)
+        self._writer.check_accepts()
         for page in self._blockmap.user.cut(extent):
             if self._blockmap.user.is_lost(page):
                 raise self._lost(page)
@@ -131,7 +129,7 @@ class Volume:
             self._writer.release(extent)
         if self._writer.failure is not None:  # a sync has failed meanwhile, perhaps of these bytes
             self._blockmap.user.lose(extent)
-            raise copy(self._writer.failure)
+            self._writer.check_accepts()
         self.written_bytes += extent.length
         return extent.length
 

@@ -51,8 +51,8 @@ class Writer:
         self._lock = threading.Condition()  # of what follows
         self._landings: list[Extent] = []
         self._claims: list[Extent] = []
-        self.failure: ReadOnlyError | None = None
-        """Why the user's writes are refused. None if they are accepted."""
+        self.failure: DeviceError | None = None
+        """The error of the sync after which the user's writes are refused. None if they are accepted."""
         self._dirty = True  # an earlier run may have left unsynced writes
         self.unsynced = trio.Event()
         """Set by the first write after a sync began. Replaced by a sync."""
@@ -134,9 +134,13 @@ class Writer:
 
     def refuse_writes(self, error: DeviceError) -> None:
         """Refuse all later writes of the user, because a sync has failed with `error`. Reads go on."""
-        if self.failure is None:
-            self.failure = ReadOnlyError(
-                f"{self.device.path} is no longer written, because a sync has failed: {error}"
+        self.failure = self.failure or error
+
+    def check_accepts(self) -> None:
+        """Raise ReadOnlyError if the user's writes are refused."""
+        if self.failure is not None:
+            raise ReadOnlyError(
+                f"{self.device.path} takes no more writes, because a sync has failed: {self.failure}"
             )
 
     async def sync(self, *, times: bool = True) -> bool:
