@@ -22,6 +22,7 @@ from blockcopy.replica.hydration.hydrator import Hydrator
 from blockcopy.replica.hydration.lanes import Lane
 from blockcopy.replica.read_stats import ReadStats
 from blockcopy.replica.readahead import ReadAhead
+from blockcopy.replica.state.user_pages import PAGE_SIZE
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ _READ_THREADS = 8
 _WRITE_THREADS = 8
 """Most threads that write to it at once."""
 
-_SLOW_SECONDS = 0.002
+_SLOW_SECONDS = 0.01
 """Seconds of a slow write. After one, the next writes go to threads: no other request waits for the disk then."""
 
 _WARY_SECONDS = 0.1
@@ -54,9 +55,10 @@ class Volume:
         `hydrator`, `lane`: fetch missing blocks.
         `nursery`: runs the read-ahead.
         `give_up_after`: called with a number of blocks, returns the seconds after which a read of them fails.
-        `before_write`: an async function without arguments, called before each write. A write fails if it raises.
+        `before_write`: an async function without arguments, called before the first write. A write fails if it
+        raises, and the next one calls it again.
         """
-        self._before_write = before_write
+        self._before_write: Callable[[], Awaitable[None]] | None = before_write
         self._writer = hydrator.writer
         self._write_threads = trio.CapacityLimiter(_WRITE_THREADS)
         self._wary_until = -math.inf
@@ -109,14 +111,12 @@ class Volume:
             return 0
         if extent.length <= 0:
             raise DeviceError.from_os_error("write beyond the end of", self._device.path, OSError(errno.ENOSPC, ""))
-        await self._before_write()
-        while cut := [each for each in self._blockmap.user.cut(extent) if not self._blockmap.is_available(each)]:
-            for page in cut:
-                await self._make_available(page)
+        if self._before_write is not None:
+            await self._before_write()
+            self._before_write = None
+        if extent.offset % PAGE_SIZE or extent.end % PAGE_SIZE:
+            await self._make_edges_available(extent)
         self._writer.check_accepts()
-        for page in self._blockmap.user.cut(extent):
-            if self._blockmap.user.is_lost(page):
-                raise self._lost(page)
         is_free = self._writer.claim(extent)
         try:
             await self._write(extent, view[: extent.length], may_wait=not is_free)
@@ -132,6 +132,16 @@ class Volume:
             self._writer.check_accepts()
         self.written_bytes += extent.length
         return extent.length
+
+    async def _make_edges_available(self, extent: Extent) -> None:
+        """Make the pages available that `extent` covers in part. Raises DeviceError if one of them is lost."""
+        pages = list(self._blockmap.user.cut(extent))
+        while missing := [page for page in pages if not self._blockmap.is_available(page)]:
+            for page in missing:
+                await self._make_available(page)
+        for page in pages:
+            if self._blockmap.user.is_lost(page):
+                raise self._lost(page)
 
     async def _write(self, extent: Extent, data: memoryview, *, may_wait: bool) -> None:
         """Write `data` at `extent`, which is claimed. `may_wait`: bytes of the source land in the extent just now.

@@ -62,6 +62,11 @@ class Bits:
         self._rows: dict[int, bytearray] = {}
         self._changed: set[int] = set()
 
+    def __contains__(self, number: int) -> bool:
+        row, at = divmod(number, _ROW_BITS)
+        bits = self._rows.get(row)
+        return bits is not None and bool(bits[at >> 3] & 1 << (at & 7))
+
     def __bool__(self) -> bool:
         return bool(self._rows)
 

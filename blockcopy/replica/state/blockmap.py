@@ -211,7 +211,7 @@ class BlockMap:
         self.user.note_write(extent)
         for block in self.geometry.span(*extent):
             whole = self.geometry.extent(block)
-            if self.any_missing(range(block, block + 1)):
+            if not self._bits[block >> 3] & 1 << (block & 7):
                 self.user.add(_intersection(extent, whole))
                 if self.user.has(whole):
                     self.mark(range(block, block + 1), "written")

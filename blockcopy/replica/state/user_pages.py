@@ -53,7 +53,7 @@ class UserPages:
 
     def has_block(self, block: int) -> bool:
         """Return whether a page of `block`, a number, is the user's."""
-        return self._blocks.has_any(range(block, block + 1))
+        return block in self._blocks
 
     def count_blocks(self, blocks: range) -> int:
         """Return how many of the range `blocks` have a page of the user."""
