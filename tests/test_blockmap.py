@@ -9,7 +9,7 @@ import pytest
 from support import pairwise
 
 from blockcopy.block.geometry import Geometry
-from blockcopy.replica.state.blockmap import CHUNK_BLOCKS, BlockMap, Kind
+from blockcopy.replica.state.blockmap import CHUNK_BLOCKS, BlockMap, Changes, Kind
 
 BLOCK = 10
 """Bytes in a block of these tests: the arithmetic is the same."""
@@ -87,7 +87,7 @@ def test_ranges_are_marked_as_their_blocks_are(size: int) -> None:
                 by_block.missing(range(geometry.block_count))
             )
             assert by_range.present_bytes == sum(counts(by_range))
-            assert by_range.take_changes() == by_block.take_changes()
+            assert changed(by_range) == changed(by_block)
 
 
 def counts(blockmap: BlockMap) -> tuple[int, int, int]:
@@ -198,10 +198,23 @@ def test_a_huge_map_takes_one_bit_a_block_and_is_searched_lazily() -> None:
 # Chunks, for the record
 
 
+def changed(blockmap: BlockMap) -> dict[int, bytes]:
+    """Return the chunks that changed since the last call."""
+    changes = blockmap.take_changes()
+    blockmap.settle()
+    assert (changes.pages, changes.lost) == ({}, {})  # nobody has written
+    return changes.chunks
+
+
+def of(chunks: dict[int, bytes]) -> Changes:
+    """Return `chunks` as `take_changes` hands them out."""
+    return Changes(chunks, {}, {})
+
+
 def chunks_of(blockmap: BlockMap, blocks: int) -> dict[int, bytes]:
     """Return the chunks that a record of all marked blocks has."""
-    blockmap.restore_changes(range(-(-blocks // CHUNK_BLOCKS)))
-    return blockmap.take_changes()
+    blockmap.restore_changes(of(dict.fromkeys(range(-(-blocks // CHUNK_BLOCKS)), b"")))
+    return changed(blockmap)
 
 
 def marked(geometry: Geometry, blocks: Iterable[int]) -> BlockMap:
@@ -235,12 +248,12 @@ def test_what_was_marked_is_resumed(blocks: int, present: str, last: int) -> Non
         -(-min(CHUNK_BLOCKS, blocks - start) // 8) for start in range(0, blocks, CHUNK_BLOCKS)
     ]
     after = BlockMap(geometry)
-    after.resume(chunks)
+    after.resume(of(chunks))
     assert after.resumed_bytes == after.present_bytes == before.present_bytes
     assert (after.same_bytes, after.fetched_bytes) == (0, 0)
     assert after.complete is before.complete
     assert list(after.missing(range(blocks + 20))) == list(before.missing(range(blocks)))
-    assert after.take_changes() == {}  # it is on record already
+    assert changed(after) == {}  # it is on record already
 
 
 def test_a_chunk_that_is_not_on_record_is_missing() -> None:
@@ -248,7 +261,7 @@ def test_a_chunk_that_is_not_on_record_is_missing() -> None:
     chunks = chunks_of(marked(geometry, range(geometry.block_count)), geometry.block_count)
     del chunks[1]
     blockmap = BlockMap(geometry)
-    blockmap.resume(chunks)
+    blockmap.resume(of(chunks))
     assert list(blockmap.missing(range(geometry.block_count))) == list(range(CHUNK_BLOCKS, 2 * CHUNK_BLOCKS))
     assert blockmap.resumed_bytes == (CHUNK_BLOCKS + 9) * BLOCK
 
@@ -256,11 +269,11 @@ def test_a_chunk_that_is_not_on_record_is_missing() -> None:
 def test_what_is_marked_after_a_resume_counts_besides() -> None:
     geometry = Geometry(12 * BLOCK - 3, BLOCK)
     blockmap = BlockMap(geometry)
-    blockmap.resume({0: bytes([0b10, 0])})
+    blockmap.resume(of({0: bytes([0b10, 0])}))
     for block in (1, 2, 11):
         mark(blockmap, block, fetched=True)
     assert (blockmap.resumed_bytes, blockmap.fetched_bytes) == (BLOCK, 2 * BLOCK - 3)
-    assert blockmap.take_changes() == {0: bytes([0b110, 0b11111000])}
+    assert changed(blockmap) == {0: bytes([0b110, 0b11111000])}
     blockmap.clear()
     assert (blockmap.resumed_bytes, blockmap.present_bytes) == (0, 0)
     assert list(blockmap.missing(range(12))) == list(range(12))
@@ -269,7 +282,7 @@ def test_what_is_marked_after_a_resume_counts_besides() -> None:
 @pytest.mark.parametrize("padding", [0x00, 0xF0, 0xA0])
 def test_padding_bits_are_no_blocks_whatever_the_record_has_there(padding: int) -> None:
     blockmap = BlockMap(Geometry(4 * BLOCK, BLOCK))
-    blockmap.resume({0: bytes([0b0101 | padding])})
+    blockmap.resume(of({0: bytes([0b0101 | padding])}))
     assert blockmap.resumed_bytes == 2 * BLOCK
     assert list(blockmap.missing(range(8))) == [1, 3]
     for block in (1, 3):
@@ -295,46 +308,46 @@ def test_padding_bits_are_no_blocks_whatever_the_record_has_there(padding: int) 
 def test_a_chunk_that_does_not_fit_is_refused(blocks: int, number: int, bits: bytes) -> None:
     blockmap = BlockMap(Geometry(blocks * BLOCK, BLOCK))
     with pytest.raises(ValueError, match=f"chunk {number}"):
-        blockmap.resume({number: bits})
+        blockmap.resume(of({number: bits}))
 
 
 def test_changes_are_the_chunks_that_were_marked_in_since_the_last_time() -> None:
     geometry = Geometry((2 * CHUNK_BLOCKS + 9) * BLOCK, BLOCK)
     blockmap = BlockMap(geometry)
-    assert blockmap.take_changes() == {}
+    assert changed(blockmap) == {}
     mark(blockmap, 2 * CHUNK_BLOCKS, fetched=True)
     mark(blockmap, 3, fetched=False)
-    changes = blockmap.take_changes()
+    changes = changed(blockmap)
     assert list(changes) == [0, 2]
     assert (changes[0][:2], changes[2]) == (bytes([0b1000, 0]), bytes([1, 0b11111110]))
-    assert blockmap.take_changes() == {}
+    assert changed(blockmap) == {}
     mark(blockmap, 3, fetched=True)  # it was before
-    assert blockmap.take_changes() == {}
+    assert changed(blockmap) == {}
     mark(blockmap, 4, fetched=True)
-    assert list(blockmap.take_changes()) == [0]
+    assert list(changed(blockmap)) == [0]
 
 
 def test_changes_that_were_put_back_are_handed_out_as_they_are_then() -> None:
     geometry = Geometry((CHUNK_BLOCKS + 9) * BLOCK, BLOCK)
     blockmap = BlockMap(geometry)
     mark(blockmap, 0, fetched=True)
-    changes = blockmap.take_changes()
+    changes = changed(blockmap)
     mark(blockmap, 1, fetched=True)
     mark(blockmap, CHUNK_BLOCKS, fetched=True)
-    blockmap.restore_changes(changes)
-    again = blockmap.take_changes()
+    blockmap.restore_changes(of(changes))
+    again = changed(blockmap)
     assert list(again) == [0, 1]
     assert again[0][0] == 0b11
-    blockmap.restore_changes(again)
+    blockmap.restore_changes(of(again))
     blockmap.clear()
-    assert blockmap.take_changes() == {}
+    assert changed(blockmap) == {}
 
 
 def test_each_time_all_is_forgotten_it_is_another_generation() -> None:
     blockmap = BlockMap(Geometry(BLOCK, BLOCK))
     before = blockmap.generation
     mark(blockmap, 0, fetched=True)
-    blockmap.resume({})
+    blockmap.resume(of({}))
     assert blockmap.generation == before
     blockmap.clear()
     assert blockmap.generation > before

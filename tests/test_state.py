@@ -96,7 +96,7 @@ def recorded(path: Path) -> set[int]:
     journal = StateFile(path)
     journal.close()
     assert journal.record
-    bits = int.from_bytes(journal.record.chunks.get(0, b""), "little")
+    bits = int.from_bytes(journal.record.rows.chunks.get(0, b""), "little")
     return {block for block in range(BLOCKS) if bits >> block & 1}
 
 

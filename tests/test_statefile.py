@@ -28,7 +28,7 @@ from blockcopy.block.geometry import BLOCK_SIZE, Geometry
 from blockcopy.block.identity import sample_extents
 from blockcopy.block.records import default_path, invalidate
 from blockcopy.errors import StateError, StateWriteError
-from blockcopy.replica.state.blockmap import CHUNK_BLOCKS, BlockMap
+from blockcopy.replica.state.blockmap import CHUNK_BLOCKS, BlockMap, Changes
 from blockcopy.replica.state.statefile import Binding, Record, StateFile, WriteTimes
 
 FULL = b"\xff" * (CHUNK_BLOCKS // 8)
@@ -61,11 +61,16 @@ def clock(time_ns: int, until_ns: int | None = 1 << 62) -> WriteTimes:
     return WriteTimes(time_ns, time_ns + 1, until_ns)
 
 
+def changes(chunks: dict[int, bytes]) -> Changes:
+    """Return `chunks` as changes in which no user has written."""
+    return Changes(chunks, {}, {})
+
+
 def begun(path: Path, chunks: dict[int, bytes] | None = None, *, of: Binding | None = None) -> Record:
     """A record as a run leaves it, and what is read from it."""
     with contextlib.closing(StateFile(path)) as journal:
         journal.begin_record(of or binding(), clock(10))
-        journal.write_chunks(CHUNKS if chunks is None else chunks, clock(20))
+        journal.write_changes(changes(CHUNKS if chunks is None else chunks), clock(20))
         journal.write_times(clock(30, None))
     record = load(path)
     assert record
@@ -100,21 +105,21 @@ def tmpfs(folder: Path, options: str) -> Iterator[Path]:
 
 def test_what_is_recorded_is_read_again(path: Path) -> None:
     record = begun(path)
-    assert (record.binding, record.chunks) == (binding(), CHUNKS)
+    assert (record.binding, record.rows.chunks) == (binding(), CHUNKS)
     assert record.times == clock(30, None)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     with contextlib.closing(StateFile(path)) as journal:
         journal.write_times(clock(40))
-        journal.write_chunks({1: FULL}, clock(50))
+        journal.write_changes(changes({1: FULL}), clock(50))
     found = load(path)
     assert found
-    assert found.chunks == {**CHUNKS, 1: FULL}
+    assert found.rows.chunks == {**CHUNKS, 1: FULL}
     assert found.times == clock(50)
     with contextlib.closing(StateFile(path)) as journal:
         journal.begin_record(binding(inode=9), clock(60))
     found = load(path)
     assert found
-    assert (found.binding, found.chunks) == (binding(inode=9), {})
+    assert (found.binding, found.rows.chunks) == (binding(inode=9), {})
     assert sorted(each.name for each in path.parent.iterdir()) == ["state"]
 
 
@@ -128,18 +133,18 @@ def test_sixteen_tebibytes_are_small_and_a_commit_writes_what_changed(path: Path
     blockmap = BlockMap(Geometry(size))
     chunks = dict.fromkeys(range(size // BLOCK_SIZE // CHUNK_BLOCKS), FULL)
     record = begun(path, {number: bits for number, bits in chunks.items() if number != 5000}, of=binding(size))
-    blockmap.resume(record.chunks)
+    blockmap.resume(record.rows)
     assert blockmap.resumed_bytes == size - (2 << 30)
     assert path.stat().st_size < 1 << 20
     before = path.read_bytes()
     with contextlib.closing(StateFile(path)) as journal:
-        journal.write_chunks({5000: PARTIAL}, clock(40))
+        journal.write_changes(changes({5000: PARTIAL}), clock(40))
     after = path.read_bytes()
     pages = range(0, max(len(before), len(after)), 4096)
     assert sum(before[at : at + 4096] != after[at : at + 4096] for at in pages) <= 10
     found = load(path)
     assert found
-    assert found.chunks == {**chunks, 5000: PARTIAL}
+    assert found.rows.chunks == {**chunks, 5000: PARTIAL}
 
 
 TIMES = st.integers(0, 1 << 62)
@@ -175,14 +180,14 @@ def test_any_steps_leave_what_a_dictionary_would(steps: list[tuple[str, Any]]) -
                 else:
                     assert found
                     assert found.binding == model["binding"]
-                    assert found.chunks == model["chunks"]
+                    assert found.rows.chunks == model["chunks"]
                     assert found.times == model["clock"]
             elif "binding" not in model:
                 continue  # nobody does it before
             elif step == "add":
                 model["chunks"].update(value)
                 model["clock"] = clock(11)
-                journal.write_chunks(value, clock(11))
+                journal.write_changes(changes(value), clock(11))
             else:
                 model["clock"] = value
                 journal.write_times(value)
@@ -197,11 +202,11 @@ HOLD += "journal = StateFile(Path(sys.argv[1])); print('held', flush=True); sys.
 
 def test_one_process_at_a_time(path: Path) -> None:
     record = begun(path)
-    before = path.read_bytes()
     command = [support.PYTHON, "-P", "-c", HOLD, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stdout.readline() == b"held\n"
+        before = path.read_bytes()
         with pytest.raises(StateError, match="in use by another process") as error:
             StateFile(path)
         assert not isinstance(error.value, StateWriteError)  # the copy would go on
@@ -270,7 +275,7 @@ def test_a_full_disk_leaves_what_was_recorded(path: Path) -> None:
         with contextlib.closing(StateFile(folder / "old")) as journal:
             filled(folder)
             for write in (
-                lambda: journal.write_chunks({7: PARTIAL}, clock(40)),
+                lambda: journal.write_changes(changes({7: PARTIAL}), clock(40)),
                 lambda: journal.begin_record(binding(inode=9), clock(50)),
                 lambda: journal.write_times(clock(60)),
                 journal.clear,
@@ -345,14 +350,14 @@ def test_another_programs_database_is_not_touched(mode: str, in_use: bool, path:
 def test_a_newer_format_is_not_believed(path: Path) -> None:
     begun(path)
     with contextlib.closing(sqlite3.connect(path)) as database:
-        database.execute("PRAGMA user_version = 3")
+        database.execute("PRAGMA user_version = 4")
     assert is_set_aside(path, path.read_bytes())
 
 
 def test_an_empty_file_becomes_one(path: Path) -> None:
     path.touch(0o600)
     assert load(path) is None
-    assert begun(path).chunks == CHUNKS
+    assert begun(path).rows.chunks == CHUNKS
     assert [each.name for each in path.parent.iterdir()] == ["state"]
 
 
@@ -391,7 +396,7 @@ def test_what_a_killed_commit_left_beside_a_retired_record_does_not_come_back(pa
     assert int.from_bytes(left[8:12], "big") > 0  # pages to roll back
     invalidate(path)
     hot.write_bytes(left)
-    assert begun(path, {4: PARTIAL}).chunks == {4: PARTIAL}
+    assert begun(path, {4: PARTIAL}).rows.chunks == {4: PARTIAL}
     assert not hot.exists()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from blockcopy.block import user_writes
 from blockcopy.block.destination import Destination
 from blockcopy.block.device import check_kind, open_device
+from blockcopy.block.records import invalidate_records
 from blockcopy.errors import DestinationRefusedError, DeviceError
 from blockcopy.paths import durable
 from blockcopy.paths.places import obstacle
@@ -44,7 +45,8 @@ def open_destination(
     try:
         _check_writable(device)
         if is_new and user_writes.find(device):
-            user_writes.remove(device)  # of an earlier file with this inode number
+            invalidate_records(device)  # of an earlier file with this inode number
+            user_writes.remove(device)
         elif not with_user_writes:
             user_writes.refuse(device)
         if not force:

@@ -67,8 +67,8 @@ def find(device: Device) -> Note | None:
 
 def _parsed(content: bytes) -> Note:
     try:
-        source, state, commits = content.decode("unicode_escape").splitlines()
-        return Note(source, state, int(commits))
+        source, state, commits = content.splitlines()
+        return Note(source.decode("unicode_escape"), state.decode("unicode_escape"), int(commits))
     except ValueError:
         return Note()
 

@@ -123,7 +123,11 @@ def _open_state_file(plan: Plan, device: Device, stack: ExitStack) -> tuple[Stat
     if has_user_writes and (plan.recheck or not plan.writable):
         why = "would be checked anew" if plan.recheck else "would be overwritten"
         raise user_writes.error_for(plan.destination, f"holds writes of a user, which {why}")
-    return state_file, None if plan.recheck else recovery.usable_record(state_file, device, BLOCK_SIZE)
+    record = None if plan.recheck else recovery.usable_record(state_file, device, BLOCK_SIZE)
+    if record is None and note is not None:
+        why = f"holds writes of a user, and the state file {state_file.path} is about something else"
+        raise user_writes.error_for(plan.destination, why, note.source)
+    return state_file, record
 
 
 async def _connect(

@@ -154,7 +154,7 @@ class Volume:
             write = partial(self._writer.write, extent, data)
             await trio.to_thread.run_sync(write, limiter=self._write_threads)
             return
-        self._device.write(extent.offset, data)
+        self._writer.write_at_once(extent, data)
         ended = time.monotonic()
         if ended - now > _SLOW_SECONDS:
             self._wary_until = ended + _WARY_SECONDS

@@ -70,6 +70,7 @@ class Committer:
         self._source = source
         self._counter: user_writes.Counter | None = None
         self._has_user_writes = False
+        self._is_recorded_whole = False  # all blocks are present on record, for good
         self._one_commit = trio.Lock()
         self._commits_begun = self._commits_ended = 0
         self._one_thread = trio.CapacityLimiter(1)
@@ -91,13 +92,22 @@ class Committer:
         if state_file is None:
             return
         record = state_file.record
+        is_noted = (record is not None and record.has_user_writes) or user_writes.find(self._device) is not None
         if record and (self._blockmap.resumed_bytes or record.has_user_writes):
             self._durable = Times(record.times.mtime_ns, record.times.ctime_ns)
-            if record.has_user_writes:
-                await self._note_user_writes()
-            else:
+            self._is_recorded_whole = self._blockmap.complete
+            if not is_noted:
                 await self._record(state_file.write_times)
-            return
+        else:
+            await self._begin_record(state_file, source)
+        if is_noted:
+            await self._note_user_writes()
+
+    async def _begin_record(self, state_file: StateFile, source: Identity) -> None:
+        """Begin a new record about `source` in `state_file`. Keeps no state if that fails.
+
+        Raises StateError if the old records cannot be removed then.
+        """
         block_size = self._blockmap.geometry.block_size
         binding = Binding(source, destination_identity(self._device), self._device.size(), block_size)
         if not await self._record(partial(self._begin, state_file, binding)):
@@ -175,7 +185,7 @@ class Committer:
                     await self._commit()
         if self._hydrator.writer.failure is not None:
             raise copy(self._hydrator.writer.failure)
-        if self._has_user_writes and self._trouble is not None and not self._blockmap.complete:
+        if self._has_user_writes and self._trouble is not None and not self._is_recorded_whole:
             raise copy(self._trouble)
 
     async def _commit(self) -> None:
@@ -183,7 +193,7 @@ class Committer:
         number = self._commits_begun
         await self._extend_lease()
         times = times_of(self._device)
-        changes = self._blockmap.take_changes()
+        changes, is_whole = self._blockmap.take_changes(), self._blockmap.complete
         try:
             if await self._hydrator.sync(times=not self._has_user_writes):
                 self._durable = times
@@ -192,12 +202,15 @@ class Committer:
             raise
         self._blockmap.settle()
         if self._state_file is not None and any(changes):
-            await self._record_changes(changes)
+            await self._record_changes(changes, is_whole=is_whole)
         self._commits_ended = number
 
-    async def _record_changes(self, changes: Changes) -> None:
+    async def _record_changes(self, changes: Changes, *, is_whole: bool = False) -> None:
+        """Record `changes`, or put them back if that fails. `is_whole`: all blocks are present with them."""
         if self._state_file and not await self._record(partial(self._state_file.write_changes, changes)):
             self._blockmap.restore_changes(changes)
+        elif is_whole:
+            self._is_recorded_whole = True
 
     async def _record_failed_sync(self, error: DeviceError) -> None:
         """Record what is left after the sync that failed with `error`: which pages of the user are lost.

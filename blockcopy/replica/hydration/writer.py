@@ -117,6 +117,13 @@ class Writer:
         """
         with self._lock:
             self._lock.wait_for(lambda: not self._is_landing(extent))
+        self.write_at_once(extent, data)
+
+    def write_at_once(self, extent: Extent, data: Buffer) -> None:
+        """Write the user's `data` at `extent`, of which `claim` said that it need not wait.
+
+        Raises DeviceError if the write fails.
+        """
         self.device.write(extent.offset, data)
 
     def _is_landing(self, extent: Extent) -> bool:

@@ -72,15 +72,17 @@ def _state_file_of_writes(path: Path | None, destination: Device, note: user_wri
         hint = f" (its state was in {note.state})" if note.state and note.state != str(path) else ""
         reason = f"holds writes of a user, and {error}{hint}"
         raise user_writes.error_for(destination.path, reason, note.source) from error
-    if state_file.record is None or state_file.commits < note.commits:
-        state_file.close()
-        raise user_writes.error_for(
-            destination.path,
-            f"holds writes of a user, and the state file {path} is an older one: it has {state_file.commits} "
-            f"commits, and {note.commits} were acknowledged",
-            note.source,
-        )
-    return state_file
+    record, commits = state_file.record, state_file.commits
+    if record is None or commits < note.commits:
+        why = f"is an older one: it has {commits} commits, and {note.commits} were acknowledged"
+    elif not record.has_user_writes and commits != note.commits:  # equal: a crash came just after the note
+        why = "knows nothing of them"
+    else:
+        return state_file
+    state_file.close()
+    raise user_writes.error_for(
+        destination.path, f"holds writes of a user, and the state file {path} {why}", note.source
+    )
 
 
 def is_at_default_path(state_file: StateFile, destination: Device) -> bool:

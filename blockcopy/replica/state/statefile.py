@@ -123,6 +123,7 @@ class StateFile:
         self.token = ""
         """The random token of this record, which no other record has, not even an earlier one of this file."""
         self._facts: dict[str, Any] = {}
+        self._is_prepared = False
         self.commits = 0
         """How often the record was written."""
         if must_be_usable and not os.path.lexists(path):
@@ -185,10 +186,22 @@ class StateFile:
         """
         for pragma in ("locking_mode = EXCLUSIVE", "synchronous = EXTRA"):
             db.execute(f"PRAGMA {pragma}")
-        record = None if is_new else self._read(db)  # a file that cannot be believed is not written to
-        db.executescript(f"BEGIN EXCLUSIVE; {_SCHEMA} COMMIT;")  # the locking mode keeps the lock from here on
-        db.execute("PRAGMA journal_mode = WAL")
+        if is_new:
+            db.executescript(f"BEGIN EXCLUSIVE; {_SCHEMA} COMMIT;")
+            return None
+        record = self._read(db)  # a file that cannot be believed is not written to
+        db.executescript("BEGIN EXCLUSIVE; COMMIT;")  # the locking mode keeps this lock until the file is closed
         return record
+
+    def _prepare(self) -> None:
+        """Bring the file to this format, and begin the log, before the first write. Raises sqlite3.Error.
+
+        Not when the file is opened: on a full disk, a record that can be read is believed.
+        """
+        if not self._is_prepared:
+            self._db.executescript(f"BEGIN EXCLUSIVE; {_SCHEMA} COMMIT;")
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._is_prepared = True
 
     def _read(self, db: sqlite3.Connection) -> Record | None:
         (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
@@ -296,8 +309,9 @@ class StateFile:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         try:
-            self._db.execute("BEGIN")
             try:
+                self._prepare()
+                self._db.execute("BEGIN")
                 yield
                 self._db.execute("COMMIT")
             finally:
