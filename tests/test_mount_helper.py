@@ -31,6 +31,8 @@ def translated(*words: str) -> list[str]:
         ("dest=/d,on-complete=touch a\\,b", ["mount", "--on-complete=touch a,b"]),
         ("ro,allow_other,dest=/d,uid=5", ["mount", "-o", "ro", "-o", "allow_other", "-o", "uid=5"]),
         ('dest=/d,fsname="a,b\\\\c"', ["mount", "-o", "fsname=a\\,b\\\\\\\\c"]),
+        ("rw,writable,dest=/d", ["mount", "--writable"]),
+        ("rw,discard_writes,dest=/d,writable", ["mount", "--discard-writes", "--writable"]),
         ("dest=/d,limit", ["mount", "-o", "limit"]),  # for `mount` to refuse
         ("dest=/d,foreground,remount", ["mount", "-o", "foreground", "-o", "remount"]),
     ],
@@ -105,6 +107,25 @@ def test_mount_and_umount(tmp_path: Path) -> None:
     )
     shown = f"{tmp_path}/source on /mnt/point type fuse.blockcopy (ro,nosuid,nodev,noexec,\n"
     succeeded(done, "unmount it, and mount it again", stdout=shown)
+
+
+def test_only_the_option_writable_makes_it_so(tmp_path: Path) -> None:
+    """For mount(8) adds `rw` by itself."""
+    done = in_a_namespace(
+        tmp_path,
+        f"""
+        mount -t blockcopy $PWD/source /mnt/point -o rw,dest=$PWD/copy,name=disk
+        printf new | dd of=/mnt/point/disk conv=notrunc status=none 2>/dev/null && exit 1
+        umount /mnt/point
+        echo $PWD/source /mnt/point blockcopy dest=$PWD/copy,writable,name=disk >fstab
+        mount -T fstab /mnt/point
+        printf new | dd of=/mnt/point/disk conv=notrunc,fsync status=none
+        {shlex.join(support.BLOCKCOPY)} wait /mnt/point
+        {shlex.join(support.BLOCKCOPY)} umount /mnt/point
+        head --bytes 3 copy
+        """,
+    )
+    succeeded(done, None, stdout="new")
 
 
 def test_fstab(tmp_path: Path) -> None:

@@ -472,6 +472,18 @@ def test_a_failing_sync(disk: Disk) -> None:
         os.fsync(fd)
 
 
+def test_syncs_that_fail_while_a_file_exists(disk: Disk, tmp_path: Path) -> None:
+    fault = tmp_path / "fault"
+    with opened(disk("--eio-fsync-while", fault)) as fd:
+        os.fsync(fd)
+        fault.touch()
+        for _ in range(2):
+            with fails_with(errno.EIO):
+                os.fsync(fd)
+        fault.unlink()
+        os.fsync(fd)
+
+
 def test_slow_reads_and_writes(disk: Disk) -> None:
     with opened(disk("--slow-reads", 200, "--slow-writes", 100)) as fd:
         start = time.monotonic()
