@@ -1,7 +1,8 @@
 """`blockcopy mount`: checks, the replica, the file system that shows it, and their orderly end.
 
     checks → open_replica → pyfuse3.init → serve … a signal, or the mount was removed from outside …
-           → waiters get EIO → terminate → close (unmounts) → destination synced, processes reaped
+           → mapped pages written back → waiters get EIO → terminate → close (unmounts) → destination synced,
+             processes reaped
 
 However it ends, nothing stays mounted, no child process is left, and the destination is synced.
 Only SIGKILL leaves the mountpoint behind. Readers then get ENOTCONN rather than an empty folder,
@@ -18,6 +19,7 @@ import select
 import shlex
 import signal
 import stat
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -56,6 +58,12 @@ _TERMINATE_SECONDS = 5
 
 _MAX_HANDLERS = fuse_support.MAX_BACKGROUND + 64
 """Requests that are handled at once: all reads that may wait, and lookups and the like."""
+
+_WRITE_BACK_SECONDS = 5
+"""How long the kernel may take at the end to write back what programs changed in mapped pages."""
+
+_WRITE_BACK = "import os, sys; os.fsync(os.open(sys.argv[1], os.O_RDONLY))"
+"""A Python program that writes back the mapped pages of a file. A process of its own can be killed."""
 
 _FILE_SECONDS = 2
 """How long writing or removing the pid file may take before it is abandoned."""
@@ -181,7 +189,7 @@ async def serve(mount_plan: MountPlan, ready: Callable[[], None], progress: Prog
                             )
                         for name, part in parts.items():
                             helpers.start_soon(run_optional, name, part)
-                        await _serve(replica, stop, unmounted, ready, notifier)
+                        await _serve(replica, mount_plan, stop, unmounted, ready, notifier)
                         helpers.cancel_scope.cancel()
             finally:
                 pyfuse3.close(unmount=True)
@@ -316,10 +324,34 @@ async def _watch_connection(stop: trio.Event, unmounted: trio.Event) -> None:
         stop.set()
 
 
+async def _write_back(file: Path) -> None:
+    """Write back what programs changed in mapped pages of `file`, which is in the mount, as fsync does."""
+    command_line = [sys.executable, "-I", "-S", "-c", _WRITE_BACK, str(file)]
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command_line, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    try:
+        process = await abandonable.start_process(start)
+    except OSError as error:
+        logger.warning("pages of %s that are mapped are not written back: %s", file, error.strerror)
+        return
+    with trio.move_on_after(_WRITE_BACK_SECONDS) as limit:
+        await abandonable.wait_for_exit(process)
+    if limit.cancelled_caught:
+        logger.warning("pages of %s that are mapped were not written back in time", file)
+    abandonable.abandon_process(process)
+
+
 async def _serve(
-    replica: Replica, stop: trio.Event, unmounted: trio.Event, ready: Callable[[], None], notifier: Notifier
+    replica: Replica,
+    mount_plan: MountPlan,
+    stop: trio.Event,
+    unmounted: trio.Event,
+    ready: Callable[[], None],
+    notifier: Notifier,
 ) -> None:
-    """Serve requests for `replica` until `stop` is set or the mount is removed from outside.
+    """Serve requests for `replica` of `mount_plan` until `stop` is set or the mount is removed from outside.
 
     Sets `stop` then, and `unmounted` once the mount is gone.
 
@@ -339,6 +371,8 @@ async def _serve(
         notifier.notify(READY=1, MAINPID=os.getpid())
         await stop.wait()
         notifier.notify(STOPPING=1)
+        if mount_plan.plan.writable and not unmounted.is_set():
+            await _write_back(mount_plan.file)
         # Fail the handlers that wait for the source first: terminate() would wait for them without end.
         await replica.disconnect()
         if not ended.is_set():
