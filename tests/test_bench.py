@@ -127,6 +127,22 @@ def test_copies_are_measured_and_nothing_is_left(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.timeout(180)
+def test_writes_are_measured_and_nothing_is_left(tmp_path: Path) -> None:
+    support.require_fuse()
+    target = tmp_path / "figures.json"
+    words = command(tmp_path, "--parts", "write", "--json", target)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stderr
+    groups = {group["case"]: group["rows"] for group in json.loads(target.read_text())["groups"]}
+    assert set(groups) - {"fsync, loop device"} == {"in order", "random", "fsync"}
+    assert groups["in order"]["blockcopy mount"]["rate_synced"]["median"] > 0
+    assert groups["random"]["blockcopy, missing blocks, hydrating"]["depth_1"]["median"] > 0
+    assert groups["fsync"]["blockcopy mount, a new page to record"]["p50"]["times_better_than_reference"] > 0
+    assert "fsync, nothing to record: × the destination itself" in done.stdout
+    assert list(tmp_path.iterdir()) == [target]
+
+
 @pytest.mark.timeout(120)
 def test_a_wrong_copy_fails_loudly(tmp_path: Path) -> None:
     """Measure an original that copies nothing, and ends with status 0."""

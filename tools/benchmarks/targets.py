@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from benchmarks.contestants import OURS, STAGES, STAGES_BLAKE3
 from benchmarks.part_present import BY_PAGE
+from benchmarks.part_write import (
+    EXAMPLE,
+    HYDRATING,
+    ITS_LOOP,
+    ITSELF,
+    MISSING,
+    NEW,
+    OURS_LOOP,
+    SAME,
+    WHILE_HYDRATING,
+)
 from benchmarks.results import KINDS, Group, Results
 from benchmarks.tables import grid, number
 
@@ -59,9 +72,34 @@ def targets(results: Results) -> list[Target]:
         plain("present", "present", group.case, ROOT, "depth_16", 22_000)
     plain("mount to first byte", "lazy", "mount to first byte", ROOT, "seconds", 0.4)
     plain("1 TiB sparse, until complete", "scale", "1,024 GiB", ROOT, "seconds", 30)
+    found.extend(of_writes(results))
     for group in results.of("scale"):
         plain(f"{group.case} sparse", "scale", group.case, ROOT, "peak", 100)
     return found
+
+
+def of_writes(results: Results) -> Iterator[Target]:
+    """Yield the targets of the parts `write` and `write-pgbench`."""
+
+    def ratio(case: str, who: str, to: str, figure: str) -> float | None:
+        if (group := results.find("write", case)) is None:
+            return None
+        value, other = group.median(who, figure), group.median(to, figure)
+        return value / other if value and other else None
+
+    if results.of("write"):
+        in_order = ratio("in order", ROOT, EXAMPLE, "rate_synced")
+        yield "writes in order: × passthrough_ll", in_order, 0.9, True
+    if group := results.find("write", "random"):
+        yield "random writes, present: IOPS, depth 1", group.median(ROOT, "depth_1"), 8000, True
+        for who in (MISSING, HYDRATING):
+            yield f"random writes, {who}: × present", ratio("random", who, ROOT, "depth_1"), 0.7, True
+    for case, ours, to in (("fsync", ROOT, ITSELF), ("fsync, loop device", OURS_LOOP, ITS_LOOP)):
+        if (group := results.find("write", case)) and group.rows:
+            for what, wanted in ((SAME, 1.5), (NEW, 4)):
+                yield f"{case}, {what}: × {to}", ratio(case, f"{ours}, {what}", to, "p50"), wanted, False
+    if group := results.find("write-pgbench", "pgbench"):
+        yield f"pgbench, {WHILE_HYDRATING}: × {ITSELF}", group.ratio(WHILE_HYDRATING, "tps"), 0.5, True
 
 
 def against(group: Group, peer: str) -> float | None:
