@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import support
-from support import BLOCK_SIZE, PYTHON, STANDINS, Mount, noise, output, until, with_changes, written
+from support import BLOCK_SIZE, PYTHON, STANDINS, Mount, failed, noise, output, run, until, with_changes, written
 
 Mounter = Callable[..., Mount]
 
@@ -237,6 +237,22 @@ def test_a_full_disk_of_the_state_file_fails_the_sync_and_loses_nothing(
     mounted = mount(source, destination, "--writable", "--state", state, wait=True)
     assert mounted.file.read_bytes() == expected
     mounted.umount()
+
+
+@pytest.mark.parametrize("option", [False, True])
+def test_no_mount_without_a_place_for_its_state(
+    source: Path, destination: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: bool
+) -> None:
+    """The folder is one in which others can create files. Or only the note of the writes would lie there."""
+    folder = tmp_path / "of others"
+    folder.mkdir()
+    folder.chmod(0o777)
+    monkeypatch.setenv("STATE_DIRECTORY", str(folder))
+    options = ["--state", tmp_path / "state"] if option else []
+    point = tmp_path / "point"
+    point.mkdir()
+    failed(run("mount", "--writable", *options, source, destination, point), 1, "cannot note in")
+    assert destination.read_bytes() == OLD
 
 
 # Kills and signals

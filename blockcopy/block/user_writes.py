@@ -118,6 +118,17 @@ class Counter:
         self._file.close()
 
 
+def check_place(device: Device) -> None:
+    """Check that a note of the destination `device` can be kept. Raises StateWriteError if not."""
+    path = note_path(device)
+    try:
+        durable.make_folder(path.parent)
+    except OSError as error:
+        raise StateWriteError(f"cannot note in {path} that {device.path} is written: {error.strerror}") from error
+    if why := distrust_reason(path.parent):
+        raise StateWriteError(f"cannot note in {path} that {device.path} is written: {why}")
+
+
 def make(device: Device, note: Note) -> Counter:
     """Make `note` the note of the destination `device`, durably. Returns its counter, which the caller closes.
 
@@ -126,10 +137,8 @@ def make(device: Device, note: Note) -> Counter:
     path = note_path(device)
     lines = [note.source, note.state, f"{note.commits:0{_COUNTER_DIGITS}}"]
     text = "".join(f"{line.encode('unicode_escape').decode()}\n" for line in lines)
+    check_place(device)
     try:
-        durable.make_folder(path.parent)
-        if why := distrust_reason(path.parent):
-            raise StateWriteError(f"cannot note in {path} that {device.path} is written: {why}")
         durable.write(path, text)
     except OSError as error:
         raise StateWriteError(f"cannot note in {path} that {device.path} is written: {error.strerror}") from error

@@ -115,7 +115,9 @@ def _open_state_file(plan: Plan, device: Device, stack: ExitStack) -> tuple[Stat
             if path and os.path.exists(plan.state) and os.path.exists(path) and os.path.samefile(plan.state, path):
                 raise StateError(f"cannot keep the state in {plan.state}: that is {path} itself")
     note = user_writes.find(device)
-    state_file = recovery.open_state_file(plan.state, device, keep=plan.keep_state, note=note)
+    state_file = recovery.open_state_file(
+        plan.state, device, keep=plan.keep_state, note=note, for_writes=plan.writable
+    )
     if state_file is None:
         return None, None
     stack.callback(state_file.close)

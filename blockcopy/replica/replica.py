@@ -100,7 +100,7 @@ class Replica:
         `source`: the identity of the source, for the state file.
         `task_status`: reports the start once the state file matches the block map. Only then may blocks be written.
         """
-        await self._committer.begin(source)
+        await self._committer.begin(source, for_writes=self._plan.writable)
         task_status.started()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._measure)

@@ -80,12 +80,13 @@ class Committer:
         self._recording_ns = 0  # how long it took to record that lease
         self._gave_up = False
 
-    async def begin(self, source: Identity) -> None:
+    async def begin(self, source: Identity, *, for_writes: bool = False) -> None:
         """Make the record match the block map. Call before the destination is written.
 
         The old record is continued if blocks were resumed from it, or if the user has written. Otherwise a new
         record begins, which names `source`, the identity of the source. If the new record cannot be written, the
         old records are removed, and no state is kept.
+        `for_writes`: a user is going to write. Raises StateWriteError then if the new record cannot be written.
         Raises StateError if an old record cannot be removed, or if a record of user's writes cannot be continued.
         """
         state_file = self._state_file
@@ -99,18 +100,20 @@ class Committer:
             if not is_noted:
                 await self._record(state_file.write_times)
         else:
-            await self._begin_record(state_file, source)
+            await self._begin_record(state_file, source, for_writes=for_writes)
         if is_noted:
             await self._note_user_writes()
 
-    async def _begin_record(self, state_file: StateFile, source: Identity) -> None:
-        """Begin a new record about `source` in `state_file`. Keeps no state if that fails.
+    async def _begin_record(self, state_file: StateFile, source: Identity, *, for_writes: bool) -> None:
+        """Begin a new record about `source` in `state_file`. Keeps no state if that fails, unless `for_writes`.
 
         Raises StateError if the old records cannot be removed then.
         """
         block_size = self._blockmap.geometry.block_size
         binding = Binding(source, destination_identity(self._device), self._device.size(), block_size)
         if not await self._record(partial(self._begin, state_file, binding)):
+            if for_writes and self._trouble is not None:
+                raise copy(self._trouble)
             self._state_file = None
             await self._delete(state_file)  # or else a later run would believe the old record
             invalidate_records(self._device)

@@ -35,17 +35,25 @@ logger = logging.getLogger(__name__)
 
 
 def open_state_file(
-    path: str | None, destination: Device, *, keep: bool, note: user_writes.Note | None
+    path: str | None,
+    destination: Device,
+    *,
+    keep: bool,
+    note: user_writes.Note | None,
+    for_writes: bool = False,
 ) -> StateFile | None:
     """Open or create the state file of `destination`, at `path`, or at the default place if `path` is None.
 
     `note`: of the user's writes in `destination`, or None. The state file must then be there, and usable.
+    `for_writes`: a user is going to write. Raises StateWriteError then if the writes cannot be recorded.
     Returns None if `keep` is false. Returns None with a warning if no state file can be written. In both cases
     every older record of the destination is removed. Raises StateError if an older record cannot be removed. Raises
     StateError if another process uses the file, or if the file is not a regular file. Raises UserWritesError if
     the user's writes cannot be told from the rest.
     """
     wanted = Path(path) if path else default_path(destination) if keep else None
+    if for_writes:
+        user_writes.check_place(destination)
     if note is not None:
         return _state_file_of_writes(wanted, destination, note)
     if wanted is None:
@@ -54,6 +62,8 @@ def open_state_file(
     try:
         return StateFile(wanted)
     except StateWriteError as error:
+        if for_writes:
+            raise
         invalidate_records(destination)
         logger.warning("%s; after a restart, every block will be checked again", error)
         return None
