@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import getpass
 import itertools
@@ -22,8 +23,10 @@ from typing import Any
 import pytest
 
 from blockcopy.block import syscalls
+from blockcopy.block.buffers import Buffer
 from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.block.identity import sample_extents
+from blockcopy.protocol.decoder import Decoder
 
 for name in ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(
@@ -94,6 +97,41 @@ def pairwise(*parameters: Iterable[Any]) -> list[tuple[Any, ...]]:
         missing -= candidates[best]
         chosen.append(tuple(values[index] for values, index in zip(lists, best, strict=True)))
     return chosen
+
+
+# Streams
+
+
+class FedDecoder(Decoder):
+    """A decoder that gets bytes by hand instead of reading a stream. Earlier payloads stay valid."""
+
+    def feed(self, data: Buffer) -> None:
+        """Accept `data`, the next bytes of the stream."""
+        if not self.done:
+            self._buffer = memoryview(bytearray(self._buffer[self._at : self._end]) + data)
+            self._at, self._end = 0, len(self._buffer)
+
+    def feed_eof(self) -> None:
+        """Accept the end of the stream. Raises TruncatedStreamError unless the message `done` was read."""
+        if not self.done:
+            raise self._ended_early()
+
+
+def served(parts: list[bytes]) -> Callable[[memoryview], int]:
+    """Return a function that reads `parts` as `Decoder.messages` wants it: each part in one read or more."""
+    stream = b"".join(parts)
+    ends = list(itertools.accumulate(map(len, parts)))
+    at = 0
+
+    def read_into(room: memoryview) -> int:
+        nonlocal at
+        found = bisect.bisect(ends, at)
+        count = min(len(room), ends[found] - at) if found < len(ends) else 0
+        room[:count] = stream[at : at + count]
+        at += count
+        return count
+
+    return read_into
 
 
 # Commands

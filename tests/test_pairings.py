@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support import BLOCKCOPY, PATIENCE, failed, noise, pairwise, succeeded, with_changes
+from support import BLOCKCOPY, PATIENCE, FedDecoder, failed, noise, pairwise, succeeded, with_changes
 
 from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.protocol import zstd
-from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.digests import speeds
 from blockcopy.protocol.wire import BLOCK_STREAM, XzData, encode
 from blockcopy.protocol.xz import expand
@@ -259,7 +258,7 @@ def golden(name: str) -> Streams:
 
 def expanded(blocks: bytes) -> list[tuple[bytes, int, bytes]]:
     """Frames with their commands; compressed bytes may differ from one liblzma to the next."""
-    decoder = Decoder(BLOCK_STREAM)
+    decoder = FedDecoder(BLOCK_STREAM)
     decoder.feed(blocks)
     return [
         (encode(each)[:4], each.position, expand(each))
