@@ -12,7 +12,7 @@ FIRST_SECONDS, MAX_SECONDS = 1.0, 30.0
 
 
 def delays() -> Iterator[float]:
-    """Yield the seconds to wait before each attempt: 1, 2, 4 … 30, each shortened at random by up to a half.
+    """Yield the seconds to wait before each attempt: 1, 2, 4 … 30, each shortened by up to a half.
 
     Begin anew after an attempt that was successful.
     """
