@@ -21,21 +21,10 @@ _STAGES = "blockcopy.cli.commands"
 _LAYERS = {
     _STAGES: ("checksum", "retrieve", "save", "receive", "facts"),
     "blockcopy.replica.commands": ("sync", "verify"),
-    "blockcopy_fuse.commands": (
-        "mount",
-        "status",
-        "list",
-        "wait",
-        "umount",
-        "pause",
-        "resume",
-        "limit",
-        "prefetch",
-        "doctor",
-        "manual",
-        "completion",
-    ),
 }
+
+_MOUNT = "blockcopy_fuse.commands"
+"""The module of all other commands."""
 
 _OPEN_FILES = {"mount": 64, "sync": 64, "verify": 64, "doctor": 32}
 """Files that a command may have open at once, if these are more than usual."""
@@ -48,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _find(name: str) -> Callable[[argparse.Namespace], None]:
     """Import and return the function of the command `name`, which is called with the parsed arguments."""
-    module = next(each for each, commands in _LAYERS.items() if name in commands)
+    module = next((each for each, commands in _LAYERS.items() if name in commands), _MOUNT)
     if module != _STAGES and sys.version_info < (3, 11):
         raise UsageError(f"{name} needs Python 3.11 or newer; the copy stages work with this one")
     try:
