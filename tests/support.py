@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forkserver import ForkServer
 
 from blockcopy.block import syscalls
 from blockcopy.block.buffers import Buffer
@@ -46,6 +47,9 @@ TEST_ID = "BLOCKCOPY_TEST_ID"
 
 PATIENCE = 20
 """Seconds that `until` and `run` wait."""
+
+SERVERS: list[ForkServer] = []
+"""The process that forks for the commands of `run`, during a session of tests."""
 
 Text = str | bytes
 Finished = subprocess.CompletedProcess[bytes] | subprocess.CompletedProcess[str]
@@ -148,8 +152,20 @@ def sample_answers(size: int) -> int:
 def run(*args: object, input: bytes | None = None, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """Run a blockcopy command to its end, and return its status and output. `input`: its standard input.
 
+    The command is a fork of a Python that has imported the program (see `forkserver`). With other `options` of
+    subprocess.run than `cwd`, Python is started for the command.
     Raises subprocess.TimeoutExpired after `PATIENCE` seconds.
     """
+    command = [*BLOCKCOPY, *map(str, args)]
+    if SERVERS and not options.keys() - {"cwd"}:
+        done = SERVERS[0].run(command[len(BLOCKCOPY) :], input, PATIENCE, **options)
+        if done is not None:
+            return subprocess.CompletedProcess(command, *done)
+    return start(*args, input=input, **options)
+
+
+def start(*args: object, input: bytes | None = None, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """Start Python to run a blockcopy command, as users do. Otherwise as `run`."""
     return subprocess.run(
         [*BLOCKCOPY, *map(str, args)], input=input, capture_output=True, timeout=PATIENCE, check=False, **options
     )
