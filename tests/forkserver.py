@@ -58,33 +58,55 @@ class ForkServer:
         self._requests.close()
         self._process.wait()
 
-    def run(
-        self, argv: Sequence[str], input: bytes | None, timeout: float, cwd: str | os.PathLike[str] = "."
-    ) -> tuple[int, bytes, bytes] | None:
-        """Run the command `argv` in the folder `cwd`. Returns its exit status, standard output and standard error.
-
-        Returns None if the request is too large. Raises subprocess.TimeoutExpired.
-        """
+    def start(self, argv: Sequence[str], streams: Sequence[int], cwd: str | os.PathLike[str] = ".") -> Forked:
+        """Start the command `argv` in the folder `cwd`. `streams`: descriptors of its three standard streams."""
         request = json.dumps([argv, dict(os.environ)]).encode()
-        if len(request) > MAX_REQUEST:
-            return None
+        assert len(request) <= MAX_REQUEST, "too much for a request: use support.start"
         folder = os.open(cwd, os.O_PATH | os.O_DIRECTORY)
         answers, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        pipes = [os.pipe() if input is not None else (os.open(os.devnull, os.O_RDONLY), -1), os.pipe(), os.pipe()]
-        (stdin, write_end), (stdout_end, stdout), (stderr_end, stderr) = pipes
-        socket.send_fds(self._requests, [request], [theirs.fileno(), folder, stdin, stdout, stderr])
-        theirs.close()
-        for fd in (folder, stdin, stdout, stderr):
-            os.close(fd)
-        with answers:
-            pid = int(answers.recv(20))
+        with theirs:
+            socket.send_fds(self._requests, [request], [theirs.fileno(), folder, *streams])
+        os.close(folder)
+        return Forked(answers)
+
+    def run(
+        self, argv: Sequence[str], input: bytes | None, timeout: float, cwd: str | os.PathLike[str] = "."
+    ) -> tuple[int, bytes, bytes]:
+        """Run the command `argv` in the folder `cwd`. Returns its exit status, standard output and standard error.
+
+        Raises subprocess.TimeoutExpired.
+        """
+        stdin, write_end = os.pipe() if input is not None else (os.open(os.devnull, os.O_RDONLY), -1)
+        (stdout_end, stdout), (stderr_end, stderr) = os.pipe(), os.pipe()
+        with self.start(argv, (stdin, stdout, stderr), cwd) as process:
+            for fd in (stdin, stdout, stderr):
+                os.close(fd)
             try:
                 read = _communicate(write_end, input or b"", stdout_end, stderr_end, timeout)
-                answers.settimeout(timeout)
-                return int(answers.recv(20)), *read
+                return process.wait(timeout), *read
             except TimeoutError:
-                os.kill(pid, signal.SIGKILL)
+                os.kill(process.pid, signal.SIGKILL)
                 raise subprocess.TimeoutExpired(list(argv), timeout) from None
+
+
+class Forked:
+    """A forked command. `pid`: its process id. Use it in `with`."""
+
+    def __init__(self, answers: socket.socket) -> None:
+        """Wait until the command is forked. `answers`: the server's socket for it."""
+        self._answers = answers
+        self.pid = int(answers.recv(20))
+
+    def wait(self, timeout: float) -> int:
+        """Return the exit status, once the command has ended. Raises TimeoutError after `timeout` seconds."""
+        self._answers.settimeout(timeout)
+        return int(self._answers.recv(20))
+
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._answers.close()
 
 
 def _communicate(stdin: int, data: bytes, stdout: int, stderr: int, timeout: float) -> tuple[bytes, bytes]:

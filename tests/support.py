@@ -158,9 +158,9 @@ def run(*args: object, input: bytes | None = None, **options: Any) -> subprocess
     """
     command = [*BLOCKCOPY, *map(str, args)]
     if SERVERS and not options.keys() - {"cwd"}:
-        done = SERVERS[0].run(command[len(BLOCKCOPY) :], input, PATIENCE, **options)
-        if done is not None:
-            return subprocess.CompletedProcess(command, *done)
+        return subprocess.CompletedProcess(
+            command, *SERVERS[0].run(command[len(BLOCKCOPY) :], input, PATIENCE, **options)
+        )
     return start(*args, input=input, **options)
 
 
