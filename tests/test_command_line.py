@@ -93,6 +93,16 @@ def test_help_of_a_command_names_its_options(command: str) -> None:
     assert [option for option in OPTIONS[command] if option not in said] == []
 
 
+@pytest.mark.parametrize("command", OPTIONS)
+def test_a_parser_of_one_command_is_the_one_of_all(command: str) -> None:
+    [(name, one)] = commands_of(parser(command)).items()
+    assert (name, one.format_help()) == (command, commands_of(parser())[command].format_help())
+
+
+def test_an_option_before_a_command_asks_for_all_of_them() -> None:
+    assert run("--help", "sync").stdout == run("--help").stdout
+
+
 def test_version_is_the_packages() -> None:
     done = run("--version")
     succeeded(done, stdout=f"blockcopy {blockcopy.__version__}\n")

@@ -32,7 +32,13 @@ _OPEN_FILES = {"mount": 64, "sync": 64, "verify": 64, "doctor": 32}
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command that `argv` names, and exit with its status. `argv`: sys.argv's arguments if None."""
-    program.run(parser(), _find, argv, _OPEN_FILES)
+    program.run(parser(_named(sys.argv[1:] if argv is None else argv)), _find, argv, _OPEN_FILES)
+
+
+def _named(argv: Sequence[str]) -> str | None:
+    """Return the name of the command in `argv`. Returns None if options other than `-v` come before a name."""
+    word = next((each for each in argv if each not in ("-v", "--verbose")), None)
+    return word if any(word in commands for commands in _LAYERS.values()) else None
 
 
 def _find(name: str) -> Callable[[argparse.Namespace], None]:
