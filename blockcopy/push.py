@@ -16,7 +16,7 @@ from blockcopy.cli.program import error_line
 from blockcopy.errors import BlockcopyError, OutputError, RemoteError, StreamError
 from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.stage.retrieve import retrieve
-from blockcopy.transport.backoff import Backoff
+from blockcopy.transport import backoff
 from blockcopy.transport.command import Command
 from blockcopy.transport.hints import SSH_FAILED, explain_end, with_hint
 from blockcopy.transport.session import Session
@@ -74,7 +74,7 @@ def push(
     Raises RemoteError if the host cannot be reached or goes away, and DeviceError if the source fails. Raises the
     error of `receive`, with its exit status, if `receive` fails.
     """
-    backoff, lost_at = Backoff(), math.inf
+    delays, lost_at = backoff.delays(), math.inf
     throttled = _ThrottledProgress(progress, limit) if limit else progress
     budget = LineBudget()  # one for all connections
     while True:
@@ -92,12 +92,12 @@ def push(
         except _ConnectionLostError as error:
             failure: RemoteError = error
             lost_at = time.monotonic()
-            backoff.reset()
+            delays = backoff.delays()
         except RemoteError as error:
             if math.isinf(lost_at):
                 raise  # there has been no connection at all
             failure = error
-        delay = backoff.next()
+        delay = next(delays)
         if time.monotonic() + delay - lost_at > give_up_after:
             raise failure
         logger.warning("connection lost, reconnecting: %s", failure)

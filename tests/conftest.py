@@ -11,6 +11,17 @@ from pathlib import Path
 
 import pytest
 import support
+from forkserver import ForkServer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forkserver() -> Iterator[None]:
+    """Start the process that forks for the commands of `support.run`."""
+    server = ForkServer(support.TEST_ID)
+    support.SERVERS.append(server)
+    yield
+    support.SERVERS.remove(server)
+    server.close()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import getpass
 import itertools
@@ -20,10 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forkserver import ForkServer
 
 from blockcopy.block import syscalls
+from blockcopy.block.buffers import Buffer
 from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.block.identity import sample_extents
+from blockcopy.protocol.decoder import Decoder
 
 for name in ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(
@@ -43,6 +47,9 @@ TEST_ID = "BLOCKCOPY_TEST_ID"
 
 PATIENCE = 20
 """Seconds that `until` and `run` wait."""
+
+SERVERS: list[ForkServer] = []
+"""The process that forks for the commands of `run`, during a session of tests."""
 
 Text = str | bytes
 Finished = subprocess.CompletedProcess[bytes] | subprocess.CompletedProcess[str]
@@ -96,6 +103,41 @@ def pairwise(*parameters: Iterable[Any]) -> list[tuple[Any, ...]]:
     return chosen
 
 
+# Streams
+
+
+class FedDecoder(Decoder):
+    """A decoder that gets bytes by hand instead of reading a stream. Earlier payloads stay valid."""
+
+    def feed(self, data: Buffer) -> None:
+        """Accept `data`, the next bytes of the stream."""
+        if not self.done:
+            self._buffer = memoryview(bytearray(self._buffer[self._at : self._end]) + data)
+            self._at, self._end = 0, len(self._buffer)
+
+    def feed_eof(self) -> None:
+        """Accept the end of the stream. Raises TruncatedStreamError unless the message `done` was read."""
+        if not self.done:
+            raise self._ended_early()
+
+
+def served(parts: list[bytes]) -> Callable[[memoryview], int]:
+    """Return a function that reads `parts` as `Decoder.messages` wants it: each part in one read or more."""
+    stream = b"".join(parts)
+    ends = list(itertools.accumulate(map(len, parts)))
+    at = 0
+
+    def read_into(room: memoryview) -> int:
+        nonlocal at
+        found = bisect.bisect(ends, at)
+        count = min(len(room), ends[found] - at) if found < len(ends) else 0
+        room[:count] = stream[at : at + count]
+        at += count
+        return count
+
+    return read_into
+
+
 # Commands
 
 
@@ -110,8 +152,20 @@ def sample_answers(size: int) -> int:
 def run(*args: object, input: bytes | None = None, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """Run a blockcopy command to its end, and return its status and output. `input`: its standard input.
 
+    The command is a fork of a Python that has imported the program (see `forkserver`). With other `options` of
+    subprocess.run than `cwd`, Python is started for the command.
     Raises subprocess.TimeoutExpired after `PATIENCE` seconds.
     """
+    command = [*BLOCKCOPY, *map(str, args)]
+    if SERVERS and not options.keys() - {"cwd"}:
+        return subprocess.CompletedProcess(
+            command, *SERVERS[0].run(command[len(BLOCKCOPY) :], input, PATIENCE, **options)
+        )
+    return start(*args, input=input, **options)
+
+
+def start(*args: object, input: bytes | None = None, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """Start Python to run a blockcopy command, as users do. Otherwise as `run`."""
     return subprocess.run(
         [*BLOCKCOPY, *map(str, args)], input=input, capture_output=True, timeout=PATIENCE, check=False, **options
     )

@@ -11,7 +11,7 @@ from support import PYTHON
 
 CHAOS = Path(__file__).resolve().parent.parent / "tools" / "chaos"
 SEED = 2024
-ROUNDS = 3
+ROUNDS = 2
 
 
 @pytest.mark.timeout(200)

@@ -136,11 +136,10 @@ def test_a_file_that_becomes_shorter_is_an_error(file: Callable[[bytes], Path]) 
     """Its stream would end in order, and the source would be asked for less than there was."""
     path = file(noise(4 * BLOCK_SIZE))
     with open_source(str(path)) as device:
-        signer = checksum._DeviceSigner(device, digests.named(digests.ORIGINAL))
         os.truncate(path, BLOCK_SIZE)
         whole = Extent(0, 4 * BLOCK_SIZE)
         with pytest.raises(DeviceError, match="shorter than it was"):
-            signer.sign(Piece(*whole, [whole]))
+            checksum._sign_device(device, [Piece(*whole, [whole])], digests.named(digests.ORIGINAL), lambda _: None)
 
 
 def test_a_part_may_be_named_in_units(file: Callable[[bytes], Path]) -> None:

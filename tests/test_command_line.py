@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import support
-from support import BLOCKCOPY, PYTHON, failed, run, succeeded
+from support import BLOCKCOPY, PYTHON, failed, run, start, succeeded
 
 import blockcopy
 from blockcopy import errors
@@ -93,6 +93,16 @@ def test_help_of_a_command_names_its_options(command: str) -> None:
     assert [option for option in OPTIONS[command] if option not in said] == []
 
 
+@pytest.mark.parametrize("command", OPTIONS)
+def test_a_parser_of_one_command_is_the_one_of_all(command: str) -> None:
+    [(name, one)] = commands_of(parser(command)).items()
+    assert (name, one.format_help()) == (command, commands_of(parser())[command].format_help())
+
+
+def test_an_option_before_a_command_asks_for_all_of_them() -> None:
+    assert run("--help", "sync").stdout == run("--help").stdout
+
+
 def test_version_is_the_packages() -> None:
     done = run("--version")
     succeeded(done, stdout=f"blockcopy {blockcopy.__version__}\n")
@@ -142,12 +152,39 @@ def test_a_host_that_looks_like_an_option_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["checksum", "a"], ["sync", "a", "b"], ["mount", "a", "b", "c"]]
+)
+def test_a_program_that_is_started_does_what_a_forked_one_does(tmp_path: Path, arguments: list[str]) -> None:
+    started, forked = start(*arguments, cwd=tmp_path), run(*arguments, cwd=tmp_path)
+    assert started.returncode != 0
+    failed(forked, started.returncode, started.stderr, stdout=started.stdout)
+
+
+def test_a_forked_program_is_found_by_the_mark_of_its_test(tmp_path: Path) -> None:
+    """`nothing_left_behind` finds what a test leaves by this mark."""
+    seen = tmp_path / "seen"
+    program = f"sh -c 'cat /proc/$PPID/environ >{seen}'"
+    run(
+        "sync",
+        "--blockcopy-path",
+        program,
+        "--timeout",
+        1,
+        "--reconnect-timeout",
+        0,
+        tmp_path / "a",
+        tmp_path / "b",
+    )
+    assert f"{support.TEST_ID}={os.environ[support.TEST_ID]}".encode() in seen.read_bytes().split(b"\0")
+
+
 def test_the_program_is_a_module_and_a_script() -> None:
     script = Path(sys.executable).parent / "blockcopy"
     if not script.exists():
         pytest.skip("blockcopy is not installed beside this interpreter")
     done = subprocess.run([script, "--version"], capture_output=True, check=True, timeout=20)
-    assert done.stdout == run("--version").stdout
+    assert done.stdout == start("--version").stdout
 
 
 # Errors and exit statuses

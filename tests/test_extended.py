@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import BLOCKCOPY, PATIENCE, failed, noise, run, succeeded, with_changes, written
+from support import BLOCKCOPY, PATIENCE, FedDecoder, failed, noise, run, succeeded, with_changes, written
 
 from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.errors import StreamError
 from blockcopy.protocol import digests, wire, zstd
 from blockcopy.protocol.compression import CompressionSpec
-from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.digests import NO_DIGEST
 from blockcopy.protocol.handshake import Handshake, source_greeting
 from blockcopy.protocol.wire import (
@@ -66,7 +65,7 @@ def stream_of(*messages: Message) -> bytes:
 
 
 def decoded(stream: bytes, grammar: wire.Grammar = wire.NEGOTIATED_BLOCK_STREAM) -> list[Message]:
-    decoder = Decoder(grammar)
+    decoder = FedDecoder(grammar)
     decoder.feed(stream)
     return list(iter(decoder.next, None))
 
@@ -329,7 +328,7 @@ def test_a_lone_run_is_answered_at_once(source: Callable[[bytes], Path]) -> None
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        decoder = Decoder(wire.NEGOTIATED_BLOCK_STREAM)
+        decoder = FedDecoder(wire.NEGOTIATED_BLOCK_STREAM)
 
         def answer() -> Message:
             assert process.stdout is not None

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support import BLOCK_SIZE, BLOCKCOPY, PATIENCE, needs_views, noise, run, written
+from support import BLOCK_SIZE, BLOCKCOPY, PATIENCE, FedDecoder, needs_views, noise, run, written
 
 from blockcopy.block import syscalls
 from blockcopy.block.device import Device, open_source
@@ -19,7 +19,6 @@ from blockcopy.block.geometry import Geometry
 from blockcopy.block.pieces import PIECE_SIZE, PieceScanner
 from blockcopy.block.unreadable_ranges import UnreadableRanges
 from blockcopy.protocol import digests, wire
-from blockcopy.protocol.decoder import Decoder
 from blockcopy.replica.hydration.signatures import read_signatures
 from blockcopy.stage.compressors import Compressor
 from blockcopy.stage.delta import Request, Terms
@@ -57,7 +56,7 @@ def as_sent(frames: Sequence[Output]) -> list[tuple[str, int, bytearray]]:
 
     How an answer is parted into frames may differ.
     """
-    decoder = Decoder(wire.NEGOTIATED_BLOCK_STREAM)
+    decoder = FedDecoder(wire.NEGOTIATED_BLOCK_STREAM)
     found: list[tuple[str, int, bytearray]] = []
     for each in frames:
         if isinstance(each, DeviceFrame):

@@ -15,17 +15,30 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import cache
 from itertools import cycle
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 import pytest
-from support import BLOCKCOPY, PATIENCE, failed, noise, pairwise, succeeded, with_changes
+from forkserver import Forked
+from support import (
+    BLOCKCOPY,
+    PATIENCE,
+    SERVERS,
+    FedDecoder,
+    failed,
+    noise,
+    pairwise,
+    run,
+    succeeded,
+    with_changes,
+)
 
 from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.protocol import zstd
-from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.digests import speeds
 from blockcopy.protocol.wire import BLOCK_STREAM, XzData, encode
 from blockcopy.protocol.xz import expand
@@ -125,27 +138,34 @@ def write_sparse(path: Path, data: bytes) -> None:
 # Ours
 
 
-def copy(
-    case: Case, source: object, destination: object, program: Sequence[str] = BLOCKCOPY, **options: object
-) -> None:
-    """As in a shell: `checksum | retrieve | save`, or `cat | checksum - | …`."""
-    commands = [
-        ["cat", str(destination)] if case.pipe else [],
-        [*program, "checksum", "-" if case.pipe else str(destination), *case.checksum_options],
-        [*program, "retrieve", str(source), *case.retrieve_options],
-        [*program, "save", str(destination)],
+def stages(case: Case, source: object, destination: object) -> list[list[str]]:
+    """Return the arguments of `checksum | retrieve | save`. With `case.pipe`, `checksum` reads standard input."""
+    return [
+        ["checksum", "-" if case.pipe else str(destination), *case.checksum_options],
+        ["retrieve", str(source), *case.retrieve_options],
+        ["save", str(destination)],
     ]
-    running: list[subprocess.Popen[bytes]] = []
-    for command in filter(None, commands):
-        stdin = running[-1].stdout if running else subprocess.DEVNULL
-        running.append(
-            subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)  # type: ignore[call-overload]
-        )
-        if stdin is not subprocess.DEVNULL:
-            stdin.close()
-    for process in reversed(running):
-        stdout, stderr = process.communicate(timeout=PATIENCE)
-        succeeded(subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr), stdout=b"")
+
+
+def copy(case: Case, source: object, destination: object) -> None:
+    """As in a shell: `checksum | retrieve | save`, or `cat | checksum - | …`. Each is a fork, see `forkserver`."""
+    running: list[Forked] = []
+    with TemporaryFile() as said, ExitStack() as stack:
+        stdin = os.open(os.devnull if not case.pipe else destination, os.O_RDONLY)
+        if case.pipe:
+            cat = stack.enter_context(subprocess.Popen(["cat"], stdin=stdin, stdout=subprocess.PIPE))
+            os.close(stdin)
+            stdin = os.dup(cat.stdout.fileno())
+            cat.stdout.close()
+        for number, words in enumerate(stages(case, source, destination)):
+            reader, stdout = os.pipe() if number < 2 else (-1, os.dup(said.fileno()))
+            running.append(stack.enter_context(SERVERS[0].start(words, (stdin, stdout, said.fileno()))))
+            os.close(stdin)
+            os.close(stdout)
+            stdin = reader
+        statuses = [process.wait(PATIENCE) for process in reversed(running)]
+        said.seek(0)
+        assert (statuses, said.read()) == ([0, 0, 0], b"")
 
 
 def test_the_three_stages_make_a_copy(tmp_path: Path, case: Case) -> None:
@@ -223,6 +243,10 @@ class Streams(NamedTuple):
 
 
 def stage(program: Sequence[str], *args: object, input: bytes = b"") -> bytes:
+    if program is BLOCKCOPY:
+        done = run(*args, input=input)
+        succeeded(done)
+        return done.stdout
     done = subprocess.run(
         [*program, *map(str, args)], input=input, capture_output=True, timeout=PATIENCE, check=False
     )
@@ -259,7 +283,7 @@ def golden(name: str) -> Streams:
 
 def expanded(blocks: bytes) -> list[tuple[bytes, int, bytes]]:
     """Frames with their commands; compressed bytes may differ from one liblzma to the next."""
-    decoder = Decoder(BLOCK_STREAM)
+    decoder = FedDecoder(BLOCK_STREAM)
     decoder.feed(blocks)
     return [
         (encode(each)[:4], each.position, expand(each))
@@ -370,14 +394,15 @@ def test_the_stages_work_under_each_python(tmp_path: Path, version: str, compres
     case = Case(SPARSE + b"abc", with_changes(SPARSE, [0, 5])[: 11 * B + 5], lzma=compress)
     (tmp_path / "source").write_bytes(case.source)
     (tmp_path / "destination").write_bytes(case.destination)
-    copy(
-        case,
-        tmp_path / "source",
-        tmp_path / "destination",
-        [*python, "-m", "blockcopy"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1"},
-    )
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1"}
+    stream = b""
+    for words in stages(case, tmp_path / "source", tmp_path / "destination"):
+        command = [*python, "-m", "blockcopy", *words]
+        done = subprocess.run(
+            command, input=stream, env=environment, cwd=tmp_path, capture_output=True, timeout=PATIENCE, check=False
+        )
+        succeeded(done)
+        stream = done.stdout
     assert (tmp_path / "destination").read_bytes() == case.result
 
 

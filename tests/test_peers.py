@@ -17,7 +17,7 @@ import support
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
-from support import BLOCK_SIZE, BLOCKCOPY, PYTHON, STANDINS, Mount, failed, noise, run, until, written
+from support import BLOCK_SIZE, BLOCKCOPY, PYTHON, STANDINS, FedDecoder, Mount, failed, noise, run, until, written
 from test_wire_properties import stable
 
 from blockcopy.block.geometry import Extent
@@ -25,7 +25,6 @@ from blockcopy.block.identity import differences, sample_extents
 from blockcopy.errors import SourceError, StreamError
 from blockcopy.progress.reporter import Progress
 from blockcopy.protocol import wire
-from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.handshake import Handshake, read_client
 from blockcopy.replica.monitor import prometheus
 from blockcopy.replica.monitor.sd_notify import Notifier
@@ -86,7 +85,7 @@ def hello(text: str) -> bytes:
 @stable
 def test_any_greeting_is_believed_or_a_stream_error(text: str) -> None:
     """Also what is done with the facts of one that is believed, at either end."""
-    decoder = Decoder(wire.NEGOTIATED_BLOCK_STREAM)
+    decoder = FedDecoder(wire.NEGOTIATED_BLOCK_STREAM)
     decoder.feed(hello(text))
     try:
         message = decoder.next()
@@ -133,7 +132,7 @@ def test_a_fault_of_ours_is_the_error_of_its_connection(
     def fail(*_: object) -> NoReturn:
         raise RecursionError("on request")
 
-    for owner, name in ((Decoder, "next"), (Client, "_log"), (Client, "_owes")):
+    for owner, name in ((FedDecoder, "next"), (Client, "_log"), (Client, "_owes")):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, fail)
             assert "on request" in greeted(tmp_path, b"fe")

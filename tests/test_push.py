@@ -18,6 +18,7 @@ from support import (
     BLOCKCOPY,
     PYTHON,
     STANDINS,
+    FedDecoder,
     Sshd,
     failed,
     noise,
@@ -32,7 +33,6 @@ from blockcopy.block import identity
 from blockcopy.block.device import open_source
 from blockcopy.errors import OutputError
 from blockcopy.protocol import wire, zstd
-from blockcopy.protocol.decoder import Decoder
 from blockcopy.transport import session
 
 SIZE = 40 * BLOCK_SIZE + 1000
@@ -281,7 +281,7 @@ class Receiver:
     def ended(self, *messages: wire.Message) -> tuple[int | None, str, list[wire.Message]]:
         """Its status, its words, and what it asked, once these were all that it got."""
         stream, said = self._process.communicate(b"".join(map(wire.encode, messages)), timeout=support.PATIENCE)
-        decoder = Decoder(wire.HASH_STREAM)
+        decoder = FedDecoder(wire.HASH_STREAM)
         decoder.feed(stream)
         asked = []
         while (message := decoder.next()) is not None:

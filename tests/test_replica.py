@@ -122,7 +122,7 @@ async def both_processes(replica: Replica) -> list[int]:
     """Return the process ids of both lanes once both are connected. With SLOW, one block is present then."""
     while not present(replica) or not all(each.is_connected for each in replica._links):
         await trio.testing.wait_all_tasks_blocked(0.01)
-    return [each._client._process.pid for each in replica._links]
+    return [each._client._process._popen.pid for each in replica._links]
 
 
 def present(replica: Replica) -> set[int]:

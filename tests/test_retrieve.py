@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support import BLOCKCOPY, PATIENCE, failed, noise, run, succeeded, with_changes
+from support import BLOCKCOPY, PATIENCE, FedDecoder, failed, noise, run, succeeded, with_changes
 
 from blockcopy.block.geometry import BLOCK_SIZE
-from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.digests import NO_DIGEST, digest
 from blockcopy.protocol.wire import (
     BLOCK_STREAM,
@@ -61,7 +60,7 @@ def stream_of(*messages: Message) -> bytes:
 
 
 def messages_of(stream: bytes) -> list[Message]:
-    decoder = Decoder(BLOCK_STREAM)
+    decoder = FedDecoder(BLOCK_STREAM)
     decoder.feed(stream)
     return list(iter(decoder.next, None))
 
@@ -398,6 +397,6 @@ def test_a_fence_without_a_greeting_is_an_error(tmp_path: Path) -> None:
 
 
 def agreed_messages_of(stream: bytes) -> list[Message]:
-    decoder = Decoder(NEGOTIATED_BLOCK_STREAM)
+    decoder = FedDecoder(NEGOTIATED_BLOCK_STREAM)
     decoder.feed(stream)
     return list(iter(decoder.next, None))

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 import support
-from support import BLOCK_SIZE, PATIENCE, PYTHON, STANDINS, failed, noise, until, written
+from support import BLOCK_SIZE, PATIENCE, PYTHON, STANDINS, FedDecoder, failed, noise, until, written
 
 from blockcopy.protocol import wire
-from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.digests import NO_DIGEST
 
 LOST = 255
@@ -197,7 +196,7 @@ def retrieve(source: Path, *options: object) -> list[str]:
 
 
 def decoded(stream: bytes) -> list[wire.Message]:
-    decoder = Decoder(wire.NEGOTIATED_BLOCK_STREAM)
+    decoder = FedDecoder(wire.NEGOTIATED_BLOCK_STREAM)
     decoder.feed(stream)
     return list(iter(decoder.next, None))
 
@@ -272,7 +271,7 @@ def test_death(source: Path) -> None:
 def test_a_stall(source: Path) -> None:
     with running(retrieve(source, "--stall-at", 2)) as process:
         tell(process, QUESTION)
-        decoder = Decoder(wire.NEGOTIATED_BLOCK_STREAM)
+        decoder = FedDecoder(wire.NEGOTIATED_BLOCK_STREAM)
         said: list[wire.Message] = []
         while len(said) < 2 and (stream := says(process, BLOCK_SIZE)):
             decoder.feed(stream)
@@ -287,7 +286,7 @@ def test_a_stall(source: Path) -> None:
 def test_a_trickle(source: Path) -> None:
     with running(retrieve(source, "--trickle-at", 2)) as process:
         tell(process, QUESTION)
-        decoder = Decoder(wire.NEGOTIATED_BLOCK_STREAM)
+        decoder = FedDecoder(wire.NEGOTIATED_BLOCK_STREAM)
         said: list[wire.Message] = []
         while len(said) < 2 and (stream := says(process, BLOCK_SIZE)):
             decoder.feed(stream)

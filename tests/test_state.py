@@ -22,12 +22,11 @@ from typing import Any
 
 import pytest
 import support
-from support import BLOCK_SIZE, BLOCKCOPY, FAULTY, QUEUEING, Mount, failed, noise, run, until, written
+from support import BLOCK_SIZE, BLOCKCOPY, FAULTY, QUEUEING, FedDecoder, Mount, failed, noise, run, until, written
 
 from blockcopy.block.geometry import Extent, Geometry
 from blockcopy.block.identity import sample_extents
 from blockcopy.protocol import wire
-from blockcopy.protocol.decoder import Decoder
 from blockcopy.replica.state.statefile import StateFile, WriteTimes
 
 Mounter = Callable[..., Mount]
@@ -140,7 +139,7 @@ def listening(folder: Path) -> str:
 def asked(folder: Path) -> set[int]:
     blocks = set()
     for stream in folder.glob("asked.*"):
-        decoder = Decoder(wire.HASH_STREAM)
+        decoder = FedDecoder(wire.HASH_STREAM)
         decoder.feed(stream.read_bytes())
         while message := decoder.next():
             if isinstance(message, wire.Asks):

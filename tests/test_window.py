@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from blockcopy.replica.source.window import BASE_SECONDS, Window
-from blockcopy.transport.backoff import Backoff
+from blockcopy.transport import backoff
 
 
 class Route:
@@ -44,13 +46,11 @@ def test_a_queue_of_our_own_is_not_taken_for_the_round_trip() -> None:
         assert route.window.blocks < 600
 
 
-def test_delays_double_to_a_limit_and_are_half_chance() -> None:
-    least, most = Backoff(lambda: 0), Backoff(lambda: 1)
-    assert [most.next() for _ in range(7)] == [1, 2, 4, 8, 16, 30, 30]
-    assert [least.next() for _ in range(7)] == [0.5, 1, 2, 4, 8, 15, 15]
-    most.reset()
-    assert most.next() == 1
-    assert len({Backoff().next() for _ in range(20)}) > 1
+def test_delays_double_to_a_limit_and_are_half_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len({next(backoff.delays()) for _ in range(20)}) > 1
+    for chance, seconds in (1, [1, 2, 4, 8, 16, 30, 30]), (0, [0.5, 1, 2, 4, 8, 15, 15]):
+        monkeypatch.setattr("random.random", lambda chance=chance: chance)
+        assert list(itertools.islice(backoff.delays(), 7)) == seconds
 
 
 class Clock:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 
 import pytest
+from support import FedDecoder, served
 
 from blockcopy.block.geometry import MAX_POSITION
 from blockcopy.errors import StreamError, TruncatedStreamError
@@ -98,7 +99,7 @@ STREAMS = pytest.mark.parametrize(
 )
 
 
-def messages_of(decoder: Decoder) -> list[Message]:
+def messages_of(decoder: FedDecoder) -> list[Message]:
     return list(iter(decoder.next, None))
 
 
@@ -134,7 +135,7 @@ def test_a_frame_header_is_what_stands_before_the_payload() -> None:
 
 @STREAMS
 def test_what_is_encoded_is_decoded(grammar: Grammar, messages: list[Message]) -> None:
-    decoder = Decoder(grammar)
+    decoder = FedDecoder(grammar)
     decoder.feed(b"".join(map(encode, messages)))
     assert messages_of(decoder) == messages
     assert decoder.done
@@ -143,25 +144,14 @@ def test_what_is_encoded_is_decoded(grammar: Grammar, messages: list[Message]) -
 
 @STREAMS
 @pytest.mark.parametrize("step", [1, 7, 2**20])
-def test_what_is_put_into_the_room_is_decoded(grammar: Grammar, messages: list[Message], step: int) -> None:
-    """Without a copy: a payload is good until there has to be room again."""
+def test_what_is_read_is_decoded(grammar: Grammar, messages: list[Message], step: int) -> None:
+    """Without a copy: a payload is good until the next read."""
     stream = b"".join(
         map(encode, messages if step > 1 else [each for each in messages if len(encode(each)) < 1000])
     )
-    decoder = Decoder(grammar)
-    at = 0
-    found = b""
-    while at < len(stream):
-        room = decoder.get_buffer()
-        count = min(step, len(room), len(stream) - at)
-        assert count
-        room[:count] = stream[at : at + count]
-        decoder.buffer_updated(count)
-        at += count
-        found += b"".join(map(encode, iter(decoder.next, None)))
-    assert found == stream
-    assert decoder.done
-    decoder.feed_eof()
+    parts = [stream[at : at + step] for at in range(0, len(stream), step)]
+    found = Decoder(grammar).messages(served(parts))
+    assert b"".join(encode(each) for each in found if each is not None) == stream
 
 
 @STREAMS
@@ -169,7 +159,7 @@ def test_a_stream_may_be_split_anywhere(grammar: Grammar, messages: list[Message
     short = [each for each in messages if len(encode(each)) < 1000]
     stream = b"".join(map(encode, short))
     for split in range(len(stream) + 1):
-        decoder = Decoder(grammar)
+        decoder = FedDecoder(grammar)
         decoder.feed(stream[:split])
         found = messages_of(decoder)
         decoder.feed(stream[split:])
@@ -180,7 +170,7 @@ def test_a_stream_may_be_split_anywhere(grammar: Grammar, messages: list[Message
 @STREAMS
 def test_a_stream_may_come_byte_by_byte(grammar: Grammar, messages: list[Message]) -> None:
     """Each message is there with its last byte, and not before."""
-    decoder = Decoder(grammar)
+    decoder = FedDecoder(grammar)
     for message in (each for each in messages if len(encode(each)) < 1000):
         *first, last = encode(message)
         for byte in first:
@@ -193,7 +183,7 @@ def test_a_stream_may_come_byte_by_byte(grammar: Grammar, messages: list[Message
 
 def test_a_decoder_takes_any_buffer_and_keeps_none_of_it() -> None:
     buffer = bytearray(encode(Data(3, b"abc")))
-    decoder = Decoder(BLOCK_STREAM)
+    decoder = FedDecoder(BLOCK_STREAM)
     decoder.feed(memoryview(buffer))
     buffer[:] = bytes(len(buffer))
     assert decoder.next() == Data(3, b"abc")
@@ -211,7 +201,7 @@ def test_a_decoder_takes_any_buffer_and_keeps_none_of_it() -> None:
     ],
 )
 def test_an_unknown_command_is_told_with_what_came(grammar: Grammar, stream: bytes) -> None:
-    decoder = Decoder(grammar)
+    decoder = FedDecoder(grammar)
     decoder.feed(stream)
     with pytest.raises(StreamError) as caught:
         decoder.next()
@@ -220,7 +210,7 @@ def test_an_unknown_command_is_told_with_what_came(grammar: Grammar, stream: byt
 
 
 def test_messages_before_an_unknown_command_are_delivered() -> None:
-    decoder = Decoder(BLOCK_STREAM)
+    decoder = FedDecoder(BLOCK_STREAM)
     decoder.feed(encode(Data(0, b"abc")) + b"junk")
     assert decoder.next() == Data(0, b"abc")
     with pytest.raises(StreamError):
@@ -249,7 +239,7 @@ OUT_OF_BOUNDS = [
 @pytest.mark.parametrize("command", [b"data", b"dlzm", b"dzst"])
 @pytest.mark.parametrize(("position", "size"), OUT_OF_BOUNDS)
 def test_bounds_of_a_frame_are_checked_before_its_payload_comes(command: bytes, position: int, size: int) -> None:
-    decoder = Decoder(BLOCK_STREAM)
+    decoder = FedDecoder(BLOCK_STREAM)
     decoder.feed(header(command, position, size))
     with pytest.raises(StreamError, match=command.decode()):
         decoder.next()
@@ -266,7 +256,7 @@ def test_bounds_of_a_frame_are_checked_before_its_payload_comes(command: bytes, 
     ],
 )
 def test_bounds_of_what_is_asked_are_checked(command: bytes, position: int, size: int) -> None:
-    decoder = Decoder(HASH_STREAM)
+    decoder = FedDecoder(HASH_STREAM)
     decoder.feed(header(command, position, size) + (b"" if command == b"rest" else DIGEST))
     with pytest.raises(StreamError, match=command.decode()):
         decoder.next()
@@ -290,14 +280,14 @@ def test_bounds_of_what_is_asked_are_checked(command: bytes, position: int, size
     ],
 )
 def test_bounds_of_what_is_asked_in_the_other_forms_are_checked(bad: Message) -> None:
-    decoder = Decoder(HASH_STREAM)
+    decoder = FedDecoder(HASH_STREAM)
     decoder.feed(encode(bad))
     with pytest.raises(StreamError):
         decoder.next()
 
 
 def test_more_digests_than_can_be_asked_for_are_not_waited_for() -> None:
-    decoder = Decoder(HASH_STREAM)
+    decoder = FedDecoder(HASH_STREAM)
     decoder.feed(encode(Asks(0, 4096, MAX_ASKED, b""))[:-4] + (MAX_ASKED // 4096 * 64 + 1).to_bytes(4, "big"))
     with pytest.raises(StreamError, match="asks"):
         decoder.next()
@@ -306,7 +296,7 @@ def test_more_digests_than_can_be_asked_for_are_not_waited_for() -> None:
 @pytest.mark.parametrize("command", [b"data", b"dlzm", b"dzst"])
 @pytest.mark.parametrize(("position", "size"), [(0, MAX_BLOCK_SIZE), (MAX_POSITION, 0), (MAX_POSITION - 1, 1)])
 def test_what_is_just_inside_the_bounds_is_waited_for(command: bytes, position: int, size: int) -> None:
-    decoder = Decoder(BLOCK_STREAM)
+    decoder = FedDecoder(BLOCK_STREAM)
     decoder.feed(header(command, position, size))
     if size:
         assert decoder.next() is None
@@ -319,7 +309,7 @@ def test_an_end_without_done_is_an_error_wherever_it_comes(grammar: Grammar, mes
     short = [each for each in messages if len(encode(each)) < 1000]
     stream = b"".join(map(encode, short))
     for length in range(len(stream)):
-        decoder = Decoder(grammar)
+        decoder = FedDecoder(grammar)
         decoder.feed(stream[:length])
         delivered = messages_of(decoder)
         assert not decoder.done
@@ -329,7 +319,7 @@ def test_an_end_without_done_is_an_error_wherever_it_comes(grammar: Grammar, mes
 
 
 def test_an_end_inside_a_message_is_told_apart() -> None:
-    whole, cut = Decoder(BLOCK_STREAM), Decoder(BLOCK_STREAM)
+    whole, cut = FedDecoder(BLOCK_STREAM), FedDecoder(BLOCK_STREAM)
     cut.feed(b"da")
     with pytest.raises(TruncatedStreamError, match="without `done`"):
         whole.feed_eof()
@@ -338,7 +328,7 @@ def test_an_end_inside_a_message_is_told_apart() -> None:
 
 
 def test_nothing_is_read_behind_done() -> None:
-    decoder = Decoder(BLOCK_STREAM)
+    decoder = FedDecoder(BLOCK_STREAM)
     decoder.feed(b"done" + encode(Data(0, b"abc")) + b"junk")
     assert decoder.next() == Done()
     assert decoder.next() is None
@@ -356,7 +346,7 @@ def test_nothing_is_read_behind_done() -> None:
     ],
 )
 def test_a_greeting_or_a_reason_that_is_none(stream: bytes) -> None:
-    decoder = Decoder(NEGOTIATED_BLOCK_STREAM)
+    decoder = FedDecoder(NEGOTIATED_BLOCK_STREAM)
     decoder.feed(stream)
     with pytest.raises(StreamError):
         decoder.next()
@@ -364,7 +354,7 @@ def test_a_greeting_or_a_reason_that_is_none(stream: bytes) -> None:
 
 @pytest.mark.parametrize("message", [Hello({}), Fence(1), Hole(0, 1), Failure(0, "why")])
 def test_save_knows_nothing_of_the_agreed_form(message: Message) -> None:
-    decoder = Decoder(BLOCK_STREAM)
+    decoder = FedDecoder(BLOCK_STREAM)
     decoder.feed(encode(message))
     with pytest.raises(StreamError, match="unknown command"):
         decoder.next()

@@ -17,18 +17,21 @@ _FILE = "%(asctime)s blockcopy[%(process)d] %(levelname)s: %(message)s"
 _SYSLOG = "blockcopy[%(process)d]: %(message)s"
 
 
-class _LogFile:
-    """The log file at `path`, to which text is appended.
-
-    If logrotate has moved the file away, a new one is made.
-    """
+class _FileHandler(BackgroundHandler):
+    """A handler for `--log-file`. If logrotate has moved the file away, a new one is made."""
 
     def __init__(self, path: str) -> None:
+        """Open or create the file at `path`. Raises OSError if that fails.
+
+        Python writes fatal signals to the file, such as the SIGBUS of a device that shrank.
+        """
+        super().__init__(self._append)
         self._path = absolute(path)
         self._fd = open_log(self._path)
         self._reported = False
+        faulthandler.enable(os.dup(self._fd), all_threads=False)
 
-    def write(self, _level: int, text: str) -> None:
+    def _append(self, _level: int, text: str) -> None:
         """Append `text` and a newline to the file. Only the first failure is reported, on standard error."""
         data = f"{text}\n".encode(errors="replace")
         for step in (self._follow, lambda: os.write(self._fd, data)):
@@ -38,10 +41,6 @@ class _LogFile:
                 if not self._reported:
                     console.say(f"cannot write --log-file {printable(self._path)}: {error.strerror}")
                 self._reported = True
-
-    def enable_faulthandler(self) -> None:
-        """Let Python write fatal signals to the file, such as the SIGBUS of a device that shrank."""
-        faulthandler.enable(os.dup(self._fd), all_threads=False)
 
     def _follow(self) -> None:
         """Open a new file at the path if the old one was moved away."""
@@ -57,10 +56,6 @@ class _LogFile:
             return False
 
 
-class _FileHandler(BackgroundHandler):
-    """A handler for `--log-file`."""
-
-
 def file_handler(path: str, *, verbose: bool) -> logging.Handler:
     """Open or create the log file at `path`, and return a logging handler that appends to it.
 
@@ -68,9 +63,7 @@ def file_handler(path: str, *, verbose: bool) -> logging.Handler:
     Raises OutputError if the file cannot be written.
     """
     try:
-        log_file = _LogFile(path)
-        handler = _FileHandler(log_file.write)
-        log_file.enable_faulthandler()
+        handler = _FileHandler(path)
     except OSError as error:
         raise OutputError(f"cannot write --log-file {path}: {error.strerror}") from error
     handler.setFormatter(Formatter(_FILE))

@@ -20,22 +20,11 @@ _STAGES = "blockcopy.cli.commands"
 
 _LAYERS = {
     _STAGES: ("checksum", "retrieve", "save", "receive", "facts"),
-    "blockcopy.replica.commands": ("sync", "verify", "discard_writes"),
-    "blockcopy_fuse.commands": (
-        "mount",
-        "status",
-        "list",
-        "wait",
-        "umount",
-        "pause",
-        "resume",
-        "limit",
-        "prefetch",
-        "doctor",
-        "manual",
-        "completion",
-    ),
+    "blockcopy.replica.commands": ("sync", "verify", "discard-writes"),
 }
+
+_MOUNT = "blockcopy_fuse.commands"
+"""The module of all other commands."""
 
 _OPEN_FILES = {"mount": 64, "sync": 64, "verify": 64, "doctor": 32}
 """Files that a command may have open at once, if these are more than usual."""
@@ -43,20 +32,28 @@ _OPEN_FILES = {"mount": 64, "sync": 64, "verify": 64, "doctor": 32}
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command that `argv` names, and exit with its status. `argv`: sys.argv's arguments if None."""
-    program.run(parser(), _find, argv, _OPEN_FILES)
+    program.run(parser(_named(sys.argv[1:] if argv is None else argv)), _find, argv, _OPEN_FILES)
+
+
+def _named(argv: Sequence[str]) -> str | None:
+    """Return the name of the command in `argv`. Returns None if options other than `-v` come before a name."""
+    word = next((each for each in argv if each not in ("-v", "--verbose")), None)
+    return word if any(word in commands for commands in _LAYERS.values()) else None
 
 
 def _find(name: str) -> Callable[[argparse.Namespace], None]:
     """Import and return the function of the command `name`, which is called with the parsed arguments."""
-    function = name.replace("-", "_")
-    module = next(each for each, commands in _LAYERS.items() if function in commands)
+    module = next((each for each, commands in _LAYERS.items() if name in commands), _MOUNT)
     if module != _STAGES and sys.version_info < (3, 11):
         raise UsageError(f"{name} needs Python 3.11 or newer; the copy stages work with this one")
     try:
-        command: Callable[[argparse.Namespace], None] = getattr(importlib.import_module(module), function)
+        command: Callable[[argparse.Namespace], None] = getattr(
+            importlib.import_module(module), name.replace("-", "_")
+        )
     except ModuleNotFoundError as error:
         raise UsageError(
             f"{name} is not part of this copy of blockcopy, which has the stages alone: install the checkout, "
             "see its README"
         ) from error
+    command: Callable[[argparse.Namespace], None] = getattr(found, name.replace("-", "_"))
     return command

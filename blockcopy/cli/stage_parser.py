@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 from typing import Any, Union
 
 from blockcopy.cli import option_types
@@ -17,7 +19,17 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """A help formatter for the program `prog`, with room for long options. It leaves examples as they are."""
 
     def __init__(self, prog: str, **more: Any) -> None:
-        super().__init__(prog, max_help_position=29, **more)
+        super().__init__(prog, max_help_position=29, **{"width": _width(), **more})
+
+
+def _width() -> int:
+    """Return the columns of a help text: as argparse does by `shutil`, which takes long to import."""
+    with contextlib.suppress(KeyError, ValueError):
+        if (columns := int(os.environ["COLUMNS"])) > 0:
+            return columns - 2
+    with contextlib.suppress(OSError):
+        return (os.get_terminal_size(1).columns or 80) - 2
+    return 78
 
 
 def add_command(commands: Any, name: str, summary: str, arguments: str, example: str) -> Any:

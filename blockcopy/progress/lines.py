@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, Callable, NamedTuple
+from typing import Callable, NamedTuple
 
 from blockcopy.progress.rate import RateMeter, eta, floored_percent
 from blockcopy.progress.reporter import Counts, Progress
@@ -140,20 +140,17 @@ class JsonProgress(TimedProgress):
         self._write = write
 
     def _report(self, figures: Figures) -> None:
-        self._write(json.dumps({"command": self._command, **as_json(figures)}))
-
-
-def as_json(figures: Figures) -> dict[str, Any]:
-    """Return `figures` as a dict, the fields of a line of `--progress=json`. Unknown values are None."""
-    counts = figures.counts
-    return {
-        "state": counts.state,
-        "finished": figures.finished,
-        "done_bytes": counts.done,
-        "total_bytes": counts.total,
-        "percent": None if counts.total is None else floored_percent(counts.done, counts.total),
-        **{f"{name}_bytes": count for name, count in counts.parts.items()},
-        "rate_bytes_per_s": figures.rate,
-        "eta_seconds": figures.eta,
-        "elapsed_seconds": round(figures.elapsed, 3),
-    }
+        counts = figures.counts
+        fields = {
+            "command": self._command,
+            "state": counts.state,
+            "finished": figures.finished,
+            "done_bytes": counts.done,
+            "total_bytes": counts.total,
+            "percent": None if counts.total is None else floored_percent(counts.done, counts.total),
+            **{f"{name}_bytes": count for name, count in counts.parts.items()},
+            "rate_bytes_per_s": figures.rate,
+            "eta_seconds": figures.eta,
+            "elapsed_seconds": round(figures.elapsed, 3),
+        }
+        self._write(json.dumps(fields))

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Callable
 
-from blockcopy.block.buffers import Buffer
 from blockcopy.errors import StreamError, TruncatedStreamError
 from blockcopy.protocol.wire import FRAME_SIZE, MAX_BLOCK_SIZE, Done, Grammar, Message
 
@@ -24,16 +23,13 @@ _CAPACITY = _COMMAND_SIZE + FRAME_SIZE + MAX_BLOCK_SIZE + _LARGE
 class Decoder:
     """An incremental parser of one stream, whose commands `grammar` lists, a Grammar. Not thread-safe.
 
-    `messages()` reads and parses a whole stream. Otherwise, pass bytes to `feed()`, which copies the bytes, and
-    take messages from `next()`. To avoid the copy, write bytes into `get_buffer()` and call `buffer_updated()`.
-    Payloads are then views of the buffer, valid until the next `get_buffer()`.
-
-    Holds at most one incomplete message. Checks sizes and positions before the payload arrives.
+    `messages()` reads and parses a whole stream. Payloads are views of the decoder's buffer, valid until the next
+    read. Holds at most one incomplete message. Checks sizes and positions before the payload arrives.
     """
 
     def __init__(self, grammar: Grammar) -> None:
         self._grammar = grammar
-        self._buffer = memoryview(bytearray(0))
+        self._buffer = memoryview(bytearray(_CAPACITY))
         self._at = 0  # start of the next message in the buffer
         self._end = 0  # end of the received bytes in the buffer
         self._needed = 0  # known size of the incomplete message
@@ -55,40 +51,19 @@ class Decoder:
                 yield message
                 continue
             yield None
-            count = read_into(self.get_buffer())
+            count = read_into(self._room())
             if not count:
-                self.feed_eof()
-            self.buffer_updated(count)
+                raise self._ended_early()
+            self._end += count
 
-    def get_buffer(self) -> memoryview:
-        """Return a memoryview for the next bytes. Invalidates earlier payloads. Call `buffer_updated()` next."""
-        if len(self._buffer) != _CAPACITY:
-            self._replace_buffer(bytearray(_CAPACITY))
-        elif self._at:
+    def _room(self) -> memoryview:
+        """Return a memoryview for the next bytes. Invalidates earlier payloads."""
+        if self._at:
             rest = self._end - self._at
             self._buffer[:rest] = bytes(self._buffer[self._at : self._end])
             self._at, self._end = 0, rest
         missing = self._needed - self._end
         return self._buffer[self._end :][: missing if missing > 0 and self._needed >= _LARGE else None]
-
-    def buffer_updated(self, count: int) -> None:
-        """Accept `count` bytes that the caller has written into the front of the memoryview of `get_buffer()`."""
-        if not self.done:
-            self._end += count
-
-    def feed(self, data: Buffer) -> None:
-        """Accept `data`, the next bytes of the stream. Copies them."""
-        if self.done:
-            return
-        rest = self._end - self._at
-        self._replace_buffer(bytearray(rest + len(data)))
-        self._buffer[rest:] = data
-        self._end = len(self._buffer)
-
-    def _replace_buffer(self, new: bytearray) -> None:
-        rest = self._end - self._at
-        new[:rest] = self._buffer[self._at : self._end]
-        self._buffer, self._at, self._end = memoryview(new), 0, rest
 
     def next(self) -> Message | None:
         """Parse and return the next Message. Returns None if more bytes are needed, or after the message `done`.
@@ -129,12 +104,10 @@ class Decoder:
         self._at = end
         return message
 
-    def feed_eof(self) -> None:
-        """Accept the end of the stream. Raises TruncatedStreamError unless the message `done` was read."""
-        if self.done:
-            return
+    def _ended_early(self) -> TruncatedStreamError:
+        """Return the error for a stream that ends now, before its message `done`."""
         rest = self._end - self._at
-        raise TruncatedStreamError(
+        return TruncatedStreamError(
             f"the stream ended in the middle of a message, after {rest} bytes of it"
             if rest
             else "the stream ended without `done`: its writer did not finish"

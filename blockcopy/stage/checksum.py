@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Callable, NamedTuple
 
 from blockcopy.block.buffers import BufferPool
@@ -79,17 +79,14 @@ def checksum(
 
     def write(signatures: list[_Signature]) -> None:
         nonlocal reached
-        for each in signatures:
-            writer.write(each)
-            reached = each.end
+        writer.write(signatures)
+        reached = signatures[-1].end
         progress.update(Counts(reached - start, total, position=reached))
 
     if _is_device(fd):
         device = Device(path, fd)
         stop = device.size() if end is None else min(end, device.size())
-        signer = _DeviceSigner(device, writer.digest)
-        run_ordered(writer.pieces(PieceScanner(device), start, stop), signer.sign, write)
-        signer.log_unreadable()
+        _sign_device(device, writer.pieces(PieceScanner(device), start, stop), writer.digest, write)
     elif seekable:
         _sign_stream(_reader(fd, path), writer.digest, write, start, end)
     else:  # a pipe may stay silent: its reader must be woken if the output fails
@@ -116,15 +113,8 @@ def write_signatures(
     Raises DeviceError for the device, and OutputError for the output.
     """
     writer = _ExtendedWriter(output, digest)
-    signer = _DeviceSigner(device, digest)
-
-    def write(signatures: list[_Signature]) -> None:
-        for each in signatures:
-            writer.write(each)
-
     pieces = itertools.takewhile(lambda _: not stop(), writer.pieces(PieceScanner(device), 0, size))
-    run_ordered(pieces, signer.sign, write)
-    signer.log_unreadable()
+    _sign_device(device, pieces, digest, writer.write)
     writer.flush()
 
 
@@ -153,15 +143,15 @@ class _OriginalWriter:
         for at in range(start, stop, PIECE_SIZE):
             yield scanner.piece(at, min(PIECE_SIZE, stop - at), BLOCK_SIZE)
 
-    def write(self, signature: _Signature) -> None:
-        """Write `signature` as one `Hash` for each block."""
+    def write(self, signatures: list[_Signature]) -> None:
+        """Write `signatures` as one `Hash` for each block."""
         hashes, digest_size = [], self.digest.size
-        for index, at in enumerate(range(0, signature.length, BLOCK_SIZE)):
-            size = min(BLOCK_SIZE, signature.length - at)
-            digest = signature.digests[index * digest_size : (index + 1) * digest_size] or self.digest.of_zeros(
-                size
-            )
-            hashes.append(wire.encode(wire.Hash(signature.position + at, size, digest)))
+        for signature in signatures:
+            for index, at in enumerate(range(0, signature.length, BLOCK_SIZE)):
+                size = min(BLOCK_SIZE, signature.length - at)
+                own = signature.digests[index * digest_size : (index + 1) * digest_size]
+                digest = own or self.digest.of_zeros(size)
+                hashes.append(wire.encode(wire.Hash(signature.position + at, size, digest)))
         self._output.write(hashes)
 
     def flush(self) -> None:
@@ -183,20 +173,21 @@ class _ExtendedWriter(_OriginalWriter):
         """
         return scanner.pieces(start, stop - start, BLOCK_SIZE)
 
-    def write(self, signature: _Signature) -> None:
-        """Keep `signature`, joined with the previous one. Write the previous one if the two do not join."""
-        last = self._last
-        if (
-            last is not None
-            and last.end == signature.position
-            and bool(last.digests) == bool(signature.digests)
-            and (not signature.digests or last.length + signature.length <= _ASKED_SIZE)
-        ):
-            length, joined = last.length + signature.length, last.digests + signature.digests
-            self._last = _Signature(last.position, length, joined)
-        else:
-            self.flush()
-            self._last = signature
+    def write(self, signatures: list[_Signature]) -> None:
+        """Keep the last of `signatures`. Write each earlier one, joined with the next if possible."""
+        for signature in signatures:
+            last = self._last
+            if (
+                last is not None
+                and last.end == signature.position
+                and bool(last.digests) == bool(signature.digests)
+                and (not signature.digests or last.length + signature.length <= _ASKED_SIZE)
+            ):
+                length, joined = last.length + signature.length, last.digests + signature.digests
+                self._last = _Signature(last.position, length, joined)
+            else:
+                self.flush()
+                self._last = signature
 
     def flush(self) -> None:
         """Write the signature that `write()` has kept, if any."""
@@ -207,35 +198,28 @@ class _ExtendedWriter(_OriginalWriter):
         self._output.write([wire.encode(asks if last.digests else wire.Zero(last.position, last.length))])
 
 
-class _DeviceSigner:
-    """Pieces of `device` → signatures by `digest`. Used by all worker threads at once."""
+def _sign_device(
+    device: Device, pieces: Iterable[Piece], digest: Digest, write: Callable[[list[_Signature]], None]
+) -> None:
+    """Read `pieces` of `device`, and pass lists of their signatures by `digest` to `write`.
 
-    def __init__(self, device: Device, digest: Digest) -> None:
-        self._device = device
-        self._digest = digest
-        self._drops = device.exceeds_cache()
-        self._unreadable = UnreadableRanges()
+    Logs the blocks that cannot be read. These blocks are requested, and a write may repair the disk. Raises
+    DeviceError if the device ends within a piece.
+    """
+    drops = device.exceeds_cache()
+    unreadable = UnreadableRanges()
 
-    def sign(self, piece: Piece) -> list[_Signature]:
-        """Read `piece`, and return the list of its signatures.
-
-        Raises DeviceError if the device ends within the piece.
-        """
+    def sign(piece: Piece) -> list[_Signature]:
         if not piece.data:
-            return [_Signature(piece.position, piece.length, b"")] if piece.length else []
-        found = digest_piece(self._device, piece, BLOCK_SIZE, self._digest, self._unreadable)
-        if self._drops:
-            self._device.drop_behind(piece.position, piece.length)
+            return [_Signature(piece.position, piece.length, b"")]
+        found = digest_piece(device, piece, BLOCK_SIZE, digest, unreadable)
+        if drops:
+            device.drop_behind(piece.position, piece.length)
         return list(_signatures(piece, found))
 
-    def log_unreadable(self) -> None:
-        """Log the blocks that could not be read. These blocks are requested, and a write may repair the disk."""
-        if self._unreadable:
-            logger.warning(
-                "%s has unreadable blocks: %s. They are requested from the source",
-                self._device.path,
-                self._unreadable,
-            )
+    run_ordered(pieces, sign, write)
+    if unreadable:
+        logger.warning("%s has unreadable blocks: %s. They are requested from the source", device.path, unreadable)
 
 
 def _signatures(piece: Piece, found: list[bytes | None]) -> Iterator[_Signature]:

@@ -6,24 +6,17 @@ Half of each delay is random. So many clients that lost the same host do not ret
 from __future__ import annotations
 
 import random
-from typing import Callable
+from collections.abc import Iterator
 
 FIRST_SECONDS, MAX_SECONDS = 1.0, 30.0
 
 
-class Backoff:
-    """Delays of 1, 2, 4 … 30 seconds, each shortened at random by up to a half."""
+def delays() -> Iterator[float]:
+    """Yield the seconds to wait before each attempt: 1, 2, 4 … 30, each shortened by up to a half.
 
-    def __init__(self, chance: Callable[[], float] = random.random) -> None:
-        """Start with the shortest delay. `chance`: called without arguments, returns a number from 0 to 1."""
-        self._chance = chance
-        self._seconds = FIRST_SECONDS
-
-    def reset(self) -> None:
-        """Return to the shortest delay, after an attempt that was successful."""
-        self._seconds = FIRST_SECONDS
-
-    def next(self) -> float:
-        """Return the seconds to wait before the next attempt, and double the delay after that one."""
-        seconds, self._seconds = self._seconds, min(self._seconds * 2, MAX_SECONDS)
-        return seconds * (1 + self._chance()) / 2
+    Begin anew after an attempt that was successful.
+    """
+    seconds = FIRST_SECONDS
+    while True:
+        yield seconds * (1 + random.random()) / 2
+        seconds = min(seconds * 2, MAX_SECONDS)

@@ -114,10 +114,6 @@ class Command(NamedTuple):
             argv=_absolute_program(self.argv), route=self.route._replace(login=login, logout=logout)
         )
 
-    def after_login(self) -> Command:
-        """Return this Command for connections through the shared login, which never ask at a terminal."""
-        return self._replace(own_session=True)
-
 
 def _absolute_program(argv: Sequence[str]) -> list[str]:
     """Return the list `argv` with its program as an absolute path, or unchanged if PATH lacks the program."""

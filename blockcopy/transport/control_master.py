@@ -62,7 +62,7 @@ def log_in(command: Command) -> Command:
     if ssh.returncode:
         text = f"{command.location.host_shown}: login failed; ssh said: {' | '.join(lines)}"
         raise RemoteError(with_hint(text, command, ssh.returncode, lines, begun=False))
-    return command.after_login()
+    return command._replace(own_session=True)  # never asks at a terminal
 
 
 def _wait(ssh: subprocess.Popen[bytes], command: Command) -> Sequence[str]:

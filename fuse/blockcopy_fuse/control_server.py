@@ -70,9 +70,27 @@ class ControlServer:
         reply, because a new mount may have the same device number. Call from trio's thread only.
         """
 
+        async def reply_to(stream: trio.SocketStream) -> dict[str, Any] | None:
+            request = await _request(stream)
+            command = request.get("command")
+            if is_unmounted() and command != "end":
+                return None
+            if command == "status":
+                return {"ok": True, "status": status().as_dict()}
+            if command == "map" and _is_cell_count(request.get("cells")):
+                return {"ok": True, "cells": [cell.as_dict() for cell in replica.map(request["cells"])]}
+            if command == "end":
+                end()
+            else:
+                await _change(replica, request)
+            return {"ok": True}
+
         async def answer(stream: trio.SocketStream) -> None:
             try:
-                reply = await _reply(stream, replica, status, end, is_unmounted)
+                try:
+                    reply = await reply_to(stream)
+                except BlockcopyError as error:
+                    reply = {"error": str(error), "exit_code": error.exit_code}
                 if reply is not None:
                     await stream.send_all(json.dumps(reply).encode() + b"\n")
             except trio.BrokenResourceError:
@@ -135,31 +153,6 @@ def _remove_dead_sockets(folder: Path) -> None:
                 path.unlink(missing_ok=True)
             except OSError:
                 continue  # busy, or gone by now
-
-
-async def _reply(
-    stream: trio.SocketStream,
-    replica: Replica,
-    status: Callable[[], Status],
-    end: Callable[[], None],
-    is_unmounted: Callable[[], bool],
-) -> dict[str, Any] | None:
-    try:
-        request = await _request(stream)
-        command = request.get("command")
-        if is_unmounted() and command != "end":
-            return None
-        if command == "status":
-            return {"ok": True, "status": status().as_dict()}
-        if command == "map" and _is_cell_count(request.get("cells")):
-            return {"ok": True, "cells": [cell.as_dict() for cell in replica.map(request["cells"])]}
-        if command == "end":
-            end()
-        else:
-            await _change(replica, request)
-    except BlockcopyError as error:
-        return {"error": str(error), "exit_code": error.exit_code}
-    return {"ok": True}
 
 
 async def _request(stream: trio.SocketStream) -> dict[str, Any]:

@@ -174,8 +174,8 @@ def _call_in_child(work: Callable[[], bytes], mountpoint: str) -> bytes:
     return result
 
 
-class MountRequest:
-    """A request to a mount, under way. Call `close` in the end, or `reply` until it returns a reply."""
+class MountRequest(ForkedCall):
+    """A request to a mount, under way. Call `close` in the end."""
 
     def __init__(self, mount: Mount, request: dict[str, Any], pid: int | None = None) -> None:
         """Send `request`, an object of JSON, to `mount`, a Mount.
@@ -184,32 +184,22 @@ class MountRequest:
         """
         self.mount = mount
         """The mount that is asked."""
-        self._call: ForkedCall | None = ForkedCall(partial(_request_in_child, mount, request, pid))
+        super().__init__(partial(_request_in_child, mount, request, pid))
 
     def reply(self, seconds: float | None) -> dict[str, Any] | None:
         """Wait at most `seconds` for the reply, an object of JSON; without end if `seconds` is None.
 
         Returns None if there is no reply yet. Raises MountError if there will be none.
         """
-        if self._call is None:
-            raise MountError(f"the mount on {self.mount.mountpoint} has answered this request already")
         try:
-            result = self._call.result(seconds)
+            result = self.result(seconds)
             if result is None:
                 return None
             head, _, text = result.partition(b"\n")
             found = parse_object(text, errors="surrogateescape") if text else None
         except ValueError as error:
-            self.close()
             raise invalid_reply(self.mount, error) from error
-        self.close()
         return _reply(self.mount, head.decode(), found)
-
-    def close(self) -> None:
-        """End the request. May be called more than once."""
-        if self._call is not None:
-            self._call.close()
-            self._call = None
 
 
 def _reply(mount: Mount, head: str, found: dict[str, Any] | None) -> dict[str, Any]:

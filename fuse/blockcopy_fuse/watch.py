@@ -62,6 +62,7 @@ def watch(mountpoint: str) -> None:
                     return
                 request = request or StatusRequest(control_client.mount_on(mountpoint))
                 if (answer := request.status(_INTERVAL_SECONDS)) is not None:
+                    request.close()
                     status, answered_at, request = answer, time.monotonic(), None
     except Interrupted as interrupted:
         if interrupted.signum != signal.SIGINT:

@@ -25,9 +25,6 @@ MAX_PAYLOAD = 2048
 
 MAX_INPUT = 3 * MAX_PAYLOAD
 
-MAX_FIELDS = 80
-"""Bytes of the fields of the longest command, `Hash`."""
-
 PEERS: list[tuple[wire.Grammar, type[Dialect] | None]] = [
     (wire.HASH_STREAM, None),
     (wire.BLOCK_STREAM, OriginalDialect),
@@ -73,20 +70,19 @@ def decode(data: bytes) -> None:
     sink = CheckingSink()
     settled: list[Batch] = []
     batches = ask_all(dialect, sink, settled) if dialect else []
-    decoder = Decoder(shrink(grammar))
+
+    def read_into(room: memoryview) -> int:
+        part = given.ConsumeBytes(given.ConsumeIntInRange(0, min(255, len(room))))
+        room[: len(part)] = part
+        return len(part)
+
     try:
-        while given.remaining_bytes():
-            feed = given.ConsumeBytes(given.ConsumeIntInRange(0, 255))
-            decoder.feed(feed)
-            while (message := decoder.next()) is not None:
-                if dialect and not isinstance(message, wire.Hello):  # greetings go to the client
-                    if isinstance(message, (wire.Data, wire.XzData, wire.ZstdData, wire.Zero)):
-                        sink.sent.add(message.position)
-                    dialect.receive(message)
-            # Checked after `done` too: a client feeds on until its process ends.
-            if len(decoder._buffer) >= MAX_PAYLOAD + MAX_FIELDS + len(feed):
-                raise BrokenPromise(f"{len(decoder._buffer)} bytes are held")
-        decoder.feed_eof()
+        for message in Decoder(shrink(grammar)).messages(read_into):
+            if message is None or not dialect or isinstance(message, wire.Hello):  # greetings go to the client
+                continue
+            if isinstance(message, (wire.Data, wire.XzData, wire.ZstdData, wire.Zero)):
+                sink.sent.add(message.position)
+            dialect.receive(message)
     except BlockcopyError:
         pass  # the connection ends here
     if dialect:

@@ -27,8 +27,10 @@ takes from its front.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Iterator
 
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.geometry import Extent
@@ -55,7 +57,8 @@ class Dialect(ABC):
         self.answer_count = 0
         """Whole answers so far. A batch has a bounded number of them, because each brings its end closer."""
         self.pending: deque[Batch] = deque()
-        self._next_sequence = 0
+        self._fences: Iterator[int] = itertools.count()
+        """The number of each batch's fence. Neighbouring batches have different ones."""
 
     @property
     def _first(self) -> Batch:
@@ -63,8 +66,7 @@ class Dialect(ABC):
 
     def request(self, batch: Batch) -> bytes:
         """Append `batch` to the pending ones. Returns the bytes to send for it."""
-        batch.fence = self._fence_of(self._next_sequence)
-        self._next_sequence += 1
+        batch.fence = next(self._fences)
         stream = self._encode(batch)
         self.pending.append(batch)
         return stream
@@ -95,10 +97,6 @@ class Dialect(ABC):
         self.answer_count += 1
 
     @abstractmethod
-    def _fence_of(self, sequence: int) -> int:
-        """Return the number of the fence of batch number `sequence`. Neighbouring batches have different ones."""
-
-    @abstractmethod
     def _encode(self, batch: Batch) -> bytes:
         """Return the bytes to send for `batch`: its signatures, and its fence, so that all of them are answered."""
 
@@ -107,9 +105,6 @@ class NegotiatedDialect(Dialect):
     """The dialect between two of our programs."""
 
     grammar = wire.NEGOTIATED_BLOCK_STREAM
-
-    def _fence_of(self, sequence: int) -> int:
-        return sequence
 
     def _encode(self, batch: Batch) -> bytes:
         messages: list[wire.Message] = [
@@ -150,12 +145,10 @@ class OriginalDialect(Dialect):
     def __init__(self, source: str) -> None:
         """Begin a connection. `source`: the name of the source in messages."""
         super().__init__(source)
+        self._fences = itertools.cycle((1, 2))
         self._old_fence: int | None = None  # of the batch that was settled last
         self._old_fences = 0  # of that batch, still to come
         self._proven = False  # the last byte of the first pending batch exists
-
-    def _fence_of(self, sequence: int) -> int:
-        return 1 + sequence % 2
 
     def _encode(self, batch: Batch) -> bytes:
         asked = [wire.Hash(*extent, own) for each in batch.signatures for extent, own in each.blocks()]

@@ -24,7 +24,7 @@ from blockcopy.protocol.digests import Digest
 from blockcopy.replica.source.batches import Delta, Signatures, Sink, UnreadableBlock
 from blockcopy.replica.source.client import Client
 from blockcopy.replica.source.connector import Connector
-from blockcopy.transport.backoff import Backoff
+from blockcopy.transport import backoff
 
 logger = logging.getLogger(__name__)
 
@@ -151,15 +151,15 @@ class Link:
             self._finished.set()
 
     async def _keep_connected(self) -> None:
-        backoff = Backoff()
+        delays = backoff.delays()
         while not self._connector.changed:
             if self._client is not None:
                 await self._client.ended.wait()
                 if self._client.answered_at is not None or self._client.unanswered is not None:
-                    backoff.reset()  # a process that exits at a block tells as much as an answer
+                    delays = backoff.delays()  # a process that exits at a block tells as much as an answer
                 self._drop(self._client)
             if self.last_error is not None:  # else this is the first attempt
-                await self._sleep(backoff.next())
+                await self._sleep(next(delays))
             await self._reconnect()
 
     async def _sleep(self, delay: float) -> None:

@@ -37,11 +37,6 @@ class Process:
         self.stderr = trio.lowlevel.FdStream(_take_descriptor(popen.stderr))
 
     @property
-    def pid(self) -> int:
-        """The process id."""
-        return self._popen.pid
-
-    @property
     def returncode(self) -> int | None:
         """The exit status in the form of `subprocess`. None until `wait` has returned."""
         return self._popen.returncode
@@ -69,7 +64,7 @@ class Process:
         await self._killed.wait()
         await trio.sleep(abandonable.EXIT_SECONDS)
         self._abandoned = True
-        logger.warning("process %d was killed, and waits for its disk: it is left behind", self.pid)
+        logger.warning("process %d was killed, and waits for its disk: it is left behind", self._popen.pid)
         abandonable.abandon_process(self._popen)
         waiting.cancel()
 
