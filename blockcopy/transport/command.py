@@ -195,8 +195,8 @@ def _route_to(location: Location, rsh: list[str], control: str | None) -> Route:
         control = None
     if control is not None:
         options += ["-o", f"ControlPath={control}"]
-    login: list[str] = []
-    logout: list[str] = []
+    login: Sequence[str] = ()
+    logout: Sequence[str] = ()
     if control not in (None, NO_CONTROL):
         options += ["-o", "ControlMaster=auto", "-o", f"ControlPersist={_IDLE_SECONDS}"]
         login = [*rsh, "-fN", *options, *end]  # before the options: ssh refuses -N after a SessionType
