@@ -89,19 +89,16 @@ def push(
         try:
             _push_once(session, source, throttled)
             return
-        except _ConnectionLostError as error:
-            failure: RemoteError = error
-            lost_at = time.monotonic()
-            delays = backoff.delays()
         except RemoteError as error:
-            if math.isinf(lost_at):
+            if isinstance(error, _ConnectionLostError):
+                delays, lost_at = backoff.delays(), time.monotonic()
+            elif math.isinf(lost_at):
                 raise  # there has been no connection at all
-            failure = error
-        delay = next(delays)
-        if time.monotonic() + delay - lost_at > give_up_after:
-            raise failure
-        logger.warning("connection lost, reconnecting: %s", failure)
-        time.sleep(delay)
+            delay = next(delays)
+            if time.monotonic() + delay - lost_at > give_up_after:
+                raise
+            logger.warning("connection lost, reconnecting: %s", error)
+            time.sleep(delay)
 
 
 def _log(command: Command, line: str) -> None:

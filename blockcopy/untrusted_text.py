@@ -36,10 +36,10 @@ def _escape(character: str) -> str:
 
 
 class LineBudget:
-    """A rate limit for logged lines: `lines` within `seconds` seconds. Not thread-safe."""
+    """A rate limit for logged lines: `lines` a minute. Not thread-safe."""
 
-    def __init__(self, lines: int = _LINES, seconds: float = _SECONDS) -> None:
-        self._lines, self._seconds = lines, seconds
+    def __init__(self, lines: int = _LINES) -> None:
+        self._lines = lines
         self._began_at, self._left = time.monotonic(), lines
         self._dropped = 0
 
@@ -47,7 +47,7 @@ class LineBudget:
     def left(self) -> int:
         """Number of lines that may be logged now."""
         now = time.monotonic()
-        if now - self._began_at >= self._seconds:
+        if now - self._began_at >= _SECONDS:
             self._began_at, self._left = now, self._lines
         return self._left
 

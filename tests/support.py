@@ -28,6 +28,7 @@ from blockcopy.block.buffers import Buffer
 from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.block.identity import sample_extents
 from blockcopy.protocol.decoder import Decoder
+from blockcopy.protocol.wire import Done, Message
 
 for name in ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(
@@ -108,6 +109,15 @@ def pairwise(*parameters: Iterable[Any]) -> list[tuple[Any, ...]]:
 
 class FedDecoder(Decoder):
     """A decoder that gets bytes by hand instead of reading a stream. Earlier payloads stay valid."""
+
+    done = False
+    """Whether the message `done` was read. All further bytes are ignored."""
+
+    def next(self) -> Message | None:
+        """Parse and return the next message. Returns None if more bytes are needed, or after `done`."""
+        message = None if self.done else super().next()
+        self.done = self.done or isinstance(message, Done)
+        return message
 
     def feed(self, data: Buffer) -> None:
         """Accept `data`, the next bytes of the stream."""

@@ -15,10 +15,12 @@ from blockcopy.block.buffers import Buffer
 from blockcopy.block.geometry import Extent
 from blockcopy.errors import BlockcopyError, DeviceError, SourceError, StreamError
 from blockcopy.protocol import xz, zstd
-from blockcopy.protocol.digests import NO_DIGEST, digest
+from blockcopy.protocol.digests import NO_DIGEST, ORIGINAL, named
 from blockcopy.protocol.wire import Data, Done, Failure, Fence, Hole, Message, XzData, Zero, ZstdData
 from blockcopy.replica.source.batches import Batch, ByteProbe, HoleQuery, Signatures
 from blockcopy.replica.source.dialects import FENCES, Dialect, NegotiatedDialect, OriginalDialect
+
+digest = named(ORIGINAL)
 
 DIALECTS = pytest.mark.parametrize("dialect_class", [NegotiatedDialect, OriginalDialect])
 BLOCK = 4

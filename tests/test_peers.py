@@ -25,6 +25,7 @@ from blockcopy.block.identity import differences, sample_extents
 from blockcopy.errors import SourceError, StreamError
 from blockcopy.progress.reporter import Progress
 from blockcopy.protocol import wire
+from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.handshake import Handshake, read_client
 from blockcopy.replica.monitor import prometheus
 from blockcopy.replica.monitor.sd_notify import Notifier
@@ -132,7 +133,7 @@ def test_a_fault_of_ours_is_the_error_of_its_connection(
     def fail(*_: object) -> NoReturn:
         raise RecursionError("on request")
 
-    for owner, name in ((FedDecoder, "next"), (Client, "_log"), (Client, "_owes")):
+    for owner, name in ((Decoder, "next"), (Client, "_log"), (Client, "_owes")):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, fail)
             assert "on request" in greeted(tmp_path, b"fe")

@@ -15,7 +15,7 @@ import pytest
 from support import BLOCKCOPY, PATIENCE, FedDecoder, failed, noise, run, succeeded, with_changes
 
 from blockcopy.block.geometry import BLOCK_SIZE
-from blockcopy.protocol.digests import NO_DIGEST, digest
+from blockcopy.protocol.digests import NO_DIGEST, ORIGINAL, named
 from blockcopy.protocol.wire import (
     BLOCK_STREAM,
     NEGOTIATED_BLOCK_STREAM,
@@ -31,6 +31,8 @@ from blockcopy.protocol.wire import (
     XzData,
     encode,
 )
+
+digest = named(ORIGINAL)
 
 HELLO = b"Hello World!"
 DONE = Done()

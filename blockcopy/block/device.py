@@ -236,7 +236,7 @@ class Device:
     def start_writeback(self, offset: int, length: int) -> None:
         """Start to write `length` bytes at byte `offset` to the disk. A later `sync()` waits less. Never fails."""
         with contextlib.suppress(OSError):  # `sync` writes them then, and reports errors
-            syscalls.start_writeback(self._fd, offset, length)
+            syscalls.write_back(self._fd, offset, length, wait=False)
 
     def exceeds_cache(self) -> bool:
         """Return True if the device is larger than half of the memory.
@@ -268,7 +268,7 @@ class Device:
             if time.monotonic() > deadline:
                 return False
             try:
-                syscalls.write_back(self._fd, offset, _WRITE_BACK_BYTES)
+                syscalls.write_back(self._fd, offset, _WRITE_BACK_BYTES, wait=True)
             except OSError:  # not available, or an earlier write has failed, which a reader cannot repair
                 with contextlib.suppress(OSError):
                     os.fdatasync(self._fd)

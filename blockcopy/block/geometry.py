@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Callable, NamedTuple
 
@@ -55,15 +56,9 @@ class Geometry(NamedTuple):
 
 def block_runs(blocks: Iterable[int]) -> Iterator[range]:
     """Yield the ranges of consecutive numbers in `blocks`, which are ascending block numbers."""
-    start = stop = -1
-    for block in blocks:
-        if block != stop:
-            if start >= 0:
-                yield range(start, stop)
-            start = block
-        stop = block + 1
-    if start >= 0:
-        yield range(start, stop)
+    for _, group in itertools.groupby(enumerate(blocks), lambda pair: pair[1] - pair[0]):
+        run = [block for _, block in group]
+        yield range(run[0], run[-1] + 1)
 
 
 class ExtentJoiner:

@@ -104,7 +104,10 @@ def settled_times(device: Device, write_back: Callable[[], object]) -> Times:
     write_back()
     times = times_of(device)
     write_back()
-    _wait_out_tick(times.ctime_ns)
+    tick = _TICK_NS if times.ctime_ns % 1_000_000_000 else _WHOLE_SECONDS_NS
+    left = times.ctime_ns + tick - time.time_ns()
+    if left > 0:
+        time.sleep(min(left, tick) / 1e9)  # more than a tick is left if a clock was set
     return times
 
 
@@ -114,14 +117,6 @@ def times_of(device: Device) -> Times:
         return NO_TIMES
     status = device.status()
     return Times(status.st_mtime_ns, status.st_ctime_ns)
-
-
-def _wait_out_tick(ctime_ns: int) -> None:
-    """Wait until the next change of a file gets a later time than `ctime_ns`, nanoseconds since the epoch."""
-    tick = _TICK_NS if ctime_ns % 1_000_000_000 else _WHOLE_SECONDS_NS
-    left = ctime_ns + tick - time.time_ns()
-    if left > 0:
-        time.sleep(min(left, tick) / 1e9)  # more than a tick is left if a clock was set
 
 
 def _source_times(device: Device) -> Times:

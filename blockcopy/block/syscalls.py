@@ -46,6 +46,7 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
     _call("fallocate", fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length)
 
 
+<<<<<<< HEAD
 def become_io_flusher() -> None:
     """Tell the kernel that this thread writes for others, and so do all threads and processes that it starts.
 
@@ -58,18 +59,15 @@ def become_io_flusher() -> None:
 
 def start_writeback(fd: int, offset: int, length: int) -> None:
     """Start to write the dirty pages of `length` bytes at `offset` of file `fd` to the disk. Does not wait.
+=======
+def write_back(fd: int, offset: int, length: int, *, wait: bool) -> None:
+    """Write the dirty pages of `length` bytes at `offset` of file `fd` to the disk.
+>>>>>>> main
 
-    Raises OSError if the kernel refuses.
+    `wait`: return when the pages are written. Otherwise this call only starts to write them. Raises OSError if the
+    kernel refuses, or if a write fails.
     """
-    _call("sync_file_range", fd, offset, length, _SYNC_FILE_RANGE_WRITE)
-
-
-def write_back(fd: int, offset: int, length: int) -> None:
-    """Write the dirty pages of `length` bytes at `offset` of file `fd` to the disk, and wait for that.
-
-    Raises OSError if a write fails.
-    """
-    _call("sync_file_range", fd, offset, length, _SYNC_FILE_RANGE_WHOLLY)
+    _call("sync_file_range", fd, offset, length, _SYNC_FILE_RANGE_WHOLLY if wait else _SYNC_FILE_RANGE_WRITE)
 
 
 def map_to_read(fd: int, length: int) -> tuple[int, memoryview]:

@@ -25,6 +25,14 @@ def fill_closed_streams() -> None:
     os.close(fd)
 
 
+def redirect_to_null(*streams: int) -> None:
+    """Let the descriptors `streams` lead to /dev/null."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in streams:
+        os.dup2(null, stream)
+    os.close(null)
+
+
 def write(text: str) -> None:
     """Write `text` and a newline to standard output. Undecodable bytes of paths come out unchanged.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -44,16 +45,12 @@ class _FileHandler(BackgroundHandler):
 
     def _follow(self) -> None:
         """Open a new file at the path if the old one was moved away."""
-        if not self._is_in_place():
-            fd = open_log(self._path)
-            os.close(self._fd)
-            self._fd = fd
-
-    def _is_in_place(self) -> bool:
-        try:
-            return os.path.samestat(os.lstat(self._path), os.fstat(self._fd))
-        except FileNotFoundError:
-            return False
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.lstat(self._path), os.fstat(self._fd)):
+                return
+        fd = open_log(self._path)
+        os.close(self._fd)
+        self._fd = fd
 
 
 def file_handler(path: str, *, verbose: bool) -> logging.Handler:

@@ -47,9 +47,7 @@ def _find(name: str) -> Callable[[argparse.Namespace], None]:
     if module != _STAGES and sys.version_info < (3, 11):
         raise UsageError(f"{name} needs Python 3.11 or newer; the copy stages work with this one")
     try:
-        command: Callable[[argparse.Namespace], None] = getattr(
-            importlib.import_module(module), name.replace("-", "_")
-        )
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UsageError(
             f"{name} is not part of this copy of blockcopy, which has the stages alone: install the checkout, "

@@ -1,10 +1,11 @@
-"""Which compression a client wants for the source's answers, as an option and in a greeting."""
+"""Which compression a client wants for the source's answers, as an option and in a greeting. Expands frames."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from blockcopy.protocol import zstd
+from blockcopy.block.buffers import Buffer
+from blockcopy.protocol import wire, xz, zstd
 
 
 class CompressionSpec(NamedTuple):
@@ -64,3 +65,10 @@ class CompressionSpec(NamedTuple):
 
 NO_COMPRESSION = CompressionSpec()
 """The spec "none"."""
+
+
+def expand(frame: wire.Frame) -> Buffer:
+    """Return the source's bytes in `frame`. Raises as `xz.expand()` and `zstd.expand()` do."""
+    if isinstance(frame, wire.XzData):
+        return xz.expand(frame)
+    return zstd.expand(frame) if isinstance(frame, wire.ZstdData) else frame.payload

@@ -33,8 +33,6 @@ class Decoder:
         self._at = 0  # start of the next message in the buffer
         self._end = 0  # end of the received bytes in the buffer
         self._needed = 0  # known size of the incomplete message
-        self.done = False
-        """Whether the message `done` was read. All further bytes are ignored."""
 
     def messages(self, read_into: Callable[[memoryview], int]) -> Iterator[Message | None]:
         """Read a stream up to the message `done`, and yield its Messages. Yields None before each read.
@@ -45,7 +43,8 @@ class Decoder:
         Raises TruncatedStreamError if the stream ends without `done`. Raises StreamError if it contains anything
         but messages.
         """
-        while not self.done:
+        message: Message | None = None
+        while not isinstance(message, Done):
             message = self.next()
             if message is not None:
                 yield message
@@ -66,12 +65,10 @@ class Decoder:
         return self._buffer[self._end :][: missing if missing > 0 and self._needed >= _LARGE else None]
 
     def next(self) -> Message | None:
-        """Parse and return the next Message. Returns None if more bytes are needed, or after the message `done`.
+        """Parse and return the next Message. Returns None if more bytes are needed.
 
         Raises StreamError if the bytes are no message of the grammar, or exceed its limits.
         """
-        if self.done:
-            return None
         self._needed = 0
         start = self._at + _COMMAND_SIZE
         if self._end < start:
@@ -87,22 +84,17 @@ class Decoder:
         if self._end < end:
             return None
         fields = layout.fields.unpack_from(self._buffer, start)
-        if layout.max_payload is None:
-            layout.check(command, *fields)
-        else:
-            size = fields[-1]
-            if size > layout.max_payload:
-                raise StreamError(f"`{command.decode()}` with {size} bytes; the maximum is {layout.max_payload}")
-            layout.check(command, *fields)
-            start, end = end, end + size
+        if layout.max_payload is not None and fields[-1] > layout.max_payload:
+            raise StreamError(f"`{command.decode()}` with {fields[-1]} bytes; the maximum is {layout.max_payload}")
+        layout.check(command, *fields)
+        if layout.max_payload is not None:
+            start, end = end, end + fields[-1]
             if self._end < end:
                 self._needed = end - self._at
                 return None
             fields = (*fields[:-1], layout.load(self._buffer[start:end]))
-        message = layout.message(*fields)
-        self.done = isinstance(message, Done)
         self._at = end
-        return message
+        return layout.message(*fields)
 
     def _ended_early(self) -> TruncatedStreamError:
         """Return the error for a stream that ends now, before its message `done`."""

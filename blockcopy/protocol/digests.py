@@ -26,11 +26,6 @@ NO_DIGEST = bytes(DIGEST_SIZE)
 """A value that is no block's digest: a request with it always gets the bytes."""
 
 
-def digest(data: Buffer) -> bytes:
-    """Return the SHA3-512 of `data`, DIGEST_SIZE bytes. Thread-safe. Releases the GIL."""
-    return hashlib.sha3_512(data).digest()
-
-
 class Digest:
     """A digest with a `name` that both ends know. Thread-safe. Releases the GIL.
 
@@ -62,7 +57,7 @@ _MAKERS: dict[str, Callable[[], Callable[[Buffer], bytes]]] = {
     "blake3": _blake3,
     "sha256": lambda: lambda data: hashlib.sha256(data).digest(),
     "blake2b": lambda: lambda data: hashlib.blake2b(data, digest_size=32).digest(),
-    ORIGINAL: lambda: digest,
+    ORIGINAL: lambda: lambda data: hashlib.sha3_512(data).digest(),
 }
 
 NAMES = tuple(_MAKERS)

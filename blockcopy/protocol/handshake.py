@@ -62,19 +62,16 @@ def read_client(hello: wire.Hello) -> tuple[str, CompressionSpec]:
     Raises StreamError if there is no common digest.
     """
     spec = CompressionSpec.from_greeting(hello.facts.get("compress"))
-    return _common_digest(hello.facts.get("digests")), spec
-
-
-def _common_digest(offered: object) -> str:
+    offered = hello.facts.get("digests")
     if offered is None:
-        return ORIGINAL
+        return ORIGINAL, spec
     remote = offered if isinstance(offered, dict) else {}
     usable = {name: speed for name, speed in remote.items() if type(speed) in (int, float) and speed > 0}
     name = digests.choose(digests.speeds(), usable)
     if name is None:
         has = ", ".join(digests.speeds())
         raise StreamError(f"`helo` without a digest that both ends have; this one has {has}")
-    return name
+    return name, spec
 
 
 def source_greeting(identity: Identity, digest: str, compression: str) -> bytes:

@@ -188,6 +188,9 @@ class Done(NamedTuple):
     """`done`: clean end of either stream."""
 
 
+Frame = Union[Data, XzData, ZstdData]
+"""A message with bytes of the source."""
+
 Message = Union[
     Hash, LegacyHash, Asks, Zero, DigestName, Rest, Data, XzData, ZstdData, Hello, Hole, Fence, Failure, Done
 ]

@@ -73,8 +73,9 @@ def checksum(
     if digest:
         output.write([wire.encode(wire.DigestName(digest))])
     progress = progress or Progress()
-    total = _total_size(fd, start, end)
-    seekable = _seek(fd, path, start)
+    size = _seek(fd, path, start)
+    last = size if end is None else end
+    total = None if last is None else last - start
     reached = start
 
     def write(signatures: list[_Signature]) -> None:
@@ -83,11 +84,12 @@ def checksum(
         reached = signatures[-1].end
         progress.update(Counts(reached - start, total, position=reached))
 
-    if _is_device(fd):
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
         device = Device(path, fd)
         stop = device.size() if end is None else min(end, device.size())
         _sign_device(device, writer.pieces(PieceScanner(device), start, stop), writer.digest, write)
-    elif seekable:
+    elif size is not None:
         _sign_stream(_reader(fd, path), writer.digest, write, start, end)
     else:  # a pipe may stay silent: its reader must be woken if the output fails
         with InputStream(fd) as pipe:
@@ -96,7 +98,7 @@ def checksum(
     if end is not None and reached < end:
         raise DeviceError(f"{path} ends at {reached}, before the requested --end {end}")
     tail = [wire.encode(wire.Done())]
-    if end is None and seekable:
+    if end is None and size is not None:
         tail.insert(0, wire.encode(wire.Rest(reached)))
     output.write(tail)
     progress.finish()
@@ -116,19 +118,6 @@ def write_signatures(
     pieces = itertools.takewhile(lambda _: not stop(), writer.pieces(PieceScanner(device), 0, size))
     _sign_device(device, pieces, digest, writer.write)
     writer.flush()
-
-
-def _total_size(fd: int, start: int, end: int | None) -> int | None:
-    """Return the number of bytes that `checksum()` reads from `fd`, given `start` and `end` in bytes.
-
-    Returns None for a pipe without `end`. May leave the file position at the end: seek afterwards.
-    """
-    if end is not None:
-        return end - start
-    try:
-        return os.lseek(fd, 0, os.SEEK_END) - start
-    except OSError:
-        return None
 
 
 class _OriginalWriter:
@@ -260,24 +249,19 @@ def _sign_stream(
     run_ordered(_read_pieces(read_into, buffers, start, end), sign, write, wake=wake)
 
 
-def _is_device(fd: int) -> bool:
-    """Return True if `fd` is a file or block device, which can be read at any offset."""
-    mode = os.fstat(fd).st_mode
-    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
-
-
-def _seek(fd: int, path: str, start: int) -> bool:
-    """Seek in `fd` to byte `start`. Returns False for a pipe.
+def _seek(fd: int, path: str, start: int) -> int | None:
+    """Seek in `fd` to byte `start`. Returns the bytes of `fd`, or None for a pipe.
 
     Raises DeviceError, which names `path`, if a pipe must start beyond byte 0.
     """
     try:
+        size = os.lseek(fd, 0, os.SEEK_END)
         os.lseek(fd, start, os.SEEK_SET)
     except OSError as error:
         if start:
             raise DeviceError.from_os_error(f"start at {start} of", path, error) from error
-        return False
-    return True
+        return None
+    return size
 
 
 def _reader(fd: int, path: str) -> Callable[[memoryview], int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from blockcopy.block.claim import existing_destination, make_room, open_destination
 from blockcopy.block.device import Device
@@ -24,7 +24,7 @@ from blockcopy.progress.reporter import Progress
 from blockcopy.protocol import digests, wire
 from blockcopy.protocol.compression import NO_COMPRESSION, CompressionSpec
 from blockcopy.protocol.decoder import Decoder
-from blockcopy.protocol.handshake import Handshake, SourceGreeting
+from blockcopy.protocol.handshake import Handshake
 from blockcopy.stage.checksum import write_signatures
 from blockcopy.stage.save import Writer
 from blockcopy.stage.streams import InputStream, OutputStream
@@ -54,9 +54,9 @@ def receive(
         if existing is not None:
             stack.enter_context(existing)
         handshake = Handshake(compression)
-        source = _Source(answers, handshake)
+        messages = Decoder(wire.NEGOTIATED_BLOCK_STREAM).messages(answers.read_into)
         output.write([handshake.greeting])
-        identity, name = source.read_greeting()
+        identity, name = handshake.read(next((each for each in messages if each is not None), None))
         destination = existing or stack.enter_context(open_destination(path, force=force, create=True))
         size = identity["size"]
         invalidate_records(destination)  # records of a mount or sync describe what is overwritten now
@@ -65,55 +65,36 @@ def receive(
             Writer(destination, sparse, Progress(), size=size) as writer,
             _requesting(destination, size, name, output, answers, handshake.greeting),
         ):
-            source.write_all(writer, size)
-        source.check(identity)
-
-
-class _Source:
-    """The source's `answers` to our `handshake` and requests, and what they say of the source."""
-
-    def __init__(self, answers: InputStream, handshake: Handshake) -> None:
-        self._messages = Decoder(wire.NEGOTIATED_BLOCK_STREAM).messages(answers.read_into)
-        self._handshake = handshake
-        self._identity: Identity = {}
-        self._unreadable = UnreadableRanges()
-
-    def read_greeting(self) -> SourceGreeting:
-        """Read the source's greeting, and return the SourceGreeting.
-
-        Raises StreamError if the ends cannot agree.
-        """
-        greeting = self._handshake.read(next((each for each in self._messages if each is not None), None))
-        self._identity = greeting.identity
-        return greeting
-
-    def write_all(self, writer: Writer, size: int) -> None:
-        """Pass all frames to `writer`, a Writer. Note what else the source of `size` bytes says.
-
-        Raises StreamError if the answers are invalid or break off, and what `Writer.take` raises.
-        """
-        for message in self._messages:
-            if isinstance(message, wire.Failure):
-                # A `fail` has no length. All requests use this block size.
-                length = min(BLOCK_SIZE, size - message.position)
-                if length <= 0:
-                    raise StreamError(f"the source cannot read bytes at {message.position}, and has {size} bytes")
-                self._unreadable.add(Extent(message.position, length), message.reason)
-            elif isinstance(message, wire.Hello):
-                self._identity = self._handshake.read(message).identity
-            elif message is not None:
-                writer.take(message)
-
-    def check(self, identity: Identity) -> None:
-        """Raise SourceChangedError if the last greeting has another identity than `identity`.
-
-        Raises SourceReadError if the source could not read some blocks.
-        """
-        changes = differences(identity, self._identity)
+            last, unreadable = _write_all(messages, writer, handshake, identity)
+        changes = differences(identity, last)
         if changes:
             raise SourceChangedError.found("it", "; ".join(changes))
-        if self._unreadable:
-            raise SourceReadError(f"the source cannot read {self._unreadable}. All else was copied")
+        if unreadable:
+            raise SourceReadError(f"the source cannot read {unreadable}. All else was copied")
+
+
+def _write_all(
+    messages: Iterable[wire.Message | None], writer: Writer, handshake: Handshake, identity: Identity
+) -> tuple[Identity, UnreadableRanges]:
+    """Pass all frames of the source's `messages` to `writer`.
+
+    `handshake`: reads later greetings. `identity`: of the source, by its first greeting.
+    Returns the identity in the last greeting, and the ranges that the source cannot read. Raises StreamError if the
+    messages are invalid or break off, and what `Writer.take` raises.
+    """
+    size, unreadable = identity["size"], UnreadableRanges()
+    for message in messages:
+        if isinstance(message, wire.Failure):
+            # A `fail` has no length. All requests use this block size.
+            length = min(BLOCK_SIZE, size - message.position)
+            if length <= 0:
+                raise StreamError(f"the source cannot read bytes at {message.position}, and has {size} bytes")
+            unreadable.add(Extent(message.position, length), message.reason)
+        elif isinstance(message, wire.Hello):
+            identity = handshake.read(message).identity
+        elif message is not None:
+            writer.take(message)
+    return identity, unreadable
 
 
 @contextlib.contextmanager

@@ -115,25 +115,13 @@ def retrieve(
     unreadable = UnreadableRanges()
     responder = _Responder(source, output, compressor or Compressor(), unreadable)
     try:
-        run_ordered(_batches(_items(hashes, responder)), answer, send, wake=hashes.wake)
+        run_ordered(_batches(responder.items(hashes)), answer, send, wake=hashes.wake)
     finally:
         output.release()
     if unreadable:
         raise DeviceError(f"{source.path} has unreadable blocks: {unreadable}. All other requests were answered")
     output.write([wire.encode(wire.Done())])
     progress.finish()
-
-
-def _items(hashes: InputStream, responder: _Responder) -> Iterator[_Item | None]:
-    """Yield the items by which `responder` answers the messages in `hashes`.
-
-    Yields None if no further message is at hand.
-    """
-    for message in Decoder(wire.HASH_STREAM).messages(hashes.read_into):
-        if message is None:
-            yield None
-        else:
-            yield from responder.take(message)
 
 
 def _batches(items: Iterator[_Item | None]) -> Iterator[list[_Item]]:
@@ -187,15 +175,17 @@ class _Responder:
             wire.Done: lambda _: [],
         }
 
-    def take(self, message: wire.Message) -> Iterable[_Item]:
-        """Return an iterable of the items that answer `message`.
+    def items(self, hashes: InputStream) -> Iterator[_Item | None]:
+        """Yield the items that answer the messages in `hashes`. Yields None if no further message is at hand.
 
-        Raises StreamError if the message is out of place or invalid. Call only after the items of the previous
-        message were taken.
+        Raises StreamError if a message is out of place or invalid.
         """
-        items = self._answers[type(message)](message)
-        self._is_first = False
-        return items
+        for message in Decoder(wire.HASH_STREAM).messages(hashes.read_into):
+            if message is None:
+                yield None
+            else:
+                yield from self._answers[type(message)](message)
+                self._is_first = False
 
     def _require(self, condition: bool, otherwise: str) -> None:
         if not condition:

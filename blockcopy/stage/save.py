@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 
-from blockcopy.block.buffers import Buffer
 from blockcopy.block.destination import Destination
 from blockcopy.block.geometry import Extent, ExtentJoiner
 from blockcopy.block.write_behind import WriteBehind
 from blockcopy.errors import DestinationRefusedError, DeviceError, StreamError
 from blockcopy.progress.reporter import Counts, Progress
-from blockcopy.protocol import wire, xz, zstd
+from blockcopy.protocol import wire
+from blockcopy.protocol.compression import expand
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.stage.streams import InputStream
 
@@ -91,14 +91,9 @@ class Writer:
             self._unwritten_zeros.add(Extent(*message))
             return
         self._unwritten_zeros.flush()
-        if isinstance(message, wire.XzData):
-            payload: Buffer = xz.expand(message)
-        elif isinstance(message, wire.ZstdData):
-            payload = zstd.expand(message)
-        elif isinstance(message, wire.Data):
-            payload = message.payload
-        else:
+        if not isinstance(message, (wire.Data, wire.XzData, wire.ZstdData)):
             return
+        payload = expand(message)
         self._check_fits(message.position, len(payload))
         self._destination.write(message.position, payload)
         self._written(Extent(message.position, len(payload)))

@@ -195,13 +195,10 @@ class OutputStream:
             while offset < end and (count := device.splice_to(self._pipe[1], offset, end - offset)):
                 offset += count
         if offset < end:
-            self._drain(length - (end - offset))
+            left = length - (end - offset)
+            while left:
+                left -= len(os.read(self._pipe[0], left))
         return offset == end
-
-    def _drain(self, count: int) -> None:
-        """Discard `count` bytes of our pipe."""
-        while self._pipe is not None and count:
-            count -= len(os.read(self._pipe[0], count))
 
     def _pour(self, length: int) -> None:
         """Pass `length` bytes of our pipe on to the reader."""

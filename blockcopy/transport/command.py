@@ -146,7 +146,9 @@ def stage_command(
     route = _route_to(location, _words("-e", DEFAULT_RSH if rsh is None else rsh), control)
     python = DEFAULT_PYTHON if python is None else python
     home, rest = location.split_home()
-    path = [rest if home else _no_option(rest)] if location.path else []
+    if not home and rest.startswith("-"):
+        rest = f"./{rest}"  # no program takes it for an option
+    path = [rest] if location.path else []
     if program is not None:
         words = _words("--blockcopy-path", program, str.split)  # the remote shell removes quotes
         quoted = [_quote_path(home, each) for each in path]
@@ -187,20 +189,19 @@ def _route_to(location: Location, rsh: list[str], control: str | None) -> Route:
         rsh = [*rsh[: at + 1], "-p", str(location.port), *rsh[at + 1 :]]
     end = ["--", host]  # no host name is taken for an option
     options = [*_plain(rsh[at + 1 :]), *_KEEP_ALIVE]
-    if at > 0:
-        control = None  # run by another program, perhaps as a user who cannot use these sockets
-    if control is None or any(word.startswith("-S") or "controlpath" in word.lower() for word in rsh):
-        return Route([*rsh, *options, *end], [*rsh, host])  # the user's own shared login must not be ended
-    options += ["-o", f"ControlPath={control}"]
-    if control == NO_CONTROL:
-        return Route([*rsh, *options, *end], [*rsh, host])
-    options += ["-o", "ControlMaster=auto", "-o", f"ControlPersist={_IDLE_SECONDS}"]
-    return Route(
-        [*rsh, *options, *end],
-        [*rsh, host],
-        [*rsh, "-fN", *options, *end],  # before the options: ssh refuses -N after a SessionType
-        [*rsh, *options, "-O", "exit", *end],
-    )
+    # Run by another program, perhaps as a user who cannot use these sockets. Or it is the user's own shared login,
+    # which must not be ended.
+    if at > 0 or any(word.startswith("-S") or "controlpath" in word.lower() for word in rsh):
+        control = None
+    if control is not None:
+        options += ["-o", f"ControlPath={control}"]
+    login: Sequence[str] = ()
+    logout: Sequence[str] = ()
+    if control not in (None, NO_CONTROL):
+        options += ["-o", "ControlMaster=auto", "-o", f"ControlPersist={_IDLE_SECONDS}"]
+        login = [*rsh, "-fN", *options, *end]  # before the options: ssh refuses -N after a SessionType
+        logout = [*rsh, *options, "-O", "exit", *end]
+    return Route([*rsh, *options, *end], [*rsh, host], login, logout)
 
 
 def _plain(given: Sequence[str]) -> list[str]:
@@ -242,8 +243,3 @@ def _words(option: str, command: str, split: Callable[[str], list[str]] = shlex.
     if not words:
         raise UsageError(f"{option} is empty")
     return words
-
-
-def _no_option(path: str) -> str:
-    """Return `path` in a form that no program takes for an option."""
-    return f"./{path}" if path.startswith("-") else path

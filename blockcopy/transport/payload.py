@@ -63,7 +63,10 @@ def opening(arguments: Sequence[str], *, under_home: bool = False) -> bytes:
 @functools.cache
 def modules() -> dict[str, str]:
     """Return all modules that may be sent: a dict, name → text. A package has the text of its `__init__`."""
-    return {_name_of(path): path.read_text(encoding="utf-8") for path in _files()}
+    package = Path(__file__).parent.parent
+    files = [path for path in package.glob("*.py") if path.stem not in _STAYS]
+    files += [path for room in TRAVELS for path in (package / room).glob("*.py")]
+    return {_name_of(path): path.read_text(encoding="utf-8") for path in sorted(files)}
 
 
 @functools.cache
@@ -111,12 +114,6 @@ def _imported_by(text: str) -> list[str]:
 def packages() -> list[str]:
     """Return the list of the names of sent modules that are packages."""
     return [PACKAGE, *(f"{PACKAGE}.{room}" for room in TRAVELS)]
-
-
-def _files() -> list[Path]:
-    package = Path(__file__).parent.parent
-    files = [path for path in package.glob("*.py") if path.stem not in _STAYS]
-    return sorted([*files, *(path for room in TRAVELS for path in (package / room).glob("*.py"))])
 
 
 def _name_of(path: Path) -> str:

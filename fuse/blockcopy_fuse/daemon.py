@@ -14,7 +14,7 @@ import os
 import signal
 from collections.abc import Callable
 
-from blockcopy.cli import log, log_sinks
+from blockcopy.cli import console, log, log_sinks
 from blockcopy.errors import BlockcopyError, InternalError, Interrupted, MountError, as_user_error
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def _run_child(program: Callable[[Callable[[], None]], object], writer: int) -> 
             logger.debug("failed", exc_info=True)
             if isinstance(error, InternalError):
                 log.log_failure(str(error), error)
-            _redirect_to_null(0, 1, 2)
+            console.redirect_to_null(0, 1, 2)
             log_sinks.discard_log()
         raise error from error.__cause__
 
@@ -96,14 +96,7 @@ def _leave_terminal() -> None:
     os.chdir("/")
     log.drain()
     if log.is_journal():
-        _redirect_to_null(0, 1)
+        console.redirect_to_null(0, 1)
     else:
-        _redirect_to_null(0, 1, 2)
+        console.redirect_to_null(0, 1, 2)
         log_sinks.detach_from_stderr()
-
-
-def _redirect_to_null(*streams: int) -> None:
-    null = os.open(os.devnull, os.O_RDWR)
-    for stream in streams:
-        os.dup2(null, stream)
-    os.close(null)

@@ -86,7 +86,17 @@ def examine_host(command: Command, *, prompts: bool = False) -> Iterator[CheckRe
         return
     yield CheckResult("ok", f"{host}: reached in {time.monotonic() - started:.1f} s as {facts.user}")
     yield CheckResult("ok", f"{host}: Python {facts.python}, which runs {facts.program}")
-    yield from _both_hosts(host, facts)
+    yield CheckResult("ok", f"{host}: digests: {_speeds(facts.digests)}")
+    chosen = digests.choose(digests.speeds(), facts.digests)
+    yield CheckResult("ok", f"{host}: blocks would be compared by {chosen}")
+    if chosen != "blake3":
+        yield CheckResult("note", f"{host}: the package blake3 on both hosts would make it faster")
+    if not facts.zstd:
+        yield CheckResult(
+            "note",
+            f"{host}: zstd is missing, so nothing would be compressed; Python 3.14 has it, and so has the package "
+            "backports.zstd",
+        )
     if facts.size is not None:
         yield CheckResult("ok", f"{command.location} can be read: {facts.size} bytes")
 
@@ -98,9 +108,8 @@ def _facts(command: Command, *, prompts: bool) -> HostFacts:
     Raises RemoteError, with what to do, if there is no valid reply.
     """
     host = command.location.host_shown
-    session = Session(command, timeout=_HOST_SECONDS, prompts=prompts)
     answer = b""
-    with session:
+    with Session(command, timeout=_HOST_SECONDS, prompts=prompts) as session:
         if session.begin():
             answer = _read(session.input, host)
     if session.timeout_error is not None:
@@ -125,21 +134,6 @@ def _read(stream: InputStream, host: str) -> bytes:
         if length == len(buffer):
             raise RemoteError(f"{host} sent no facts: {bytes(buffer[:100])!r} …")
     return bytes(buffer[:length])
-
-
-def _both_hosts(host: str, facts: HostFacts) -> Iterator[CheckResult]:
-    """Check what depends on this host and on `host`, its name. Yields the results. `facts`: those of `host`."""
-    yield CheckResult("ok", f"{host}: digests: {_speeds(facts.digests)}")
-    chosen = digests.choose(digests.speeds(), facts.digests)
-    yield CheckResult("ok", f"{host}: blocks would be compared by {chosen}")
-    if chosen != "blake3":
-        yield CheckResult("note", f"{host}: the package blake3 on both hosts would make it faster")
-    if not facts.zstd:
-        yield CheckResult(
-            "note",
-            f"{host}: zstd is missing, so nothing would be compressed; Python 3.14 has it, and so has the package "
-            "backports.zstd",
-        )
 
 
 def _speeds(speeds: dict[str, int]) -> str:
@@ -176,7 +170,7 @@ def _fuse() -> Iterator[CheckResult]:
 
 def _limits() -> Iterator[CheckResult]:
     """Check the kernel's limits. Yields results only for limits that matter here."""
-    if not fuse_support.has_fusectl():
+    if not os.path.ismount(fuse_support.CONNECTIONS):  # else MAX_BACKGROUND cannot be set
         fix = f"mount -t fusectl none {fuse_support.CONNECTIONS}"
         yield CheckResult("note", f"12 reads that wait for the source block all others: {fix}")
     for name, seconds in fuse_support.request_timeouts().items():

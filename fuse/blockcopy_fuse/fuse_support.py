@@ -95,11 +95,6 @@ def max_pipe_size() -> int | None:
     return _number(Path("/proc/sys/fs/pipe-max-size"))
 
 
-def has_fusectl() -> bool:
-    """Return whether the file system fusectl is mounted, without which MAX_BACKGROUND cannot be set."""
-    return os.path.ismount(CONNECTIONS)
-
-
 def tune(mountpoint: str) -> None:
     """Set read-ahead and MAX_BACKGROUND for the mount at `mountpoint`, as far as this user may.
 

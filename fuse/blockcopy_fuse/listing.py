@@ -56,23 +56,23 @@ def replicas() -> list[ListedMount]:
 
     Returns a list of ListedMount, within about a second.
     """
-    replica_mounts = [mount for mount in mountinfo.mounts() if mount.kind == KIND and mount.owner != NO_FUSE]
-    requests = [StatusRequest(mount) for mount in replica_mounts]
+    mounts = [mount for mount in mountinfo.mounts() if mount.kind == KIND and mount.owner != NO_FUSE]
+    requests = [StatusRequest(mount) for mount in mounts]
     end = time.monotonic() + _SECONDS
-    return [_listed(mount, request, end) for mount, request in zip(replica_mounts, requests, strict=True)]
+    return [_listed(request, end) for request in requests]
 
 
-def _listed(mount: Mount, request: StatusRequest, end: float) -> ListedMount:
-    """Wait until `end`, a time of the monotonic clock, for the status that `request` asks `mount` for.
+def _listed(request: StatusRequest, end: float) -> ListedMount:
+    """Wait until `end`, a time of the monotonic clock, for the status that `request` asks for.
 
-    Returns `mount` with its status, or with the reason why there is none.
+    Returns the mount with its status, or with the reason why there is none.
     """
     with contextlib.closing(request):
         try:
             status = request.status(max(0, end - time.monotonic()))
         except MountError as error:
-            return ListedMount(mount, None, str(error))
-    return ListedMount(mount, status, "" if status else f"no answer within {_SECONDS:g} s")
+            return ListedMount(request.mount, None, str(error))
+    return ListedMount(request.mount, status, "" if status else f"no answer within {_SECONDS:g} s")
 
 
 def table(mounts: list[ListedMount]) -> str:

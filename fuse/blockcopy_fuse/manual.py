@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 import signal
@@ -75,14 +74,9 @@ def completion(shell: str) -> str:
     """Return the text of the completion script for `shell`, one of the parser's SHELLS, such as "bash"."""
     all_commands = parser()
     for command in commands_of(all_commands).values():
-        _complete(command)
+        for action in command._actions:
+            if action.metavar in ("FILE", "SOURCE", "DESTINATION"):
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+            elif action.metavar == "MOUNTPOINT":
+                action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
     return str(shtab.complete(all_commands, shell))
-
-
-def _complete(command: argparse.ArgumentParser) -> None:
-    """Let the shell complete paths, if an argument of `command`, a parser, is a path."""
-    for action in command._actions:
-        if action.metavar in ("FILE", "SOURCE", "DESTINATION"):
-            action.complete = shtab.FILE  # type: ignore[attr-defined]
-        elif action.metavar == "MOUNTPOINT":
-            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from blockcopy.cli import console
 from blockcopy.errors import MountError
 from blockcopy.paths.runtime_dir import is_private, runtime_dir_candidates
 from blockcopy.protocol.strict_json import parse_object
@@ -115,9 +116,7 @@ def _leave_all_but(kept: int) -> None:
     """
     os.setsid()
     os.chdir("/")
-    null = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(null, stream)
+    console.redirect_to_null(0, 1, 2)
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2 and int(name) != kept:
             with contextlib.suppress(OSError):  # the descriptor that lists the folder
@@ -199,34 +198,26 @@ class MountRequest(ForkedCall):
             found = parse_object(text, errors="surrogateescape") if text else None
         except ValueError as error:
             raise invalid_reply(self.mount, error) from error
-        return _reply(self.mount, head.decode(), found)
-
-
-def _reply(mount: Mount, head: str, found: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the result of the child in the form of a control socket's reply, an object of JSON.
-
-    `mount`: the mount that was asked. `head`: the first line of the result. `found`: the parsed rest, or None.
-    Raises MountError if there is no reply.
-    """
-    kind, _, number = head.partition(" ")
-    if found is not None and kind == "socket":
-        return {**found, "pid": int(number)}
-    if found is not None and kind == "file":
-        return {"status": found}
-    if kind == "errno" and int(number) == errno.ENOTCONN:
-        raise MountError(dead_mount_message(mount.mountpoint))
-    if kind == "errno" and int(number) == errno.ENOENT:
-        raise MountError(f"no replica is mounted on {mount.mountpoint}")
-    if kind == "errno":
-        raise MountError(f"cannot ask the mount on {mount.mountpoint}: {os.strerror(int(number))}")
-    if kind == "file":
-        raise MountError(f"{mount.mountpoint}/{STATUS_NAME} is no status file of a replica")
-    if os.geteuid() not in (0, mount.owner):
-        raise MountError(f"cannot ask the mount on {mount.mountpoint}: only the user who mounted it may, and root")
-    raise MountError(
-        f"no replica answers for the mount on {mount.mountpoint}, which is of the type {mount.kind}: "
-        "it has no control socket; its log says why"
-    )
+        kind, _, number = head.decode().partition(" ")
+        mountpoint = self.mount.mountpoint
+        if found is not None and kind == "socket":
+            return {**found, "pid": int(number)}
+        if found is not None and kind == "file":
+            return {"status": found}
+        if kind == "errno" and int(number) == errno.ENOTCONN:
+            raise MountError(dead_mount_message(mountpoint))
+        if kind == "errno" and int(number) == errno.ENOENT:
+            raise MountError(f"no replica is mounted on {mountpoint}")
+        if kind == "errno":
+            raise MountError(f"cannot ask the mount on {mountpoint}: {os.strerror(int(number))}")
+        if kind == "file":
+            raise MountError(f"{mountpoint}/{STATUS_NAME} is no status file of a replica")
+        if os.geteuid() not in (0, self.mount.owner):
+            raise MountError(f"cannot ask the mount on {mountpoint}: only the user who mounted it may, and root")
+        raise MountError(
+            f"no replica answers for the mount on {mountpoint}, which is of the type {self.mount.kind}: "
+            "it has no control socket; its log says why"
+        )
 
 
 def invalid_reply(mount: Mount, reason: ValueError) -> MountError:

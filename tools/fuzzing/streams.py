@@ -15,10 +15,12 @@ from blockcopy.block.geometry import Extent
 from blockcopy.errors import BlockcopyError
 from blockcopy.protocol import wire, xz, zstd
 from blockcopy.protocol.decoder import Decoder
-from blockcopy.protocol.digests import digest
+from blockcopy.protocol.digests import ORIGINAL, named
 from blockcopy.replica.source.batches import Batch, HoleQuery, Signatures
 from blockcopy.replica.source.dialects import FENCES, Dialect, NegotiatedDialect, OriginalDialect
 from fuzzing import BrokenPromise
+
+digest = named(ORIGINAL)
 
 MAX_PAYLOAD = 2048
 """Bytes, instead of the real limits, so that inputs of MAX_INPUT bytes can exceed the limit."""

@@ -37,10 +37,6 @@ class Signatures(NamedTuple):
         """The position behind the last byte."""
         return self.position + self.length
 
-    def split(self) -> list[Signatures]:
-        """Return a list of Signatures, one for each block."""
-        return [Signatures(*extent, self.block_size, own) for extent, own in self.blocks()]
-
     def blocks(self) -> Iterator[tuple[Extent, bytes]]:
         """Yield each block as a pair: its extent, and its digest."""
         count = -(-self.length // self.block_size)

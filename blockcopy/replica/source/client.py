@@ -204,22 +204,18 @@ class Client:
 
     async def close(self) -> None:
         """End the process: with `done` if it is idle, else at once. Returns when it has ended."""
+        was_closing, self._closing = self._closing, True
         if self._process is None or self.ended.is_set():
-            self._closing = True
             return
-        if self._closing:
-            await self.ended.wait()
-            return
-        self._closing = True
-        if self._dialect.pending or not self._greeted.is_set():
+        if not was_closing:
+            if self._dialect.pending or not self._greeted.is_set():
+                self._process.kill()
+            else:
+                self._send.send_nowait(wire.encode(wire.Done()))
+                self._send.close()
+            with trio.move_on_after(_END_SECONDS):
+                await self.ended.wait()
             self._process.kill()
-        else:
-            self._send.send_nowait(wire.encode(wire.Done()))
-            self._send.close()
-        with trio.move_on_after(_END_SECONDS):
-            await self.ended.wait()
-            return
-        self._process.kill()
         await self.ended.wait()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

@@ -35,8 +35,9 @@ from collections.abc import Iterator
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.geometry import Extent
 from blockcopy.errors import SourceError, StreamError
-from blockcopy.protocol import wire, xz, zstd
-from blockcopy.protocol.digests import NO_DIGEST, digest
+from blockcopy.protocol import wire
+from blockcopy.protocol.compression import expand
+from blockcopy.protocol.digests import NO_DIGEST, ORIGINAL, named
 from blockcopy.replica.source.batches import Batch, ByteProbe, HoleQuery
 
 FENCES = 16
@@ -74,10 +75,8 @@ class Dialect(ABC):
     def receive(self, message: wire.Message) -> None:
         """Take `message` from the source. Raises StreamError if it answers nothing that was asked."""
         match message:
-            case wire.XzData(position):
-                self._receive_data(position, xz.expand(message))
-            case wire.Data(position, payload):
-                self._receive_data(position, payload)
+            case wire.Data() | wire.XzData():
+                self._receive_data(message.position, expand(message))
             case wire.Done():
                 pass
             case _:
@@ -122,8 +121,8 @@ class NegotiatedDialect(Dialect):
                 if not self.pending or first.fence != number:
                     raise StreamError(f"the fence {number}")
                 self._settle()
-            case wire.ZstdData(position):
-                self._receive_data(position, zstd.expand(message))
+            case wire.ZstdData():
+                self._receive_data(message.position, expand(message))
             case wire.Zero(position, length):
                 self._count(first.take_zeros(position, length), f"{length} zeros for position {position}")
             case wire.Failure(position, reason):
@@ -197,7 +196,7 @@ class OriginalDialect(Dialect):
             return False
         *_, (block, own) = batch.signatures[-1].blocks()
         # A last block of one byte asks for the same byte. If that is equal, the block has no answer of its own.
-        return block.length > 1 or digest(payload) == own or batch.delta.data[-1:] == [block]
+        return block.length > 1 or named(ORIGINAL)(payload) == own or batch.delta.data[-1:] == [block]
 
     def _too_short(self, batch: Batch) -> SourceError:
         return SourceError(

@@ -216,7 +216,8 @@ class Link:
                 return await self._ask(signatures, guarded, since, _SUSPECT_AFTER)
             except _FatalError as error:
                 logger.warning("%s; now asking for each block of that request by itself", error)
-        return await self._ask_each([block for each in signatures for block in each.split()], guarded, since)
+        blocks = [Signatures(*extent, each.block_size, own) for each in signatures for extent, own in each.blocks()]
+        return await self._ask_each(blocks, guarded, since)
 
     async def _ask(self, signatures: Sequence[Signatures], sink: Sink, since: float, max_ends: int) -> Delta:
         """Ask about `signatures` together. Returns the Delta. `sink`, `since`: as for `ask`.

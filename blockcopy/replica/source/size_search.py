@@ -91,15 +91,11 @@ class SizeSearch:
         try:
             return (await self.client.reaches([position]))[0]
         except SourceError as error:
-            await self._replace_client(error)
+            if isinstance(error, ProtocolViolationError) or self.client.unanswered is None:
+                raise  # it is not the exit of a program at a request
+            self._failure = self._failure or error
+            self.client = await self._connect()
             return None
-
-    async def _replace_client(self, error: SourceError) -> None:
-        """Connect again after `error`. Raises `error` if it is not the exit of a program at a request."""
-        if isinstance(error, ProtocolViolationError) or self.client.unanswered is None:
-            raise error
-        self._failure = self._failure or error
-        self.client = await self._connect()
 
     def _next_positions(self) -> list[int]:
         """Return a list of the positions to ask for next, ascending, within the limits found so far."""

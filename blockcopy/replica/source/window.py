@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
 
 _GROW_BELOW, _SHRINK_ABOVE = 0.1, 0.3
 """Seconds that a fetch took beyond the quickest one. Below the first the window grows, above the second it
@@ -27,31 +26,24 @@ BASE_SECONDS = 10
 class Window:
     """The number of blocks that may be outstanding on one link."""
 
-    def __init__(
-        self, initial_blocks: int, *, min_blocks: int, max_blocks: int, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """Start with `initial_blocks`, and stay between `min_blocks` and `max_blocks`. `clock`: returns seconds."""
+    def __init__(self, initial_blocks: int, *, min_blocks: int, max_blocks: int) -> None:
+        """Start with `initial_blocks`, and stay between `min_blocks` and `max_blocks`."""
         self.blocks = initial_blocks
         self._min = min_blocks
         self._max = max_blocks
-        self._clock = clock
         self._quickest: deque[tuple[float, float]] = deque()
         """(time, seconds) of recent fetches, both ascending. Each fetch is the quickest one since its time."""
 
     def record_fetch(self, blocks: int, seconds: float) -> None:
         """Adapt the window to a fetch of `blocks` blocks that took `seconds` seconds."""
-        waited = seconds - self._quickest_with(seconds)
-        if waited < _GROW_BELOW:
-            self.blocks = min(self.blocks + blocks, self._max)
-        elif waited > _SHRINK_ABOVE:
-            self.blocks = max(self.blocks - blocks, self._min)
-
-    def _quickest_with(self, seconds: float) -> float:
-        """Remember a fetch that took so many `seconds`. Returns the seconds of the quickest recent one."""
-        now = self._clock()
+        now = time.monotonic()
         while self._quickest and self._quickest[-1][1] >= seconds:
             self._quickest.pop()
         self._quickest.append((now, seconds))
         while self._quickest[0][0] < now - BASE_SECONDS:
             self._quickest.popleft()
-        return self._quickest[0][1]
+        waited = seconds - self._quickest[0][1]  # beyond the quickest recent fetch
+        if waited < _GROW_BELOW:
+            self.blocks = min(self.blocks + blocks, self._max)
+        elif waited > _SHRINK_ABOVE:
+            self.blocks = max(self.blocks - blocks, self._min)

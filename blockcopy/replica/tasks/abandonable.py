@@ -12,8 +12,8 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
-from functools import partial
 from typing import TypeVar
 
 import trio
@@ -55,35 +55,25 @@ async def start_process(make: Callable[[], subprocess.Popen[bytes]]) -> subproce
     `make`: called without arguments, starts the process and returns it.
     On cancellation the process is killed as soon as it exists. The caller waits for that, EXIT_SECONDS at most.
     """
-    made: list[subprocess.Popen[bytes]] = []
-    unwanted = False
-    deciding = threading.Lock()  # whether this task or the thread ends an unwanted process
-    finished = trio.Event()
-    token = trio.lowlevel.current_trio_token()
+    made: Future[subprocess.Popen[bytes]] = Future()
 
     def make_process() -> subprocess.Popen[bytes]:
         try:
-            process = make()
-            with deciding:
-                made.append(process)
-                mine = unwanted
-            if mine:
-                _end(process)
-            return process
-        finally:
-            with suppress(trio.RunFinishedError):
-                token.run_sync_soon(finished.set)
+            made.set_result(make())
+        except BaseException as error:  # noqa: BLE001  (raised by the caller)
+            made.set_exception(error)
+        return made.result()
 
+    def end_process() -> None:
+        if made.exception() is None:  # waits until `make` has returned
+            _end(made.result())
+
+    await trio.lowlevel.checkpoint()  # from now on `make` is called, even on cancellation
     try:
         return await run(make_process)
     except trio.Cancelled:
-        with deciding:
-            unwanted = True
         with suppress(TimeoutError):
-            if made:
-                await run_within(partial(_end, made[0]), EXIT_SECONDS)
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + EXIT_SECONDS):
-            await finished.wait()
+            await run_within(end_process, EXIT_SECONDS)
         raise
 
 
