@@ -46,7 +46,6 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
     _call("fallocate", fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length)
 
 
-<<<<<<< HEAD
 def become_io_flusher() -> None:
     """Tell the kernel that this thread writes for others, and so do all threads and processes that it starts.
 
@@ -57,12 +56,8 @@ def become_io_flusher() -> None:
     _call("prctl", _PR_SET_IO_FLUSHER, 1, 0, 0, 0)
 
 
-def start_writeback(fd: int, offset: int, length: int) -> None:
-    """Start to write the dirty pages of `length` bytes at `offset` of file `fd` to the disk. Does not wait.
-=======
 def write_back(fd: int, offset: int, length: int, *, wait: bool) -> None:
     """Write the dirty pages of `length` bytes at `offset` of file `fd` to the disk.
->>>>>>> main
 
     `wait`: return when the pages are written. Otherwise this call only starts to write them. Raises OSError if the
     kernel refuses, or if a write fails.
