@@ -160,7 +160,7 @@ class Recorder:
         self._device: Device | None = None
         self._chance = chance
         self._changed = threading.Condition()
-        self._counts = {"write": 0, "written": 0, "sync": 0, "committed": 0, "user writes": 0}
+        self._counts = {"write": 0, "written": 0, "sync": 0, "committed": 0, "write of the user": 0}
         for name in ("write", "sync", "drop_cache"):
             monkeypatch.setattr(Device, name, self._watching(getattr(Device, name), getattr(self, f"_{name}")))
         for name in ("begin_record", "write_changes", "clear", "write_times"):
@@ -192,6 +192,8 @@ class Recorder:
             self.events.append(Event(kind, key, times=Times(status.st_mtime_ns, status.st_ctime_ns), **more))
             if kind == "written":
                 self._counts["written"] += 1
+            if kind == "write" and more["by_user"]:
+                self._counts["write of the user"] += 1
             self._changed.notify_all()
             return key
 
@@ -222,7 +224,7 @@ class Recorder:
                 by_user=by_user,
             )
         for _ in range(self._chance.choice([0, 1, 3]) if by_user else 1):
-            self.hold_up(self._chance.choice(["sync", "committed" if by_user else "user writes"]), one_in=3)
+            self.hold_up(self._chance.choice(["sync", "committed" if by_user else "write of the user"]), one_in=3)
         real()
         self.tell("written", key)
 
