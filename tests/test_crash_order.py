@@ -94,11 +94,11 @@ def small_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.asynccontextmanager
 async def replica_of(
-    source: Path, destination: Path, *, hydrate: bool = True, writable: bool = False
+    source: Path, destination: Path, *, hydrate: bool = True, writable: bool = False, verify: bool = False
 ) -> AsyncIterator[Replica]:
     command = stage_command(Location(None, str(source)))
     state = str(destination.with_name("state"))
-    plan = Plan(command, str(destination), hydrate=hydrate, state=state, writable=writable)
+    plan = Plan(command, str(destination), hydrate=hydrate, state=state, writable=writable, verify=verify)
     with trio.fail_after(30):
         async with open_replica(plan) as replica:
             yield replica
@@ -624,3 +624,34 @@ def test_a_block_is_not_on_record_while_the_user_writes_into_it(
     trio.run(main)
     with pytest.raises(pytest.fail.Exception) if is_broken else contextlib.nullcontext():
         check_every_cut(Disk(OLD, DATA), Promises(DATA), recorder.events)
+
+
+def test_a_verification_takes_what_a_killed_run_has_left_for_the_users(
+    source: Path, destination: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The block is on record as present. The write into it is not, and has reached the disk all the same."""
+    chance = random.Random(1)
+    recorder = Recorder(monkeypatch, destination, chance, DATA, OLD)
+    user, disk = User(recorder, chance, DATA), Disk(OLD, DATA)
+
+    async def write() -> None:
+        async with replica_of(source, destination, writable=True) as replica:
+            await user.write_at(replica, Extent(7 * BLOCK_SIZE, PIECE))
+            await replica.wait_complete()
+            await user.flush(replica)
+            await user.write_at(replica, Extent(11 * BLOCK_SIZE, PIECE))
+
+    async def verify() -> None:
+        async with replica_of(source, destination, writable=True, verify=True) as replica:
+            await replica.wait_complete()
+            assert replica.status().written_bytes == 2 * BLOCK_SIZE
+            assert await replica.volume.read(0, len(DATA)) == user.content
+
+    trio.run(write)
+    last = max(index for index, each in enumerate(recorder.events) if each.kind == "user wrote")
+    check_every_cut(disk, Promises(DATA), recorder.events[: last + 1])
+    put_back(recorder, disk, disk.kill(chance), destination)
+    for is_first in (True, False):  # then they are on record as the user's
+        caplog.clear()
+        trio.run(verify)
+        assert ("count as the user's" in caplog.text) == is_first

@@ -138,6 +138,12 @@ class Committer:
         else:
             make_authoritative(state_file.token, self._device)
 
+    @property
+    def may_lack_user_writes(self) -> bool:
+        """Whether the destination may have writes of a user that are not on record, because a run was killed."""
+        record = self._state_file.record if self._state_file else None
+        return record is not None and record.was_killed
+
     async def begin_user_writes(self) -> None:
         """Note durably that the destination holds writes of the user. Call before each write of the user.
 
