@@ -302,7 +302,9 @@ class Replica:
     @property
     def _is_copy(self) -> bool:
         """Whether the copy was completed, and is not known to have been damaged since."""
-        return self._complete and not self._device.lost and self._hydrator.writer.failure is None
+        # Nothing is written to a complete copy that is read-only: a failed sync came before, and was made good.
+        is_damaged = self._plan.writable and self._hydrator.writer.failure is not None
+        return self._complete and not self._device.lost and not is_damaged
 
     @property
     def state(self) -> State:
