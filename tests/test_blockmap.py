@@ -4,12 +4,16 @@ import random
 import time
 import tracemalloc
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import pairwise
 
-from blockcopy.block.geometry import Geometry
+from blockcopy.block.geometry import Extent, Geometry
 from blockcopy.replica.state.blockmap import CHUNK_BLOCKS, BlockMap, Changes, Kind
+from blockcopy.replica.state.user_pages import PAGE_SIZE
 
 BLOCK = 10
 """Bytes in a block of these tests: the arithmetic is the same."""
@@ -351,3 +355,194 @@ def test_each_time_all_is_forgotten_it_is_another_generation() -> None:
     assert blockmap.generation == before
     blockmap.clear()
     assert blockmap.generation > before
+
+
+# What the user writes
+
+
+PAGE = PAGE_SIZE
+PAGES = 4
+"""Pages in a block of these tests."""
+
+WRITTEN = Geometry(5 * PAGES * PAGE + PAGE + 100, PAGES * PAGE)
+"""Five blocks, and one of a page and a short page: 22 pages."""
+
+
+def pages_of(extents: Iterable[Extent]) -> set[int]:
+    """Return the pages of `extents`, whole ones. The last page of the device is short."""
+    found: set[int] = set()
+    for extent in extents:
+        assert extent.offset % PAGE == 0
+        assert extent.length > 0
+        assert extent.end % PAGE == 0 or extent.end == WRITTEN.size
+        found |= set(range(extent.offset // PAGE, -(-extent.end // PAGE)))
+    return found
+
+
+class Content(NamedTuple):
+    """What a map says: the present `blocks`, the `pages` of the user, the `lost` ones, the blocks `touched`."""
+
+    blocks: frozenset[int] = frozenset()
+    pages: frozenset[int] = frozenset()
+    lost: frozenset[int] = frozenset()
+    touched: frozenset[int] = frozenset()
+
+    def room(self) -> set[int]:
+        """Return the pages that the source's bytes may fill."""
+        return {page for page in range(22) if page // PAGES not in self.blocks and page not in self.pages}
+
+
+def assert_is(blockmap: BlockMap, content: Content) -> None:
+    whole = Extent(0, WRITTEN.size)
+    assert set(range(6)) - set(blockmap.missing(range(6))) == content.blocks
+    assert blockmap.complete is (len(content.blocks) == 6)
+    assert blockmap.present_bytes == sum(WRITTEN.extent(block).length for block in content.blocks)
+    assert pages_of(blockmap.room(whole)) == content.room()
+    assert {page for page in range(22) if blockmap.user.is_lost(Extent(page * PAGE, 1))} == content.lost
+    assert {block for block in range(6) if blockmap.user.has_block(block)} == content.touched
+    assert blockmap.user.written_bytes == sum(WRITTEN.extent(block).length for block in content.touched)
+    for start in range(22):
+        for stop in (start + 1, min(22, start + PAGES), 22):
+            extent = Extent(start * PAGE + 1, min(stop * PAGE - 1, WRITTEN.size) - start * PAGE - 1)
+            assert blockmap.is_available(extent) is not bool(content.room() & set(range(start, stop)))
+
+
+class Model:
+    """The pages of a device, what of them is durable, and what is on record."""
+
+    def __init__(self) -> None:
+        self.now = self.durable = self.taken = Content()
+        self.since: set[int] = set()  # pages written since the last sync that succeeded
+        self.since_taken: set[int] = set()
+
+    def mark(self, blocks: range) -> None:
+        self.now = self.now._replace(blocks=self.now.blocks | set(blocks))
+
+    def write(self, pages: range) -> None:
+        written = self.now.pages | set(pages)
+        whole = {
+            block
+            for block in {page // PAGES for page in pages}
+            if set(range(block * PAGES, min(22, block * PAGES + PAGES))) <= written
+        }
+        self.now = Content(
+            self.now.blocks | whole,
+            written,
+            self.now.lost - set(pages),
+            self.now.touched | {page // PAGES for page in pages},
+        )
+        self.since |= set(pages)
+        self.since_taken |= set(pages)
+
+    def take(self) -> None:
+        self.taken, self.since_taken = self.now, set()
+
+    def settle(self) -> None:
+        self.durable, self.since = self.taken, set(self.since_taken)
+
+    def roll_back(self) -> None:
+        blocks = self.durable.blocks
+        self.now = self.now._replace(blocks=blocks, lost=self.now.lost | self.since)
+        self.taken = self.now
+        self.since, self.since_taken = set(), set()
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("mark"), st.integers(0, 5), st.integers(1, 3)),
+        st.tuples(st.sampled_from(["write", "write"]), st.integers(0, 21), st.integers(1, 9)),
+        st.tuples(st.just("cut"), st.integers(0, 21), st.integers(1, 4)),
+        st.tuples(st.sampled_from(["take", "settle", "settle, not recorded", "roll back"]), st.just(0), st.just(0)),
+    ),
+    max_size=30,
+)
+
+
+@settings(derandomize=True, max_examples=150, deadline=None)
+@given(STEPS)
+def test_marks_writes_and_failed_syncs_mean_what_they_mean_for_each_page(steps: list[tuple[str, int, int]]) -> None:
+    """Nothing of the source fits a page of the user, what a sync has covered stays, and the record is true."""
+    blockmap, model = BlockMap(WRITTEN), Model()
+    record, on_record = Changes({}, {}, {}), Content()
+    changes: Changes | None = None
+    for step, start, length in steps:
+        if step == "mark":
+            blockmap.mark(range(start, min(6, start + length)), "fetched")
+            model.mark(range(start, min(6, start + length)))
+        elif step in ("write", "cut"):
+            pages = range(start, min(22, start + length))
+            extent = Extent(start * PAGE, min(WRITTEN.size, pages.stop * PAGE) - start * PAGE)
+            if step == "cut":
+                if set(pages) & (model.now.room() | model.now.lost):
+                    continue  # the volume makes them available first, and refuses lost ones
+                extent = Extent(extent.offset + 10, extent.length - 20)
+            blockmap.note_write(extent)
+            model.write(pages)
+        elif step == "take" and changes is None:
+            changes = blockmap.take_changes()
+            model.take()
+        elif step.startswith("settle") and changes is not None:
+            blockmap.settle()
+            model.settle()
+            if step == "settle":
+                record = Changes(*({**old, **new} for old, new in zip(record, changes, strict=True)))
+                on_record = model.durable
+            else:
+                blockmap.restore_changes(changes)
+            changes = None
+        elif step == "roll back":
+            generation = blockmap.generation
+            blockmap.roll_back()
+            assert blockmap.generation > generation
+            model.roll_back()
+            record = Changes(*({**old, **new} for old, new in zip(record, blockmap.take_changes(), strict=True)))
+            blockmap.settle()
+            model.take()
+            model.settle()
+            on_record, changes = model.now, None
+        assert_is(blockmap, model.now)
+    resumed = BlockMap(WRITTEN)
+    resumed.resume(record)
+    assert_is(resumed, on_record)
+
+
+def test_a_map_with_writes_of_the_user_is_not_cleared() -> None:
+    blockmap = BlockMap(WRITTEN)
+    blockmap.note_write(Extent(0, PAGE))
+    with pytest.raises(RuntimeError, match="writes of a user"):
+        blockmap.clear()
+
+
+def test_a_block_that_the_user_filled_counts_as_written() -> None:
+    blockmap = BlockMap(WRITTEN)
+    for page in (3, 0, 2, 1):
+        assert not blockmap.is_available(Extent(0, PAGES * PAGE))
+        blockmap.note_write(Extent(page * PAGE, PAGE))
+    assert blockmap.overwritten_bytes == blockmap.present_bytes == PAGES * PAGE
+    assert blockmap.room(Extent(0, 2 * PAGES * PAGE)) == [Extent(PAGES * PAGE, PAGES * PAGE)]
+    blockmap.take_changes()
+    blockmap.roll_back()
+    assert (blockmap.overwritten_bytes, blockmap.present_bytes, blockmap.user.lost_bytes) == (0, 0, PAGES * PAGE)
+
+
+def test_an_interrupted_write_is_another_generation() -> None:
+    blockmap = BlockMap(WRITTEN)
+    before = blockmap.generation
+    blockmap.interrupt()
+    assert blockmap.generation > before
+
+
+def test_the_map_of_a_random_writer_is_small() -> None:
+    """One page here and there on 64 GiB: a bit for each page, one more until the next sync, and one a block."""
+    geometry = Geometry(1 << 36)
+    blockmap = BlockMap(geometry)
+    blocks = range(0, geometry.block_count, 64)
+    tracemalloc.start()
+    try:
+        for block in blocks:
+            blockmap.note_write(Extent(block * geometry.block_size + 8 * PAGE, PAGE))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert blockmap.user.written_bytes == len(blocks) * geometry.block_size
+    assert peak < 2 * 1.1 * geometry.size // PAGE // 8 + (1 << 20)

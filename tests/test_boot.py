@@ -334,7 +334,7 @@ def test_the_unit_does_not_start_again_what_cannot_be_meant(
         "SOURCE": str(source),
         "DESTINATION": str(destination),
         "MOUNTPOINT": str(point),
-        "OPTIONS": "-o rw",
+        "OPTIONS": "-o remount",
     }
     start = as_systemd_runs(unit_line(unit, "ExecStart"), variables)
     done = subprocess.run(start, capture_output=True, timeout=20, check=False)

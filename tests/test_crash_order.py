@@ -1,11 +1,14 @@
-"""Crash order: whatever is lost, and at whatever moment, no block on record differs from the source.
+"""Crash order: whatever is lost, and at whatever moment, no later run is mistaken, and none breaks a promise.
 
-Real runs are watched: when each write to the destination began and returned, with its bytes, each sync,
-and each commit to the journal. `Disk` then goes through these events and knows, between any two of
-them, all that each 4 KiB of the disk may hold if the power went now. A write counts as durable when it
-had returned before a sync began that has returned; of all others any part may be there or not, in any
-order. What a commit in progress records may be there or not as well. As the pieces are independent,
+Real runs are watched: when each write to the destination began and returned, with its bytes, each sync, each commit
+of the state file, each write of a user, and each flush with its acknowledgement. `Disk` then goes through these
+events and knows, between any two of them, all that each 4 KiB of the disk may hold if the power went now. A write
+counts as durable when it had returned before a sync began that has returned; of all others any part may be there or
+not, in any order. What a commit in progress records may be there or not as well. As the pieces are independent,
 looking at all that each may hold covers every combination.
+
+`Promises` goes through the same events and knows what the next run may show of each piece: the source's bytes where
+no user wrote; of what a user wrote, exactly the version of the last acknowledged flush, or a later one.
 
 At some of the cuts a second run is started, from a disk on which a random part is lost, or from the
 page cache that a killed process leaves: it may not be mistaken either.
@@ -14,34 +17,49 @@ page cache that a killed process leaves: it may not be mistaken either.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
+import math
 import random
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import support
 import trio
+from crash_model import (
+    PIECE,
+    Disk,
+    Event,
+    Inode,
+    Promises,
+    Recorder,
+    check_every_cut,
+    shrink_rows,
+    touched,
+)
 
-from blockcopy.block.device import Device, open_source
+from blockcopy.block import user_writes
+from blockcopy.block.device import open_source
 from blockcopy.block.geometry import BLOCK_SIZE, Extent, Geometry
-from blockcopy.block.identity import NO_TIMES, Times
 from blockcopy.block.records import make_authoritative
 from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.replica.engine import Plan, Replica, open_replica
-from blockcopy.replica.state import blockmap, recovery, statefile
-from blockcopy.replica.state.statefile import Binding, StateFile, WriteTimes
+from blockcopy.replica.hydration import writer
+from blockcopy.replica.hydration.committer import Committer
+from blockcopy.replica.hydration.writer import Writer
+from blockcopy.replica.source.batches import Delta
+from blockcopy.replica.source.link import Link
+from blockcopy.replica.state.blockmap import BlockMap
+from blockcopy.replica.state.statefile import StateFile, WriteTimes
+from blockcopy.replica.state.user_pages import UserPages
+from blockcopy.replica.volume import Volume
 from blockcopy.transport.command import stage_command
 from blockcopy.transport.location import Location
 
-PIECE = 4096
-PIECES = BLOCK_SIZE // PIECE
 BLOCKS = 40
-CHUNK_BLOCKS = 16
 
 DATA = support.noise(BLOCKS * BLOCK_SIZE - 5000)
 OTHER = support.noise(len(DATA), seed=2)
@@ -66,323 +84,21 @@ def old_content() -> bytes:
 OLD = old_content()
 
 
-def digest(piece: bytes) -> bytes:
-    return hashlib.blake2b(piece, digest_size=16).digest()
-
-
-def pieces_of(data: bytes | memoryview) -> list[bytes]:
-    return [bytes(data[start : start + PIECE]) for start in range(0, len(data), PIECE)]
-
-
-RIGHT = [digest(each) for each in pieces_of(DATA)]
-
-Recorded = dict[int, bytes]
-"""What a journal has: chunk number → bits."""
-
-
-@dataclass(frozen=True)
-class Event:
-    kind: str
-    key: int = 0
-    """Of the write or the sync."""
-    first_piece: int = 0
-    digests: tuple[bytes, ...] = ()
-    change: Callable[[Recorded], Recorded] = dict
-    clock: WriteTimes | None = None
-    """Of a commit."""
-    times: Times = NO_TIMES
-    """Of the destination, in the page cache."""
-
-
-# What happens in a run
-
-
-class Recorder:
-    """Watches one destination and all journals; holds some writes and syncs up, so that they overlap."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, destination: Path, chance: random.Random) -> None:
-        self.events: list[Event] = []
-        self.known = {digest(each): each for each in (*pieces_of(DATA), *pieces_of(OLD))}
-        self.binding: Binding | None = None
-        self.failing_syncs = 0
-        self._destination = str(destination)
-        self._chance = chance
-        self._changed = threading.Condition()
-        self._counts = {"write": 0, "written": 0, "sync": 0}
-        for name in ("write", "sync", "drop_cache"):
-            monkeypatch.setattr(Device, name, self._watching(getattr(Device, name), getattr(self, f"_{name}")))
-        for name in ("begin_record", "write_chunks", "clear", "write_times"):
-            monkeypatch.setattr(StateFile, name, self._recording(getattr(StateFile, name), name))
-
-    def _watching(self, real: Callable[..., Any], ours: Callable[..., None]) -> Callable[..., None]:
-        def method(device: Device, *args: Any) -> None:
-            if device.path == self._destination:
-                ours(lambda: real(device, *args), *args)
-            else:
-                real(device, *args)
-
-        return method
-
-    def tell(self, kind: str, key: int | None = None, **more: Any) -> int:
-        with self._changed:
-            if key is None:
-                key = self._counts[kind] = self._counts.get(kind, 0) + 1
-            status = os.stat(self._destination)
-            self.events.append(Event(kind, key, times=Times(status.st_mtime_ns, status.st_ctime_ns), **more))
-            if kind == "written":
-                self._counts["written"] += 1
-            self._changed.notify_all()
-            return key
-
-    def hold_up(self, until: str, one_in: int = 1, timeout: float = 0.02) -> None:
-        """Until the next one of these, but not for long."""
-        with self._changed:
-            if self._chance.randrange(one_in) == 0:
-                seen = self._counts[until]
-                self._changed.wait_for(lambda: self._counts[until] > seen, timeout)
-
-    def _write(self, real: Callable[[], None], offset: int, data: bytes) -> None:
-        assert offset % BLOCK_SIZE == 0
-        pieces = pieces_of(memoryview(data))
-        key = self.tell("write", first_piece=offset // PIECE, digests=tuple(map(digest, pieces)))
-        self.hold_up("sync", one_in=3)
-        real()
-        self.tell("written", key)
-
-    def _sync(self, real: Callable[[], None]) -> None:
-        key = self.tell("sync")
-        self.hold_up("written", one_in=2)
-        if self.failing_syncs:
-            self.failing_syncs -= 1
-            self.tell("sync failed", key)
-            raise DeviceError("the write-back failed")
-        real()
-        self.tell("synced", key)
-
-    def _drop_cache(self, real: Callable[[], None]) -> None:
-        """What a failed sync has dropped is read as the disk has it, which is what chance says."""
-        real()
-        disk = Disk(OLD)
-        with self._changed, open(self._destination, "r+b", buffering=0) as file:
-            for event in self.events:
-                disk.go_on(event)
-            for piece, written in disk.volatile.items():
-                if written and all(each.dropped for each in written):
-                    found = self._chance.choice(disk.may_hold(piece))
-                    os.pwrite(file.fileno(), self.known[found], piece * PIECE)
-                    self.events.append(Event("found", 0, piece, (found,)))
-
-    def _recording(self, real: Callable[..., None], name: str) -> Callable[..., None]:
-        changes: dict[str, Callable[..., Callable[[Recorded], Recorded]]] = {
-            "begin_record": lambda *_: lambda recorded: {},
-            "clear": lambda *_: lambda recorded: {},
-            "write_chunks": lambda chunks, _: lambda recorded: {**recorded, **chunks},
-            "write_times": lambda *_: dict,
-        }
-
-        def method(kept: StateFile, *args: Any) -> None:
-            if name == "begin_record":
-                self.binding = args[0]
-            change = changes[name](*args)
-            clock = next((each for each in args if isinstance(each, WriteTimes)), None)
-            self.tell("commit", change=change, clock=clock)
-            real(kept, *args)
-            self.tell("committed")
-
-        return method
-
-
-# What a crash leaves
-
-
-@dataclass
-class Written:
-    """Pieces that were written, and are not known to be on the disk."""
-
-    piece: int
-    digest: bytes
-    returned: bool = False
-    covered_by: set[int] = field(default_factory=set)
-    """The syncs that began after it returned."""
-    dropped: bool = False
-    """Drop a dirty page, as the kernel does after an error: the page is clean, and no sync writes it."""
-
-
-class Disk:
-    """The disk and the journal after some events: what each may hold if the power goes now."""
-
-    def __init__(self, content: bytes) -> None:
-        self.durable = [digest(each) for each in pieces_of(content)]
-        self.volatile: dict[int, list[Written]] = {}
-        self.recorded: Recorded = {}
-        self.recording: Recorded | None = None
-        """What will be recorded when the commit that is in progress is through."""
-        self._of_write: dict[int, list[Written]] = {}
-        self._wrong: dict[int, set[int]] = {}
-        self._look_at_all()
-
-    def may_hold(self, piece: int) -> list[bytes]:
-        return [self.durable[piece], *(each.digest for each in self.volatile.get(piece, ()))]
-
-    def go_on(self, event: Event) -> None:
-        getattr(self, f"_on_{event.kind.replace(' ', '_')}")(event)
-
-    def _on_write(self, event: Event) -> None:
-        made = [Written(event.first_piece + index, each) for index, each in enumerate(event.digests)]
-        self._of_write[event.key] = made
-        for each in made:
-            self.volatile.setdefault(each.piece, []).append(each)
-            self._look_at(each.piece)
-
-    def _on_written(self, event: Event) -> None:
-        for each in self._of_write[event.key]:
-            each.returned = True
-
-    def _on_sync(self, event: Event) -> None:
-        for each in self._all_volatile():
-            if each.returned and not each.dropped:
-                each.covered_by.add(event.key)
-
-    def _on_synced(self, event: Event) -> None:
-        for each in self._all_volatile():
-            if event.key in each.covered_by and not each.dropped:
-                self.durable[each.piece] = each.digest
-                self.volatile[each.piece].remove(each)
-                self._look_at(each.piece)
-
-    def _on_sync_failed(self, event: Event) -> None:
-        for each in self._all_volatile():
-            each.dropped = each.returned
-
-    def _on_found(self, event: Event) -> None:
-        """What was dropped has been read from the disk, and this is what is there."""
-        self.volatile.pop(event.first_piece, None)
-        self.durable[event.first_piece] = event.digests[0]
-        self._look_at(event.first_piece)
-
-    def _on_commit(self, event: Event) -> None:
-        self.recording = event.change(self.recorded)
-
-    def _on_committed(self, event: Event) -> None:
-        assert self.recording is not None
-        self.recorded, self.recording = self.recording, None
-
-    def _all_volatile(self) -> list[Written]:
-        return [each for written in self.volatile.values() for each in written]
-
-    def _look_at(self, piece: int) -> None:
-        wrong = self._wrong.setdefault(piece // PIECES, set())
-        if set(self.may_hold(piece)) == {RIGHT[piece]}:
-            wrong.discard(piece)
-        else:
-            wrong.add(piece)
-
-    def mistakes(self) -> set[int]:
-        """Blocks that may be on record while the disk may hold something else."""
-        return {
-            block
-            for record in (self.recorded, self.recording or {})
-            for block in blocks_of(record)
-            if self._wrong.get(block, ())
-        }
-
-    def _look_at_all(self) -> None:
-        for piece in range(len(RIGHT)):
-            self._look_at(piece)
-
-    # a restart from here
-
-    def crash(self, chance: random.Random, *, keep: float) -> list[bytes]:
-        """The power goes; of what is volatile a part of `keep` is there. The digests on the disk."""
-        for piece, written in self.volatile.items():
-            for each in written:
-                if chance.random() < keep:
-                    self.durable[piece] = each.digest
-        self.volatile.clear()
-        return self._restart(chance, list(self.durable))
-
-    def kill(self, chance: random.Random) -> list[bytes]:
-        """The process ends, and the machine does not: the page cache stays. The digests in it."""
-        content = list(self.durable)
-        for piece, written in self.volatile.items():
-            for each in list(written):
-                if each.returned or chance.random() < 0.5:
-                    content[piece], each.returned = each.digest, True
-                else:
-                    written.remove(each)  # it has not come so far
-        return self._restart(chance, content)
-
-    def _restart(self, chance: random.Random, content: list[bytes]) -> list[bytes]:
-        if self.recording is not None and chance.random() < 0.5:
-            self.recorded = self.recording
-        self.recording = None
-        self._of_write.clear()
-        self._look_at_all()
-        return content
-
-
-class Inode:
-    """The destination's times on the disk: those at the start of the last sync that returned, or later ones."""
-
-    def __init__(self) -> None:
-        self._may_be: list[Times] = []
-        self._syncs: dict[int, int] = {}
-        self._clocks: list[WriteTimes] = []
-
-    def go_on(self, event: Event) -> None:
-        self._may_be.append(event.times)
-        if event.kind == "sync":
-            self._syncs[event.key] = len(self._may_be) - 1
-        elif event.kind == "synced":
-            start = self._syncs.pop(event.key)
-            self._may_be = self._may_be[start:]
-            self._syncs = {key: max(0, index - start) for key, index in self._syncs.items()}
-        elif event.kind == "commit" and event.clock:
-            self._clocks.append(event.clock)
-        elif event.kind == "committed":
-            self._clocks = self._clocks[-1:]
-
-    def mistaken(self) -> list[tuple[WriteTimes, Times]]:
-        """What is on record, or may be, and takes our own times for those of somebody else."""
-        return [
-            (clock, times)
-            for clock in self._clocks
-            for times in set(self._may_be)
-            if recovery.was_written_by_others(clock, times)
-        ]
-
-
-def blocks_of(recorded: Recorded) -> Iterator[int]:
-    for number, bits in recorded.items():
-        for index in range(len(bits) * 8):
-            block = number * CHUNK_BLOCKS + index
-            if bits[index >> 3] >> (index & 7) & 1 and block < BLOCKS:
-                yield block
-
-
-def check_every_cut(disk: Disk, events: list[Event]) -> None:
-    for index, event in enumerate(events):
-        disk.go_on(event)
-        if mistakes := disk.mistakes():
-            before = [f"{each.kind} {each.key}" for each in events[max(0, index - 20) : index + 1]]
-            pytest.fail(f"blocks {sorted(mistakes)} are on record, and may be wrong on the disk, after {before}")
-
-
-# The runs
-
-
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a small device has several."""
-    monkeypatch.setattr(blockmap, "CHUNK_BLOCKS", CHUNK_BLOCKS)
-    monkeypatch.setattr(blockmap, "_CHUNK_BYTES", CHUNK_BLOCKS // 8)
-    monkeypatch.setattr(statefile, "_FULL", b"\xff" * (CHUNK_BLOCKS // 8))
+def small_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink_rows(monkeypatch)
+
+
+# Runs without writes of a user
 
 
 @contextlib.asynccontextmanager
-async def replica_of(source: Path, destination: Path, *, hydrate: bool = True) -> AsyncIterator[Replica]:
+async def replica_of(
+    source: Path, destination: Path, *, hydrate: bool = True, writable: bool = False, verify: bool = False
+) -> AsyncIterator[Replica]:
     command = stage_command(Location(None, str(source)))
-    plan = Plan(command, str(destination), hydrate=hydrate, state=str(destination.with_name("state")))
+    state = str(destination.with_name("state"))
+    plan = Plan(command, str(destination), hydrate=hydrate, state=state, writable=writable, verify=verify)
     with trio.fail_after(30):
         async with open_replica(plan) as replica:
             yield replica
@@ -437,9 +153,9 @@ def test_nothing_is_on_record_that_a_crash_can_take_and_no_crash_takes_the_recor
     seed: int, source: Path, destination: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chance = random.Random(seed)
-    recorder = Recorder(monkeypatch, destination, chance)
+    recorder = Recorder(monkeypatch, destination, chance, DATA, OLD)
     run_once(source, destination, chance)
-    check_every_cut(Disk(OLD), recorder.events)
+    check_every_cut(Disk(OLD, DATA), Promises(DATA), recorder.events)
     assert {"written", "synced", "committed"} <= {each.kind for each in recorder.events}
     inode = Inode()
     for event in recorder.events:
@@ -450,7 +166,7 @@ def test_nothing_is_on_record_that_a_crash_can_take_and_no_crash_takes_the_recor
 def test_a_commit_that_is_cancelled_at_any_step_is_made_up_for(
     source: Path, destination: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorder = Recorder(monkeypatch, destination, random.Random(8))
+    recorder = Recorder(monkeypatch, destination, random.Random(8), DATA, OLD)
 
     async def main() -> None:
         async with replica_of(source, destination, hydrate=False) as replica:
@@ -465,9 +181,9 @@ def test_a_commit_that_is_cancelled_at_any_step_is_made_up_for(
                 await replica.commit()
 
     trio.run(main)
-    disk = Disk(OLD)
-    check_every_cut(disk, recorder.events)
-    assert set(blocks_of(disk.recorded)) >= {*DIFFERING[:24:3], *EQUAL[:8]}
+    disk = Disk(OLD, DATA)
+    check_every_cut(disk, Promises(DATA), recorder.events)
+    assert disk.recorded.blocks() >= {*DIFFERING[:24:3], *EQUAL[:8]}
 
 
 @pytest.mark.parametrize("way", ["killed", "all lost", "all kept", "some lost"])
@@ -476,20 +192,21 @@ def test_a_second_run_from_any_cut_is_not_mistaken_either(
 ) -> None:
     chance = random.Random(way)
     resumed = 0
-    recorder = Recorder(monkeypatch, destination, chance)
+    recorder = Recorder(monkeypatch, destination, chance, DATA, OLD)
     run_once(source, destination, chance)
     first_events = recorder.events
     for earliest in ("written", "recorded", "recorded"):  # there are many cuts, and few runs
-        disk = Disk(OLD)
-        check_every_cut(disk, first_events[: chance.randint(first(earliest, first_events), len(first_events))])
+        disk = Disk(OLD, DATA)
+        cut = chance.randint(first(earliest, first_events), len(first_events))
+        check_every_cut(disk, Promises(DATA), first_events[:cut])
         if way == "killed":
             content = disk.kill(chance)
         else:
             content = disk.crash(chance, keep={"all lost": 0, "all kept": 1, "some lost": 0.5}[way])
         recorder.events = []
-        put_back(recorder, disk.recorded, content, destination)
+        put_back(recorder, disk, content, destination)
         resumed += run_once(source, destination, chance)
-        check_every_cut(disk, recorder.events)
+        check_every_cut(disk, Promises(DATA), recorder.events)
     assert resumed
 
 
@@ -498,45 +215,51 @@ def test_what_a_killed_run_left_in_the_page_cache_is_synced_before_it_is_recorde
 ) -> None:
     """The second run finds every block equal, and has nothing to write."""
     chance = random.Random(7)
-    recorder = Recorder(monkeypatch, destination, chance)
+    recorder = Recorder(monkeypatch, destination, chance, DATA, OLD)
 
     async def main() -> None:
         async with replica_of(source, destination) as replica:
             await replica.wait_complete()
 
     trio.run(main)
-    disk, last = Disk(OLD), max(index for index, each in enumerate(recorder.events) if each.kind == "written")
-    check_every_cut(disk, recorder.events[: last + 1])
-    put_back(recorder, disk.recorded, disk.kill(chance), destination)
+    disk, last = Disk(OLD, DATA), max(index for index, each in enumerate(recorder.events) if each.kind == "written")
+    check_every_cut(disk, Promises(DATA), recorder.events[: last + 1])
+    put_back(recorder, disk, disk.kill(chance), destination)
     trio.run(main)
-    check_every_cut(disk, recorder.events)
-    assert set(blocks_of(disk.recorded)) == set(range(BLOCKS))
+    check_every_cut(disk, Promises(DATA), recorder.events)
+    assert disk.recorded.blocks() == set(range(BLOCKS))
     assert "write" not in {each.kind for each in recorder.events}
 
 
 def first(what: str, events: list[Event]) -> int:
     """Behind which event something is written, or on record."""
-    disk = Disk(OLD)
+    disk = Disk(OLD, DATA)
     for index, event in enumerate(events):
         disk.go_on(event)
-        if event.kind == what or (what == "recorded" and any(disk.recorded.values())):
+        if event.kind == what or (what == "recorded" and disk.recorded.present):
             return index + 1
     raise AssertionError(f"nothing was {what}")
 
 
-def put_back(recorder: Recorder, recorded: Recorded, content: list[bytes], destination: Path) -> None:
+def put_back(recorder: Recorder, disk: Disk, content: list[bytes], destination: Path) -> None:
     """Make destination and state file what they are at a cut; in place, so that it is the same file."""
-    with destination.open("r+b") as file:
-        file.write(b"".join(recorder.known[each] for each in content))
+    recorder.put_back(content)
     state = destination.with_name("state")
     state.unlink()
-    kept, status = StateFile(state), destination.stat()
-    clock = WriteTimes(status.st_mtime_ns, status.st_ctime_ns, None)
+    kept, status, recorded = StateFile(state), destination.stat(), disk.recorded
+    until = time.time_ns() if recorded.has_user_writes else None
+    clock = WriteTimes(status.st_mtime_ns, status.st_ctime_ns, until)
     assert recorder.binding is not None
     kept.begin_record(recorder.binding, clock)
-    kept.write_chunks(recorded, clock)
+    kept.write_changes(recorded.as_changes(BLOCKS, len(DATA) // PIECE + 1), clock)
+    if recorded.has_user_writes:
+        kept.note_user_writes(clock)
     with open_source(str(destination)) as device:
         make_authoritative(kept.token, device)
+        if disk.is_noted:
+            user_writes.make(device, user_writes.Note(state=str(state), commits=kept.commits)).close()
+        else:
+            user_writes.remove(device)
     kept.close()
     recorder.events.clear()
 
@@ -550,7 +273,7 @@ def test_what_a_failed_sync_has_dropped_is_not_believed_for_its_page_cache(
 ) -> None:
     """Linux keeps the new bytes, clean: they are read, no later sync writes them, and the disk has the old ones."""
     chance = random.Random(seed)
-    recorder = Recorder(monkeypatch, destination, chance)
+    recorder = Recorder(monkeypatch, destination, chance, DATA, OLD)
 
     async def main() -> None:
         async with replica_of(source, destination, hydrate=False) as replica:
@@ -571,6 +294,364 @@ def test_what_a_failed_sync_has_dropped_is_not_believed_for_its_page_cache(
             await replica.prefetch([Extent(0, len(DATA))])
 
     trio.run(main)
-    check_every_cut(Disk(OLD), recorder.events)
+    check_every_cut(Disk(OLD, DATA), Promises(DATA), recorder.events)
     assert "found" in {each.kind for each in recorder.events}
     assert destination.read_bytes() == DATA
+
+
+# Writes of a user
+
+
+class User:
+    """A user who writes, reads back and flushes, in several tasks at once, and tells the recorder."""
+
+    def __init__(self, recorder: Recorder, chance: random.Random, content: bytes) -> None:
+        self._recorder, self._chance = recorder, chance
+        self.content = bytearray(content)
+        """The bytes that a read must return now."""
+        self._busy: set[int] = set()  # pieces that are being written
+        self._versions = [0] * (len(content) // PIECE + 1)
+        self.refused = 0
+        self._wrote = trio.Event()
+
+    async def wait_until_written(self, times: int) -> None:
+        """Wait for so many writes, but not for long: a write may wait for the caller."""
+        with trio.move_on_after(0.03):
+            for _ in range(times):
+                await self._wrote.wait()
+
+    def _extent(self) -> Extent:
+        offset = self._chance.randrange(len(DATA))
+        way = self._chance.random()
+        if way < 0.3:
+            length = self._chance.choice([1, 512, 3000, 5000, 10_000])
+        elif way < 0.8:
+            offset, length = offset // PIECE * PIECE, PIECE * self._chance.choice([1, 1, 2, 5])
+        else:
+            offset, length = offset // BLOCK_SIZE * BLOCK_SIZE, BLOCK_SIZE * self._chance.choice([1, 2])
+        return Extent(offset, min(length, len(DATA) - offset))
+
+    async def write(self, replica: Replica, times: int) -> None:
+        for _ in range(times):
+            extent = self._extent()
+            if self._busy.isdisjoint(touched(*extent)):
+                await self.write_at(replica, extent)
+            await trio.lowlevel.checkpoint()
+
+    async def write_at(self, replica: Replica, extent: Extent) -> None:
+        pages = touched(*extent)
+        self._busy.update(pages)
+        data = self._chance.randbytes(extent.length)
+        start = pages.start * PIECE
+        content = self.content[start : pages.stop * PIECE]
+        content[extent.offset - start : extent.end - start] = data
+        key = self._recorder.tell_pieces("user writes", start, bytes(content), by_user=True)
+        try:
+            assert await replica.volume.write(extent.offset, data) == extent.length
+        except DeviceError:
+            self.refused += 1
+            return  # its pieces stay busy: nobody knows what they are
+        self.content[extent.offset : extent.end] = data
+        for page in pages:
+            self._versions[page] += 1
+        self._recorder.tell("user wrote", key)
+        self._wrote.set()
+        self._wrote = trio.Event()
+        self._busy.difference_update(pages)
+
+    async def read(self, replica: Replica, times: int) -> None:
+        for _ in range(times):
+            extent = self._extent()
+            pages = touched(*extent)
+            before = self._versions[pages.start : pages.stop]
+            if self._busy.isdisjoint(pages):
+                try:
+                    data = bytes(await replica.volume.read(*extent))
+                except DeviceError:
+                    assert self.refused
+                    continue
+                if self._busy.isdisjoint(pages) and before == self._versions[pages.start : pages.stop]:
+                    assert data == self.content[extent.offset : extent.end]
+            await trio.lowlevel.checkpoint()
+
+    async def flush(self, replica: Replica) -> None:
+        key = self._recorder.tell("flush")
+        await replica.flush()
+        self._recorder.tell("flushed", key)
+
+    async def flush_now_and_then(self, replica: Replica) -> None:
+        while True:
+            with contextlib.suppress(DeviceError):
+                await self.flush(replica)
+            for _ in range(self._chance.randrange(20)):
+                await trio.lowlevel.checkpoint()
+
+
+async def work(replica: Replica, user: User, chance: random.Random, times: int) -> None:
+    """Write, read and flush, with commits all the while; then leave, wherever it stands."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(user.flush_now_and_then, replica)
+        async with trio.open_nursery() as workers:
+            for _ in range(2):
+                workers.start_soon(user.write, replica, times)
+                workers.start_soon(user.read, replica, times // 5)
+            workers.start_soon(partial(use, replica, chance, reads=0))
+        nursery.cancel_scope.cancel()
+
+
+def write_once(source: Path, destination: Path, chance: random.Random, recorder: Recorder, user: User) -> None:
+    """Run a writable replica. The source answers while the user writes."""
+    ask = Link.ask
+
+    async def ask_late(link: Link, *args: Any) -> Delta:
+        await user.wait_until_written(chance.randrange(6))
+        return await ask(link, *args)
+
+    async def main() -> None:
+        hydrate = chance.random() < 0.7
+        async with replica_of(source, destination, hydrate=hydrate, writable=True) as replica:
+            recorder.tell("opened")
+            await work(replica, user, chance, times=chance.choice([5, 20, 40]))
+            if hydrate and chance.random() < 0.3:
+                await replica.wait_complete()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Link, "ask", ask_late)
+        trio.run(main)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_flush_is_lost_and_nothing_of_the_source_lands_on_a_page_of_the_user(
+    seed: int, source: Path, destination: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chance = random.Random(seed)
+    recorder = Recorder(monkeypatch, destination, chance, DATA, OLD)
+    user = User(recorder, chance, DATA)
+    write_once(source, destination, chance, recorder, user)
+    check_every_cut(Disk(OLD, DATA), Promises(DATA), recorder.events)
+    assert {"user wrote", "flushed", "synced", "committed"} <= {each.kind for each in recorder.events}
+
+
+@pytest.mark.parametrize("way", ["killed", "all lost", "all kept", "some lost"])
+def test_a_second_run_keeps_what_the_user_wrote(
+    way: str, source: Path, destination: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the moment that the second run is open, no page may change again, whatever happens."""
+    chance = random.Random(way)
+    recorder = Recorder(monkeypatch, destination, chance, DATA, OLD)
+    disk, promises = Disk(OLD, DATA), Promises(DATA)
+    write_once(source, destination, chance, recorder, User(recorder, chance, DATA))
+    for _ in range(4):
+        cut = chance.randint(first("user wrote", recorder.events), len(recorder.events))
+        check_every_cut(disk, promises, recorder.events[:cut])
+        if way == "killed":
+            content = disk.kill(chance)
+        else:
+            content = disk.crash(chance, keep={"all lost": 0, "all kept": 1, "some lost": 0.5}[way])
+        put_back(recorder, disk, content, destination)
+        shown = b"".join(recorder.known[disk.view(piece, content)] for piece in range(len(content)))
+        write_once(source, destination, chance, recorder, User(recorder, chance, shown))
+    check_every_cut(disk, promises, recorder.events)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_failed_sync_loses_no_earlier_flush(
+    seed: int, source: Path, destination: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chance = random.Random(seed)
+    recorder = Recorder(monkeypatch, destination, chance, DATA, OLD)
+    user = User(recorder, chance, DATA)
+
+    async def main() -> None:
+        async with replica_of(source, destination, writable=True) as replica:
+            await work(replica, user, chance, times=10)
+            recorder.failing_syncs = 1
+            await work(replica, user, chance, times=10)
+            assert user.refused
+            with pytest.raises(DeviceError):
+                await replica.flush()
+
+    trio.run(main)
+    disk = Disk(OLD, DATA)
+    check_every_cut(disk, Promises(DATA), recorder.events)
+    assert "sync failed" in {each.kind for each in recorder.events}
+    assert disk.recorded.lost
+
+
+def record_before_sync(patch: pytest.MonkeyPatch) -> None:
+    async def commit(committer: Committer) -> None:
+        committer._commits_begun += 1
+        number = committer._commits_begun
+        changes = committer._blockmap.take_changes()
+        await committer._record_changes(changes)
+        await committer._hydrator.sync()
+        committer._blockmap.settle()
+        committer._commits_ended = number
+
+    patch.setattr(Committer, "_commit", commit)
+
+
+def take_changes_after_sync(patch: pytest.MonkeyPatch) -> None:
+    async def commit(committer: Committer) -> None:
+        committer._commits_begun += 1
+        number = committer._commits_begun
+        await committer._hydrator.sync()
+        changes = committer._blockmap.take_changes()
+        committer._blockmap.settle()
+        await committer._record_changes(changes)
+        committer._commits_ended = number
+
+    patch.setattr(Committer, "_commit", commit)
+
+
+def land_on_pages_of_the_user(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(UserPages, "others", lambda pages, extent: iter([extent]))
+
+
+def land_on_claims(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(writer, "subtract", lambda room, claims: room)
+
+
+def write_into_landings(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Writer, "_is_landing", lambda *_: False)
+
+
+def note_before_the_write(patch: pytest.MonkeyPatch) -> None:
+    write, note = Volume._write, BlockMap.note_write
+
+    async def note_and_write(volume: Volume, extent: Extent, data: memoryview, *, may_wait: bool) -> None:
+        note(volume._blockmap, extent)
+        await write(volume, extent, data, may_wait=True)
+
+    patch.setattr(Volume, "_write", note_and_write)
+    patch.setattr(BlockMap, "note_write", lambda *_: None)
+
+
+def answer_a_flush_at_once(patch: pytest.MonkeyPatch) -> None:
+    async def flush(committer: Committer) -> None:
+        pass
+
+    patch.setattr(Committer, "flush", flush)
+
+
+def share_a_commit_that_has_begun(patch: pytest.MonkeyPatch) -> None:
+    async def flush(committer: Committer) -> None:
+        wanted = max(1, committer._commits_begun)
+        async with committer._one_commit:
+            if committer._commits_ended < wanted:
+                await committer._commit()
+
+    patch.setattr(Committer, "flush", flush)
+
+
+def write_without_a_note(patch: pytest.MonkeyPatch) -> None:
+    async def begin(committer: Committer) -> None:
+        pass
+
+    patch.setattr(Committer, "begin_user_writes", begin)
+
+
+BREAKS = [
+    record_before_sync,
+    take_changes_after_sync,
+    land_on_pages_of_the_user,
+    land_on_claims,
+    write_into_landings,
+    note_before_the_write,
+    answer_a_flush_at_once,
+    share_a_commit_that_has_begun,
+    write_without_a_note,
+]
+
+
+@pytest.mark.parametrize("break_it", BREAKS)
+def test_a_core_that_is_broken_is_seen(
+    break_it: Callable[[pytest.MonkeyPatch], None], source: Path, destination: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_it(monkeypatch)
+    for seed in range(12):
+        with pytest.MonkeyPatch.context() as patch:
+            chance = random.Random(seed)
+            destination.write_bytes(OLD)
+            destination.with_name("state").unlink(missing_ok=True)
+            recorder = Recorder(patch, destination, chance, DATA, OLD)
+            try:
+                write_once(source, destination, chance, recorder, User(recorder, chance, DATA))
+                check_every_cut(Disk(OLD, DATA), Promises(DATA), recorder.events)
+            except (pytest.fail.Exception, BaseExceptionGroup) as error:
+                print(f"seed {seed}: {error!r}")
+                return
+            with open_source(str(destination)) as device:
+                user_writes.remove(device)
+    pytest.fail("nothing was seen")
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_a_block_is_not_on_record_while_the_user_writes_into_it(
+    is_broken: bool, source: Path, destination: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lands there leaves out the page of the user, which still has the old bytes."""
+    recorder = Recorder(monkeypatch, destination, random.Random(1), DATA, OLD)
+    user, go_on, block = User(recorder, random.Random(1), DATA), threading.Event(), DIFFERING[0]
+    write = Writer.write
+
+    def wait_and_write(writer: Writer, extent: Extent, data: memoryview) -> None:
+        assert go_on.wait(support.PATIENCE)
+        write(writer, extent, data)
+
+    monkeypatch.setattr(Writer, "write", wait_and_write)
+    if is_broken:
+        monkeypatch.setattr(Writer, "claimed_blocks", lambda writer: frozenset())
+
+    async def main() -> None:
+        async with (
+            replica_of(source, destination, hydrate=False, writable=True) as replica,
+            trio.open_nursery() as both,
+        ):
+            replica.volume._wary_until = math.inf  # so that threads write
+            page = Extent(block * BLOCK_SIZE, PIECE)
+            both.start_soon(user.write_at, replica, page)
+            while not replica._hydrator.writer._claims:
+                await trio.lowlevel.checkpoint()
+            both.start_soon(replica.volume.read, page.end, 1)
+            while len([each for each in recorder.events if each.kind == "written"]) < 2:  # it is fetched again
+                await trio.lowlevel.checkpoint()
+                if replica.status().hydrated_bytes:
+                    break
+            await replica.commit()
+            go_on.set()
+
+    trio.run(main)
+    with pytest.raises(pytest.fail.Exception) if is_broken else contextlib.nullcontext():
+        check_every_cut(Disk(OLD, DATA), Promises(DATA), recorder.events)
+
+
+def test_a_verification_takes_what_a_killed_run_has_left_for_the_users(
+    source: Path, destination: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The block is on record as present. The write into it is not, and has reached the disk all the same."""
+    chance = random.Random(1)
+    recorder = Recorder(monkeypatch, destination, chance, DATA, OLD)
+    user, disk = User(recorder, chance, DATA), Disk(OLD, DATA)
+
+    async def write() -> None:
+        async with replica_of(source, destination, writable=True) as replica:
+            await user.write_at(replica, Extent(7 * BLOCK_SIZE, PIECE))
+            await replica.wait_complete()
+            await user.flush(replica)
+            await user.write_at(replica, Extent(11 * BLOCK_SIZE, PIECE))
+
+    async def verify() -> None:
+        async with replica_of(source, destination, writable=True, verify=True) as replica:
+            await replica.wait_complete()
+            assert replica.status().written_bytes == 2 * BLOCK_SIZE
+            assert await replica.volume.read(0, len(DATA)) == user.content
+
+    trio.run(write)
+    last = max(index for index, each in enumerate(recorder.events) if each.kind == "user wrote")
+    check_every_cut(disk, Promises(DATA), recorder.events[: last + 1])
+    put_back(recorder, disk, disk.kill(chance), destination)
+    for is_first in (True, False):  # then they are on record as the user's
+        caplog.clear()
+        trio.run(verify)
+        assert ("count as the user's" in caplog.text) == is_first

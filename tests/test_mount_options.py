@@ -90,7 +90,7 @@ def test_what_is_the_default_anyway_is_kept_from_libfuse() -> None:
 TOGETHER = [
     {"allow_other", "default_permissions", "ro", "noexec", "nosuid", "nodev", "sync", "dirsync", "noatime"},
     {"allow_root", "exec", "suid", "dev", "async", "atime"},
-    {"debug"},
+    {"debug", "rw"},
 ]
 """Flags that do not contradict each other."""
 

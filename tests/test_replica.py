@@ -618,7 +618,7 @@ def test_a_read_ends_whatever_goes_on_meanwhile() -> None:
     """An example is a source that answers others meanwhile."""
 
     class Waiting:
-        device = None
+        device = writer = None
         blockmap = BlockMap(Geometry(4 * BLOCK_SIZE))
 
         async def ensure(self, blocks: range, lane: object) -> None:
@@ -629,7 +629,9 @@ def test_a_read_ends_whatever_goes_on_meanwhile() -> None:
         lane: Any = SimpleNamespace(window=Window(8, min_blocks=8, max_blocks=8))
         hydrator: Any = Waiting()
         async with trio.open_nursery() as nursery:
-            volume = Volume(hydrator, lane, nursery, give_up_after=plan.max_wait)
+            volume = Volume(
+                hydrator, lane, nursery, give_up_after=plan.max_wait, before_write=trio.lowlevel.checkpoint
+            )
             for length, seconds in ((1, 90), (2 * BLOCK_SIZE, 120)):
                 before = trio.current_time()
                 with pytest.raises(SourceError, match=f"within {seconds} s"):
@@ -812,11 +814,11 @@ def test_a_sync_that_fails_in_the_middle_makes_it_check_again(
     """No file system here fails one sync and no other, so the device's is made to."""
     sync, failures = Device.sync, ["once"]
 
-    def fail_once(device: Device) -> None:
+    def fail_once(device: Device, *, times: bool = True) -> None:
         if failures:
             failures.pop()
             raise DeviceError("the write-back failed")
-        sync(device)
+        sync(device, times=times)
 
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
@@ -843,7 +845,7 @@ def test_background_hydration_ends_where_the_disk_fails_at_each_sync(
     """It began anew after each, for ever."""
     real = BackgroundHydration.run
 
-    def fail(device: Device) -> None:
+    def fail(device: Device, *, times: bool = True) -> None:
         raise DeviceError("the write-back failed")
 
     async def main() -> None:
@@ -877,7 +879,7 @@ def test_no_read_gets_what_the_disk_has_while_the_cache_is_dropped(
     dropped, go_on = threading.Event(), threading.Event()
     source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
 
-    def fail(device: Device) -> None:
+    def fail(device: Device, *, times: bool = True) -> None:
         raise DeviceError("the write-back failed")
 
     def drop(device: Device) -> None:
@@ -1009,36 +1011,33 @@ def test_a_final_sync_that_fails_completes_nothing(
     trio.run(main)
 
 
-def test_a_last_sync_that_fails_drops_the_cache_and_the_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last times are recorded after a sync of their own. The drop brings back what the disk has."""
+def test_a_last_sync_that_fails_keeps_what_was_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last times are recorded after a sync of their own. Nothing was written since the commit."""
     source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
     plan = plan_of(source, destination, state=str(tmp_path / "state"))
+    dropped: list[bool] = []
 
     def fail(device: Device, write_back: Callable[[], object]) -> Times:
         raise DeviceError("the last write-back failed")
-
-    def drop(device: Device) -> None:
-        device.write(0, OLD[:BLOCK_SIZE])
 
     async def fails() -> None:
         async with replica_of(plan) as replica:
             with pytest.raises(DeviceError, match="last write-back"):
                 await replica.wait_complete()
             status = replica.status()
-            assert (status.state, status.hydrated_bytes) == ("failed", 0)
+            assert (status.state, status.hydrated_bytes) == ("failed", len(DATA))
             assert await read_block(replica, 0)
 
     async def again() -> None:
         async with replica_of(plan) as replica:
-            assert replica.status().resumed_bytes == 0
+            assert replica.status().resumed_bytes == len(DATA)
             await replica.wait_complete()
 
     with monkeypatch.context() as patch:
         patch.setattr(committer, "settled_times", fail)
-        patch.setattr(Device, "drop_cache", drop)
+        patch.setattr(Device, "drop_cache", lambda device: dropped.append(True))
         trio.run(fails)
+    assert dropped
     trio.run(again)
     assert destination.read_bytes() == DATA
 
@@ -1074,7 +1073,7 @@ def test_only_the_writer_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             await replica.wait_complete()
         assert destination.read_bytes() == source.read_bytes()
 
-    def failing_sync(device: Device) -> None:
+    def failing_sync(device: Device, *, times: bool = True) -> None:
         raise DeviceError("the write-back failed")
 
     monkeypatch.setattr(committer, "_SECONDS", NEVER)

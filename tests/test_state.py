@@ -260,14 +260,16 @@ def spoil(path: Path, sql: str) -> None:
 
 def flip(path: Path) -> None:
     """A bit of the seal of what is recorded; the whole chunk is."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        [(seal,)] = database.execute("SELECT seal FROM chunks")
     data = bytearray(path.read_bytes())
-    data[-1] ^= 1
+    data[data.index(seal)] ^= 1
     path.write_bytes(data)
 
 
 NEWER_IN_WAL = pytest.param(
-    lambda path: spoil(path, "PRAGMA user_version = 3; PRAGMA journal_mode = WAL"),
-    "its format is 3",
+    lambda path: spoil(path, "PRAGMA user_version = 4; PRAGMA journal_mode = WAL"),
+    "its format is 4",
     id="a newer format, with WAL",
 )
 

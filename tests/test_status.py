@@ -83,8 +83,8 @@ STATUS = Status(
 
 NAMES = """
     state source destination pid size hydrated_bytes hydrated_percent resumed_bytes same_bytes fetched_bytes
-    zero_bytes hole_bytes unreadable_bytes unreadable_ranges verified_bytes verified_percent sent_bytes
-    received_bytes
+    zero_bytes hole_bytes unreadable_bytes unreadable_ranges written_bytes lost_bytes verified_bytes
+    verified_percent sent_bytes received_bytes
     rate_bytes_per_s limit_bytes_per_s eta_seconds elapsed_seconds source_needed demand link state_file error
     mountpoint control_socket
 """
@@ -103,8 +103,8 @@ def test_each_field_has_a_help_text() -> None:
         assert all(field.metadata["help"].endswith(".") for field in dataclasses.fields(kind))
 
 
-def cell(present: int = 0, zero: int = 0, in_flight: int = 0, reading: int = 0) -> MapCell:
-    return MapCell(4, present, zero, in_flight, reading)
+def cell(present: int = 0, zero: int = 0, written: int = 0, in_flight: int = 0, reading: int = 0) -> MapCell:
+    return MapCell(4, present, zero, written, in_flight, reading)
 
 
 def drawn(what: object, *, width: int = 80, encoding: str = "utf-8", **options: Any) -> str:
@@ -129,6 +129,9 @@ def drawn(what: object, *, width: int = 80, encoding: str = "utf-8", **options: 
         ({"present": 4, "zero": 3}, "zero"),
         ({"present": 4, "zero": 2}, "present"),
         ({"present": 3, "in_flight": 2, "reading": 1}, "reading"),
+        ({"present": 4, "written": 3, "zero": 3}, "written"),
+        ({"present": 4, "written": 1}, "written"),
+        ({"written": 1}, "partly"),
     ],
 )
 def test_what_a_cell_is_shown_as(counts: dict[str, int], kind: str) -> None:

@@ -187,23 +187,31 @@ class Replica:
             await trio.to_thread.run_sync(check, abandon_on_cancel=True)
 
     async def _verify(self) -> None:
-        """Compare every block on the disk with the source once more.
+        """Compare every block on the disk with the source once more, except the user's.
 
+        A write that no flush has covered is not on record. If a run was killed, it may have reached the disk all
+        the same. So a block that differs then counts as the user's.
         Raises MismatchError if blocks differ, DeviceError or SourceReadError if blocks were not compared.
         """
         first: Extent | None = None
         count = 0
+        may_be_users = self._committer.may_lack_user_writes
 
         def report(extent: Extent) -> None:
             nonlocal first, count
             first, count = first or extent, count + 1
+            if may_be_users:
+                self._blockmap.user.add(extent)
 
         self._verified, self._verifying = 0, True  # stays True until the copy is complete or has failed
         await trio.to_thread.run_sync(self._device.drop_cache)
         verdict = await compare(
             self._device, self._geometry, self._links[-1], report, self._note_verified, self._blockmap.user
         )
-        if first is not None:
+        if first is not None and may_be_users:
+            words = "%d bytes of %s differ, and count as the user's: a mount was killed before it recorded all"
+            logger.warning(words, verdict.differing_bytes, self._plan.destination)
+        elif first is not None:
             await self._committer.forget()
             raise MismatchError(
                 f"{self._plan.destination} is not a copy of {self._plan.command.location}: "
@@ -294,7 +302,9 @@ class Replica:
     @property
     def _is_copy(self) -> bool:
         """Whether the copy was completed, and is not known to have been damaged since."""
-        return self._complete and not self._device.lost and self._hydrator.writer.failure is None
+        # Nothing is written to a complete copy that is read-only: a failed sync came before, and was made good.
+        is_damaged = self._plan.writable and self._hydrator.writer.failure is not None
+        return self._complete and not self._device.lost and not is_damaged
 
     @property
     def state(self) -> State:

@@ -6,7 +6,7 @@ It sends the same signatures as a copy does, counts the answers, and discards th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -170,7 +170,15 @@ class _Comparison:
                     nursery.start_soon(ask, others)
         if errors:
             raise errors[0]
-        return sorted(found)
+        return sorted(other for extent in found for other in self._others(extent))
+
+    def _others(self, extent: Extent) -> Iterator[Extent]:
+        """Yield `extent` without the blocks that a user has written by now."""
+        blocks = self._geometry.span(*extent)
+        if self._user is None or not self._user.count_blocks(blocks):
+            yield extent
+            return
+        yield from (self._geometry.extent(block) for block in blocks if not self._user.has_block(block))
 
     async def _ask(self, batch: Sequence[int]) -> list[Extent]:
         since = trio.current_time()

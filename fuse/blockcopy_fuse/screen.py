@@ -54,7 +54,7 @@ def cell_kind(cell: MapCell) -> str:
         return "zero" if cell.zero * 2 > cell.blocks else "present"
     if cell.in_flight:
         return "in_flight"
-    return "partly" if cell.present else "missing"
+    return "partly" if cell.present or cell.written else "missing"
 
 
 class DeviceMap:

@@ -88,16 +88,18 @@ class Ends:
         elif self.relation != "equal":
             data = bytearray(size if self.relation == "zeros" else choose.randbytes(size))
         self._disk.write_bytes(data)
-        is_root = os.geteuid() == 0
-        if is_root:
-            self._loops["destination"] = losetup("--find", "--show", self._disk)
-        self._source_is_loop = is_root and choose.random() < 0.5
+        self._attach_destination()
+        self._source_is_loop = os.geteuid() == 0 and choose.random() < 0.5
         self._attach_source()
         self._differed = self.differing(but_zeros=True)
 
     def __str__(self) -> str:
         kinds = ["file", "loop device"]
         return f"{kinds[self._source_is_loop]} to {kinds[os.geteuid() == 0]}, {self.relation}"
+
+    def _attach_destination(self) -> None:
+        if os.geteuid() == 0:
+            self._loops["destination"] = losetup("--find", "--show", self._disk)
 
     def _attach_source(self) -> None:
         if self._source_is_loop:

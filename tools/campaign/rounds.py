@@ -39,6 +39,14 @@ class Round:
     `name` seeds all choices. `size`: bytes of the source. `totals`: counts of all rounds, to add to.
     """
 
+    OPTIONS: tuple[tuple[str, float], ...] = (("--verify", 0.2), ("--recheck", 0.1))
+    """Options of `mount` and `sync`, and how likely each is."""
+
+    MOUNT_OPTIONS: tuple[object, ...] = ()
+    """Options of each mount."""
+
+    ENDS: type[Ends] = Ends
+
     def __init__(self, name: str, size: int, folder: Path, totals: Counter[str], verbose: bool) -> None:
         self.choose = random.Random(name)
         self.folder = folder
@@ -70,7 +78,7 @@ class Round:
         self.point = folder / "mnt"
         self.point.mkdir()
         self.file = self.point / "disk"
-        self.ends = Ends(folder, size, self.choose)
+        self.ends = self.ENDS(folder, size, self.choose)
 
     def say(self, text: str) -> None:
         """Write `text` and the time to the log, and to standard output if verbose."""
@@ -140,7 +148,9 @@ class Round:
             options += ["--limit", rate]  # limits background hydration
         if self.choose.random() < 0.3:
             link += ["--delay", self.choose.choice([2, 10, 40])]
-        for option, chance in (("--verify", 0.2), ("--recheck", 0.1)):
+        if name == "mount":
+            options += self.MOUNT_OPTIONS
+        for option, chance in self.OPTIONS:
             options += [option] * (self.choose.random() < chance)
         rsh = self.folder / "rsh"
         rsh.unlink(missing_ok=True)  # not overwritten: a shell may be reading the old script
@@ -214,8 +224,8 @@ class Round:
             time.sleep(0.01)
         if not kill:
             self.wait_for(process, "the mount", {0, 75})  # 75: the copy is not complete yet
-            if status == 0 and (differing := self.ends.differing()):
-                raise WrongError(f"umount ended with 0, but differing blocks have {differing} bytes")
+            if status == 0:
+                self.check_copy()
         for each in self._prefetches:
             self.wait_for(each, "`blockcopy prefetch`", (0, 3, 4))
         self._prefetches.clear()
@@ -281,9 +291,13 @@ class Round:
         self.blockcopy("wait", self.point, seconds=COMPLETION_LIMIT)
         self.say("complete")
         self.down(kill=False)
-        if differing := self.ends.differing():
-            raise WrongError(f"differing blocks have {differing} bytes at the end")
+        self.check_copy()
         self.check_readers()
+
+    def check_copy(self) -> None:
+        """Compare both ends of a complete copy. Raises WrongError if they differ."""
+        if differing := self.ends.differing():
+            raise WrongError(f"the copy is complete, but differing blocks have {differing} bytes")
 
     def check_readers(self) -> None:
         """Raise WrongError if a reader has read wrong bytes."""

@@ -88,6 +88,7 @@ class Committer:
         old records are removed, and no state is kept.
         `for_writes`: a user is going to write. Raises StateWriteError then if the new record cannot be written.
         Raises StateError if an old record cannot be removed, or if a record of user's writes cannot be continued.
+        Raises DeviceError if the destination, which a user has written, cannot be synced.
         """
         state_file = self._state_file
         if state_file is None:
@@ -97,6 +98,8 @@ class Committer:
         if record and (self._blockmap.resumed_bytes or record.has_user_writes):
             self._durable = Times(record.times.mtime_ns, record.times.ctime_ns)
             self._is_recorded_whole = self._blockmap.complete
+            if record.has_user_writes:
+                await self._settle_earlier_run(was_killed=record.times.until_ns is not None)
             if not is_noted:
                 await self._record(state_file.write_times)
         else:
@@ -118,12 +121,28 @@ class Committer:
             await self._delete(state_file)  # or else a later run would believe the old record
             invalidate_records(self._device)
 
+    async def _settle_earlier_run(self, *, was_killed: bool) -> None:
+        """Make durable what an earlier run left in the page cache: no page changes after it was read.
+
+        `was_killed`: the earlier run may have met a failed sync. The cache may hold bytes then that no disk has.
+        Raises DeviceError if the sync fails.
+        """
+        await self._hydrator.sync()
+        if was_killed:
+            await trio.to_thread.run_sync(self._device.drop_cache)
+
     def _begin(self, state_file: StateFile, binding: Binding, times: WriteTimes) -> None:
         state_file.begin_record(binding, times)
         if is_at_default_path(state_file, self._device):
             make_default_authoritative(self._device)
         else:
             make_authoritative(state_file.token, self._device)
+
+    @property
+    def may_lack_user_writes(self) -> bool:
+        """Whether the destination may have writes of a user that are not on record, because a run was killed."""
+        record = self._state_file.record if self._state_file else None
+        return record is not None and record.was_killed
 
     async def begin_user_writes(self) -> None:
         """Note durably that the destination holds writes of the user. Call before each write of the user.

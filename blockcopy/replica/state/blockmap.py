@@ -78,6 +78,7 @@ class BlockMap:
         self._unreadable = bytearray()  # bits of the unreadable blocks, if there are any
         self._fill_padding()
         self._changed: set[int] = set()
+        self._taken: Changes | None = None  # handed out for the sync that runs
         self._undo: dict[int, bytes] = {}  # chunks as they were before the first change since a sync began
         self._undo_syncing: dict[int, bytes] = {}  # as they were at the last sync that succeeded
         self.resumed_bytes = 0
@@ -220,7 +221,7 @@ class BlockMap:
 
     def take_changes(self) -> Changes:
         """Return what changed since the last call. A sync begins now; `settle` or `roll_back` must follow it."""
-        changes = Changes(
+        changes = self._taken = Changes(
             {number: self._chunk(number) for number in sorted(self._changed)}, *self.user.take_changes()
         )
         self._changed.clear()
@@ -231,16 +232,20 @@ class BlockMap:
 
     def settle(self) -> None:
         """Note that the sync has succeeded. What changed before it began is never undone."""
-        self._undo_syncing = {}
+        self._taken, self._undo_syncing = None, {}
         self._durable = self._durable_next
         self.user.end_sync()
 
     def roll_back(self) -> None:
         """Undo all changes since the last sync that succeeded, because a sync has failed.
 
-        Blocks that became present since are missing again. What the user wrote since is lost.
+        Blocks that became present since are missing again. What the user wrote since is lost. Changes that were
+        taken are handed out again, as they are then.
         """
         self.generation += 1
+        if self._taken is not None:
+            self.restore_changes(self._taken)
+            self._taken = None
         undone = {**self._undo, **self._undo_syncing}
         for number, bits in undone.items():
             start = number * _CHUNK_BYTES

@@ -219,6 +219,11 @@ def recorded_user_pages(destination: Device, geometry: Geometry) -> UserPages | 
         blockmap = BlockMap(geometry)
         if state_file.record is not None:
             blockmap.resume(state_file.record.rows)
+            if state_file.record.was_killed:
+                logger.warning(
+                    "a writable mount of %s was killed: what differs may be writes that were not flushed",
+                    destination.path,
+                )
         return blockmap.user
     except ValueError as error:
         raise StateError(f"the state file {path} is damaged: {error}") from error

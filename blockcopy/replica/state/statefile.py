@@ -95,12 +95,15 @@ class Record:
     """The content of a state file.
 
     `rows`: for `BlockMap.resume`. `has_user_writes`: whether the destination holds writes of a user.
+    `was_killed`: whether a run with such writes has ended without its last record. It may have left writes on the
+    destination that are not on record.
     """
 
     binding: Binding
     times: WriteTimes
     rows: Changes
     has_user_writes: bool = False
+    was_killed: bool = False
 
 
 class StateFile:
@@ -237,10 +240,12 @@ class StateFile:
         commits, has_user_writes = facts.pop("commits", 0), facts.get("user_writes", False)
         if not all(type(each) is int for each in (binding.destination_size, binding.block_size, commits, *times)):
             raise ValueError("a size or a time")
-        if not isinstance(has_user_writes, bool):
+        was_killed = facts.get("killed", False)
+        if not isinstance(has_user_writes, bool) or not isinstance(was_killed, bool):
             raise ValueError("whether there are writes of a user")  # noqa: TRY004  (of data, not of an argument)
         self.token, self._facts, self.commits = token, facts, commits
-        return Record(binding, written, Changes(**believed), has_user_writes)
+        was_killed = has_user_writes and (was_killed or written.until_ns is not None)
+        return Record(binding, written, Changes(**believed), has_user_writes, was_killed)
 
     def begin_record(self, binding: Binding, times: WriteTimes) -> None:
         """Replace the record by a new one about `binding`, without rows.
@@ -256,6 +261,7 @@ class StateFile:
     def note_user_writes(self, times: WriteTimes) -> None:
         """Record that the destination holds writes of a user, and `times`. Raises StateWriteError if that fails."""
         self._facts["user_writes"] = True
+        self._facts["killed"] = self.record is not None and self.record.was_killed
         self.write_times(times)
 
     def write_changes(self, changes: Changes, times: WriteTimes) -> None:
