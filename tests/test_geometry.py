@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from blockcopy.block.geometry import BLOCK_SIZE, Extent, ExtentJoiner, Geometry, block_runs, join_extents
+from blockcopy.block.geometry import BLOCK_SIZE, Extent, ExtentJoiner, Geometry, block_runs, join_extents, subtract
 
 
 def test_the_block_size_is_the_original_programs() -> None:
@@ -106,3 +108,19 @@ def test_a_joined_range_that_is_long_enough_is_not_extended() -> None:
     joiner.flush()
     joiner.flush()
     assert joined == [(0, 4), (4, 4), (8, 2)]
+
+
+EXTENTS = st.lists(st.builds(Extent, st.integers(0, 40), st.integers(1, 12)), max_size=5)
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(EXTENTS, EXTENTS)
+def test_what_is_subtracted_is_in_no_part_that_is_left(extents: list[Extent], others: list[Extent]) -> None:
+    def covered(parts: list[Extent]) -> set[int]:
+        return {at for part in parts for at in range(part.offset, part.end)}
+
+    left = subtract(extents, others)
+    assert all(part.length > 0 for part in left)
+    assert covered(left) == covered(extents) - covered(others)
+    assert sum(part.length for part in left) == sum(len(covered([each]) - covered(others)) for each in extents)
+    assert subtract(extents, []) == extents

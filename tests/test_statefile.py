@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -27,7 +28,7 @@ from blockcopy.block.device import open_source
 from blockcopy.block.geometry import BLOCK_SIZE, Geometry
 from blockcopy.block.identity import sample_extents
 from blockcopy.block.records import default_path, invalidate
-from blockcopy.errors import StateError, StateWriteError
+from blockcopy.errors import StateError, StateUnusableError, StateWriteError
 from blockcopy.replica.state.blockmap import CHUNK_BLOCKS, BlockMap, Changes
 from blockcopy.replica.state.statefile import Binding, Record, StateFile, WriteTimes
 
@@ -191,6 +192,139 @@ def test_any_steps_leave_what_a_dictionary_would(steps: list[tuple[str, Any]]) -
             else:
                 model["clock"] = value
                 journal.write_times(value)
+
+
+# Writes of a user
+
+
+PAGES = {0: FULL, 3: PARTIAL, 9: bytes(len(FULL))}
+LOST = {3: FULL}
+
+
+def test_the_pages_of_a_user_are_read_again(path: Path) -> None:
+    with contextlib.closing(StateFile(path)) as journal:
+        journal.begin_record(binding(), clock(10))
+        assert journal.commits == 1
+        journal.write_changes(Changes(CHUNKS, PAGES, LOST), clock(20))
+        journal.note_user_writes(clock(30))
+        journal.write_changes(Changes({}, {3: FULL}, {3: PARTIAL}), clock(40, None))
+        assert journal.commits == 4
+    with contextlib.closing(StateFile(path)) as journal:
+        record = journal.record
+        assert record
+        assert record.rows == Changes(CHUNKS, {**PAGES, 3: FULL}, {3: PARTIAL})
+        assert record.has_user_writes
+        assert journal.commits == 4  # it goes on from there
+        journal.write_times(clock(50))
+        assert journal.commits == 5
+    found = load(path)
+    assert found
+    assert found.has_user_writes
+    with contextlib.closing(StateFile(path)) as journal:
+        journal.begin_record(binding(), clock(60))
+        assert journal.commits == 6
+    found = load(path)
+    assert found
+    assert (found.rows, found.has_user_writes) == (Changes({}, {}, {}), False)
+
+
+def test_a_row_of_another_table_is_not_believed(path: Path) -> None:
+    for sql in (
+        "INSERT OR REPLACE INTO lost SELECT * FROM pages",
+        "INSERT OR REPLACE INTO pages SELECT * FROM lost",
+        "INSERT OR REPLACE INTO chunks SELECT * FROM pages",
+    ):
+        with contextlib.closing(StateFile(path)) as journal:
+            journal.begin_record(binding(), clock(10))
+            journal.write_changes(Changes(CHUNKS, {7: FULL}, {8: FULL}), clock(20))
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.executescript(sql)
+        with pytest.raises(StateUnusableError, match="it is damaged"):
+            StateFile(path, must_be_usable=True)
+        path.unlink()
+
+
+def test_what_must_be_usable_is_neither_made_nor_set_aside(path: Path) -> None:
+    with pytest.raises(StateUnusableError, match="is missing"):
+        StateFile(path, must_be_usable=True)
+    path.write_text("my diary")
+    with pytest.raises(StateUnusableError, match="cannot be used"):
+        StateFile(path, must_be_usable=True)
+    assert [each.name for each in path.parent.iterdir()] == ["state"]
+    path.unlink()
+    record = begun(path)
+    with contextlib.closing(StateFile(path, must_be_usable=True)) as journal:
+        assert journal.record == record
+
+
+def test_a_crash_leaves_the_log_and_the_next_run_ends_it(path: Path) -> None:
+    with contextlib.closing(StateFile(path)) as journal:
+        journal.begin_record(binding(), clock(10))
+        journal.write_changes(changes(CHUNKS), clock(20))
+        assert sorted(each.name for each in path.parent.iterdir()) == ["state", "state-wal"]
+        crashed = {each.name: each.read_bytes() for each in path.parent.iterdir()}
+    assert [each.name for each in path.parent.iterdir()] == ["state"]
+    folder = path.parent / "crashed"
+    folder.mkdir()
+    for name, content in crashed.items():
+        (folder / name).write_bytes(content)
+        (folder / name).chmod(0o600)
+    found = load(folder / "state")
+    assert found
+    assert (found.rows.chunks, found.times) == (CHUNKS, clock(20))
+    assert [each.name for each in folder.iterdir()] == ["state"]
+    assert (folder / "state").read_bytes()[18:20] == b"\1\1"
+
+
+@pytest.mark.parametrize("kind", ["journal", "wal", "shm"])
+def test_a_file_beside_it_that_others_can_write_is_not_believed(kind: str, path: Path) -> None:
+    begun(path)
+    Path(f"{path}-{kind}").touch()
+    Path(f"{path}-{kind}").chmod(0o666)
+    assert is_set_aside(path, path.read_bytes())
+
+
+OLD_SCHEMA = """
+CREATE TABLE facts (id INTEGER PRIMARY KEY, text TEXT NOT NULL, seal BLOB NOT NULL);
+CREATE TABLE chunks (number INTEGER PRIMARY KEY, bits BLOB NOT NULL, seal BLOB NOT NULL);
+PRAGMA application_id = 0x62637079;
+PRAGMA user_version = 2;
+"""
+"""Format 2, of blockcopy before there was a writable replica."""
+
+OLD_FACTS = (
+    '{"token": "5e", "binding": {"source": {"size": 5242880000, "sample": %s, "inode": 3, "mtime_ns": 4, '
+    '"ctime_ns": 5}, "destination": {"file": 1, "file_system": "f"}, "destination_size": 5242880000, '
+    '"block_size": 131072}, "clock": {"mtime_ns": 30, "ctime_ns": 31, "until_ns": null}}'
+)
+
+
+def old_seal(key: str, data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16, key=hashlib.sha256(key.encode()).digest()).digest()
+
+
+def test_a_record_of_format_2_is_read_and_brought_to_this_format(path: Path) -> None:
+    path.touch(0o600)
+    text = OLD_FACTS % json.dumps(binding().source["sample"])
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.executescript(OLD_SCHEMA)
+        database.execute("INSERT INTO facts VALUES (1, ?, ?)", [text, old_seal("facts", text.encode())])
+        for number, bits in {**CHUNKS, 0: b""}.items():  # a full chunk is stored empty
+            seal = old_seal(f"5e {number}", bits)
+            database.execute("INSERT INTO chunks VALUES (?, ?, ?)", [number, bits, seal])
+        database.commit()
+    before = path.read_bytes()
+    expected = Record(binding(), clock(30, None), changes(CHUNKS))
+    assert load(path) == expected
+    assert path.read_bytes() == before  # until the first write
+    with contextlib.closing(StateFile(path)) as journal:
+        journal.write_changes(Changes({}, PAGES, {}), clock(40, None))
+        journal.note_user_writes(clock(40, None))
+    found = load(path)
+    assert found
+    assert (found.rows, found.has_user_writes) == (Changes(CHUNKS, PAGES, {}), True)
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (3,)
 
 
 # Who may have it

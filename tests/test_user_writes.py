@@ -1,0 +1,435 @@
+"""The note of a user's writes, and a state file that does not know them: nothing of ours overwrites them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support
+import trio
+from support import BLOCK_SIZE
+
+from blockcopy.block import user_writes
+from blockcopy.block.claim import check_destination, existing_destination, open_destination
+from blockcopy.block.device import Device, open_source
+from blockcopy.block.geometry import Geometry
+from blockcopy.block.records import default_path
+from blockcopy.block.user_writes import Note
+from blockcopy.errors import BlockcopyError, StateError, StateWriteError, UserWritesError
+from blockcopy.replica.engine import open_replica
+from blockcopy.replica.plan import Plan
+from blockcopy.replica.replica import Replica
+from blockcopy.replica.state.recovery import discard_user_writes, recorded_user_pages
+from blockcopy.replica.state.statefile import StateFile
+from blockcopy.transport.command import stage_command
+from blockcopy.transport.location import Location
+
+PAGE = 4096
+BLOCKS = 12
+DATA = support.noise(BLOCKS * BLOCK_SIZE - 100)
+OLD = support.noise(len(DATA), seed=2)
+MINE = support.noise(PAGE, seed=3)
+AT = 5 * BLOCK_SIZE + 3 * PAGE
+"""Where the user writes MINE: a page of a block that is missing."""
+
+
+@pytest.fixture
+def device(destination: Path) -> Iterator[Device]:
+    with open_destination(str(destination)) as opened:
+        yield opened
+
+
+# The note
+
+
+def test_a_note_is_found_again(device: Device) -> None:
+    assert user_writes.find(device) is None
+    user_writes.refuse(device)  # it does not
+    for note in (
+        Note("root@host:/dev/vg/disk", "/var/lib/blockcopy/a.state", 7),
+        Note("a source\nwith \\ and \x85, \u2028 and \udcff", "/a\nstate", 0),
+    ):
+        user_writes.make(device, note).close()
+        assert user_writes.find(device) == note
+    with pytest.raises(UserWritesError, match=r"(?s)mount --writable a source.*discard-writes"):
+        user_writes.refuse(device)
+    user_writes.remove(device)
+    assert user_writes.find(device) is None
+    user_writes.remove(device)
+    assert not user_writes.note_path(device).exists()
+
+
+def test_the_counter_of_a_note_goes_on(device: Device) -> None:
+    with contextlib.closing(user_writes.make(device, Note("source", "state", 3))) as counter:
+        for commits in (4, 10**9, 10**19):
+            counter.set(commits)
+            assert user_writes.find(device) == Note("source", "state", commits)
+    assert user_writes.note_path(device).read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\n", b"one\ntwo\n", b"1\n2\n3\n4\n", b"source\nstate\nnone\n", b"\xff\\x\nstate\n7\n", bytes(70_000)],
+    ids=["empty", "one line", "two lines", "four lines", "no number", "no text", "zeros"],
+)
+def test_a_damaged_note_is_a_note(content: bytes, device: Device) -> None:
+    user_writes.make(device, Note("source", "state", 3)).close()
+    user_writes.note_path(device).write_bytes(content)
+    assert user_writes.find(device) == Note()
+    with pytest.raises(UserWritesError, match="mount --writable SOURCE"):
+        user_writes.refuse(device)
+
+
+def test_the_attribute_alone_is_a_note(device: Device) -> None:
+    user_writes.make(device, Note("source", "state", 3)).close()
+    user_writes.note_path(device).unlink()
+    assert user_writes.find(device) == Note()
+    user_writes.remove(device)
+    assert user_writes.find(device) is None
+
+
+def test_a_note_that_cannot_be_read_is_no_answer(device: Device) -> None:
+    user_writes.note_path(device).mkdir(parents=True)
+    with pytest.raises(StateError, match="cannot find out whether"):
+        user_writes.find(device)
+
+
+def test_no_note_is_made_where_others_could_remove_it(device: Device) -> None:
+    folder = user_writes.note_path(device).parent
+    folder.chmod(0o777)
+    with pytest.raises(StateWriteError, match="cannot note in"):
+        user_writes.make(device, Note())
+    assert user_writes.find(device) is None
+
+
+@pytest.mark.parametrize("claim", [open_destination, existing_destination, check_destination])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_claim_refuses_what_a_user_has_written(
+    claim: Callable[..., Device | None], force: bool, destination: Path
+) -> None:
+    with open_source(str(destination)) as device:
+        user_writes.make(device, Note("source", "state", 3)).close()
+    with pytest.raises(UserWritesError, match="holds what was written to a writable mount"):
+        claim(str(destination), force=force)
+    claimed = claim(str(destination), force=force, with_user_writes=True)
+    if claimed is not None:
+        claimed.close()
+
+
+def test_a_new_file_has_no_note_of_an_earlier_one(tmp_path: Path, destination: Path) -> None:
+    """A file system may give the inode number of a removed file to the next one."""
+    with open_source(str(destination)) as device:
+        user_writes.make(device, Note("source", "state", 3)).close()
+        note = user_writes.note_path(device)
+        default_path(device).write_text("its state")
+    destination.unlink()
+    with open_destination(str(tmp_path / "new"), create=True) as device:
+        if user_writes.note_path(device) != note:
+            pytest.skip("this file system gives another number")
+        assert user_writes.find(device) is None
+        assert not default_path(device).exists()
+
+
+# State files that do not know the writes
+
+
+def plan_of(source: object, destination: object, **options: Any) -> Plan:
+    options = {"hydrate": False, "writable": True, "resume_offline": True, **options}
+    return Plan(stage_command(Location(None, str(source))), str(destination), **options)
+
+
+@contextlib.asynccontextmanager
+async def replica_of(plan: Plan) -> AsyncIterator[Replica]:
+    """`open_replica` with a time limit; a single error comes out of its groups."""
+    with trio.fail_after(40):
+        try:
+            async with open_replica(plan) as replica:
+                yield replica
+        except ExceptionGroup as group:
+            error: BaseException = group
+            while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+                error = error.exceptions[0]
+            raise error from None
+
+
+def states() -> Path:
+    return Path(os.environ["STATE_DIRECTORY"])
+
+
+def state_file() -> Path:
+    """Return the only state file in the default folder."""
+    (found,) = states().glob("*.state")
+    return found
+
+
+Files = dict[str, bytes]
+
+
+def saved() -> Files:
+    return {path.name: path.read_bytes() for path in states().iterdir()}
+
+
+def restore(files: Files) -> None:
+    """Make the folder of state files as it was when `files` were saved."""
+    for path in states().iterdir():
+        path.unlink()
+    for name, content in files.items():
+        (states() / name).write_bytes(content)
+        (states() / name).chmod(0o600)
+
+
+def write(source: Path, destination: Path, *offsets: int, flushes: bool = True, **options: Any) -> Files:
+    """Mount, write MINE at each of `offsets`, and unmount. Returns the state files before the end."""
+    files: Files = {}
+
+    async def main() -> None:
+        async with replica_of(plan_of(source, destination, **options)) as replica:
+            for offset in offsets:
+                assert await replica.volume.write(offset, MINE) == PAGE
+                if flushes:
+                    await replica.flush()
+            files.update(saved())
+
+    trio.run(main)
+    return files
+
+
+def assert_serves(plan: Plan, *offsets: int) -> None:
+    """MINE is at `offsets`; at all others, the source's bytes."""
+    expected = bytearray(DATA)
+    for offset in offsets:
+        expected[offset : offset + PAGE] = MINE
+
+    async def main() -> None:
+        async with replica_of(plan) as replica:
+            assert await replica.volume.read(0, len(DATA)) == expected
+
+    trio.run(main)
+
+
+def assert_refuses(plan: Plan, *words: str) -> None:
+    """The mount is refused with the two ways on, and changes nothing."""
+    path = Path(plan.destination)
+    before = path.read_bytes()
+
+    async def main() -> None:
+        async with replica_of(plan):
+            raise AssertionError("it was mounted")
+
+    with pytest.raises(UserWritesError) as caught:
+        trio.run(main)
+    for word in (*words, "--writable", "discard-writes", "Nothing was changed"):
+        assert word in str(caught.value)
+    assert path.read_bytes() == before
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 4096)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def flip(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        [(seal,)] = database.execute("SELECT seal FROM pages")
+    data = bytearray(path.read_bytes())
+    data[data.index(seal)] ^= 1
+    path.write_bytes(data)
+
+
+def without_a_row(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.executescript("DELETE FROM facts")
+
+
+def newer(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.executescript("PRAGMA user_version = 4")
+
+
+def text(path: Path) -> None:
+    path.write_text("my diary")
+
+
+@pytest.mark.parametrize("spoil", [remove, truncate, empty, flip, without_a_row, newer, text])
+def test_a_spoiled_state_file_refuses(spoil: Callable[[Path], None], source: Path, destination: Path) -> None:
+    write(source, destination, AT)
+    spoil(state_file())
+    names = sorted(path.name for path in states().iterdir())
+    for _ in range(2):
+        assert_refuses(plan_of(source, destination), "holds writes of a user")
+        with open_source(str(destination)) as device, pytest.raises(BlockcopyError):
+            recorded_user_pages(device, Geometry(len(DATA)))  # as `verify` asks
+    assert sorted(path.name for path in states().iterdir()) == names  # nothing is set aside
+
+
+def test_an_older_copy_of_the_state_file_refuses(source: Path, destination: Path) -> None:
+    write(source, destination, AT)
+    older = state_file().read_bytes()
+    write(source, destination, AT + PAGE)
+    state_file().write_bytes(older)
+    assert_refuses(plan_of(source, destination), "is an older one")
+
+
+def test_a_copy_from_before_the_first_write_refuses(source: Path, destination: Path) -> None:
+    write(source, destination)
+    older = state_file().read_bytes()
+    write(source, destination, AT)
+    state_file().write_bytes(older)
+    assert_refuses(plan_of(source, destination), "is an older one")
+    for note in states().glob("*.writes"):
+        note.write_bytes(b"")  # so that the count is unknown
+    assert_refuses(plan_of(source, destination), "knows nothing of them")
+
+
+def test_a_crash_that_lost_the_log_refuses(source: Path, destination: Path) -> None:
+    files = write(source, destination, AT)
+    assert f"{state_file().name}-wal" in files
+    restore({name: content for name, content in files.items() if not name.endswith("-wal")})
+    assert_refuses(plan_of(source, destination), "is an older one")
+    restore(files)
+    assert_serves(plan_of(source, destination), AT)
+
+
+def test_the_state_file_of_another_destination_refuses(source: Path, destination: Path, tmp_path: Path) -> None:
+    write(source, destination, AT)
+    mine, other = state_file(), support.written(tmp_path / "other", OLD)
+    write(source, other, *(page * PAGE for page in range(10)))
+    (theirs,) = (path for path in states().glob("*.state") if path != mine)
+    content = theirs.read_bytes()
+    mine.write_bytes(content)
+    assert_refuses(plan_of(source, destination), "the destination is another")
+
+
+def test_another_state_file_refuses(source: Path, destination: Path, tmp_path: Path) -> None:
+    """Also one of the same destination, with more commits, that knows nothing of the writes."""
+    known = tmp_path / "known"
+    for _ in range(5):
+        write(source, destination, state=str(known))
+    write(source, destination, AT)
+    assert_refuses(plan_of(source, destination, state=str(tmp_path / "missing")), "its state was in")
+    assert not (tmp_path / "missing").exists()
+    assert_refuses(plan_of(source, destination, state=str(known)))
+    copy = shutil.copy(state_file(), tmp_path / "copy")
+    assert_refuses(plan_of(source, destination, state=str(copy)))
+    assert_serves(plan_of(source, destination), AT)
+
+
+@pytest.mark.parametrize(
+    "options", [{"recheck": True}, {"keep_state": False}, {"writable": False}], ids=lambda each: next(iter(each))
+)
+def test_whatever_would_check_every_block_again_refuses(
+    options: dict[str, Any], source: Path, destination: Path
+) -> None:
+    write(source, destination, AT)
+    assert_refuses(plan_of(source, destination, **options))
+    assert_serves(plan_of(source, destination), AT)
+
+
+def test_a_source_that_has_changed_refuses_while_blocks_are_missing(source: Path, destination: Path) -> None:
+    write(source, destination, AT)
+    source.write_bytes(support.with_changes(DATA, [0]))
+    assert_refuses(plan_of(source, destination), "the source is another, or has changed")
+
+
+def test_another_program_that_wrote_after_a_clean_end_refuses(source: Path, destination: Path) -> None:
+    write(source, destination, AT)
+    with destination.open("r+b") as file:
+        file.write(b"x")
+    assert_refuses(plan_of(source, destination), "another program has written to")
+
+
+# What goes on
+
+
+def complete(source: Path, destination: Path) -> None:
+    async def main() -> None:
+        async with replica_of(plan_of(source, destination, hydrate=True)) as replica:
+            await replica.volume.write(AT, MINE)
+            await replica.wait_complete()
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("how", ["changed", "gone"])
+def test_a_complete_copy_needs_no_source(how: str, source: Path, destination: Path) -> None:
+    complete(source, destination)
+    if how == "changed":
+        source.write_bytes(support.noise(len(DATA), seed=9))
+    else:
+        source.unlink()
+    assert_serves(plan_of(source, destination), AT)
+    write(source, destination, AT + PAGE)
+    assert_serves(plan_of(source, destination), AT, AT + PAGE)
+
+
+def test_writes_that_were_not_flushed_do_not_spoil_the_record_of_a_crash(source: Path, destination: Path) -> None:
+    """They change blocks of the sample, and the times of the file. What was flushed is there, and no other page."""
+    write(source, destination, AT)
+
+    async def crash() -> None:
+        nonlocal files
+        async with replica_of(plan_of(source, destination)) as replica:
+            await replica.volume.read(0, BLOCK_SIZE)
+            await replica.commit()
+            files = saved()
+            for offset in (0, len(DATA) // PAGE * PAGE - PAGE):  # both are in the sample
+                await replica.volume.write(offset, MINE)
+
+    files: Files = {}
+    trio.run(crash)
+    restore(files)
+    # Of a present block, an unflushed write may be there; of a missing one, the source's bytes come back.
+    assert_serves(plan_of(source, destination), 0, AT)
+
+
+def test_a_crash_just_after_the_note_loses_no_later_write(source: Path, destination: Path) -> None:
+    """The note is on the disk, and the state file does not say yet that there are writes: none has begun."""
+    files: Files = {}
+
+    async def crash() -> None:
+        async with replica_of(plan_of(source, destination)) as replica:
+            files.update(saved())
+            await replica.volume.write(AT, MINE)
+            files.update({name: content for name, content in saved().items() if name.endswith(".writes")})
+
+    trio.run(crash)
+    note = next(name for name in files if name.endswith(".writes"))
+    *lines, _ = files[note].splitlines(keepends=True)
+    destination.write_bytes(OLD)
+    restore(files)
+    with contextlib.closing(StateFile(states() / note.replace(".writes", ".state"))) as state:
+        commits = state.commits
+    (states() / note).write_bytes(b"".join(lines) + b"%020d\n" % commits)
+    for offset in (AT, AT + PAGE):
+        write(source, destination, offset)
+    assert_serves(plan_of(source, destination), AT, AT + PAGE)
+
+
+# Discarding
+
+
+@pytest.mark.parametrize("spoil", [None, remove, truncate, flip, text])
+def test_discarded_writes_are_gone(spoil: Callable[[Path], None] | None, source: Path, destination: Path) -> None:
+    write(source, destination, AT)
+    if spoil is not None:
+        spoil(state_file())
+    with open_destination(str(destination), with_user_writes=True) as device:
+        told = discard_user_writes(device, None)
+        assert told.startswith("an unknown number" if spoil else f"{BLOCK_SIZE} bytes")
+        with pytest.raises(StateError, match="nothing to throw away"):
+            discard_user_writes(device, None)
+    assert_serves(plan_of(source, destination))
+    assert_serves(plan_of(source, destination, writable=False, hydrate=True))
