@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from blockcopy.block.claim import open_destination
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import Extent, Geometry, block_runs
 from blockcopy.block.unreadable_ranges import UnreadableRanges
-from blockcopy.errors import DeviceError
+from blockcopy.errors import DeviceError, ReadOnlyError
 from blockcopy.protocol import digests
 from blockcopy.replica.hydration.signatures import read_signatures
 from blockcopy.replica.hydration.writer import Writer
@@ -79,6 +80,8 @@ def test_a_destination_that_became_shorter(path: Path) -> None:
 
 class Watched:
     """A device that notes what is done to it."""
+
+    path = "device"
 
     def __init__(self) -> None:
         self.done: list[tuple[object, ...]] = []
@@ -226,5 +229,137 @@ def test_a_sync_that_failed_is_tried_again() -> None:
         device.fails = False
         await writer.sync()
         assert device.done == [("sync",)]
+
+    with_writer(scenario)
+
+
+# A user writes as well
+
+
+PAGE = 4096
+
+
+def page(number: int, count: int = 1) -> Extent:
+    return Extent(number * PAGE, count * PAGE)
+
+
+def writes(device: Watched) -> list[tuple[object, ...]]:
+    return [each[:3] for each in device.done if each[0] in ("write", "zeros")]
+
+
+def test_nothing_lands_on_pages_of_the_user() -> None:
+    async def scenario(writer: Writer, device: Watched, blockmap: BlockMap) -> None:
+        blockmap.note_write(page(3, 2))
+        blockmap.note_write(page(40))
+        for land in (lambda: writer.data(0, bytes(2 * BLOCK_SIZE)), lambda: writer.zeros(0, 2 * BLOCK_SIZE)):
+            device.done.clear()
+            land()
+            kind = device.done[0][0]
+            assert writes(device) == [
+                (kind, 0, 3 * PAGE),
+                (kind, 5 * PAGE, BLOCK_SIZE - 5 * PAGE),
+                (kind, BLOCK_SIZE, 8 * PAGE),
+                (kind, 41 * PAGE, 2 * BLOCK_SIZE - 41 * PAGE),
+            ] or writes(device) == [
+                (kind, 0, 3 * PAGE),
+                (kind, 5 * PAGE, 35 * PAGE),
+                (kind, 41 * PAGE, 2 * BLOCK_SIZE - 41 * PAGE),
+            ]
+
+    with_writer(scenario)
+
+
+def test_nothing_lands_on_a_claim() -> None:
+    async def scenario(writer: Writer, device: Watched, blockmap: BlockMap) -> None:
+        assert writer.claim(page(3))
+        assert writer.claim(page(31, 2))
+        assert writer.claimed_blocks() == {0, 1}
+        writer.data(0, bytes(BLOCK_SIZE))
+        assert writes(device) == [("write", 0, 3 * PAGE), ("write", 4 * PAGE, 27 * PAGE)]
+        writer.release(page(3))
+        writer.release(page(31, 2))
+        assert writer.claimed_blocks() == set()
+        device.done.clear()
+        writer.data(0, bytes(BLOCK_SIZE))  # as of a write that failed
+        assert writes(device) == [("write", 0, BLOCK_SIZE)]
+
+    with_writer(scenario)
+
+
+def test_a_second_landing_on_a_block_that_the_user_wrote_meanwhile_does_nothing() -> None:
+    """As of a fetch that was hedged: the first answer was marked, and the user has written there since."""
+
+    async def scenario(writer: Writer, device: Watched, blockmap: BlockMap) -> None:
+        writer.data(0, bytes(BLOCK_SIZE))
+        blockmap.mark(range(1), "fetched")
+        writer.claim(page(7))
+        writer.write(page(7), bytes(PAGE))
+        blockmap.note_write(page(7))
+        writer.release(page(7))
+        device.done.clear()
+        writer.data(0, bytes(BLOCK_SIZE))
+        writer.zeros(0, BLOCK_SIZE)
+        assert device.done == []
+
+    with_writer(scenario)
+
+
+@pytest.mark.parametrize("kind", ["data", "zeros"])
+def test_a_write_waits_for_a_landing_in_its_range_alone(kind: str) -> None:
+    landing, go_on = threading.Event(), threading.Event()
+
+    async def scenario(writer: Writer, device: Watched, blockmap: BlockMap) -> None:
+        def wait(*args: object, **options: object) -> None:
+            landing.set()
+            assert go_on.wait(20)
+            device.done.append(("landed",))
+
+        def land() -> None:
+            writer.data(0, bytes(BLOCK_SIZE)) if kind == "data" else writer.zeros(0, BLOCK_SIZE)
+
+        real, ended = device.write, trio.Event()
+        setattr(device, "write" if kind == "data" else "write_zeros", wait)
+
+        async def user_writes() -> None:
+            await trio.to_thread.run_sync(writer.write, page(7), bytes(PAGE))
+            ended.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, land)
+            await trio.to_thread.run_sync(landing.wait, 20)
+            device.write = real  # type: ignore[method-assign]
+            assert writer.claim(page(32))  # of the next block
+            writer.write(page(32), bytes(PAGE))
+            assert not writer.claim(page(7))
+            nursery.start_soon(user_writes)
+            with trio.move_on_after(0.1):
+                await ended.wait()
+            assert writes(device) == [("write", BLOCK_SIZE, PAGE)]
+            go_on.set()
+            await ended.wait()
+        done = [each for each in device.done if each[0] in ("landed", "write")]
+        assert done == [("write", BLOCK_SIZE, PAGE), ("landed",), ("write", 7 * PAGE, PAGE)]
+
+    with_writer(scenario)
+
+
+def test_a_claim_is_not_synced_by_a_sync_that_began_before_its_write_ended() -> None:
+    async def scenario(writer: Writer, device: Watched, blockmap: BlockMap) -> None:
+        writer.claim(page(0))
+        await writer.sync()
+        writer.release(page(0))
+        assert await writer.sync()
+        assert not await writer.sync()
+
+    with_writer(scenario)
+
+
+def test_writes_are_refused_after_a_sync_that_failed() -> None:
+    async def scenario(writer: Writer, device: Watched, blockmap: BlockMap) -> None:
+        writer.check_accepts()
+        for words in ("the first", "the second"):
+            writer.refuse_writes(DeviceError(words))
+        with pytest.raises(ReadOnlyError, match=r"no more writes.*the first"):
+            writer.check_accepts()
 
     with_writer(scenario)
