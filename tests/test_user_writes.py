@@ -322,6 +322,12 @@ def test_another_state_file_refuses(source: Path, destination: Path, tmp_path: P
     assert_refuses(plan_of(source, destination, state=str(tmp_path / "missing")), "its state was in")
     assert not (tmp_path / "missing").exists()
     assert_refuses(plan_of(source, destination, state=str(known)))
+    (note,) = states().glob("*.writes")
+    noted = note.read_bytes()
+    with contextlib.closing(StateFile(known)) as state:  # the count alone does not tell them apart
+        note.write_bytes(b"".join(noted.splitlines(keepends=True)[:2]) + b"%020d\n" % state.commits)
+    assert_refuses(plan_of(source, destination, state=str(known)), "is about something else")
+    note.write_bytes(noted)
     copy = shutil.copy(state_file(), tmp_path / "copy")
     assert_refuses(plan_of(source, destination, state=str(copy)))
     assert_serves(plan_of(source, destination), AT)
@@ -413,8 +419,8 @@ def test_a_crash_just_after_the_note_loses_no_later_write(source: Path, destinat
     with contextlib.closing(StateFile(states() / note.replace(".writes", ".state"))) as state:
         commits = state.commits
     (states() / note).write_bytes(b"".join(lines) + b"%020d\n" % commits)
-    for offset in (AT, AT + PAGE):
-        write(source, destination, offset)
+    for offsets in ([], [AT], [AT + PAGE]):
+        write(source, destination, *offsets)
     assert_serves(plan_of(source, destination), AT, AT + PAGE)
 
 

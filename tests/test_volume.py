@@ -200,19 +200,25 @@ async def replica_of(plan: Plan) -> AsyncIterator[Replica]:
 def test_a_write_that_fails_beside_a_landing_leaves_the_sources_bytes(
     source: Path, destination: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The landing leaves out the page that is being written. It must not count as the source's then."""
-    began, landed = threading.Event(), threading.Event()
+    """The landing leaves out the page that is being written. It must not count as the source's then.
+
+    The write lasts until the block is fetched once more, so that the first fetch has marked what it may mark.
+    """
+    began, fetched_again = threading.Event(), threading.Event()
+    landings = 0
     real = Destination.write
     block = 2 * BLOCK_SIZE
 
     def write(device: Destination, offset: int, data: Buffer) -> None:
+        nonlocal landings
         if bytes(data) == MINE[:PAGE]:
             began.set()
-            assert landed.wait(20)
+            assert fetched_again.wait(20)
             raise DeviceError("the disk is on fire")
         real(device, offset, data)
-        if block <= offset < block + BLOCK_SIZE:
-            landed.set()
+        landings += offset == block
+        if landings > 1:
+            fetched_again.set()
 
     async def fails(replica: Replica) -> None:
         with pytest.raises(DeviceError, match="on fire"):
