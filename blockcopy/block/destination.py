@@ -14,6 +14,7 @@ before and after.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 from copy import copy
@@ -66,8 +67,16 @@ class Destination(Device):
 
         Raises DestinationLostError if there was a change, DeviceError if the write fails.
         """
-        with self._changing(offset + len(memoryview(data))):
+        if self.is_block_device:
             super().write(offset, data)
+            return
+        self._begin_change()  # not `_changing`: this is called often
+        end = None
+        try:
+            super().write(offset, data)
+            end = offset + len(memoryview(data))
+        finally:
+            self._end_change(end)
 
     def write_zeros(self, offset: int, length: int, *, sparse: bool) -> None:
         """Write `length` zero bytes at byte `offset`, and check before and after for changes by other programs.
@@ -124,6 +133,26 @@ class Destination(Device):
         if self._has_exact_times:
             self.check()
 
+    def _begin_change(self) -> None:
+        """Check for changes by others, before a change by us. `_end_change` must follow."""
+        with self._checking:
+            self._check()
+            self._writers += 1
+
+    def _end_change(self, end: int | None) -> None:
+        """Check for changes by others, after a change by us.
+
+        `end`: the file has at least so many bytes after our change. None if the change failed.
+        """
+        with self._checking:
+            self._writers -= 1
+            status = self.status()
+            if not self._writers:
+                self._mtime_ns = status.st_mtime_ns
+            if end is not None:
+                self._min_size = max(self._min_size, end)
+                self._check(status)
+
     @contextlib.contextmanager
     def _changing(self, end: int) -> Iterator[None]:
         """Return a context manager that checks for changes by others, before and after a change by us.
@@ -134,23 +163,18 @@ class Destination(Device):
         if self.is_block_device:
             yield
             return
-        with self._checking:
-            self._check()
-            self._writers += 1
+        self._begin_change()
         try:
             yield
-        finally:
-            with self._checking:
-                self._writers -= 1
-                if not self._writers:
-                    self._mtime_ns = self.status().st_mtime_ns
-        with self._checking:
-            self._min_size = max(self._min_size, end)
-            self._check()
+        except BaseException:
+            self._end_change(None)
+            raise
+        self._end_change(end)
 
-    def _check(self) -> None:
+    def _check(self, status: os.stat_result | None = None) -> None:
+        """Check for changes by others. `status`: of this moment, if it is known."""
         if self.lost is None:
-            status = self.status()
+            status = status or self.status()
             size = self.size() if self.is_block_device else status.st_size
             if size < self._min_size:
                 self.lost = DestinationLostError(

@@ -70,9 +70,11 @@ class Device:
         fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def status(self) -> os.stat_result:
-        """Return the current status of the file or device: the stat_result of fstat(2)."""
-        with self._errors("examine"):
+        """Return the current status of the file or device: the stat_result of fstat(2). Raises DeviceError."""
+        try:
             return os.fstat(self._fd)
+        except OSError as error:
+            raise DeviceError.from_os_error("examine", self.path, error) from error
 
     def check_in_place(self) -> None:
         """Check that this file or device is still at its path. Blocks while a file system on the path hangs.
@@ -205,13 +207,16 @@ class Device:
         return None
 
     def write(self, offset: int, data: Buffer) -> None:
-        """Write all of `data` at byte `offset`."""
-        view = memoryview(data)
-        with self._errors(f"write {len(view)} bytes at {offset} of"):
+        """Write all of `data` at byte `offset`. Raises DeviceError if that fails."""
+        view, position = memoryview(data), offset
+        try:
             while view:
-                written = os.pwrite(self._fd, view, offset)
-                offset += written
+                written = os.pwrite(self._fd, view, position)
+                position += written
                 view = view[written:]
+        except OSError as error:
+            action = f"write {len(memoryview(data))} bytes at {offset} of"
+            raise DeviceError.from_os_error(action, self.path, error) from error
 
     def write_nothing(self) -> None:
         """Write zero bytes, to find out whether the kernel accepts writes at all.

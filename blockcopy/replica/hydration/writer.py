@@ -48,7 +48,8 @@ class Writer:
         self._sparse = sparse
         self._token = trio.lowlevel.current_trio_token()
         self._write_behind = WriteBehind(device)
-        self._lock = threading.Condition()  # of what follows
+        self._lock = threading.Lock()  # of what follows
+        self._landed = threading.Condition(self._lock)
         self._landings: list[Extent] = []
         self._claims: list[Extent] = []
         self.failure: DeviceError | None = None
@@ -97,7 +98,7 @@ class Writer:
         finally:
             with self._lock:
                 self._landings.remove(extent)
-                self._lock.notify_all()
+                self._landed.notify_all()
 
     def claim(self, extent: Extent) -> bool:
         """Keep landings out of `extent`, the range of a user's write. Call from trio's thread.
@@ -116,7 +117,7 @@ class Writer:
         Blocks: call in a thread. Raises DeviceError if the write fails.
         """
         with self._lock:
-            self._lock.wait_for(lambda: not self._is_landing(extent))
+            self._landed.wait_for(lambda: not self._is_landing(extent))
         self.write_at_once(extent, data)
 
     def write_at_once(self, extent: Extent, data: Buffer) -> None:
@@ -127,6 +128,8 @@ class Writer:
         self.device.write(extent.offset, data)
 
     def _is_landing(self, extent: Extent) -> bool:
+        if not self._landings:
+            return False
         return any(each.offset < extent.end and extent.offset < each.end for each in self._landings)
 
     def claimed_blocks(self) -> frozenset[int]:

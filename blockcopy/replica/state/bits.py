@@ -17,6 +17,11 @@ _CLEAR = re.compile(rb"[^\xff]", re.DOTALL)
 def add(bits: bytearray, numbers: range) -> int:
     """Set the bits of the range `numbers` in `bits`. Returns how many were not set before."""
     first, last = numbers.start >> 3, (numbers.stop - 1) >> 3
+    if len(numbers) == 1:
+        bit = 1 << (numbers.start & 7)
+        is_new = not bits[first] & bit
+        bits[first] |= bit
+        return int(is_new)
     old = int.from_bytes(bits[first : last + 1], "little")
     new = old | ((1 << len(numbers)) - 1) << (numbers.start & 7)
     bits[first : last + 1] = new.to_bytes(last + 1 - first, "little")
@@ -74,8 +79,10 @@ class Bits:
         """Add the range `numbers`. Returns how many were not in the set before."""
         added = 0
         for row, part in _parts(numbers):
-            own = add(self._rows.setdefault(row, bytearray(ROW_BYTES)), part)
-            if own:
+            bits = self._rows.get(row)
+            if bits is None:
+                bits = self._rows[row] = bytearray(ROW_BYTES)
+            if own := add(bits, part):
                 self._changed.add(row)
                 added += own
         return added
@@ -172,8 +179,15 @@ class Bits:
             self._rows[row] = bytearray(bits)
 
 
-def _parts(numbers: range) -> Iterator[tuple[int, range]]:
-    """Yield the range `numbers` by rows: pairs of a row's number and a range of numbers within the row."""
+def _parts(numbers: range) -> Iterable[tuple[int, range]]:
+    """Return the range `numbers` by rows: pairs of a row's number and a range of numbers within the row."""
+    row, at = divmod(numbers.start, _ROW_BITS)
+    if at + len(numbers) <= _ROW_BITS:
+        return ((row, range(at, at + len(numbers))),) if numbers else ()
+    return _split(numbers)
+
+
+def _split(numbers: range) -> Iterator[tuple[int, range]]:
     start = numbers.start
     while start < numbers.stop:
         row, at = divmod(start, _ROW_BITS)

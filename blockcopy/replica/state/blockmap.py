@@ -211,13 +211,13 @@ class BlockMap:
         """Note that the user wrote `extent`. Its edges lie in pages that are available. Call after the write."""
         self.user.note_write(extent)
         for block in self.geometry.span(*extent):
+            is_present = self._bits[block >> 3] & 1 << (block & 7)
+            if is_present and self.user.has_block(block):
+                continue
             whole = self.geometry.extent(block)
-            if not self._bits[block >> 3] & 1 << (block & 7):
-                self.user.add(_intersection(extent, whole))
-                if self.user.has(whole):
-                    self.mark(range(block, block + 1), "written")
-            elif not self.user.has_block(block):
-                self.user.add(_intersection(extent, whole))
+            self.user.add(_intersection(extent, whole))
+            if not is_present and self.user.has(whole):
+                self.mark(range(block, block + 1), "written")
 
     def take_changes(self) -> Changes:
         """Return what changed since the last call. A sync begins now; `settle` or `roll_back` must follow it."""
