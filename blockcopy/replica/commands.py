@@ -17,14 +17,12 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from blockcopy import optional_packages
-from blockcopy.block import user_writes
 from blockcopy.block.claim import check_destination, open_destination
 from blockcopy.block.device import open_source
 from blockcopy.cli import console
-from blockcopy.errors import DeviceError, MismatchError, SourceReadError, UsageError
+from blockcopy.errors import DeviceError, MismatchError, SourceReadError, StateError, UsageError
 from blockcopy.paths.places import absolute
 from blockcopy.protocol.compression import CompressionSpec
-from blockcopy.replica.state.recovery import discard_user_writes
 from blockcopy.transport.command import Command, stage_command
 from blockcopy.transport.control_master import control_path, logging_out
 from blockcopy.transport.location import Location, parse_location
@@ -256,21 +254,21 @@ def discard_writes(args: argparse.Namespace) -> None:
 
     Raises DeviceError or StateError if the destination is in use, or holds no writes of a user.
     """
-    path = absolute(args.destination)
-    with open_destination(path, with_user_writes=True) as device:
-        found = discard_user_writes(device, absolute(args.state) if args.state else None)
+    found = discard(absolute(args.destination), absolute(args.state) if args.state else None)
+    if not found:
+        raise StateError(f"{args.destination} holds no writes of a user: there is nothing to throw away")
     console.write_line(f"threw away {found} in {args.destination}; the next mount or sync checks every block")
 
 
-def discard_if_written(path: str, state: str | None) -> None:
-    """Throw away what the user wrote to the destination at `path`, if anything, and log how much that is.
+def discard(path: str, state: str | None) -> str:
+    """Throw away what the user wrote to the destination at `path`. Returns in words how much that is, or "".
 
     `state`: the path of the state file, or None. Raises DeviceError or StateError if that is not possible.
     """
-    if os.path.exists(path):
-        with open_destination(path, with_user_writes=True) as device:
-            if user_writes.find(device) is not None:
-                logger.warning("threw away %s in %s", discard_user_writes(device, state), path)
+    from blockcopy.replica.state.recovery import discard_user_writes
+
+    with open_destination(path, with_user_writes=True) as device:
+        return discard_user_writes(device, state)
 
 
 def _compare(args: argparse.Namespace, command: Command, path: str, source_size: int | None = None) -> Verdict:

@@ -23,7 +23,7 @@ from blockcopy.paths.places import absolute
 from blockcopy.progress.reporter import Progress
 from blockcopy.replica.commands import (
     command_for,
-    discard_if_written,
+    discard,
     needs_extra,
     plan_of,
     prompts,
@@ -72,8 +72,9 @@ def mount(args: argparse.Namespace) -> None:
         log_file=absolute(args.log_file) if args.log_file else None,
     )
     mounting.check(mount_plan)
-    if args.discard_writes:
-        discard_if_written(plan.destination, plan.state)
+    if args.discard_writes and os.path.exists(plan.destination):
+        found = discard(plan.destination, plan.state)
+        logger.warning("threw away %s in %s", found or "no writes", plan.destination)
     check_destination(
         plan.destination, force=plan.force, with_user_writes=writable
     )  # before ssh asks for a password

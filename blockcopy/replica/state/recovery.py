@@ -234,29 +234,41 @@ def recorded_user_pages(destination: Device, geometry: Geometry) -> UserPages | 
 def discard_user_writes(destination: Device, path: str | None) -> str:
     """Throw away what the user wrote to `destination`: the next run checks every block, and fetches what differs.
 
-    `path`: of the state file, or None for the one that the note names. Returns in words how much that is.
-    Raises StateError if there are no such writes, or if the state file is in use or cannot be removed.
+    `path`: of the state file, or None for the one that the note names. Returns in words how much that is, or "" if
+    there are no such writes.
+    Raises StateError if the state file is in use, is about another destination, or cannot be removed.
     """
     note = user_writes.find(destination)
     wanted = Path(path or (note.state if note else "") or default_path(destination))
-    has_writes, amount = note is not None, "an unknown number of bytes that a user wrote"
     try:
         state_file = StateFile(wanted, must_be_usable=True)
     except (StateUnusableError, StateWriteError) as error:
         logger.debug("%s", error)
+        record = None
     else:
         record = state_file.record
         state_file.close()
-        if record is not None and record.has_user_writes:
-            user = BlockMap(Geometry(record.binding.source["size"])).user
-            user.resume(record.rows.pages, record.rows.lost)
-            has_writes, amount = True, f"{user.written_bytes} bytes of blocks that a user wrote to"
-    if not has_writes:
-        raise StateError(f"{destination.path} holds no writes of a user: there is nothing to throw away")
+    if record is not None and record.binding.destination != destination_identity(destination):
+        raise StateError(f"the state file {wanted} is about another destination than {destination.path}")
+    if note is None and (record is None or not record.has_user_writes):
+        return ""
+    amount = _amount_written(record)
     invalidate(wanted)
     invalidate_records(destination)
     user_writes.remove(destination)
     return amount
+
+
+def _amount_written(record: Record | None) -> str:
+    """Return in words how much the user wrote, as `record` says, if there is one."""
+    if record is not None and record.has_user_writes:
+        user = BlockMap(Geometry(record.binding.source["size"])).user
+        try:
+            user.resume(record.rows.pages, record.rows.lost)
+            return f"{user.written_bytes} bytes of blocks that a user wrote to"
+        except ValueError as error:
+            logger.debug("%s", error)
+    return "an unknown number of bytes that a user wrote"
 
 
 def _ignore(state_file: StateFile, why: str) -> None:
