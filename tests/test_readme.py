@@ -315,6 +315,17 @@ def test_command_lines_in_running_text_are_run_as_well() -> None:
     assert MENTIONED.keys() <= lines
 
 
+@pytest.mark.timeout(200)
+def test_the_move_of_a_machine_is_shown() -> None:
+    support.require_root()
+    support.require_fuse()
+    support.require_sshd()
+    done = subprocess.run([CHECKOUT / "tools/demo", "move"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "integrity_check: ok" in done.stdout
+    assert re.search(r"Nobody could write for\S* [0-9.]+ s", done.stdout)
+
+
 @pytest.mark.skipif(os.environ.get("BLOCKCOPY_FRESH") != "1", reason="installs packages: run by tools/fresh")
 @pytest.mark.timeout(900)
 def test_install(tmp_path: Path) -> None:

@@ -338,3 +338,22 @@ def test_a_part_of_a_page_fails_if_the_source_stays_away(
         until(lambda: mounted.status()["link"]["state"] == "connected")
         expected = DATA[:PAGE] + b"wwwwwpart" + b"w" * (PAGE - 9) + DATA[2 * PAGE :]
         assert mounted.file.read_bytes() == expected
+
+
+def test_the_first_start_needs_the_source(mount: Mounter, source: Path, destination: Path, tmp_path: Path) -> None:
+    """A copy may be older than the source, which only the source can tell. The user's own writes need nobody."""
+    cut = tmp_path / "cut"
+    rsh = f"{PYTHON} {STANDINS / 'link'} --cut-while {cut}"
+    words = ("-e", rsh, "--python", PYTHON, f"host:{source}", destination)
+    succeeded(run("sync", *words))
+    cut.touch()
+    (tmp_path / "mnt").mkdir(exist_ok=True)
+    failed(run("mount", "--writable", *words, tmp_path / "mnt"), 3)
+    cut.unlink()
+    mounted = mount(f"host:{source}", destination, "--writable", "-e", rsh, "--python", PYTHON)
+    with opened(mounted.file) as fd:
+        os.pwrite(fd, b"w" * PAGE, PAGE)
+    mounted.umount()
+    cut.touch()
+    again = mount(f"host:{source}", destination, "--writable", "-e", rsh, "--python", PYTHON)
+    assert again.file.read_bytes()[PAGE : 2 * PAGE] == b"w" * PAGE

@@ -139,7 +139,8 @@ async def _connect(
 
     Links open side by side, with two exceptions. If they share a login, the first link logs in. If each may ask for
     a password, they open one by one, before the terminal is gone.
-    If the source is away, `plan` may allow an offline start. `connector` then takes its identity from `record`.
+    If the source is away, `plan` may allow an offline start. `connector` then takes its identity from `record`. A
+    user begins to write only after the source was reached: the copy may be an old one.
     A complete copy that the user has written to needs no source: nothing is opened.
     Raises SourceError if the source is away and there is no offline start.
     """
@@ -158,7 +159,7 @@ async def _connect(
                 await link.open()
         return True
     except SourceError as error:
-        if record is None or not plan.resume_offline:
+        if record is None or not plan.resume_offline or (plan.writable and not record.has_user_writes):
             raise
         logger.warning("%s; serving the blocks that are present, and reconnecting", error)
         is_reached = connector.identity is not None
