@@ -155,6 +155,29 @@ def test_what_a_failed_sync_lost_is_an_error_until_it_is_written_anew(
     last.umount()
 
 
+def test_a_kill_ends_the_mount_while_lost_bytes_are_dropped(
+    mount: Mounter, tmp_path: Path, failing: tuple[Path, Path]
+) -> None:
+    """The kernel drops its cache then, and waits for a read, which waits for the source."""
+    destination, fault = failing
+    source = written(tmp_path / "large", b"")
+    os.truncate(source, 128 << 20)
+    mounted = mount(source, destination, "--writable", "--no-background")
+    pid, sources = mounted.status()["pid"], mounted.retrievers()
+    with opened(mounted.file) as fd:
+        os.pwrite(fd, b"s" * PAGE, 0)  # the first write is noted durably
+        for each in sources:
+            os.kill(each, signal.SIGSTOP)
+        read = [PYTHON, "-c", "import os, sys; os.pread(os.open(sys.argv[1], 0), 100, 100 << 20)", mounted.file]
+        with subprocess.Popen(read, stderr=subprocess.DEVNULL):
+            until(lambda: mounted.status()["demand"]["waiting"])
+            fault.touch()
+            os.pwrite(fd, b"w" * PAGE, 0)
+            until(lambda: errno_of(lambda: os.pread(fd, 1, 0)) == errno.EIO)
+            os.kill(pid, signal.SIGKILL)
+            until(lambda: not support.alive(pid))
+
+
 # Full disks
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -124,6 +125,29 @@ def test_qemu(mount: Mounter, source: Path, destination: Path, cache: str) -> No
     ]:
         expected[int(start * 1024) : int(stop * 1024)] = bytes([byte]) * int((stop - start) * 1024)
     assert mounted.file.read_bytes() == expected
+
+
+def test_fio_verifies_what_four_jobs_wrote_while_the_link_is_cut(mount: Mounter, tmp_path: Path) -> None:
+    support.require(shutil.which("fio") is not None, "fio is not installed")
+    cut, source, destination = tmp_path / "cut", written(tmp_path / "source", noise(64 * MIB)), tmp_path / "copy"
+    rsh = f"{PYTHON} {support.STANDINS / 'link'} --cut-while {cut}"
+    mounted = mount(
+        f"host:{source}", tmp_path / "copy", "--writable", "--limit", "4M", "-e", rsh, "--python", PYTHON
+    )
+    jobs = ["--numjobs=4", "--size=15m", "--offset_increment=16m", "--io_size=2m", "--bsrange=512-20k"]
+    verify = ["--bs_unaligned=1", "--verify=crc32c", "--verify_backlog=64", "--verify_fatal=1", "--fsync=32"]
+    command = ["fio", "--name=job", f"--filename={mounted.file}", "--rw=randwrite", *jobs, *verify]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as fio:
+        until(lambda: mounted.status()["written_bytes"])
+        cut.touch()
+        until(lambda: mounted.status()["link"]["state"] == "reconnecting")
+        cut.unlink()
+        assert fio.wait(timeout=50) == 0
+    run("limit", mounted.point, "none")
+    mounted.wait()
+    expected = mounted.file.read_bytes()
+    mounted.umount()
+    assert destination.read_bytes() == expected
 
 
 # The end, and the next start

@@ -62,8 +62,8 @@ _MAX_HANDLERS = fuse_support.MAX_BACKGROUND + 64
 _WRITE_BACK_SECONDS = 5
 """How long the kernel may take at the end to write back what programs changed in mapped pages."""
 
-_WRITE_BACK = "import os, sys; os.fsync(os.open(sys.argv[1], os.O_RDONLY))"
-"""A Python program that writes back the mapped pages of a file. A process of its own can be killed."""
+_OPEN_AND_SYNC = "import os, sys; os.fsync(os.open(sys.argv[1], os.O_RDONLY))"
+"""A Python program that opens and syncs a file in the mount."""
 
 _FILE_SECONDS = 2
 """How long writing or removing the pid file may take before it is abandoned."""
@@ -167,7 +167,7 @@ async def serve(mount_plan: MountPlan, ready: Callable[[], None], progress: Prog
                 path = socket.path if socket else None
                 return dataclasses.replace(replica.status(), mountpoint=mountpoint, control_socket=path)
 
-            operations = _init(mount_plan, mountpoint, replica, status)
+            _init(mount_plan, mountpoint, replica, status)
             mounted = True
             try:
                 with _released_before_helper(mount_plan.options):
@@ -180,7 +180,7 @@ async def serve(mount_plan: MountPlan, ready: Callable[[], None], progress: Prog
                             "sd_notify": partial(notifier.keep_notifying, replica),
                             "--metrics": partial(prometheus.keep_writing, mount_plan.plan.metrics, status),
                             "the progress": partial(report, replica, progress),
-                            "the kernel's cache": partial(_drop_lost_pages, replica, operations),
+                            "the kernel's cache": partial(_drop_lost_pages, replica, mount_plan.file),
                             "--on-complete": partial(_on_complete, mount_plan.plan, replica, status),
                         }
                         if socket is not None:
@@ -210,13 +210,13 @@ def _device_of(mountpoint: str) -> str:
     return found.device if found else str(os.getpid())  # the mount was removed already
 
 
-async def _drop_lost_pages(replica: Replica, operations: Operations) -> None:
-    """Drop the kernel's cache of `replica` once a sync has failed. The cache has bytes that were lost.
+async def _drop_lost_pages(replica: Replica, file: Path) -> None:
+    """Drop the kernel's cache of `replica`, which is mounted as `file`, once a sync has failed: it has lost bytes.
 
-    `operations`: know the inode of the replica.
+    From then on each open drops the cache (`Operations.open`).
     """
     await replica.read_only.wait()
-    await abandonable.run(partial(pyfuse3.invalidate_inode, operations.file_inode))
+    await _open_and_sync(file)
 
 
 async def _on_complete(plan: Plan, replica: Replica, status: Callable[[], Status]) -> None:
@@ -247,8 +247,8 @@ async def _pid_file(path: str | None) -> AsyncIterator[None]:
             await abandonable.run_within(partial(safe_write.remove, path, written), _FILE_SECONDS)
 
 
-def _init(mount_plan: MountPlan, mountpoint: str, replica: Replica, status: Callable[[], Status]) -> Operations:
-    """Mount `replica` on the resolved path `mountpoint`, as `mount_plan` says. Returns the handlers of requests.
+def _init(mount_plan: MountPlan, mountpoint: str, replica: Replica, status: Callable[[], Status]) -> None:
+    """Mount `replica` on the resolved path `mountpoint`, as `mount_plan` says.
 
     `status`: called without arguments, returns the content of the status file.
     Raises MountError if libfuse cannot mount.
@@ -273,7 +273,6 @@ def _init(mount_plan: MountPlan, mountpoint: str, replica: Replica, status: Call
         pyfuse3.init(operations, mountpoint, options)
     except RuntimeError as error:  # libfuse has printed the reason itself
         raise MountError(f"cannot mount on {mount_plan.mountpoint}: {error}") from error
-    return operations
 
 
 @contextmanager
@@ -324,9 +323,13 @@ async def _watch_connection(stop: trio.Event, unmounted: trio.Event) -> None:
         stop.set()
 
 
-async def _write_back(file: Path) -> None:
-    """Write back what programs changed in mapped pages of `file`, which is in the mount, as fsync does."""
-    command_line = [sys.executable, "-I", "-S", "-c", _WRITE_BACK, str(file)]
+async def _open_and_sync(file: Path) -> None:
+    """Open and sync `file`, which is in the mount, in a child process, and wait for its end.
+
+    The kernel may wait for reads of the mount meanwhile, and no signal ends such a wait. In a thread, it would keep
+    the connection open after a SIGKILL, and so wait for ever.
+    """
+    command_line = [sys.executable, "-I", "-S", "-c", _OPEN_AND_SYNC, str(file)]
 
     def start() -> subprocess.Popen[bytes]:
         return subprocess.Popen(command_line, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -334,13 +337,20 @@ async def _write_back(file: Path) -> None:
     try:
         process = await abandonable.start_process(start)
     except OSError as error:
-        logger.warning("pages of %s that are mapped are not written back: %s", file, error.strerror)
+        logger.warning("cannot start the program that syncs %s: %s", file, error.strerror)
         return
-    with trio.move_on_after(_WRITE_BACK_SECONDS) as limit:
+    try:
         await abandonable.wait_for_exit(process)
+    finally:
+        abandonable.abandon_process(process)
+
+
+async def _write_back(file: Path) -> None:
+    """Write back what programs changed in mapped pages of `file`, which is in the mount, as fsync does."""
+    with trio.move_on_after(_WRITE_BACK_SECONDS) as limit:
+        await _open_and_sync(file)
     if limit.cancelled_caught:
-        logger.warning("pages of %s that are mapped were not written back in time", file)
-    abandonable.abandon_process(process)
+        logger.warning("what programs changed in mapped pages of %s was not written back in time", file)
 
 
 async def _serve(

@@ -109,11 +109,6 @@ class Operations(pyfuse3.Operations):
         self._statuses: dict[FileHandleT, bytes] = {}
         self._next_handle = _STATUS_HANDLES
 
-    @property
-    def file_inode(self) -> InodeT:
-        """The inode of the replica."""
-        return self._file
-
     def _attributes(self, inode: InodeT) -> EntryAttributes:
         entry = EntryAttributes()
         entry.st_ino = inode
