@@ -1,7 +1,7 @@
 """A machine for `tools/demo move`: commits numbered rows to an SQLite database until it is terminated.
 
-machine.py DATABASE COMMITTED       COMMITTED: gets the number of the last row, the times of the first and last commit
-machine.py --check DATABASE ROWS    check that the database is sound and has just so many rows
+machine.py DATABASE COMMITTED     COMMITTED: gets the number of the last row, the times of the first and last commit
+machine.py --check DATABASE ROWS  check that the database is sound and has just so many rows
 """
 
 import os
