@@ -169,7 +169,7 @@ class Committer:
             await self._in_thread(note)
         except TimeoutError as error:
             raise StateWriteError(f"cannot record in {state_file.path}: {error.strerror}") from error
-        self._has_user_writes = True
+        self._has_user_writes, self._trouble = True, None
 
     async def run(self) -> None:
         """Commit each second, for ever. Raises DeviceError if the destination cannot be synced."""
