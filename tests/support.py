@@ -373,7 +373,8 @@ class Mount:
 def fuse_mounts(below: Path = Path("/")) -> set[str]:
     """Return the mountpoints of replicas and faulty disks `below` a folder."""
     kinds = {"fuse.blockcopy", "fuse.disk", "fuse.faulty_disk"}
-    lines = (os.fsdecode(line).split(" ") for line in Path("/proc/mounts").read_bytes().split(b"\n") if line)
+    table = Path("/proc/mounts").read_bytes().split(b"\n")
+    lines = (os.fsdecode(line).split(" ") for line in table if b" fuse." in line)
     points = {point.replace("\\040", " ") for _, point, kind, *_ in lines if kind in kinds}
     return {point for point in points if Path(point).is_relative_to(below)}
 
@@ -427,14 +428,13 @@ def peak_memory(pid: int) -> int:
 
 def _marked(mark: str) -> list[int]:
     """Return the running processes whose environment has `mark` as `TEST_ID`, without this one."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if f"{TEST_ID}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0") and alive(
-                int(entry.name)
-            ):
-                found.append(int(entry.name))
-    return [pid for pid in found if pid != os.getpid()]
+    found, wanted = [], f"{TEST_ID}={mark}\0".encode()
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        # a plain read, because this runs after each test for each process of the machine
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb", buffering=0) as environment:
+            if wanted in environment.read() and alive(pid) and pid != os.getpid():
+                found.append(pid)
+    return found
 
 
 def reap(mark: str) -> list[str]:
