@@ -85,27 +85,32 @@ class ForkServer:
                 read = _communicate(write_end, input or b"", stdout_end, stderr_end, timeout)
                 return process.wait(timeout), *read
             except TimeoutError:
-                os.kill(process.pid, signal.SIGKILL)
                 raise subprocess.TimeoutExpired(list(argv), timeout) from None
 
 
 class Forked:
-    """A forked command. `pid`: its process id. Use it in `with`."""
+    """A forked command. `pid`: its process id. Use it in `with`, whose end kills a command that still runs."""
 
     def __init__(self, answers: socket.socket) -> None:
         """Wait until the command is forked. `answers`: the server's socket for it."""
         self._answers = answers
+        self._has_ended = False
         self.pid = int(answers.recv(20))
 
     def wait(self, timeout: float) -> int:
         """Return the exit status, once the command has ended. Raises TimeoutError after `timeout` seconds."""
         self._answers.settimeout(timeout)
-        return int(self._answers.recv(20))
+        status = int(self._answers.recv(20))
+        self._has_ended = True
+        return status
 
     def __enter__(self) -> Forked:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if not self._has_ended:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait(10)
         self._answers.close()
 
 
