@@ -42,7 +42,7 @@ MAX_STREAM = 1 << 20
 
 
 class ForkServer:
-    """The process, as the tests see it. Call `close` at the end."""
+    """The process, as the tests see it. `pid`: its process id. Call `close` at the end."""
 
     def __init__(self, mark: str) -> None:
         """Start the process. `mark`: the variable by which the processes of a test are found."""
@@ -53,6 +53,7 @@ class ForkServer:
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
+        self.pid = self._process.pid
 
     def close(self) -> None:
         """End the process."""

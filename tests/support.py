@@ -411,8 +411,10 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def is_sshd(pid: int) -> bool:
-    """Return whether `pid` is an sshd: the tests of a session share one."""
+def is_shared(pid: int) -> bool:
+    """Return whether the tests of a session share the process `pid`: the sshd and the fork server."""
+    if pid in {server.pid for server in SERVERS}:
+        return True
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text(errors="replace") == "sshd\n"
     return False

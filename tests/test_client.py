@@ -151,7 +151,7 @@ def _children_of_before() -> None:
 
 def unreaped_children() -> list[int]:
     """Return the children of this test, zombies too; but not an sshd that other tests have."""
-    return [pid for pid in _children() - _earlier if not support.is_sshd(pid)]
+    return [pid for pid in _children() - _earlier if not support.is_shared(pid)]
 
 
 # Answers

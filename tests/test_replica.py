@@ -143,7 +143,7 @@ def assert_destination_is_sound(replica: Replica, destination: Path, source: byt
 
 
 def retrieve_processes() -> list[int]:
-    return [pid for pid in support.children(os.getpid()) if not support.is_sshd(pid)]
+    return [pid for pid in support.children(os.getpid()) if not support.is_shared(pid)]
 
 
 async def read_block(replica: Replica, block: int, *, of: bytes = DATA) -> bool:
