@@ -279,8 +279,11 @@ def test_a_killed_ssh_is_started_again(mount: Mounter, sshd: Sshd, source: Path,
             os.kill(pid, signal.SIGKILL)
         assert os.pread(fd, 100, 3 * BLOCK_SIZE + 50_000) == DATA[3 * BLOCK_SIZE + 50_000 :][:100]
         assert os.pread(fd, 100, 17 * BLOCK_SIZE) == DATA[17 * BLOCK_SIZE :][:100]
+    until(
+        lambda: mounted.status()["link"]["state"] == "connected", "the new link"
+    )  # the other lane may have served
     link = mounted.status()["link"]
-    assert (link["state"], link["reconnects"], "SIGKILL" in link["last_error"]) == ("connected", 1, True)
+    assert (link["reconnects"], "SIGKILL" in link["last_error"]) == (1, True)
     mounted.umount()
     until(lambda: not processes_of(source), "the end there")
 
