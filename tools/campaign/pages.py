@@ -173,8 +173,9 @@ class Pages:
     def _wrong(self, page: int, part: bytes) -> str:
         versions = len(self._later.get(page, ()))
         kind = "crashed" if page in self._crashed else "failed" if page in self._failed else "known"
-        expected = self._page(page)[:16].hex()
-        return f"page {page} ({kind}, {versions} unflushed versions) is {part[:16].hex()}, not {expected}"
+        known = [self._durable.get(page), *(each for each, _ in self._later.get(page, ()))]
+        which = f"version {known.index(digest(part))}" if digest(part) in known else part[:16].hex()
+        return f"page {page} ({kind}, {versions} unflushed versions) is {which}, not {self._page(page)[:16].hex()}"
 
     def check_all(self, path: str) -> None:
         """Compare the file at `path` with the model. Nothing is being written. Raises WrongError if it is wrong."""

@@ -141,7 +141,7 @@ class Round:
         link = ["--cut-while", self.cut, "--freeze-while", self.frozen, "--trickle-while", self.trickling]
         link += ["--count", self.folder / "counts"]
         options: list[object] = ["--state", self.state, "--timeout", TIMEOUT, "--compress", "none"]
-        rate = f"{self.choose.randint(8, 20)}M"
+        rate = self.rate()
         if self.choose.random() < 0.5:
             link += ["--rate", rate]  # then much is in flight on the link
         else:
@@ -158,6 +158,10 @@ class Round:
         rsh.chmod(0o700)
         options += ["-e", rsh, "--blockcopy-path", f"sh {self._program()}", f"host:{self.ends.source}"]
         return [*BLOCKCOPY, name, *options, self.ends.destination]
+
+    def rate(self) -> str:
+        """Return a random rate of the link or of background hydration, in bytes per second."""
+        return f"{self.choose.randint(8, 20)}M"
 
     def _program(self) -> Path:
         """Write the script that the source's host runs, if missing. Returns its path."""

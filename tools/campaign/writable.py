@@ -39,7 +39,7 @@ class WritableEnds(Ends):
     def __init__(self, folder: Path, size: int, choose: random.Random) -> None:
         super().__init__(folder, size - 512 * choose.choice([0, 1, 9]), choose)
         self._is_loop = os.geteuid() == 0 and choose.random() < 0.5
-        self._is_volatile = choose.random() < 0.6
+        self._is_volatile = choose.random() < 0.7
         self._volatile_at = folder / "volatile"
         self._standin: subprocess.Popen[str] | None = None
 
@@ -64,6 +64,14 @@ class WritableEnds(Ends):
             return False
         self._standin.send_signal(signal.SIGUSR1)
         self._await("cut")
+        return True
+
+    def fail_next_sync(self) -> bool:
+        """Fail the next sync of the destination. Returns False if that is impossible."""
+        if self._standin is None:
+            return False
+        self._standin.send_signal(signal.SIGUSR2)
+        self._await("set")
         return True
 
     def __str__(self) -> str:
@@ -139,7 +147,9 @@ class Driver(threading.Thread):
 
     def _write(self, way: str) -> None:
         offset, length = self._extent(512 if way.startswith("direct") else 1)
-        if way == "mmap":
+        if way == "mmap" and self._round.sync_fails:
+            way = "plain"  # the kernel drops a store that cannot be written back, and tells nobody
+        elif way == "mmap":
             length = min(length, 64, PAGE - offset % PAGE)  # a crash may tear a longer store
         if (page := self._pages.doubtful_edge(offset, length)) is not None:
             self._read(page * PAGE, min(PAGE, self._pages.size - page * PAGE), "plain")
@@ -185,7 +195,7 @@ class Driver(threading.Thread):
             return None
         result = json.loads(line)
         if (number := result.get("errno")) is not None:
-            if number not in REFUSALS:
+            if number not in REFUSALS and not (number == errno.EROFS and self._round.sync_fails):
                 raise WrongError(f"{operation}: {os.strerror(number)}")
             self.counts[f"refused: {errno.errorcode[number]}"] += 1
             time.sleep(0.02)
@@ -207,6 +217,12 @@ class WritableRound(Round):
         self.go_on = threading.Event()
         self.pages = Pages(b"")
         self._drivers: list[Driver] = []
+        self.sync_fails = False
+        """Whether the disk fails a sync of this mount, so that no more can be written."""
+
+    def rate(self) -> str:
+        """Return a random rate. A copy takes some seconds, so that writes and hydration meet."""
+        return f"{self.ends.size // self.choose.randint(4, 20) // 1024}K"
 
     def start_worker(self, driver: Driver) -> subprocess.Popen[bytes]:
         """Start the process of `driver`, and return it."""
@@ -237,23 +253,22 @@ class WritableRound(Round):
     def stop_readers(self, *_: object) -> None:
         """Do nothing: `down` has stopped the drivers."""
 
-    def _pause(self) -> None:
-        """Stop the drivers. Raises WrongError if an operation does not end."""
+    def pause(self) -> None:
+        """Stop the drivers, and close what they hold open. Raises WrongError if an operation does not end."""
         self.go_on.clear()
         for each in self._drivers:
             if not each.in_operation.acquire(timeout=PATIENCE):
                 raise WrongError(f"an operation does not end within {PATIENCE} s")
             each.in_operation.release()
+            each.call(do="release")
 
     def down(self, *, kill: bool) -> None:
         """Unmount, or kill the mount if `kill`. Then all that is in doubt is what was not flushed."""
         if not kill:
-            self._pause()
-            for each in self._drivers:
-                each.call(do="release")
+            self.pause()
         super().down(kill=kill)
         if kill:
-            self._pause()
+            self.pause()
             self.pages.crashed()
         else:
             self.pages.unmounted()
@@ -309,6 +324,17 @@ def cut_power(a: WritableRound) -> None:
     a.up()
 
 
+def fail_sync(a: WritableRound) -> None:
+    """Fail a sync of the disk, which loses a part of what it should cover. Kill the mount, and mount again."""
+    a.pause()
+    a.sync_fails = a.ends.fail_next_sync()
+    a.go_on.set()
+    if a.sync_fails:
+        time.sleep(a.choose.uniform(0.2, 4))
+        cut_power(a)
+        a.sync_fails = False
+
+
 def refused_sync(a: WritableRound) -> None:
     """Unmount, see that `sync` refuses to overwrite what was written, and mount again."""
     a.down(kill=a.choose.random() < 0.5)
@@ -338,5 +364,6 @@ WRITABLE_EVENTS: dict[str, tuple[int, Callable[[Any], object]]] = {
     "power cut": (8, cut_power),
     "remount": (3, lambda a: remount(a, kill=False)),
     "sync is refused": (2, refused_sync),
+    "a sync fails": (4, fail_sync),
 }
 """The relative frequency and the function of each event."""
