@@ -35,6 +35,7 @@ class Pages:
         self._changes: Counter[int] = Counter()  # writes by page
         self._crashed: set[int] = set()
         self._failed: set[int] = set()
+        self._lost: set[int] = set()  # crashed after a failed sync: a read may be refused until it is written anew
         self._lock = threading.RLock()
         self.size = len(content)
         self.has_writes = False
@@ -98,6 +99,7 @@ class Pages:
                 self._content[at : at + len(part)] = part
                 self._failed.discard(page)
                 self._crashed.discard(page)
+                self._lost.discard(page)
                 if durable:
                     self._settle(page)
 
@@ -128,23 +130,29 @@ class Pages:
         """Note that the mount has ended in order: all writes are durable. None is in progress."""
         self.flushed(self.flush_began())
 
-    def crashed(self) -> None:
-        """Note that the mount was killed. No write is in progress."""
+    def crashed(self, *, after_failed_sync: bool) -> None:
+        """Note that the mount was killed, perhaps after a failed sync. No write is in progress."""
         with self._lock:
             self._crashed.update(self._later)
+            if after_failed_sync:
+                self._lost.update(self._later)
             self._failed -= self._crashed
 
-    def reading(self, offset: int, length: int) -> Callable[[bytes], str | None]:
+    def reading(self, offset: int, length: int) -> Callable[..., str | None]:
         """Return a function that takes the bytes of a read that begins now, and returns what is wrong with them."""
         with self._lock:
             pages = self.touched(offset, length)
             before = {page: self._changes[page] for page in pages if page not in self._busy}
 
-        def check(data: bytes) -> str | None:
+        def check(data: bytes, *, but_lost: bool = False) -> str | None:
             with self._lock:
                 for page, start, part in self._parts(offset, data):
                     is_still = before.get(page) == self._changes[page] and page not in self._busy
-                    if is_still and (wrong := self._check(page, start, part)):
+                    if (
+                        is_still
+                        and not (but_lost and page in self._lost)
+                        and (wrong := self._check(page, start, part))
+                    ):
                         return wrong
             return None
 
@@ -168,6 +176,7 @@ class Pages:
             self._returned[self._writes] = len(self._returned)
         self._crashed.discard(page)
         self._failed.discard(page)
+        self._lost.discard(page)
         return None
 
     def _wrong(self, page: int, part: bytes) -> str:
@@ -178,12 +187,15 @@ class Pages:
         return f"page {page} ({kind}, {versions} unflushed versions) is {which}, not {self._page(page)[:16].hex()}"
 
     def check_all(self, path: str) -> None:
-        """Compare the file at `path` with the model. Nothing is being written. Raises WrongError if it is wrong."""
+        """Compare the file at `path` with the model. Nothing is being written. Raises WrongError if it is wrong.
+
+        A page that a failed sync may have lost is left out: the mount refuses to read it.
+        """
         with open(path, "rb") as file:
             for offset in range(0, self.size, PAGE * 256):
                 length = min(PAGE * 256, self.size - offset)
                 data = file.read(length)
                 if len(data) != length:
                     raise WrongError(f"{path} ends at {offset + len(data)}")
-                if wrong := self.reading(offset, length)(data):
+                if wrong := self.reading(offset, length)(data, but_lost=True):
                     raise WrongError(f"{path}: {wrong}")

@@ -269,7 +269,7 @@ class WritableRound(Round):
         super().down(kill=kill)
         if kill:
             self.pause()
-            self.pages.crashed()
+            self.pages.crashed(after_failed_sync=self.sync_fails)
         else:
             self.pages.unmounted()
 
