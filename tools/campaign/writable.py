@@ -67,8 +67,11 @@ class WritableEnds(Ends):
         return True
 
     def fail_next_sync(self) -> bool:
-        """Fail the next sync of the destination. Returns False if that is impossible."""
-        if self._standin is None:
+        """Fail the next sync of the destination. Returns False if that is impossible.
+
+        Only a loop device has a page cache. What a sync lost is read from there until it is dropped.
+        """
+        if self._standin is None or not self._is_loop:
             return False
         self._standin.send_signal(signal.SIGUSR2)
         self._await("set")
