@@ -19,6 +19,7 @@ from blockcopy.block import user_writes
 from blockcopy.block.claim import check_destination, existing_destination, open_destination
 from blockcopy.block.device import Device, open_source
 from blockcopy.block.geometry import Geometry
+from blockcopy.block.identity import sample_extents
 from blockcopy.block.records import default_path
 from blockcopy.block.user_writes import Note
 from blockcopy.errors import BlockcopyError, StateError, StateWriteError, UserWritesError
@@ -448,3 +449,26 @@ def test_the_state_file_of_another_destination_is_not_discarded(tmp_path: Path, 
     with open_destination(str(second)) as device, pytest.raises(StateError, match="another destination"):
         discard_user_writes(device, str(state))
     assert state.exists()
+
+
+@pytest.mark.parametrize("is_read_only", [True, False])
+def test_a_device_that_was_in_use_during_an_earlier_copy_is_compared_anew(
+    is_read_only: bool, tmp_path: Path, destination: Path, loop_device: Callable[[Path], str]
+) -> None:
+    """Its sample does not show a write elsewhere. Only a read-only mount may rely on a source at rest."""
+    size = len(DATA) // PAGE * PAGE
+    device = loop_device(support.written(tmp_path / "disk", DATA[:size]))
+    between = next(
+        each for each in range(PAGE, size, PAGE) if not any(each == offset for offset, _ in sample_extents(size))
+    )
+
+    async def read(**options: Any) -> bytes:
+        async with replica_of(plan_of(device, destination, **options)) as replica:
+            return bytes(await replica.volume.read(between, PAGE))
+
+    assert trio.run(lambda: read(writable=False)) == DATA[between : between + PAGE]
+    with open(device, "r+b") as file:
+        file.seek(between)
+        file.write(MINE)
+    known = DATA[between : between + PAGE] if is_read_only else MINE
+    assert trio.run(lambda: read(writable=not is_read_only)) == known

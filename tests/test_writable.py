@@ -138,7 +138,7 @@ def test_other_users_may_read_and_not_write(
     failed(done, 2, "Permission denied")
 
 
-@pytest.mark.parametrize("options", [["-o", "ro"], ["--no-state"], ["--recheck"]])
+@pytest.mark.parametrize("options", [["-o", "ro"], ["--no-state"]])
 def test_options_that_contradict_writes(
     source: Path, destination: Path, tmp_path: Path, options: list[str]
 ) -> None:

@@ -20,6 +20,7 @@ from blockcopy.block.claim import existing_destination, make_room, open_destinat
 from blockcopy.block.destination import Destination
 from blockcopy.block.device import Device, open_source
 from blockcopy.block.geometry import BLOCK_SIZE, Geometry
+from blockcopy.block.identity import shows_writes
 from blockcopy.errors import DestinationRefusedError, DeviceError, SourceError, StateError
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.replica import Replica
@@ -126,6 +127,9 @@ def _open_state_file(plan: Plan, device: Device, stack: ExitStack) -> tuple[Stat
         why = "would be checked anew" if plan.recheck else "would be overwritten"
         raise user_writes.error_for(plan.destination, f"holds writes of a user, which {why}")
     record = None if plan.recheck else recovery.usable_record(state_file, device, BLOCK_SIZE)
+    if record is not None and plan.writable and not (has_user_writes or shows_writes(record.binding.source)):
+        logger.info("the source may have been in use during an earlier copy; checking every block")
+        record = None
     if record is None and note is not None:
         why = f"holds writes of a user, and the state file {state_file.path} is about something else"
         raise user_writes.error_for(plan.destination, why, note.source)

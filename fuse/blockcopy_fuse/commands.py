@@ -101,10 +101,8 @@ def _is_writable(args: argparse.Namespace, fuse_options: options.MountOptions) -
     if args.writable and fuse_options.writable is False:
         raise UsageError("--writable and -o ro exclude each other")
     writable = args.writable or bool(fuse_options.writable)
-    if writable and (args.no_state or args.recheck):
-        raise UsageError(
-            "--no-state and --recheck are not possible with --writable: the state says what the user has written"
-        )
+    if writable and args.no_state:
+        raise UsageError("--no-state is not possible with --writable: the state says what the user has written")
     return writable
 
 
