@@ -525,11 +525,13 @@ def test_a_block_that_the_user_filled_counts_as_written() -> None:
     assert (blockmap.overwritten_bytes, blockmap.present_bytes, blockmap.user.lost_bytes) == (0, 0, PAGES * PAGE)
 
 
-def test_an_interrupted_write_is_another_generation() -> None:
+def test_a_failed_write_is_another_generation_and_makes_present_blocks_the_users() -> None:
     blockmap = BlockMap(WRITTEN)
+    blockmap.mark(range(1), "same")
     before = blockmap.generation
-    blockmap.interrupt()
+    blockmap.interrupt(Extent(0, 2 * PAGES * PAGE))
     assert blockmap.generation > before
+    assert [blockmap.user.has_block(block) for block in (0, 1)] == [True, False]
 
 
 def test_the_map_of_a_random_writer_is_small() -> None:

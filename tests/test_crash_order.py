@@ -44,6 +44,7 @@ from crash_model import (
 from blockcopy.block import user_writes
 from blockcopy.block.device import open_source
 from blockcopy.block.geometry import BLOCK_SIZE, Extent, Geometry
+from blockcopy.block.identity import sample_extents
 from blockcopy.block.records import make_authoritative
 from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.replica.engine import Plan, Replica, open_replica
@@ -655,3 +656,30 @@ def test_a_verification_takes_what_a_killed_run_has_left_for_the_users(
         caplog.clear()
         trio.run(verify)
         assert ("count as the user's" in caplog.text) == is_first
+
+
+def test_what_a_killed_run_has_left_is_not_taken_for_the_write_of_another_program(
+    source: Path, destination: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later run compares a sample with the source's. It may lie in a write that was not flushed."""
+    chance = random.Random(1)
+    recorder = Recorder(monkeypatch, destination, chance, DATA, OLD)
+    user, disk, sample = User(recorder, chance, DATA), Disk(OLD, DATA), sample_extents(len(DATA))[0]
+
+    async def write() -> None:
+        async with replica_of(source, destination, hydrate=False, writable=True) as replica:
+            await replica.volume.read(*sample)
+            await user.write_at(replica, Extent(20 * BLOCK_SIZE, PIECE))
+            await user.flush(replica)
+            await user.write_at(replica, sample)
+
+    async def read() -> None:
+        async with replica_of(source, destination, hydrate=False, writable=True) as replica:
+            assert await replica.volume.read(*sample) == user.content[sample.offset : sample.end]
+
+    trio.run(write)
+    last = max(index for index, each in enumerate(recorder.events) if each.kind == "user wrote")
+    check_every_cut(disk, Promises(DATA), recorder.events[: last + 1])
+    put_back(recorder, disk, disk.kill(chance), destination)
+    for _ in range(3):
+        trio.run(read)

@@ -123,7 +123,7 @@ class Volume:
             if self._writer.failure is None:
                 self._hydrator.note_write(extent)
         except BaseException:
-            self._blockmap.interrupt()
+            self._blockmap.interrupt(extent)
             raise
         finally:
             self._writer.release(extent)

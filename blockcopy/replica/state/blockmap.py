@@ -258,9 +258,15 @@ class BlockMap:
         self._durable_next = counters
         self.user.lose_unsynced()
 
-    def interrupt(self) -> None:
-        """Make fetches in flight mark nothing: a write of the user has failed, and what it left is unknown."""
+    def interrupt(self, extent: Extent) -> None:
+        """Note that a write of the user at `extent` has failed, and what it left is unknown.
+
+        Fetches in flight mark nothing. Present blocks count as the user's: they may differ from the source.
+        """
         self.generation += 1
+        for block in self.geometry.span(*extent):
+            if not self.any_missing(range(block, block + 1)):
+                self.user.add(_intersection(extent, self.geometry.extent(block)))
 
     def _counters(self) -> _Counters:
         return _Counters(

@@ -197,7 +197,8 @@ def resume_blockmap(
         blocks = geometry.span(*extent)
         return not blockmap.any_missing(blocks) and not blockmap.user.count_blocks(blocks)
 
-    if not may_have_changed(record) and not sample_matches(
+    # A killed run may have left writes of its user that are not on record, also in blocks that are.
+    if not (may_have_changed(record) or record.was_killed) and not sample_matches(
         destination, recorded, filter(is_sources, sample_extents(geometry.size))
     ):
         _ignore(state_file, f"another program has written to {destination.path} since")
