@@ -53,7 +53,7 @@ def test_a_note_is_found_again(device: Device) -> None:
     assert user_writes.find(device) is None
     user_writes.refuse(device)  # it does not
     for note in (
-        Note("root@host:/dev/vg/disk", "/var/lib/blockcopy/a.state", 7),
+        Note("root@host:/dev/vg/disk", "/var/lib/blockcopy/a.state", 7, "0123abcd"),
         Note("a source\nwith \\ and \x85, \u2028 and \udcff", "/a\nstate", 0),
     ):
         user_writes.make(device, note).close()
@@ -71,13 +71,13 @@ def test_the_counter_of_a_note_goes_on(device: Device) -> None:
         for commits in (4, 10**9, 10**19):
             counter.set(commits)
             assert user_writes.find(device) == Note("source", "state", commits)
-    assert user_writes.note_path(device).read_text().count("\n") == 3
+    assert user_writes.note_path(device).read_text().count("\n") == 4
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\n", b"one\ntwo\n", b"1\n2\n3\n4\n", b"source\nstate\nnone\n", b"\xff\\x\nstate\n7\n", bytes(70_000)],
-    ids=["empty", "one line", "two lines", "four lines", "no number", "no text", "zeros"],
+    [b"", b"\n", b"one\ntwo\n", b"1\n2\n3\n4\n5\n", b"source\nstate\ntoken\nnone\n", b"\xff\\x\nstate\ntoken\n7\n", bytes(70_000)],
+    ids=["empty", "one line", "two lines", "five lines", "no number", "no text", "zeros"],
 )
 def test_a_damaged_note_is_a_note(content: bytes, device: Device) -> None:
     user_writes.make(device, Note("source", "state", 3)).close()
@@ -311,7 +311,27 @@ def test_the_state_file_of_another_destination_refuses(source: Path, destination
     (theirs,) = (path for path in states().glob("*.state") if path != mine)
     content = theirs.read_bytes()
     mine.write_bytes(content)
+    assert_refuses(plan_of(source, destination), "is about other writes")
+    for note in states().glob("*.writes"):
+        note.write_bytes(b"")  # so that the record's token is unknown
     assert_refuses(plan_of(source, destination), "the destination is another")
+
+
+def test_a_state_file_from_before_the_last_discard_refuses(
+    tmp_path: Path, source: Path, loop_device: Callable[[Path], str]
+) -> None:
+    """It has more commits. The times of a device do not tell the two apart either."""
+    device = Path(loop_device(support.written(tmp_path / "disk", bytes(len(DATA) // 512 * 512 + 512))))
+    write(source, device, *(page * PAGE for page in range(10)))
+    before = state_file().read_bytes()
+    with open_destination(str(device), with_user_writes=True) as opened:
+        discard_user_writes(opened, None)
+    write(source, device, AT)
+    mine = state_file().read_bytes()
+    state_file().write_bytes(before)
+    assert_refuses(plan_of(source, device), "is about other writes")
+    state_file().write_bytes(mine)
+    assert_serves(plan_of(source, device), AT)
 
 
 def test_another_state_file_refuses(source: Path, destination: Path, tmp_path: Path) -> None:
@@ -326,7 +346,7 @@ def test_another_state_file_refuses(source: Path, destination: Path, tmp_path: P
     (note,) = states().glob("*.writes")
     noted = note.read_bytes()
     with contextlib.closing(StateFile(known)) as state:  # the count alone does not tell them apart
-        note.write_bytes(b"".join(noted.splitlines(keepends=True)[:2]) + b"%020d\n" % state.commits)
+        note.write_bytes(b"".join(noted.splitlines(keepends=True)[:2]) + b"\n%020d\n" % state.commits)
     assert_refuses(plan_of(source, destination, state=str(known)), "is about something else")
     note.write_bytes(noted)
     copy = shutil.copy(state_file(), tmp_path / "copy")

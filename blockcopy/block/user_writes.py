@@ -3,10 +3,10 @@
 A writable mount makes the note before the first write of the user. The note outlives the mount, the completion of
 the copy, and the loss of the state file. Only `discard-writes` removes it.
 
-    DEFAULT.writes              a file beside the default place of the state file: three lines
+    DEFAULT.writes              a file beside the default place of the state file: four lines
     user.blockcopy.writes       an extended attribute of a destination file, if its file system has them
 
-The third line counts the commits that the state file has acknowledged. It is written after each commit, and never
+The last line counts the commits that the state file has acknowledged. It is written after each commit, and never
 synced. So it cannot run ahead of the state file. A state file with a lower count has lost acknowledged writes.
 """
 
@@ -35,12 +35,14 @@ class Note(NamedTuple):
     """The note of a destination.
 
     `source`: the source of the mount, as the user named it. `state`: the path of its state file. Both are empty if
-    they are unknown. `commits`: the number of commits that the state file has, at least.
+    they are unknown. `commits`: the number of commits that the state file has, at least. `token`: of its record, or
+    empty if it is unknown.
     """
 
     source: str = ""
     state: str = ""
     commits: int = 0
+    token: str = ""
 
 
 def note_path(device: Device) -> Path:
@@ -67,8 +69,8 @@ def find(device: Device) -> Note | None:
 
 def _parsed(content: bytes) -> Note:
     try:
-        source, state, commits = content.splitlines()
-        return Note(source.decode("unicode_escape"), state.decode("unicode_escape"), int(commits))
+        source, state, token, commits = content.splitlines()
+        return Note(source.decode("unicode_escape"), state.decode("unicode_escape"), int(commits), token.decode())
     except ValueError:
         return Note()
 
@@ -135,7 +137,7 @@ def make(device: Device, note: Note) -> Counter:
     Raises StateWriteError if the note cannot be made, DeviceError if the attribute cannot be made durable.
     """
     path = note_path(device)
-    lines = [note.source, note.state, f"{note.commits:0{_COUNTER_DIGITS}}"]
+    lines = [note.source, note.state, note.token, f"{note.commits:0{_COUNTER_DIGITS}}"]
     text = "".join(f"{line.encode('unicode_escape').decode()}\n" for line in lines)
     check_place(device)
     try:

@@ -87,6 +87,8 @@ def _state_file_of_writes(path: Path | None, destination: Device, note: user_wri
         why = f"is an older one: it has {commits} commits, and {note.commits} were acknowledged"
     elif not record.has_user_writes and commits != note.commits:  # equal: a crash came just after the note
         why = "knows nothing of them"
+    elif note.token and state_file.token != note.token:
+        why = "is about other writes: those of another destination, or those that were discarded before"
     else:
         return state_file
     state_file.close()
