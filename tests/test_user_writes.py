@@ -76,7 +76,15 @@ def test_the_counter_of_a_note_goes_on(device: Device) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\n", b"one\ntwo\n", b"1\n2\n3\n4\n5\n", b"source\nstate\ntoken\nnone\n", b"\xff\\x\nstate\ntoken\n7\n", bytes(70_000)],
+    [
+        b"",
+        b"\n",
+        b"one\ntwo\n",
+        b"1\n2\n3\n4\n5\n",
+        b"source\nstate\ntoken\nnone\n",
+        b"\xff\\x\nstate\ntoken\n7\n",
+        bytes(70_000),
+    ],
     ids=["empty", "one line", "two lines", "five lines", "no number", "no text", "zeros"],
 )
 def test_a_damaged_note_is_a_note(content: bytes, device: Device) -> None:
