@@ -513,10 +513,6 @@ def land_on_claims(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(writer, "subtract", lambda room, claims: room)
 
 
-def write_into_landings(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Writer, "_is_landing", lambda *_: False)
-
-
 def note_before_the_write(patch: pytest.MonkeyPatch) -> None:
     write, note = Volume._write, BlockMap.note_write
 
@@ -557,7 +553,6 @@ BREAKS = [
     take_changes_after_sync,
     land_on_pages_of_the_user,
     land_on_claims,
-    write_into_landings,
     note_before_the_write,
     answer_a_flush_at_once,
     share_a_commit_that_has_begun,

@@ -285,22 +285,22 @@ class Device:
         with self._errors("sync"):
             (os.fsync if times else os.fdatasync)(self._fd)
 
-    def has_attribute(self, name: str) -> bool:
-        """Return True if this is a file with the extended attribute `name`. Raises DeviceError if unknown."""
+    def attribute(self, name: str) -> bytes | None:
+        """Return the extended attribute `name` of this file, or None. Raises DeviceError if it is unknown."""
         if self.is_block_device:
-            return False
+            return None
         try:
-            os.getxattr(self._fd, name)
+            return os.getxattr(self._fd, name)
         except OSError as error:
             if error.errno in _NO_ATTRIBUTES:
-                return False
+                return None
             raise DeviceError.from_os_error("read the attributes of", self.path, error) from error
-        return True
 
-    def set_attribute(self, name: str, value: bytes) -> None:
-        """Set the extended attribute `name` to `value`, durably, if this is a file that can have attributes."""
+    def set_attribute(self, name: str, value: bytes) -> bool:
+        """Set the extended attribute `name` to `value`, durably. Returns False if this device has no attributes."""
         if not self.is_block_device:
             self._change_attributes(lambda: os.setxattr(self._fd, name, value))
+        return self.attribute(name) is not None
 
     def remove_attribute(self, name: str) -> None:
         """Remove the extended attribute `name`, durably, if there is one."""

@@ -3,11 +3,13 @@
 A writable mount makes the note before the first write of the user. The note outlives the mount, the completion of
 the copy, and the loss of the state file. Only `discard-writes` removes it.
 
-    DEFAULT.writes              a file beside the default place of the state file: four lines
-    user.blockcopy.writes       an extended attribute of a destination file, if its file system has them
+    DEFAULT.writes              a file beside the default place of the state file: five lines
+    user.blockcopy.writes       an extended attribute of a destination file, if its file system has them: the token
+                                of the record, and its commits when the mount began
 
-The last line counts the commits that the state file has acknowledged. It is written after each commit, and never
-synced. So it cannot run ahead of the state file. A state file with a lower count has lost acknowledged writes.
+The attribute tells the file from a later one with its inode number, and from a restored backup. The last line of
+the note counts the commits that the state file has acknowledged. It is written after each commit, and never synced.
+So it cannot run ahead of the state file. A state file with a lower count has lost acknowledged writes.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from blockcopy.paths.trust import distrust_reason
 
 _ATTRIBUTE = "user.blockcopy.writes"
 
+_KEPT = b"attribute"
+"""The line of a note whose file has the attribute as well."""
+
 _COUNTER_DIGITS = 20
 """Digits of the counter. Their number is fixed, so that one small write replaces them."""
 
@@ -36,13 +41,14 @@ class Note(NamedTuple):
 
     `source`: the source of the mount, as the user named it. `state`: the path of its state file. Both are empty if
     they are unknown. `commits`: the number of commits that the state file has, at least. `token`: of its record, or
-    empty if it is unknown.
+    empty if it is unknown. `is_of_another`: the note does not belong to this file, but to an earlier one.
     """
 
     source: str = ""
     state: str = ""
     commits: int = 0
     token: str = ""
+    is_of_another: bool = False
 
 
 def note_path(device: Device) -> Path:
@@ -58,21 +64,36 @@ def find(device: Device) -> Note | None:
     path = note_path(device)
     try:
         with path.open("rb") as file:
-            return _parsed(file.read(_MAX_NOTE))
+            return _parsed(file.read(_MAX_NOTE), device.attribute(_ATTRIBUTE))
     except (FileNotFoundError, NotADirectoryError):
-        return Note() if device.has_attribute(_ATTRIBUTE) else None
+        attribute = device.attribute(_ATTRIBUTE)
+        return None if attribute is None else _with_attribute(Note(), attribute)
     except OSError as error:
         raise StateError(
             f"cannot find out whether {device.path} holds writes of a user: cannot read {path}: {error.strerror}"
         ) from error
 
 
-def _parsed(content: bytes) -> Note:
+def _parsed(content: bytes, attribute: bytes | None) -> Note:
+    """Return the Note that is the `content` of the file, and of the `attribute`, if there is one."""
     try:
-        source, state, token, commits = content.splitlines()
-        return Note(source.decode("unicode_escape"), state.decode("unicode_escape"), int(commits), token.decode())
+        source, state, token, kept, commits = content.splitlines()
+        note = Note(source.decode("unicode_escape"), state.decode("unicode_escape"), int(commits), token.decode())
     except ValueError:
-        return Note()
+        return Note() if attribute is None else _with_attribute(Note(), attribute)
+    if attribute is not None:
+        return _with_attribute(note, attribute)
+    return note._replace(is_of_another=kept == _KEPT)
+
+
+def _with_attribute(note: Note, attribute: bytes) -> Note:
+    """Return `note` with what the `attribute` of the file says."""
+    try:
+        token, commits = attribute.decode().split()
+        is_of_another = note.token not in ("", token)
+        return note._replace(token=token, commits=max(note.commits, int(commits)), is_of_another=is_of_another)
+    except ValueError:
+        return note
 
 
 def refuse(device: Device) -> None:
@@ -137,14 +158,15 @@ def make(device: Device, note: Note) -> Counter:
     Raises StateWriteError if the note cannot be made, DeviceError if the attribute cannot be made durable.
     """
     path = note_path(device)
-    lines = [note.source, note.state, note.token, f"{note.commits:0{_COUNTER_DIGITS}}"]
-    text = "".join(f"{line.encode('unicode_escape').decode()}\n" for line in lines)
     check_place(device)
+    # The attribute first: a note that says that there is one must be true.
+    is_kept = device.set_attribute(_ATTRIBUTE, f"{note.token} {note.commits}".encode())
+    lines = [note.source, note.state, note.token, _KEPT.decode() if is_kept else "-"]
+    text = "".join(f"{line.encode('unicode_escape').decode()}\n" for line in lines)
     try:
-        durable.write(path, text)
+        durable.write(path, f"{text}{note.commits:0{_COUNTER_DIGITS}}\n")
     except OSError as error:
         raise StateWriteError(f"cannot note in {path} that {device.path} is written: {error.strerror}") from error
-    device.set_attribute(_ATTRIBUTE, b"1")
     return Counter(path)
 
 

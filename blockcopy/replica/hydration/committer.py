@@ -161,9 +161,9 @@ class Committer:
             raise StateWriteError(f"{self._device.path} cannot be written: there is no state file")
 
         def note() -> None:
+            state_file.note_user_writes(WriteTimes(*self._durable, until_ns=time.time_ns()))
             known = user_writes.Note(self._source, str(state_file.path), state_file.commits, state_file.token)
             self._counter = user_writes.make(self._device, known)
-            state_file.note_user_writes(WriteTimes(*self._durable, until_ns=time.time_ns()))
 
         try:
             await self._in_thread(note)

@@ -83,7 +83,9 @@ def _state_file_of_writes(path: Path | None, destination: Device, note: user_wri
         reason = f"holds writes of a user, and {error}{hint}"
         raise user_writes.error_for(destination.path, reason, note.source) from error
     record, commits = state_file.record, state_file.commits
-    if record is None or commits < note.commits:
+    if note.is_of_another:
+        why = f"is about an earlier file: {destination.path} is a new one, or was brought back from a backup"
+    elif record is None or commits < note.commits:
         why = f"is an older one: it has {commits} commits, and {note.commits} were acknowledged"
     elif not record.has_user_writes and commits != note.commits:  # equal: a crash came just after the note
         why = "knows nothing of them"
@@ -123,7 +125,9 @@ def usable_record(state_file: StateFile, destination: Device, block_size: int) -
         _ignore(
             state_file, f"another command, with its state elsewhere, may have written to {destination.path} since"
         )
-    elif not may_have_changed(record) and was_written_by_others(record.times, times_of(destination)):
+    elif not may_have_changed(record) and was_written_by_others(
+        record.times, _times_to_compare(record, destination)
+    ):
         _ignore(state_file, f"another program has written to {destination.path} since")
     else:
         return record
@@ -146,6 +150,15 @@ def is_complete(record: Record) -> bool:
     except ValueError:
         return False  # `resume_blockmap` reports it
     return blockmap.complete
+
+
+def _times_to_compare(record: Record, destination: Device) -> Times:
+    """Return the times of `destination`, to be compared with those of `record`.
+
+    With writes of a user only the mtime counts. A rename or a chmod changes the ctime, and must lock nobody out.
+    """
+    times = times_of(destination)
+    return times._replace(ctime_ns=record.times.ctime_ns) if record.has_user_writes else times
 
 
 def was_written_by_others(recorded: WriteTimes, times: Times) -> bool:
