@@ -74,9 +74,7 @@ def retrieve(
     Returns after the message `done`. `compressor`: used unless the client's greeting asks for zstd. `progress`:
     gets the answered position and the number of sent bytes. `working`: called without arguments for each batch and
     report, in any thread. Returns a context manager, within which the client waits for this stage.
-
     Earlier requests are answered before any error is raised. The output of a failed stage has no `done`.
-
     Raises StreamError if `hashes` breaks off or is invalid. Raises DeviceError if blocks cannot be read and the
     form has no message `fail`. Raises OutputError if `output` fails, and BlockcopyError if this host lacks the
     digest.

@@ -26,7 +26,6 @@ import logging
 import os
 import secrets
 import sqlite3
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,16 +35,12 @@ from blockcopy.block.identity import Identity, is_identity
 from blockcopy.block.records import invalidate
 from blockcopy.errors import StateError, StateUnusableError, StateWriteError
 from blockcopy.paths import durable
-from blockcopy.paths.trust import distrust_reason
 from blockcopy.protocol.strict_json import parse_object
+from blockcopy.replica.state import sqlite_files
 from blockcopy.replica.state.bits import ROW_BYTES
 from blockcopy.replica.state.blockmap import CHUNK_BLOCKS, Changes
 
 logger = logging.getLogger(__name__)
-
-_APPLICATION_ID = 0x62637079  # "bcpy"
-_FORMAT, _OLD_FORMAT = 3, 2
-"""The version of the format. Version 1 had no ctime, and version 2 no writes of a user. Version 2 is still read."""
 
 _TABLES = Changes._fields
 """The tables of rows of bits."""
@@ -58,13 +53,9 @@ CREATE TABLE IF NOT EXISTS facts (id INTEGER PRIMARY KEY, text TEXT NOT NULL, se
         for table in _TABLES
     )
 }
-PRAGMA application_id = {_APPLICATION_ID};
-PRAGMA user_version = {_FORMAT};
+PRAGMA application_id = {sqlite_files.APPLICATION_ID};
+PRAGMA user_version = {sqlite_files.FORMAT};
 """
-
-
-class _UnusableError(Exception):
-    """The content of the file cannot be believed. The message tells why."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +124,10 @@ class StateFile:
             raise StateUnusableError(f"the state file {path} is missing")
         try:
             self._db = self._open()
-        except _UnusableError as error:
+        except sqlite_files.UnusableError as error:
             if must_be_usable:
                 raise StateUnusableError(f"the state file {path} cannot be used ({error})") from error
-            aside = _set_aside(path)
+            aside = sqlite_files.set_aside(path)
             logger.warning(
                 "the state file %s cannot be used (%s); it is kept as %s. Checking every block again",
                 path,
@@ -146,8 +137,8 @@ class StateFile:
             self._db = self._open_new()
 
     def _open(self) -> sqlite3.Connection:
-        made = _make(self.path)
-        size = 0 if made else _check_files(self.path)
+        made = sqlite_files.make(self.path)
+        size = 0 if made else sqlite_files.check(self.path)
         if not (made or size):
             logger.warning("the state file %s is empty. Checking every block", self.path)
         db = self._connect()
@@ -163,7 +154,7 @@ class StateFile:
             if made:
                 durable.remove(self.path)
                 raise StateWriteError(f"cannot keep the state in {self.path}: {error}") from error
-            raise _UnusableError(str(error)) from error
+            raise sqlite_files.UnusableError(str(error)) from error
         except BaseException:
             db.close()
             raise
@@ -173,14 +164,14 @@ class StateFile:
     def _open_new(self) -> sqlite3.Connection:
         try:
             return self._open()
-        except _UnusableError as error:
+        except sqlite_files.UnusableError as error:
             raise StateWriteError(f"cannot keep the state in {self.path}: {error}") from error
 
     def _connect(self) -> sqlite3.Connection:
         try:
             return sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
-            raise _UnusableError(str(error)) from error
+            raise sqlite_files.UnusableError(str(error)) from error
 
     def _load(self, db: sqlite3.Connection, *, is_new: bool) -> Record | None:
         """Lock the database `db` for this process. Returns its record, or None if it has none.
@@ -209,17 +200,17 @@ class StateFile:
     def _read(self, db: sqlite3.Connection) -> Record | None:
         (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
         if found != "ok":
-            raise _UnusableError(f"it is damaged: {found}")
+            raise sqlite_files.UnusableError(f"it is damaged: {found}")
         row = db.execute("SELECT text, seal FROM facts").fetchone()
         (version,) = db.execute("PRAGMA user_version").fetchone()
-        tables = _TABLES if version == _FORMAT else _TABLES[:1]
+        tables = _TABLES if version == sqlite_files.FORMAT else _TABLES[:1]
         rows = {table: db.execute(f"SELECT number, bits, seal FROM {table}").fetchall() for table in tables}
         if row is None and not any(rows.values()):
             return None  # the process that created the file ended early
         try:
             return self._believe(row, rows)
         except (AttributeError, TypeError, ValueError, KeyError) as error:
-            raise _UnusableError("it is damaged") from error
+            raise sqlite_files.UnusableError("it is damaged") from error
 
     def _believe(self, row: tuple[str, bytes], rows: dict[str, list[tuple[int, bytes, bytes]]]) -> Record:
         text, seal = row
@@ -339,78 +330,3 @@ def _row_seal(token: str, table: str, number: int, bits: bytes) -> bytes:
 
 def _seal(key: str, data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16, key=hashlib.sha256(key.encode()).digest()).digest()
-
-
-def _make(path: Path) -> bool:
-    """Create `path` if it does not exist. Returns False if it exists.
-
-    Raises StateError if it is not a regular file. Raises StateWriteError if it cannot be created, or if other users
-    can replace it.
-    """
-    try:
-        durable.make_folder(path.parent)
-        if why := distrust_reason(
-            path.parent
-        ):  # or they could replace the file between the check and SQLite's open
-            raise StateWriteError(f"cannot keep the state in {path}: {why}")
-        durable.create(path)
-    except FileExistsError:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise StateError(f"cannot keep the state in {path}: not a regular file") from None
-        return False
-    except OSError as error:
-        raise StateWriteError(f"cannot keep the state in {path}: {error.strerror}") from error
-    return True
-
-
-def _check_files(path: Path) -> int:
-    """Check the database `path` and the files beside it, before SQLite opens them: it writes to any database.
-
-    Returns the size of the database in bytes. Raises _UnusableError if a file cannot be believed. The header has
-    100 bytes. The write version is at 18, the read version at 19. The user version is at 60, the application id at
-    68. Source: https://www.sqlite.org/fileformat.html, section 1.3.
-    """
-    try:
-        for each in _beside(path):
-            _check_owner(each, each.lstat())
-        with path.open("rb") as file:
-            status, header = os.fstat(file.fileno()), file.read(100)
-    except OSError as error:
-        raise _UnusableError(str(error.strerror)) from error
-    _check_owner(path, status)
-    if not header:
-        return 0
-    if header[:16] != b"SQLite format 3\0" or header[68:72] != _APPLICATION_ID.to_bytes(4, "big"):
-        raise _UnusableError("it is not a state file of blockcopy")
-    version = int.from_bytes(header[60:64], "big")
-    if version not in (_FORMAT, _OLD_FORMAT):
-        raise _UnusableError(f"its format is {version}, and this program reads {_FORMAT}")
-    if header[18:20] not in (b"\1\1", b"\2\2"):  # 2: a crash has left a write-ahead log
-        raise _UnusableError("it is damaged")
-    return status.st_size
-
-
-def _check_owner(path: Path, status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise _UnusableError(f"{path} is not a regular file")
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise _UnusableError(f"others can write to {path}")
-
-
-def _beside(path: Path) -> list[Path]:
-    """Return the existing files beside the database `path` that SQLite would read."""
-    found = (path.with_name(f"{path.name}-{kind}") for kind in ("journal", "wal", "shm"))
-    return [each for each in found if os.path.lexists(each)]
-
-
-def _set_aside(path: Path) -> Path:
-    """Rename `path`, and the files of SQLite beside it, to a free name. Returns the new path."""
-    number = 1
-    while (aside := path.with_name(f"{path.name}.unusable-{number}")).exists():
-        number += 1
-    try:
-        for each in [path, *_beside(path)]:
-            durable.rename(each, path.with_name(each.name.replace(path.name, aside.name, 1)))
-    except OSError as error:
-        raise StateWriteError(f"cannot set the unusable state file {path} aside: {error.strerror}") from error
-    return aside
