@@ -82,7 +82,10 @@ def _beside(path: Path) -> list[Path]:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename `path`, and the files of SQLite beside it, to a free name. Returns the new path."""
+    """Rename `path`, and the files of SQLite beside it, to a free name. Returns the new path.
+
+    Raises StateWriteError if that is not possible.
+    """
     number = 1
     while (aside := path.with_name(f"{path.name}.unusable-{number}")).exists():
         number += 1
