@@ -27,6 +27,7 @@ from blockcopy.block.device import Device
 from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.block.identity import NO_TIMES, Times
 from blockcopy.errors import DeviceError
+from blockcopy.replica.hydration.writer import Writer
 from blockcopy.replica.state import bits, blockmap, recovery, statefile
 from blockcopy.replica.state.blockmap import Changes
 from blockcopy.replica.state.statefile import Binding, StateFile, WriteTimes
@@ -165,6 +166,17 @@ class Recorder:
             monkeypatch.setattr(Device, name, self._watching(getattr(Device, name), getattr(self, f"_{name}")))
         for name in ("begin_record", "write_changes", "clear", "write_times"):
             monkeypatch.setattr(StateFile, name, self._recording(getattr(StateFile, name), name))
+        self._thread = threading.local()  # whether it writes for the user: bytes may equal the source's by chance
+        write_at_once = Writer.write_at_once
+
+        def write_for_user(*args: Any) -> None:
+            self._thread.writes_for_user = True
+            try:
+                write_at_once(*args)
+            finally:
+                self._thread.writes_for_user = False
+
+        monkeypatch.setattr(Writer, "write_at_once", write_for_user)
         make = user_writes.make
 
         def make_note(*args: Any) -> user_writes.Counter:
@@ -212,7 +224,7 @@ class Recorder:
 
     def _write(self, real: Callable[[], None], offset: int, data: Any) -> None:
         data = bytes(data)
-        by_user = data != self.data[offset : offset + len(data)]
+        by_user = getattr(self._thread, "writes_for_user", False)
         with self._changed:
             self._cache[offset : offset + len(data)] = data
             pages = touched(offset, len(data))

@@ -48,7 +48,6 @@ from blockcopy.block.identity import sample_extents
 from blockcopy.block.records import make_authoritative
 from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.replica.engine import Plan, Replica, open_replica
-from blockcopy.replica.hydration import writer
 from blockcopy.replica.hydration.committer import Committer
 from blockcopy.replica.hydration.writer import Writer
 from blockcopy.replica.source.batches import Delta
@@ -509,10 +508,6 @@ def land_on_pages_of_the_user(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(UserPages, "others", lambda pages, extent: iter([extent]))
 
 
-def land_on_claims(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(writer, "subtract", lambda room, claims: room)
-
-
 def note_before_the_write(patch: pytest.MonkeyPatch) -> None:
     write, note = Volume._write, BlockMap.note_write
 
@@ -552,7 +547,6 @@ BREAKS = [
     record_before_sync,
     take_changes_after_sync,
     land_on_pages_of_the_user,
-    land_on_claims,
     note_before_the_write,
     answer_a_flush_at_once,
     share_a_commit_that_has_begun,

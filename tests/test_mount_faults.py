@@ -267,7 +267,7 @@ def test_a_mountpoint_that_hides_the_destination_is_refused(point: Path, source:
     assert inside.read_bytes() == OLD
 
 
-@pytest.mark.parametrize("options", ["max_read=4096", "max_background=64", "allow_other,rw"])
+@pytest.mark.parametrize("options", ["max_read=4096", "max_background=64", "allow_other,remount"])
 def test_fuse_options_that_cannot_work_are_refused(
     point: Path, source: Path, destination: Path, options: str
 ) -> None:

@@ -60,21 +60,12 @@ def handler(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutin
             raise FUSEError(errno.EIO) from error
         except BlockcopyError as error:
             logger.warning("%s: %s", method.__name__, error)
-            raise FUSEError(_errno(error)) from error
+            raise FUSEError(errno.EIO) from error
         except Exception as error:
             logger.exception("%s failed", method.__name__)
             raise FUSEError(errno.EIO) from error
 
     return answer
-
-
-def _errno(error: BlockcopyError) -> int:
-    """Return the errno that a user gets for `error`."""
-    if isinstance(error, ReadOnlyError):
-        return errno.EROFS
-    if isinstance(error, DeviceError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return error.errno
-    return errno.EIO
 
 
 class Operations(pyfuse3.Operations):
@@ -201,8 +192,18 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
-        """Write `buf` to the open file `fh` at offset `off`. Returns how many bytes, fewer only at its end."""
-        return await self._volume.write(off, buf)
+        """Write `buf` to the open file `fh` at offset `off`. Returns how many bytes, fewer only at its end.
+
+        Raises FUSEError if there is no room, or if nothing can be written any more.
+        """
+        try:
+            return await self._volume.write(off, buf)
+        except ReadOnlyError as error:
+            raise FUSEError(errno.EROFS) from error
+        except DeviceError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise FUSEError(error.errno) from error
+            raise
 
     @handler
     async def setattr(

@@ -18,6 +18,7 @@ from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.block.identity import sample_extents
 from blockcopy.errors import StateError, StateWriteError
 from blockcopy.replica.state import statefile
+from blockcopy.replica.state.blockmap import Changes
 from blockcopy.replica.state.statefile import Binding, Record, StateFile, WriteTimes
 from fuzzing import BrokenPromise
 
@@ -71,7 +72,7 @@ def state_files() -> list[bytes]:
                 mock.patch("time.time_ns", now),
             ):
                 state.begin_record(binding(seed), WriteTimes(1, 1, 2))
-                state.write_chunks(chunks, WriteTimes(2, 2, 3))
+                state.write_changes(Changes(chunks, {}, {}), WriteTimes(2, 2, 3))
                 state.write_times(WriteTimes(3, 3, None))
             with contextlib.closing(sqlite3.connect(path)) as database:
                 database.executescript(f"PRAGMA page_size = {page_size}; VACUUM")
@@ -100,9 +101,9 @@ def open_state(data: bytes) -> None:
             elif len(before) and aside.read_bytes() != before:
                 raise BrokenPromise("the file was altered when set aside")
             state.begin_record(binding(99), WriteTimes(1, 1, 2))
-            state.write_chunks({1: b"\x10"}, WriteTimes(2, 2, 3))
+            state.write_changes(Changes({1: b"\x10"}, {}, {}), WriteTimes(2, 2, 3))
         with contextlib.closing(StateFile(path)) as state:
-            if state.record is not None and (state.record.binding, state.record.chunks) != (
+            if state.record is not None and (state.record.binding, state.record.rows.chunks) != (
                 binding(99),
                 {1: b"\x10"},
             ):
@@ -151,7 +152,7 @@ def check_record(record: Record) -> None:
     seed = record.binding.source["inode"]
     if seed not in range(len(RECORDED)) or record.binding != binding(seed):
         raise BrokenPromise(f"{record.binding} is believed")
-    for number, bits in record.chunks.items():
+    for number, bits in record.rows.chunks.items():
         right = int.from_bytes(RECORDED[seed].get(number, b""), "little")
         if int.from_bytes(bits, "little") & ~right:
             raise BrokenPromise(f"{bits!r} is believed of chunk {number} of seed {seed}")
