@@ -8,6 +8,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -158,7 +159,7 @@ def test_after_a_power_loss_the_record_of_a_file_is_believed(disk: Disk, tmp_pat
 
         def has_blocks() -> bool:
             """Return True if a commit of blocks is over: the file and its log have a row of them."""
-            copy = tmp_path / "copy of the state"
+            copy = Path(tempfile.mkdtemp(dir=tmp_path)) / "state"  # nothing of an earlier look beside it
             for kind in ("", "-wal"):
                 shutil.copy(f"{state}{kind}", f"{copy}{kind}")
             with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(copy)) as base:

@@ -245,7 +245,7 @@ class World:
         shell = shlex.join(["bash", "-eo", "pipefail", "-c", f"cd {shlex.quote(str(CHECKOUT))}\n{script}"])
         typed = ["sh", "-c", 'while sleep 0.2; do echo q; done | script -qec "$1" /dev/null', "sh", shell]
         done = subprocess.run(
-            [*self._enter, *environment, *typed], capture_output=True, text=True, timeout=100, check=False
+            [*self._enter, *environment, *typed], capture_output=True, text=True, timeout=200, check=False
         )
         assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
 
@@ -285,7 +285,7 @@ def world(folder: Path) -> Iterator[World]:
             holder.communicate()
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("section", sorted({block.section for block in RUN_HERE}))
 def test_blocks_do_as_they_are_written(tmp_path: Path, section: str) -> None:
     with world(tmp_path) as machine:
