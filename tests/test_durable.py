@@ -148,7 +148,7 @@ def test_after_a_power_loss_the_record_of_a_file_is_believed(disk: Disk, tmp_pat
     os.sync()
     with open_source(str(destination)) as device:
         state = default_path(device)
-    command = [*BLOCKCOPY, "sync", "--limit", "400K", str(source), str(destination)]
+    command = [*BLOCKCOPY, "sync", "--limit", "200K", str(source), str(destination)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         seen: set[int] = set()
 
@@ -168,7 +168,7 @@ def test_after_a_power_loss_the_record_of_a_file_is_believed(disk: Disk, tmp_pat
                 return count > 0  # type: ignore[no-any-return]
             return False
 
-        until(lambda: records() > 4 and has_blocks(), "some commits")
+        until(lambda: records() > 2 and has_blocks(), "some commits")
         process.kill()
     with contextlib.closing(StateFile(state)) as journal:
         assert journal.record
