@@ -284,3 +284,11 @@ def test_the_guide_names_what_there_is() -> None:
     everything = "\n".join(path.read_text() for path in SOURCES.values())
     classes = {(owner, name) for owner, name in named - modules if owner[:1].isupper()}
     assert {pair for pair in classes if f"class {pair[0]}" not in everything or pair[1] not in everything} == set()
+
+
+def test_the_top_level_has_nothing_but_the_layout() -> None:
+    """A program that a test starts in the checkout may leave files there."""
+    layout = {"blockcopy", "fuse", "tests", "tools", "pyproject.toml"}
+    layout |= {"README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "build", "dist"}
+    names = {path.name for path in CHECKOUT.iterdir() if path.name[0] != "." and path.suffix != ".egg-info"}
+    assert names <= layout

@@ -137,7 +137,7 @@ def test_fio_verifies_what_four_jobs_wrote_while_the_link_is_cut(mount: Mounter,
     jobs = ["--numjobs=4", "--size=15m", "--offset_increment=16m", "--io_size=2m", "--bsrange=512-20k"]
     verify = ["--bs_unaligned=1", "--verify=crc32c", "--verify_backlog=64", "--verify_fatal=1", "--fsync=32"]
     command = ["fio", "--name=job", f"--filename={mounted.file}", "--rw=randwrite", *jobs, *verify]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as fio:
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as fio:  # it leaves files there
         until(lambda: mounted.status()["written_bytes"])
         cut.touch()
         until(lambda: mounted.status()["link"]["state"] == "reconnecting")
