@@ -105,6 +105,18 @@ def test_rate() -> None:
     assert 0.5 <= time.monotonic() - start < 2
 
 
+@pytest.mark.parametrize("command", ["wc -c", "head -c 524288 /dev/zero"])
+def test_a_window_passes_its_bytes_once_a_round_trip(command: str) -> None:
+    """Send eight windows, either way: seven round trips pass before the last may start."""
+    start = time.monotonic()
+    done = finish(link("--delay", 20, "--window", "64K", "host", command), bytes(512 * 1024))
+    assert time.monotonic() - start >= 7 * 0.04 + 0.02
+    assert done.stdout in (b"524288\n", bytes(512 * 1024))
+    start = time.monotonic()
+    finish(link("--delay", 20, "--window", "512K", "host", command), bytes(512 * 1024))
+    assert time.monotonic() - start < 7 * 0.04 + 5
+
+
 def test_a_cut_ends_the_connection_and_refuses_new_ones(tmp_path: Path) -> None:
     cut = tmp_path / "cut"
     with running(link("--cut-while", cut, "host", "echo $$; exec cat")) as process:
