@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
+import socketserver
 import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -106,6 +112,49 @@ def test_compare_sees_one_byte_in_a_hole(tmp_path: Path) -> None:
         file.write(b"x")
     with pytest.raises(BenchError, match="from"):
         data.compare(source, destination, "holes")
+
+
+class Echo(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        while data := self.request.recv(1 << 16):
+            self.request.sendall(data)
+
+
+def said_back(port: int, data: bytes) -> bytes:
+    """Send `data` and the end, and return all that comes back."""
+    with socket.create_connection(("127.0.0.1", port), timeout=50) as connection:
+        sending = threading.Thread(target=lambda: (connection.sendall(data), connection.shutdown(socket.SHUT_WR)))
+        sending.start()
+        got = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        sending.join()
+    return got
+
+
+def test_the_relay_delays_each_byte_and_all_connections_share_the_rate() -> None:
+    relay = [PYTHON, "-I", str(Path(data.__file__).with_name("relay.py"))]
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Echo) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
+        words = [*relay, str(server.server_address[1]), "100", "1000000"]
+        with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+            try:
+                port = int(process.stdout.readline())
+                began = time.monotonic()
+                with socket.create_connection(("127.0.0.1", port), timeout=50) as connection:
+                    connection.sendall(b"1")
+                    assert connection.recv(1) == b"1"
+                    assert time.monotonic() - began >= 0.2  # the handshake, then the byte
+                    began = time.monotonic()
+                    connection.sendall(b"2")
+                    assert connection.recv(1) == b"2"
+                    assert 0.1 <= time.monotonic() - began < 5
+                sent = [support.noise(300_000, seed=seed) for seed in (1, 2)]
+                began = time.monotonic()
+                with ThreadPoolExecutor() as pool:
+                    assert list(pool.map(partial(said_back, port), sent)) == sent
+                assert 0.7 <= time.monotonic() - began < 20
+            finally:
+                process.terminate()
+                server.shutdown()
 
 
 @pytest.mark.timeout(120)

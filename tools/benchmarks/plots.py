@@ -138,6 +138,11 @@ PICTURES: dict[str, tuple[str, str, Callable[[list[Group]], Lines]]] = {
         "Reading present blocks, through file systems in user space",
         each_figure("first", "again", "depth_1", "depth_16"),
     ),
+    "ssh": (
+        "ssh",
+        "Over a stock sshd",
+        each_figure("seconds", "first", "share", "trips", "cpu_far"),
+    ),
     "scale": ("scale", "Large and sparse, from the mount to the complete copy", by_size),
 }
 """By name of the file: its part, its title, and the function that makes its panels."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from benchmarks.contestants import OURS, STAGES, STAGES_BLAKE3
 from benchmarks.part_present import BY_PAGE
+from benchmarks.part_ssh import EIGHT, MOUNT, ONE, at
 from benchmarks.part_write import (
     EXAMPLE,
     HYDRATING,
@@ -73,6 +74,7 @@ def targets(results: Results) -> list[Target]:
     plain("mount to first byte", "lazy", "mount to first byte", ROOT, "seconds", 0.4)
     plain("1 TiB sparse, until complete", "scale", "1,024 GiB", ROOT, "seconds", 30)
     found.extend(of_writes(results))
+    found.extend(of_ssh(results))
     for group in results.of("scale"):
         plain(f"{group.case} sparse", "scale", group.case, ROOT, "peak", 100)
     return found
@@ -100,6 +102,29 @@ def of_writes(results: Results) -> Iterator[Target]:
                 yield f"{case}, {what}: × {to}", ratio(case, f"{ours}, {what}", to, "p50"), wanted, False
     if group := results.find("write-pgbench", "pgbench"):
         yield f"pgbench, {WHILE_HYDRATING}: × {ITSELF}", group.ratio(WHILE_HYDRATING, "tps"), 0.5, True
+
+
+def of_ssh(results: Results) -> Iterator[Target]:
+    """Yield the targets of the part `ssh`."""
+    for case, wanted in (("100 ms", 6), ("10 ms", 2), ("0 ms", 1)):
+        if (group := results.find("ssh", f"destination zero, {case}")) and ONE in group.rows:
+            yield f"{OURS}, {group.case}: × 1 connection", group.ratio(OURS, "seconds"), wanted, True
+    for case in ("5 % differ", "destination zero"):
+        if (group := results.find("ssh", f"{case}, 100 ms")) and "rsync" in group.rows:
+            yield f"{OURS} over ssh, {group.case}: × rsync", against(group, "rsync"), 1, True
+    if group := results.find("ssh", "a slow line"):
+        yield "100 Mbit/s, hydrating: % of the line", group.median(MOUNT, "share"), 95, True
+        yield "100 Mbit/s, hydrating: a read, round trips", group.median(MOUNT, "trips"), 1.5, False
+    if (group := results.find("ssh", "in order")) and group.reference != MOUNT:
+        yield "in order, cold, 100 ms: × 1 connection", group.ratio(MOUNT, "first"), 4, True
+    if group := results.find("ssh", "equal"):
+        far, near = (group.median(at(each), "seconds") for each in (100, 0))
+        yield "equal: s that 100 ms add", far - near if far and near else None, 1.5, False
+    if (group := results.find("ssh", "destination zero, 10 ms")) and EIGHT in group.rows:
+        for figure, what in (("cpu_far", "sshd and below"), ("cpu_stages", "stages")):
+            eight, one = group.median(EIGHT, figure), group.median(ONE, figure)
+            ratio = eight / one if eight and one else None
+            yield f"CPU at the source, {what}: 8 × 1 connection", ratio, 1.3, False
 
 
 def against(group: Group, peer: str) -> float | None:
