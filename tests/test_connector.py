@@ -22,7 +22,7 @@ from blockcopy.replica.plan import Plan
 from blockcopy.replica.source import connector as connector_module
 from blockcopy.replica.source.batches import Delta, Signatures, Sink
 from blockcopy.replica.source.connector import Connector
-from blockcopy.replica.source.link import Link
+from blockcopy.replica.source.pool import Pool
 from blockcopy.transport.start_timeout import LOGIN_SECONDS, WARN_SECONDS
 
 DATA = bytes(range(256)) * 50
@@ -59,6 +59,9 @@ class ScriptedClient:
 
     async def close(self) -> None:
         self.end()
+
+    async def ping(self) -> bool:
+        return False
 
     def begin_serving(self) -> None:
         self.answered_at = None
@@ -251,7 +254,7 @@ def test_a_lost_connection_is_opened_again_with_back_off(play: Callable[..., Scr
     """A request that waits meanwhile is answered by the next connection."""
 
     async def scenario(connector: Connector, nursery: trio.Nursery, script: Script) -> None:
-        link = Link(connector, nursery, give_up_after=60)
+        link = Pool(connector, nursery, give_up_after=60)
         nursery.start_soon(link.run)
         await link.ask(SIGNATURES, NOWHERE, trio.current_time())
         script.clients[0].end()
@@ -271,7 +274,7 @@ def test_a_task_that_will_give_up_has_attempts_each_five_seconds(play: Callable[
     """Nobody waits for the first 100 seconds, and the attempts are up to 30 seconds apart by then."""
 
     async def scenario(connector: Connector, nursery: trio.Nursery, script: Script) -> None:
-        link = Link(connector, nursery, give_up_after=60)
+        link = Pool(connector, nursery, give_up_after=60)
         nursery.start_soon(link.run)
         await trio.sleep(100)
         before = len(script.clients)
@@ -287,7 +290,7 @@ def test_a_source_that_changed_on_one_link_ends_all_links(play: Callable[..., Sc
     """Also what arrives over a connection that was opened before."""
 
     async def scenario(connector: Connector, nursery: trio.Nursery, script: Script) -> None:
-        links = [Link(connector, nursery, give_up_after=60) for _ in range(2)]
+        links = [Pool(connector, nursery, give_up_after=60) for _ in range(2)]
         for link in links:
             await link.open()
             nursery.start_soon(link.run)
@@ -305,7 +308,7 @@ def test_a_source_that_changed_on_one_link_ends_all_links(play: Callable[..., Sc
 
 def test_a_request_is_hedged_over_the_fallback_while_its_own_link_is_away(play: Callable[..., Script]) -> None:
     async def scenario(connector: Connector, nursery: trio.Nursery, script: Script) -> None:
-        link, fallback = (Link(connector, nursery, give_up_after=seconds) for seconds in (0, 60))
+        link, fallback = (Pool(connector, nursery, give_up_after=seconds) for seconds in (0, 60))
         link.fallback = fallback
         for each in (link, fallback):
             await each.open()
@@ -327,7 +330,7 @@ def test_a_request_is_hedged_over_the_fallback_while_its_own_link_is_away(play: 
 
 def test_without_its_fallback_a_link_that_gives_up_at_once_fails_at_once(play: Callable[..., Script]) -> None:
     async def scenario(connector: Connector, nursery: trio.Nursery, script: Script) -> None:
-        link = Link(connector, nursery, give_up_after=0)
+        link = Pool(connector, nursery, give_up_after=0)
         await link.open()
         nursery.start_soon(link.run)
         script.clients[0].end()

@@ -51,7 +51,7 @@ from blockcopy.replica.engine import Plan, Replica, open_replica
 from blockcopy.replica.hydration.committer import Committer
 from blockcopy.replica.hydration.writer import Writer
 from blockcopy.replica.source.batches import Delta
-from blockcopy.replica.source.link import Link
+from blockcopy.replica.source.pool import Pool
 from blockcopy.replica.state.blockmap import BlockMap
 from blockcopy.replica.state.statefile import StateFile, WriteTimes
 from blockcopy.replica.state.user_pages import UserPages
@@ -401,9 +401,9 @@ async def work(replica: Replica, user: User, chance: random.Random, times: int) 
 
 def write_once(source: Path, destination: Path, chance: random.Random, recorder: Recorder, user: User) -> None:
     """Run a writable replica. The source answers while the user writes."""
-    ask = Link.ask
+    ask = Pool.ask
 
-    async def ask_late(link: Link, *args: Any) -> Delta:
+    async def ask_late(link: Pool, *args: Any) -> Delta:
         await user.wait_until_written(chance.randrange(6))
         return await ask(link, *args)
 
@@ -416,7 +416,7 @@ def write_once(source: Path, destination: Path, chance: random.Random, recorder:
                 await replica.wait_complete()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Link, "ask", ask_late)
+        patch.setattr(Pool, "ask", ask_late)
         trio.run(main)
 
 

@@ -41,7 +41,7 @@ from support import (
 from blockcopy.block.geometry import Extent
 from blockcopy.errors import SourceChangedError, SourceError
 from blockcopy.replica.source.batches import Delta, Signatures, UnreadableBlock
-from blockcopy.replica.source.link import Link
+from blockcopy.replica.source.pool import Pool
 
 Mounter = Callable[..., Mount]
 
@@ -577,6 +577,10 @@ class FakeRetriever:
         self.answered_at = trio.current_time()
         return NOTHING_DIFFERS
 
+    async def ping(self) -> bool:
+        await trio.lowlevel.checkpoint()
+        return False
+
     async def close(self) -> None:
         self.end()
 
@@ -609,7 +613,7 @@ class FakeConnector:
 
 
 def with_link(
-    scenario: Callable[[Link, FakeConnector], Any], plan: Sequence[Any] = (), patience: float = 60
+    scenario: Callable[[Pool, FakeConnector], Any], plan: Sequence[Any] = (), patience: float = 60
 ) -> None:
     """Run it beside the link, whose clock jumps; the link is closed in the end."""
 
@@ -617,7 +621,7 @@ def with_link(
         connector = FakeConnector(plan)
         with trio.fail_after(10_000):
             async with trio.open_nursery() as nursery:
-                link = Link(connector, nursery, give_up_after=patience)  # type: ignore[arg-type]
+                link = Pool(connector, nursery, give_up_after=patience)  # type: ignore[arg-type]
                 nursery.start_soon(link.run)
                 await scenario(link, connector)
                 await link.close()
@@ -632,7 +636,7 @@ def assert_delays(connector: FakeConnector, longest: list[float]) -> None:
 
 
 def test_attempts_are_further_and_further_apart() -> None:
-    async def scenario(link: Link, connector: FakeConnector) -> None:
+    async def scenario(link: Pool, connector: FakeConnector) -> None:
         await trio.sleep(200)
         assert_delays(connector, [1, 2, 4, 8, 16, 30, 30, 30])
         assert (link.is_connected, link.reconnects) == (False, 0)
@@ -645,7 +649,7 @@ def test_after_an_answer_the_next_attempt_is_soon_again() -> None:
     first, second, third = FakeRetriever(), FakeRetriever(), FakeRetriever()
     away = SourceError("nobody is there")
 
-    async def scenario(link: Link, connector: FakeConnector) -> None:
+    async def scenario(link: Pool, connector: FakeConnector) -> None:
         for retriever in (first, second, third):
             await link.ask([QUESTION], SINK, trio.current_time())
             retriever.end()
@@ -662,7 +666,7 @@ def test_a_connection_that_never_answered_does_not_count() -> None:
     for each in connections:
         each.end()
 
-    async def scenario(link: Link, connector: FakeConnector) -> None:
+    async def scenario(link: Pool, connector: FakeConnector) -> None:
         await trio.sleep(40)
         assert_delays(connector, [1, 2, 4, 8, 16])
 
@@ -670,7 +674,7 @@ def test_a_connection_that_never_answered_does_not_count() -> None:
 
 
 def test_who_asks_waits_as_long_as_its_patience_and_others_longer() -> None:
-    async def scenario(link: Link, connector: FakeConnector) -> None:
+    async def scenario(link: Pool, connector: FakeConnector) -> None:
         start = trio.current_time()
         with pytest.raises(SourceError, match="after 60 seconds without an answer: nobody is there"):
             await link.ask([QUESTION], SINK, start)
@@ -689,7 +693,7 @@ def test_the_last_look_at_the_source_waits_for_a_connection_that_answers() -> No
     """A copy is not called complete because nobody was there to say that the source is another."""
     silent, later = FakeRetriever(), FakeRetriever()
 
-    async def scenario(link: Link, connector: FakeConnector) -> None:
+    async def scenario(link: Pool, connector: FakeConnector) -> None:
         async def check(retriever: FakeRetriever) -> None:
             if retriever is silent:
                 raise SourceError("it gave no answer")
@@ -708,7 +712,7 @@ def test_the_last_look_at_the_source_waits_for_a_connection_that_answers() -> No
 def test_patience_is_counted_from_the_last_answer() -> None:
     first = FakeRetriever()
 
-    async def scenario(link: Link, connector: FakeConnector) -> None:
+    async def scenario(link: Pool, connector: FakeConnector) -> None:
         await link.ask([QUESTION], SINK, 0)
         start = trio.current_time()
         first.end()
@@ -731,9 +735,9 @@ class TricklingRetriever(FakeRetriever):
 def test_connections_without_an_answer_do_not_prolong_a_patience() -> None:
     """One of the two links is always up."""
 
-    async def scenario(link: Link, connector: FakeConnector) -> None:
+    async def scenario(link: Pool, connector: FakeConnector) -> None:
         async with trio.open_nursery() as nursery:
-            link.fallback = Link(connector, nursery, give_up_after=math.inf)  # type: ignore[arg-type]
+            link.fallback = Pool(connector, nursery, give_up_after=math.inf)  # type: ignore[arg-type]
             nursery.start_soon(link.fallback.run)
             start = trio.current_time()
             with pytest.raises(SourceError, match="60 seconds without an answer: it broke"):
@@ -748,7 +752,7 @@ def test_what_was_in_flight_is_asked_of_the_next_connection() -> None:
     broken, good = FakeRetriever(), FakeRetriever()
     broken.end()
 
-    async def scenario(link: Link, connector: FakeConnector) -> None:
+    async def scenario(link: Pool, connector: FakeConnector) -> None:
         assert await link.ask([QUESTION, QUESTION], SINK, trio.current_time()) == NOTHING_DIFFERS
         assert good.answered_at is not None
         assert link.reconnects == 1
@@ -770,7 +774,7 @@ class MortalRetriever(FakeRetriever):
 
 
 def test_what_ends_connection_after_connection_is_found_out_block_by_block() -> None:
-    async def scenario(link: Link, connector: FakeConnector) -> None:
+    async def scenario(link: Pool, connector: FakeConnector) -> None:
         answer = await link.ask([Signatures(0, 3, 1, b"abc")], SINK, 0)
         assert sorted(answer.data) == [Extent(0, 1), Extent(2, 1)]
         assert answer.unreadable == [UnreadableBlock(Extent(1, 1), "it broke")]
@@ -781,7 +785,7 @@ def test_what_ends_connection_after_connection_is_found_out_block_by_block() -> 
 
 
 def test_a_source_that_ends_at_everything_is_given_up() -> None:
-    async def scenario(link: Link, connector: FakeConnector) -> None:
+    async def scenario(link: Pool, connector: FakeConnector) -> None:
         with pytest.raises(SourceError, match="ended at more than 64 blocks"):
             await link.ask([Signatures(0, 140, 1, bytes(140))], SINK, trio.current_time())
 
@@ -789,7 +793,7 @@ def test_a_source_that_ends_at_everything_is_given_up() -> None:
 
 
 def test_another_source_is_the_end_of_the_link() -> None:
-    async def scenario(link: Link, connector: FakeConnector) -> None:
+    async def scenario(link: Pool, connector: FakeConnector) -> None:
         with pytest.raises(SourceChangedError, match="source changed"):
             await link.ask([QUESTION], SINK, trio.current_time())
         await trio.sleep(100)
@@ -801,7 +805,7 @@ def test_another_source_is_the_end_of_the_link() -> None:
 
 
 def test_a_link_that_is_closed_lets_everybody_go() -> None:
-    async def scenario(link: Link, connector: FakeConnector) -> None:
+    async def scenario(link: Pool, connector: FakeConnector) -> None:
         async with trio.open_nursery() as nursery:
 
             async def wait_in_vain() -> None:
@@ -825,7 +829,7 @@ def test_a_link_whose_tasks_were_cancelled_can_be_closed(plan: list[Any]) -> Non
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            link = Link(FakeConnector(plan), nursery, give_up_after=60)  # type: ignore[arg-type]
+            link = Pool(FakeConnector(plan), nursery, give_up_after=60)  # type: ignore[arg-type]
             nursery.start_soon(link.run)
             await trio.sleep(5)
             nursery.cancel_scope.cancel()

@@ -10,6 +10,9 @@ from blockcopy.block.geometry import MAX_POSITION
 from blockcopy.paths.places import holds_devices, names_folder
 from blockcopy.protocol.compression import CompressionSpec
 
+MAX_CONNECTIONS = 32
+"""Most connections that a user may ask for."""
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -47,6 +50,18 @@ def regular_file(text: str) -> str:
     if holds_devices(os.path.realpath(os.path.dirname(path) or ".")):
         raise argparse.ArgumentTypeError(f"{path!r} lies among devices, and would be replaced")
     return path
+
+
+def connections(text: str) -> int | None:
+    """Return the number of connections that `text` names, or None for "auto".
+
+    Raises ArgumentTypeError if `text` is anything else.
+    """
+    if text == "auto":
+        return None
+    if not re.fullmatch(r"[1-9]\d?", text) or int(text) > MAX_CONNECTIONS:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number from 1 to {MAX_CONNECTIONS}")
+    return int(text)
 
 
 def compression(text: str) -> CompressionSpec:

@@ -166,6 +166,12 @@ def _add_copy_options(parser: argparse.ArgumentParser) -> None:
         type=option_types.rate,
         help="copy at most RATE bytes per second in the background, such as 20M (default: no limit)",
     )
+    copy.add_argument(
+        "--connections",
+        metavar="N",
+        type=option_types.connections,
+        help="copy over N connections, or auto: as many as pay (default: auto)",
+    )
     copy.add_argument("--verify", action="store_true", help="compare both ends when the copy is complete")
     add_sparse(copy)
     add_compress(copy, "compress on the source", "auto over a network", default=argparse.SUPPRESS)

@@ -113,6 +113,7 @@ def plan_of(args: argparse.Namespace, command: Command, **more: Any) -> Plan:
         timeout=args.timeout,
         reconnect_timeout=args.reconnect_timeout,
         prompts=prompts(command.location),
+        connections=args.connections,
         limit=args.limit,
         verify=args.verify,
         compression=compression,

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 
 import trio
 
@@ -22,10 +23,12 @@ from blockcopy.block.device import Device, open_source
 from blockcopy.block.geometry import BLOCK_SIZE, Geometry
 from blockcopy.block.identity import shows_writes
 from blockcopy.errors import DestinationRefusedError, DeviceError, SourceError, StateError
+from blockcopy.replica.hydration.lanes import bulk_window, demand_window
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.replica import Replica
 from blockcopy.replica.source.connector import Connector
-from blockcopy.replica.source.link import Link
+from blockcopy.replica.source.pool import Pool
+from blockcopy.replica.source.scaling import MAX_CONNECTIONS, Scaling
 from blockcopy.replica.state import recovery
 from blockcopy.replica.state.blockmap import BlockMap
 from blockcopy.replica.state.statefile import Record, StateFile
@@ -34,6 +37,15 @@ logger = logging.getLogger(__name__)
 
 _MAX_SIZE = 1 << 50
 """Most bytes of a source. A block map of this size takes 1 GiB."""
+
+_SPARE_CONNECTIONS = 2
+"""Connections of a login that one lane leaves to the other."""
+
+_BORROW_AFTER = 2
+"""Failed attempts in a row after which background hydration shares the connections of the readers.
+
+A server may allow one session only.
+"""
 
 
 @asynccontextmanager
@@ -51,8 +63,8 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
             async with trio.open_nursery() as nursery:
                 guess = record.binding.source["size"] if record else existing.size() if existing else 0
                 connector = Connector(plan, size_guess=guess)
-                links = _links(plan, connector, nursery)
-                is_reached = await _connect(plan, links, connector, record, nursery)
+                demand, bulk = _pools(plan, connector, nursery)
+                is_reached = await _connect(plan, demand, bulk, record, nursery)
                 source = connector.identity
                 if source is None:  # impossible: `_connect` would have raised
                     raise SourceError(f"{plan.command.location} did not send its identity")
@@ -67,7 +79,7 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
                 if state_file and record and recovery.matches_source(state_file, record, source):
                     reached = source if is_reached else None
                     blockmap = recovery.resume_blockmap(state_file, record, device, geometry, reached)
-                replica = Replica(plan, device, blockmap, state_file, links, nursery)
+                replica = Replica(plan, device, blockmap, state_file, demand, bulk, nursery)
                 await nursery.start(replica.run, source)
                 try:
                     yield replica
@@ -81,17 +93,48 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
                     await replica.close()
 
 
-def _links(plan: Plan, connector: Connector, nursery: trio.Nursery) -> list[Link]:
-    """Return a list of the links over `connector` that `plan` needs: one for each lane, or one for both.
+def _pools(plan: Plan, connector: Connector, nursery: trio.Nursery) -> tuple[Pool, Pool]:
+    """Return the pools over `connector` for readers and for background hydration: one for both if `plan` needs one.
 
     `nursery`: runs their connections.
     """
-    link = Link(connector, nursery, give_up_after=plan.reconnect_timeout)
+    most = MAX_CONNECTIONS - _SPARE_CONNECTIONS if plan.demand and plan.hydrate else MAX_CONNECTIONS
+    is_alone = not plan.demand and not plan.command.location.host
+    bulk = Pool(
+        connector,
+        nursery,
+        # Beside readers, background hydration waits for the source for ever.
+        give_up_after=math.inf if plan.demand and plan.hydrate else plan.reconnect_timeout,
+        scaling=_scaling(plan, most, is_fixed=plan.connections is not None and plan.hydrate),
+        new_window=partial(bulk_window, is_alone=is_alone),
+    )
     if not (plan.demand and plan.hydrate):
-        return [link]
-    # Beside readers, background hydration waits for the source for ever.
-    link.fallback = Link(connector, nursery, give_up_after=math.inf)
-    return [link, link.fallback]  # a slow answer on the bulk link is better than none
+        return bulk, bulk
+    demand = Pool(
+        connector,
+        nursery,
+        give_up_after=plan.reconnect_timeout,
+        scaling=_scaling(plan, most, is_fixed=False),
+        new_window=demand_window,
+    )
+    demand.fallback = bulk  # a slow answer on a bulk connection is better than none
+    bulk.fallback, bulk.fallback_after = demand, _BORROW_AFTER
+    return demand, bulk
+
+
+def _scaling(plan: Plan, most: int, *, is_fixed: bool) -> Scaling:
+    """Return what decides how many connections a pool of `plan` has.
+
+    `most`: the most connections, unless the user named a number. `is_fixed`: the pool opens all at once.
+
+    A program at a location of this host has no channel whose window could bind. If each login may ask for a
+    password, there is one.
+    """
+    shares_login = bool(plan.command.route.logout)
+    count = plan.connections or (most if plan.command.location.host else 1)
+    if plan.prompts and not shares_login:
+        count = 1
+    return Scaling(count, is_fixed=is_fixed, shares_login=shares_login)
 
 
 def _geometry(plan: Plan, size: int) -> Geometry:
@@ -136,31 +179,28 @@ def _open_state_file(plan: Plan, device: Device, stack: ExitStack) -> tuple[Stat
     return state_file, record
 
 
-async def _connect(
-    plan: Plan, links: list[Link], connector: Connector, record: Record | None, nursery: trio.Nursery
-) -> bool:
-    """Open `links`, and run them in `nursery`. Returns whether the source was reached.
+async def _connect(plan: Plan, demand: Pool, bulk: Pool, record: Record | None, nursery: trio.Nursery) -> bool:
+    """Open the pools `demand` and `bulk`, and run them in `nursery`. Returns whether the source was reached.
 
-    Links open side by side, with two exceptions. If they share a login, the first link logs in. If each may ask for
+    They open side by side, with two exceptions. If they share a login, the first one logs in. If each may ask for
     a password, they open one by one, before the terminal is gone.
-    If the source is away, `plan` may allow an offline start. `connector` then takes its identity from `record`. A
-    user begins to write only after the source was reached: the copy may be an old one.
+    If the source is away, `plan` may allow an offline start. Its identity is then that of `record`. A user begins
+    to write only after the source was reached: the copy may be an old one.
     A complete copy that the user has written to needs no source: nothing is opened.
     Raises SourceError if the source is away and there is no offline start.
     """
+    connector = demand.connector
     if record is not None and record.has_user_writes and recovery.is_complete(record) and not plan.verify:
         connector.identity = record.binding.source
         return False
-    first, *others = links
-    shares_login = bool(plan.command.route.logout)
-    if not (plan.prompts or shares_login):
-        for link in others:
-            nursery.start_soon(link.run)
+    pools = [demand] if demand is bulk else [demand, bulk]
+    one_by_one = bool(plan.command.route.logout) or plan.prompts
+    if not one_by_one and bulk is not demand:
+        nursery.start_soon(bulk.run)
     try:
-        await first.open()
-        if plan.prompts and not shares_login:
-            for link in others:
-                await link.open()
+        await demand.open()
+        if plan.prompts and not plan.command.route.logout and bulk is not demand:
+            await bulk.open()
         return True
     except SourceError as error:
         if record is None or not plan.resume_offline or (plan.writable and not record.has_user_writes):
@@ -171,8 +211,8 @@ async def _connect(
             connector.identity = record.binding.source
         return is_reached
     finally:
-        for link in links if plan.prompts or shares_login else [first]:
-            nursery.start_soon(link.run)
+        for pool in pools if one_by_one else [demand]:
+            nursery.start_soon(pool.run)
 
 
 def _claim_existing(plan: Plan, stack: ExitStack) -> Destination | None:

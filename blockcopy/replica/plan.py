@@ -44,6 +44,8 @@ class Plan:
     """No read takes longer, whatever happens."""
     prompts: bool = False
     """Whether ssh may ask for a password at a terminal. Then connections open one by one, and without haste."""
+    connections: int | None = None
+    """The number of connections for background hydration, and the most for readers. None: as many as pay."""
     limit: int | None = None
     """The rate limit of background hydration in bytes per second, or None."""
     verify: bool = False

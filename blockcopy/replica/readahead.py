@@ -4,14 +4,14 @@
 
 A stream is a reader in order. Two adjacent reads begin a stream, or three reads at equal distances. Reads between
 them do not matter. The streams that were read least recently are forgotten. A stream is read ahead, and twice as
-far after each read that had to wait. The window of the link bounds that: it is sized to keep the link busy.
+far after each read that had to wait. The windows of the links bound that: they are sized to keep the links busy.
 """
 
 from __future__ import annotations
 
 from collections import deque
 
-from blockcopy.replica.source.window import Window
+from blockcopy.replica.source.window import Bounds
 
 _MAX_STREAMS = 16
 _MAX_LONE_READS = 32
@@ -68,11 +68,11 @@ class _Stream:
 class ReadAhead:
     """A predictor of reads on one device. Call from trio's thread only."""
 
-    def __init__(self, block_count: int, window: Window) -> None:
+    def __init__(self, block_count: int, window: Bounds) -> None:
         """Make a predictor without streams.
 
         `block_count`: number of blocks of the device.
-        `window`: the window of the link, which bounds the read-ahead.
+        `window`: bounds the read-ahead.
         """
         self._block_count = block_count
         self._window = window

@@ -29,7 +29,7 @@ from blockcopy.replica.hydration.throttle import Throttle
 from blockcopy.replica.hydration.writer import Writer
 from blockcopy.replica.monitor.status import LinkState, LinkStatus, MapCell, State, Status
 from blockcopy.replica.plan import Plan
-from blockcopy.replica.source.link import Link
+from blockcopy.replica.source.pool import Pool
 from blockcopy.replica.state.blockmap import BlockMap
 from blockcopy.replica.state.statefile import StateFile
 from blockcopy.replica.verify import compare
@@ -53,12 +53,13 @@ class Replica:
         device: Destination,
         blockmap: BlockMap,
         state_file: StateFile | None,
-        links: list[Link],
+        demand: Pool,
+        bulk: Pool,
         nursery: trio.Nursery,
     ) -> None:
         """Make the replica of `plan`, which does not run yet.
 
-        `links`: the first serves the demand lane, the last the bulk lane. They may be the same link.
+        `demand`, `bulk`: the connections for readers and for background hydration. They may be the same pool.
         `device`: the destination. `blockmap`: the blocks that are present, in the geometry of the source.
         `state_file`: None to record nothing.
         `nursery`: runs the fetches.
@@ -67,17 +68,16 @@ class Replica:
         self._device = device
         self._blockmap = blockmap
         self._geometry = blockmap.geometry
-        self._links = links
-        demand = self._demand = demand_lane(links[0])
-        is_alone = not plan.demand and not plan.command.location.host
-        self._bulk = bulk_lane(links[-1], is_alone=is_alone, drop_behind=device.exceeds_cache())
+        self._pools = (demand,) if demand is bulk else (demand, bulk)
+        lane = self._demand = demand_lane(demand)
+        self._bulk = bulk_lane(bulk, drop_behind=device.exceeds_cache())
         writer = Writer(device, blockmap, sparse=plan.sparse)
-        self._hydrator = Hydrator(writer, [demand, self._bulk], nursery)
+        self._hydrator = Hydrator(writer, [lane, self._bulk], nursery)
         self._committer = Committer(state_file, self._hydrator, source=str(plan.command.location))
         self._state_file = str(state_file.path) if state_file else None
-        self.throttle = Throttle(self._bulk.window, lambda: demand.active_at, plan.limit)
+        self.throttle = Throttle(self._bulk.window, lambda: lane.active_at, plan.limit)
         self.volume = Volume(
-            self._hydrator, demand, nursery, give_up_after=plan.max_wait, before_write=self._begin_write
+            self._hydrator, lane, nursery, give_up_after=plan.max_wait, before_write=self._begin_write
         )
         self.hydrates = plan.hydrate
         """Whether there is background hydration, paused or not."""
@@ -156,7 +156,7 @@ class Replica:
 
     async def _finish(self) -> None:
         # A copy that was complete before needs no source. The source may be gone for good.
-        if self._blockmap.resumed_bytes < self._geometry.size or any(link.is_connected for link in self._links):
+        if self._blockmap.resumed_bytes < self._geometry.size or any(pool.is_connected for pool in self._pools):
             await self._check_source()
         if self._plan.verify:
             await self._verify()
@@ -169,11 +169,11 @@ class Replica:
         logger.info("%s is a complete copy of %s", self._plan.destination, self._plan.command.location)
 
     async def _check_source(self) -> None:
-        """Check the identity of the source, over the first link that is up.
+        """Check the identity of the source, over the first connection that is up.
 
         Raises SourceChangedError if the source has changed.
         """
-        await self._links[-1].check(*self._links[:-1])
+        await self._bulk.pool.check(self._demand.pool)
 
     async def _watch(self) -> None:
         """Watch for changes by others. Raises DestinationLostError if others moved or changed the destination.
@@ -206,7 +206,7 @@ class Replica:
         self._verified, self._verifying = 0, True  # stays True until the copy is complete or has failed
         await trio.to_thread.run_sync(self._device.drop_cache)
         verdict = await compare(
-            self._device, self._geometry, self._links[-1], report, self._note_verified, self._blockmap.user
+            self._device, self._geometry, self._bulk.pool, report, self._note_verified, self._blockmap.user
         )
         if first is not None and may_be_users:
             words = "%d bytes of %s differ, and count as the user's: a mount was killed before it recorded all"
@@ -278,11 +278,11 @@ class Replica:
                 await self._hydrator.ensure(blocks[start - blocks.start :][:_PREFETCH_BLOCKS], self._bulk)
 
     async def disconnect(self) -> None:
-        """Close the links to the source for good. Reads that wait for the source fail now."""
+        """Close the connections to the source for good. Reads that wait for the source fail now."""
         self._closing = True
         async with trio.open_nursery() as nursery:
-            for link in self._links:
-                nursery.start_soon(link.close)
+            for pool in self._pools:
+                nursery.start_soon(pool.close)
 
     async def close(self) -> None:
         """Sync, record, and close the state file. Call after `disconnect`. Raises DeviceError if a sync fails."""
@@ -311,13 +311,13 @@ class Replica:
         """The state of the copy. Call from trio's thread only."""
         if self._is_copy:
             return State.COMPLETE
-        if self._device.lost or self._failure or self._links[0].changed:
+        if self._device.lost or self._failure or self._demand.pool.changed:
             return State.FAILED
         if self._verifying:
             return State.VERIFYING
         if self.throttle.paused:
             return State.PAUSED
-        if not self._links[-1].is_connected:
+        if not self._bulk.pool.is_connected:
             return State.RECONNECTING if self._link_error else State.STARTING
         return State.HYDRATING if self._plan.hydrate else State.PAUSED
 
@@ -326,7 +326,7 @@ class Replica:
         size, hydrated, state = self._geometry.size, self._blockmap.present_bytes, self.state
         progress, skipped = self._progress
         rate = self._meter.rate(progress - skipped) if state in (State.HYDRATING, State.VERIFYING) else 0
-        error = self._device.lost or self._links[0].changed or self._failure or self._hydrator.last_error
+        error = self._device.lost or self._demand.pool.changed or self._failure or self._hydrator.last_error
         unreadable = self._blockmap.unreadable_ranges()
         return Status(
             state=state,
@@ -345,8 +345,8 @@ class Replica:
             unreadable_ranges=tuple(unreadable.ranges),
             verified_bytes=self._verified,
             verified_percent=floored_percent(self._verified, size) if self._plan.verify else None,
-            sent_bytes=sum(link.sent_bytes for link in self._links),
-            received_bytes=sum(link.received_bytes for link in self._links),
+            sent_bytes=sum(pool.sent_bytes for pool in self._pools),
+            received_bytes=sum(pool.received_bytes for pool in self._pools),
             rate_bytes_per_s=rate,
             limit_bytes_per_s=self.throttle.limit,
             eta_seconds=eta(progress, size, rate),
@@ -381,19 +381,19 @@ class Replica:
 
     @property
     def _link_error(self) -> SourceError | None:
-        """The last error of a link to the source. None if no link has failed."""
-        return next((link.last_error for link in self._links if link.last_error), None)
+        """The last error of a connection to the source. None if none has failed."""
+        return next((pool.last_error for pool in self._pools if pool.last_error), None)
 
     def _link_status(self) -> LinkStatus:
         last_error = self._link_error
         if self._closing:
             state = LinkState.CLOSED
-        elif all(link.is_connected for link in self._links):
+        elif all(pool.is_connected for pool in self._pools):
             state = LinkState.CONNECTED
         else:  # a connection that was up and is not has an error
             state = LinkState.RECONNECTING if last_error else LinkState.CONNECTING
         return LinkStatus(
             state=state,
-            reconnects=sum(link.reconnects for link in self._links),
+            reconnects=sum(pool.reconnects for pool in self._pools),
             last_error=str(last_error) if last_error else None,
         )

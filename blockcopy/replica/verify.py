@@ -23,7 +23,7 @@ from blockcopy.replica.hydration.throttle import BATCH_BLOCKS
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.source.batches import DISCARD
 from blockcopy.replica.source.connector import Connector
-from blockcopy.replica.source.link import Link
+from blockcopy.replica.source.pool import Pool
 from blockcopy.replica.state.recovery import recorded_user_pages
 from blockcopy.replica.state.user_pages import UserPages
 
@@ -69,9 +69,9 @@ async def verify(
         async with trio.open_nursery() as nursery:
             local_size = device.size()
             connector = Connector(plan, size_guess=local_size)
-            link = Link(connector, nursery, give_up_after=plan.reconnect_timeout)
-            await link.open()
-            nursery.start_soon(link.run)
+            pool = Pool(connector, nursery, give_up_after=plan.reconnect_timeout)
+            await pool.open()
+            nursery.start_soon(pool.run)
             remote_size = connector.identity["size"] if connector.identity else 0
             total = remote_size if source_size is None else source_size
             copy_size = local_size if source_size is None else remote_size
@@ -81,33 +81,33 @@ async def verify(
 
             geometry = Geometry(min(total, remote_size))
             user = recorded_user_pages(device, geometry) if source_size is None else None
-            verdict = await compare(device, geometry, link, report, completed, user)
+            verdict = await compare(device, geometry, pool, report, completed, user)
             if total > remote_size:
                 report(Extent(remote_size, total - remote_size))
                 verdict.size = total
                 verdict.differing_bytes += total - remote_size
             if not verdict.differing_bytes:
                 await trio.to_thread.run_sync(device.check_in_place, abandon_on_cancel=True)
-                await link.check()
+                await pool.check()
                 changes = differences(before, await trio.to_thread.run_sync(source_identity, device))
                 if changes:
                     raise DeviceError(f"{plan.destination} changed during the comparison: {'; '.join(changes)}")
             verdict.tail_bytes = max(0, copy_size - total)
-            await link.close()
+            await pool.close()
     return verdict
 
 
 async def compare(
     device: Device,
     geometry: Geometry,
-    link: Link,
+    pool: Pool,
     report: Callable[[Extent], None],
     completed: Callable[[int], None],
     user: UserPages | None = None,
 ) -> Verdict:
-    """Compare every block of `device` with the other end of `link`, which has this `geometry`.
+    """Compare every block of `device` with the other end of `pool`, which has this `geometry`.
 
-    Bytes that `device` lacks differ. `link` must be connected. Returns the verdict.
+    Bytes that `device` lacks differ. `pool` must be connected. Returns the verdict.
 
     `report`: called with each Extent that differs, ascending. Adjacent ones are joined.
     `completed`: called with the number of bytes compared so far, again and again.
@@ -124,7 +124,7 @@ async def compare(
 
     ranges = ExtentJoiner(differs)
     local = Geometry(min(device.size(), geometry.size), geometry.block_size)
-    comparison = _Comparison(device, local, link, verdict, user)
+    comparison = _Comparison(device, local, pool, verdict, user)
     for start in range(0, local.block_count, _ROUND_BLOCKS):
         blocks = range(start, min(start + _ROUND_BLOCKS, local.block_count))
         for extent in await comparison.differences(blocks):
@@ -141,12 +141,12 @@ class _Comparison:
     """A comparison of blocks that both ends have. It adds unreadable blocks to `verdict`."""
 
     def __init__(
-        self, device: Device, geometry: Geometry, link: Link, verdict: Verdict, user: UserPages | None
+        self, device: Device, geometry: Geometry, pool: Pool, verdict: Verdict, user: UserPages | None
     ) -> None:
         self._user = user
         self._device = device
         self._geometry = geometry
-        self._link = link
+        self._pool = pool
         self._verdict = verdict
         self._threads = trio.CapacityLimiter(len(os.sched_getaffinity(0)))
 
@@ -182,11 +182,11 @@ class _Comparison:
 
     async def _ask(self, batch: Sequence[int]) -> list[Extent]:
         since = trio.current_time()
-        digest = await self._link.digest(since)
+        digest = await self._pool.digest(since)
         local_unreadable = UnreadableRanges()
         read = partial(read_signatures, self._device, self._geometry, batch, digest, local_unreadable)
         signatures = await trio.to_thread.run_sync(read, limiter=self._threads)
-        answer = await self._link.ask(signatures, DISCARD, since)
+        answer = await self._pool.ask(signatures, DISCARD, since)
         for each in answer.unreadable:
             self._verdict.remote_unreadable.add(*each)
         extents = [*answer.data, *answer.zeros]

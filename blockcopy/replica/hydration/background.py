@@ -111,7 +111,7 @@ class BackgroundHydration:
             extent = Extent(start, min(_SURVEY_BYTES, self._geometry.size - start))
             generation = self._blockmap.generation
             try:
-                holes = await self._bulk.link.holes(extent, self._geometry.block_size, trio.current_time())
+                holes = await self._bulk.pool.holes(extent, self._geometry.block_size, trio.current_time())
                 common = await trio.to_thread.run_sync(list, _common_holes(self._device, self._geometry, holes))
             except BlockcopyError as error:
                 logger.debug("cannot find the holes of the source: %s", error)

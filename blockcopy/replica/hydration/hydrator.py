@@ -159,7 +159,7 @@ class Hydrator:
                     fetch.scope.cancel()
 
     async def _fetch(self, blocks: Sequence[int], lane: Lane, since: float) -> None:
-        digest = await lane.link.digest(since)
+        digest = await lane.pool.digest(since)
         generation = self.blockmap.generation
         read = partial(
             read_signatures,
@@ -171,9 +171,7 @@ class Hydrator:
             drop_behind=lane.drop_behind,
         )
         signatures = await trio.to_thread.run_sync(read, limiter=lane.threads)
-        asked_at = trio.current_time()
-        answer = await lane.link.ask(signatures, self.writer, since)
-        lane.window.record_fetch(len(blocks), trio.current_time() - asked_at)
+        answer = await lane.pool.ask(signatures, self.writer, since)
         if self.blockmap.generation != generation or self._dropping_cache:
             return  # a sync failed meanwhile: what was read or written may be lost again
         self._mark(blocks, answer)

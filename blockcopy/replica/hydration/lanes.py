@@ -1,4 +1,4 @@
-"""The lanes of a replica: a link each, and the bounds for what is in flight on the link.
+"""The lanes of a replica: a pool of connections each, and the bounds for what is in flight.
 
 The demand lane serves readers: small batches, which land soon. The bulk lane serves background hydration: large
 batches, which cost little per block.
@@ -15,7 +15,7 @@ import trio
 
 from blockcopy.errors import BlockcopyError
 from blockcopy.replica.hydration.throttle import BATCH_BLOCKS
-from blockcopy.replica.source.link import Link
+from blockcopy.replica.source.pool import Pool, PoolWindow
 from blockcopy.replica.source.window import Window
 from blockcopy.stage.pipeline import WORKERS
 
@@ -23,10 +23,13 @@ _DEMAND_BATCH_BLOCKS = 16
 """Most blocks of a demand fetch: 2 MiB. A reader of one of them waits for all."""
 
 _INITIAL_WINDOW, _MIN_WINDOW = 32, 8
-"""Blocks that a lane has in flight at first, and at least."""
+"""Blocks that a link has in flight at first, and at least."""
 
 _MAX_DEMAND_WINDOW, _MAX_BULK_WINDOW = 512, 1024
-"""Most blocks in flight. 1024 blocks are 128 MiB, which fill 1 GB/s over a round trip of 100 ms."""
+"""Most blocks in flight on a link. 1024 blocks are 128 MiB.
+
+They fill 1 GB/s over a round trip of 100 ms.
+"""
 
 _MAX_FETCHES = 64
 """Most fetches of a lane at once."""
@@ -58,14 +61,12 @@ class Fetch:
 
 @dataclass(eq=False)
 class Lane:
-    """A link and the bounds for what is in flight on the link.
+    """A pool of connections, and the bounds for what is in flight.
 
     A replica has two lanes: demand for readers, bulk for background hydration.
     """
 
-    link: Link
-    window: Window
-    """The bounds for the blocks in flight that nobody waits for."""
+    pool: Pool
     batch_blocks: int
     """Most blocks of a fetch."""
     threads: trio.CapacityLimiter
@@ -85,6 +86,11 @@ class Lane:
     requested_end: int = 0
     """The block number after the last block of the latest fetch."""
 
+    @property
+    def window(self) -> PoolWindow:
+        """The bounds for the blocks in flight that nobody waits for."""
+        return self.pool.window
+
     def add(self, fetch: Fetch) -> None:
         """Put the blocks of `fetch` in flight."""
         self.in_flight.update(dict.fromkeys(fetch.blocks, fetch))
@@ -98,27 +104,37 @@ class Lane:
         self.active_at = trio.current_time()
 
 
-def demand_lane(link: Link) -> Lane:
-    """Return a new lane for readers over `link`."""
+def demand_window() -> Window:
+    """Return the Window of a new link for readers."""
+    return Window(_INITIAL_WINDOW, min_blocks=_MIN_WINDOW, max_blocks=_MAX_DEMAND_WINDOW)
+
+
+def bulk_window(*, is_alone: bool) -> Window:
+    """Return the Window of a new link for background hydration.
+
+    `is_alone`: whether neither readers nor a network share the link. Then the window is full from the start.
+    """
+    initial = _MAX_BULK_WINDOW if is_alone else _INITIAL_WINDOW
+    return Window(initial, min_blocks=_MIN_WINDOW, max_blocks=_MAX_BULK_WINDOW)
+
+
+def demand_lane(pool: Pool) -> Lane:
+    """Return a new lane for readers over `pool`."""
     return Lane(
-        link,
-        Window(_INITIAL_WINDOW, min_blocks=_MIN_WINDOW, max_blocks=_MAX_DEMAND_WINDOW),
+        pool,
         batch_blocks=_DEMAND_BATCH_BLOCKS,
         threads=trio.CapacityLimiter(_DEMAND_THREADS),
         hedge_after=_DEMAND_HEDGE_SECONDS,
     )
 
 
-def bulk_lane(link: Link, *, is_alone: bool, drop_behind: bool) -> Lane:
-    """Return a new lane for background hydration over `link`.
+def bulk_lane(pool: Pool, *, drop_behind: bool) -> Lane:
+    """Return a new lane for background hydration over `pool`.
 
-    `is_alone`: whether neither readers nor a network share the link. Then the window is full from the start.
     `drop_behind`: drop bytes of the destination from the page cache once they are digested.
     """
-    initial = _MAX_BULK_WINDOW if is_alone else _INITIAL_WINDOW
     return Lane(
-        link,
-        Window(initial, min_blocks=_MIN_WINDOW, max_blocks=_MAX_BULK_WINDOW),
+        pool,
         batch_blocks=BATCH_BLOCKS,
         threads=trio.CapacityLimiter(WORKERS),
         hedge_after=_BULK_HEDGE_SECONDS,

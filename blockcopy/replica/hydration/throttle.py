@@ -8,7 +8,7 @@ from collections.abc import Callable
 import trio
 
 from blockcopy.block.geometry import BLOCK_SIZE
-from blockcopy.replica.source.window import Window
+from blockcopy.replica.source.window import Bounds
 
 BATCH_BLOCKS = 256
 """Most blocks of one batch: 32 MiB, so that the cost of a request hardly counts."""
@@ -32,10 +32,10 @@ class Throttle:
     A caller awaits `admit`, calls `take` for the batch, and `give_back` when the batch has ended.
     """
 
-    def __init__(self, window: Window, demanded_at: Callable[[], float], limit: int | None = None) -> None:
+    def __init__(self, window: Bounds, demanded_at: Callable[[], float], limit: int | None = None) -> None:
         """Make a throttle that is not paused.
 
-        `window`: the Window that bounds the blocks in flight.
+        `window`: bounds the blocks in flight.
         `demanded_at`: called without arguments, returns when a reader last had to wait, in trio's time.
         `limit`: bytes per second, of all blocks that background hydration looks at. None: no limit.
         """
@@ -71,7 +71,7 @@ class Throttle:
     @property
     def batch_blocks(self) -> int:
         """The most blocks that the next batch may have, at least 1."""
-        blocks = _YIELDING_BLOCKS if self._yields else min(BATCH_BLOCKS, self._window.blocks // 4)
+        blocks = _YIELDING_BLOCKS if self._yields else min(BATCH_BLOCKS, self._window.blocks_per_link // 4)
         if self._limit is not None:
             blocks = min(blocks, int(self._limit * _LIMITED_SECONDS / BLOCK_SIZE))
         return max(1, blocks)

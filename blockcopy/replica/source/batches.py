@@ -37,11 +37,15 @@ class Signatures(NamedTuple):
         """The position behind the last byte."""
         return self.position + self.length
 
+    @property
+    def block_count(self) -> int:
+        """The number of blocks."""
+        return -(-self.length // self.block_size)
+
     def blocks(self) -> Iterator[tuple[Extent, bytes]]:
         """Yield each block as a pair: its extent, and its digest."""
-        count = -(-self.length // self.block_size)
-        size = len(self.digests) // count
-        for index in range(count):
+        size = len(self.digests) // self.block_count
+        for index in range(self.block_count):
             start = index * self.block_size
             extent = Extent(self.position + start, min(self.block_size, self.length - start))
             yield extent, self.digests[index * size : (index + 1) * size]
@@ -179,6 +183,17 @@ class Batch:
         """End the batch with `error`."""
         self.error = error
         self.settle()
+
+
+class Ping(Batch):
+    """A batch that asks for nothing, to measure a round trip. Only for the negotiated dialect."""
+
+    def __init__(self, settle: Callable[[], None]) -> None:
+        """Ask for nothing.
+
+        `settle`: called once, from any thread and without arguments, at the end of the batch.
+        """
+        super().__init__([], DISCARD, settle)
 
 
 class ByteProbe(Batch):

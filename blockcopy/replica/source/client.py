@@ -33,7 +33,7 @@ from blockcopy.protocol.compression import NO_COMPRESSION, CompressionSpec
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.digests import Digest
 from blockcopy.protocol.handshake import Handshake
-from blockcopy.replica.source.batches import Batch, ByteProbe, Delta, HoleQuery, Signatures, Sink
+from blockcopy.replica.source.batches import Batch, ByteProbe, Delta, HoleQuery, Ping, Signatures, Sink
 from blockcopy.replica.source.dialects import NegotiatedDialect, OriginalDialect
 from blockcopy.replica.source.process import Process, start_process
 from blockcopy.replica.source.progress_timeout import ProgressTimeout
@@ -179,6 +179,12 @@ class Client:
         found = {extent.offset for extent in delta.data}
         return [position in found for position in positions]
 
+    async def ping(self) -> bool:
+        """Wait for an answer without work. Returns False if the dialect has none. Raises SourceError."""
+        if self._hello is not None:
+            await self._exchange(Ping)
+        return self._hello is not None
+
     async def _exchange(self, make: Callable[[Callable[[], None]], AnyBatch]) -> AnyBatch:
         """Send a batch, and return the batch when it is settled.
 
@@ -208,7 +214,7 @@ class Client:
         if self._process is None or self.ended.is_set():
             return
         if not was_closing:
-            if self._dialect.pending or not self._greeted.is_set():
+            if self._dialect.asked or not self._greeted.is_set():
                 self._process.kill()
             else:
                 self._send.send_nowait(wire.encode(wire.Done()))
@@ -278,8 +284,9 @@ class Client:
         location, status = self._command.location, process.returncode
         if self._fault is not None:
             return ProtocolViolationError(f"{location}: internal error: {self._fault!r}")
-        if self._dialect.pending and (self._stalled or 0 < (status or 0) < _FIRST_FOREIGN_STATUS):
-            self.unanswered = self._dialect.pending[0].signatures
+        asked = self._dialect.asked
+        if asked is not None and (self._stalled or 0 < (status or 0) < _FIRST_FOREIGN_STATUS):
+            self.unanswered = asked.signatures
         if self._stalled:
             return SourceError(f"no answer from {location} for {self._progress_clock.timeout:g} seconds")
         if violation is not None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from copy import copy
 from functools import partial
+from typing import NamedTuple
 
 import trio
 
@@ -19,7 +21,7 @@ from blockcopy.block.identity import Identity, differences, sample_extents, samp
 from blockcopy.errors import OriginalProgramError, SourceChangedError, SourceError
 from blockcopy.protocol.digests import Digest
 from blockcopy.replica.plan import Plan
-from blockcopy.replica.source.batches import unconditional
+from blockcopy.replica.source.batches import Sink, unconditional
 from blockcopy.replica.source.client import Client
 from blockcopy.replica.source.process import Process
 from blockcopy.replica.source.size_search import SizeSearch
@@ -168,6 +170,27 @@ class Connector:
         self.digest = self.digest or client.digest
         client.begin_serving()
         return client
+
+
+class GuardedSink(NamedTuple):
+    """A sink that drops answers once the source is found to be another, on whatever connection."""
+
+    sink: Sink
+    connector: Connector
+
+    def data(self, position: int, payload: Buffer) -> None:
+        """Pass on `payload`, the bytes at `position`. Raises SourceChangedError if the source is another."""
+        self._check()
+        self.sink.data(position, payload)
+
+    def zeros(self, position: int, length: int) -> None:
+        """Pass on `length` zeros at `position`. Raises SourceChangedError if the source is another."""
+        self._check()
+        self.sink.zeros(position, length)
+
+    def _check(self) -> None:
+        if self.connector.changed is not None:
+            raise copy(self.connector.changed)
 
 
 class _Pieces:

@@ -38,7 +38,7 @@ from blockcopy.errors import SourceError, StreamError
 from blockcopy.protocol import wire
 from blockcopy.protocol.compression import expand
 from blockcopy.protocol.digests import NO_DIGEST, ORIGINAL, named
-from blockcopy.replica.source.batches import Batch, ByteProbe, HoleQuery
+from blockcopy.replica.source.batches import Batch, ByteProbe, HoleQuery, Ping
 
 FENCES = 16
 """Empty signatures behind a batch in the original dialect, enough to fill the queue of the original program."""
@@ -64,6 +64,12 @@ class Dialect(ABC):
     @property
     def _first(self) -> Batch:
         return self.pending[0] if self.pending else _NOT_ASKED
+
+    @property
+    def asked(self) -> Batch | None:
+        """The first pending batch that somebody waits for. None if there is none."""
+        # A copy, which is made at once: the receiving thread may take from the front meanwhile.
+        return next((batch for batch in list(self.pending) if not isinstance(batch, Ping)), None)
 
     def request(self, batch: Batch) -> bytes:
         """Append `batch` to the pending ones. Returns the bytes to send for it."""
@@ -92,8 +98,9 @@ class Dialect(ABC):
         self.answer_count += 1
 
     def _settle(self) -> None:
-        self.pending.popleft().finish()
-        self.answer_count += 1
+        batch = self.pending.popleft()
+        batch.finish()
+        self.answer_count += not isinstance(batch, Ping)  # a source that answers nothing else makes no progress
 
     @abstractmethod
     def _encode(self, batch: Batch) -> bytes:

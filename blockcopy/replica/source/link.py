@@ -1,94 +1,51 @@
 """A link to the source: a connection that is opened again after each failure, until the link is closed.
 
-    ask → the connection → its answer; if the connection fails first, the next connection is asked
-
-A request without an answer is repeated over the next connection, because the asking task waits in this module.
-`ask` gives up after some seconds without a whole answer. These seconds count with and without a connection. While a
-link has no connection, its fallback is asked.
+A `pool` asks over its links. A link knows how much is in flight on its connection, and how much may be. The first
+link of a pool is opened again. An extra one ends with its connection, and the pool may open another.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
-from copy import copy
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import trio
 
-from blockcopy.block.buffers import Buffer
-from blockcopy.block.geometry import Extent
-from blockcopy.errors import BlockcopyError, ProtocolViolationError, SourceChangedError, SourceError
-from blockcopy.protocol.digests import Digest
-from blockcopy.replica.source.batches import Delta, Signatures, Sink, UnreadableBlock
+from blockcopy.errors import SourceChangedError, SourceError
 from blockcopy.replica.source.client import Client
 from blockcopy.replica.source.connector import Connector
+from blockcopy.replica.source.window import Window
 from blockcopy.transport import backoff
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 _MAX_DELAY_IF_WANTED = 5
 """Seconds until the next attempt, at most, while a task waits that has a time limit."""
 
-_MAX_VIOLATIONS = 3
-"""Connections that one request may end by unexpected replies. Then the fault is the source's, not the link's."""
-
-_SUSPECT_AFTER, _FATAL_AFTER = 2, 3
-"""Connections that end by themselves at the same signatures.
-
-After the first number, each block is asked for by itself. A block that ended the second number of connections
-counts as one that the source cannot read.
-"""
-
-_MAX_FATAL = 64
-"""Blocks that may be found unreadable so. Each costs connections: a source that is bad all over would take for
-ever.
-"""
-
-
-class _FatalError(SourceError):
-    """Connection after connection ended at the same signatures."""
-
-
-class _GuardedSink(NamedTuple):
-    """A sink that drops answers once the source is found to be another, on whatever connection."""
-
-    sink: Sink
-    connector: Connector
-
-    def data(self, position: int, payload: Buffer) -> None:
-        """Pass on `payload`, the bytes at `position`. Raises SourceChangedError if the source is another."""
-        self._check()
-        self.sink.data(position, payload)
-
-    def zeros(self, position: int, length: int) -> None:
-        """Pass on `length` zeros at `position`. Raises SourceChangedError if the source is another."""
-        self._check()
-        self.sink.zeros(position, length)
-
-    def _check(self) -> None:
-        if self.connector.changed is not None:
-            raise copy(self.connector.changed)
-
 
 class Link:
-    """A link to the source. Start `run` in a nursery. Any task may call `ask`. Call from trio's thread only."""
+    """A link to the source. Start `run`, or `run_extra` after `open`. Call from trio's thread only."""
 
-    def __init__(self, connector: Connector, nursery: trio.Nursery, *, give_up_after: float) -> None:
+    def __init__(self, connector: Connector, nursery: trio.Nursery, window: Window) -> None:
         """Prepare a link. `connector`: opens the connections. `nursery`: runs their tasks.
 
-        `give_up_after`: seconds without an answer of the source after which a request fails.
+        `window`: the Window of this link, which bounds the blocks in flight that nobody waits for.
         """
         self._connector = connector
         self._nursery = nursery
-        self._give_up_after = give_up_after
-        self.fallback: Link | None = None
-        """The link to ask while this one has no connection."""
+        self.window = window
+        self.in_flight = 0
+        """The blocks that were asked for over this link, and have not been answered."""
+        self.round_trip: float | None = None
+        """The seconds of a round trip, measured when the connection began. None if unknown."""
+        self._requests = 0
+        self._retiring = False
+        self._retired = trio.Event()
         self._client: Client | None = None
-        self._waiting = 0
+        self.failures = 0
+        """The attempts in a row that failed since the last connection."""
         self._wanted = trio.Event()
         """Set while a task waits that has a time limit."""
         self._closing = False
@@ -106,9 +63,9 @@ class Link:
         return self._client is not None
 
     @property
-    def changed(self) -> SourceChangedError | None:
-        """The error once the source is found to be another: there will be no more answers. None before."""
-        return self._connector.changed
+    def client(self) -> Client | None:
+        """The client of the connection. None if there is none that can be asked."""
+        return self._client if self._client is not None and self._client.failure is None else None
 
     @property
     def reconnects(self) -> int:
@@ -125,8 +82,35 @@ class Link:
         """Bytes received over all connections."""
         return self._past_bytes[1] + (self._client.received_bytes if self._client else 0)
 
+    @property
+    def answered_at(self) -> float:
+        """When the last whole answer came, by trio's clock. Minus infinity if none did."""
+        answered_at = self._client.answered_at if self._client is not None else None
+        return self._answered_at if answered_at is None else answered_at
+
+    @contextmanager
+    def asked(self, blocks: int) -> Iterator[None]:
+        """Count `blocks`, a number, as in flight while the `with` block runs. Adapt the window. Yields nothing."""
+        self._requests += 1
+        self.in_flight += blocks
+        asked_at = trio.current_time()
+        try:
+            yield
+            if blocks:
+                self.window.record_fetch(blocks, trio.current_time() - asked_at)
+        finally:
+            self.in_flight -= blocks
+            self._requests -= 1
+            self._retire_if_idle()
+
+    @property
+    def load(self) -> float:
+        """The blocks in flight as a share of the window. The link with the least load is asked next."""
+        return self.in_flight / self.window.blocks
+
     async def open(self) -> None:
         """Open a connection. Raises SourceError if that fails."""
+        self.failures += 1
         try:
             self._client = await self._connector.open(self._nursery)
         except SourceError as error:
@@ -137,8 +121,17 @@ class Link:
             logger.error("internal error while connecting to %s", location, exc_info=error)
             self.last_error = SourceError(f"{location}: internal error: {error!r}")
             raise self.last_error from error
+        self.failures = 0
         self._connections += 1
+        self._nursery.start_soon(self._measure, self._client)
         self._connector.waiting.unpark_all()
+
+    async def _measure(self, client: Client) -> None:
+        """Measure the round trip of `client`. Requests need not wait for that: the answer comes before theirs."""
+        asked_at = trio.current_time()
+        with suppress(SourceError):  # whoever asks for bytes is told
+            if await client.ping():
+                self.round_trip = trio.current_time() - asked_at
 
     async def run(self) -> None:
         """Keep a connection open. Returns after `close`, or once the source is found to be another."""
@@ -150,6 +143,31 @@ class Link:
             self._connector.waiting.unpark_all()
             self._finished.set()
 
+    async def run_extra(self) -> None:
+        """Keep the open connection until it is lost, or until the link is retired and all is answered."""
+        if self._client is None:
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._close_when_retired)
+            await self._client.ended.wait()
+            nursery.cancel_scope.cancel()
+        self._drop(self._client)
+
+    def retire(self) -> None:
+        """Let `run_extra` end the connection as soon as everything is answered. Nothing more may be asked."""
+        self._retiring = True
+        self._retire_if_idle()
+
+    def _retire_if_idle(self) -> None:
+        if self._retiring and not self._requests:
+            self._retired.set()
+
+    async def _close_when_retired(self) -> None:
+        await self._retired.wait()
+        if self._client is not None:
+            self._closing = True
+            await self._client.close()
+
     async def _keep_connected(self) -> None:
         delays = backoff.delays()
         while not self._connector.changed:
@@ -158,6 +176,8 @@ class Link:
                 if self._client.answered_at is not None or self._client.unanswered is not None:
                     delays = backoff.delays()  # a process that exits at a block tells as much as an answer
                 self._drop(self._client)
+                if not self._closing:
+                    logger.warning("connection lost, reconnecting: %s", self.last_error)
             if self.last_error is not None:  # else this is the first attempt
                 await self._sleep(next(delays))
             await self._reconnect()
@@ -167,6 +187,13 @@ class Link:
         with trio.move_on_after(delay):
             await trio.sleep(_MAX_DELAY_IF_WANTED)
             await self._wanted.wait()
+
+    def want(self, *, wanted: bool) -> None:
+        """Note whether a task waits for a connection that has a time limit: `wanted`."""
+        if wanted:
+            self._wanted.set()
+        elif self._wanted.is_set():
+            self._wanted = trio.Event()
 
     async def _reconnect(self) -> None:
         try:
@@ -181,198 +208,15 @@ class Link:
 
     def _drop(self, client: Client) -> None:
         """Forget `client`, whose connection has ended."""
+        self._answered_at = self.answered_at
         sent, received = self._past_bytes
         self._past_bytes = (sent + client.sent_bytes, received + client.received_bytes)
-        self._answered_at = self._last_answer()
         self._client = None
         if not self._closing:
             self.last_error = client.failure
-            logger.warning("connection lost, reconnecting: %s", client.failure)
-
-    def _last_answer(self) -> float:
-        """Return when the last whole answer came, by trio's clock."""
-        answered_at = self._client.answered_at if self._client is not None else None
-        return self._answered_at if answered_at is None else answered_at
-
-    async def digest(self, since: float) -> Digest:
-        """Return the digest to make signatures with. Waits until the source was reached once.
-
-        `since`: when the digest was first wanted, by trio's clock. Raises the errors of `ask`.
-        """
-        while (digest := self._connector.digest) is None:
-            await self._connected(since)
-        return digest
-
-    async def ask(self, signatures: Sequence[Signatures], sink: Sink, since: float) -> Delta:
-        """Give those bytes of the source to `sink` that differ from `signatures`. Returns the Delta.
-
-        Takes as many connections as needed. `signatures`: ascending, made with the digest of the method `digest`.
-        `since`: when the bytes were first wanted, by trio's clock. Raises SourceError if the source gives no answer
-        for too long, or if the link is closed. Raises SourceChangedError if the source is another.
-        """
-        guarded = _GuardedSink(sink, self._connector)
-        if len(signatures) > 1 or signatures[0].length > signatures[0].block_size:
-            try:
-                return await self._ask(signatures, guarded, since, _SUSPECT_AFTER)
-            except _FatalError as error:
-                logger.warning("%s; now asking for each block of that request by itself", error)
-        blocks = [Signatures(*extent, each.block_size, own) for each in signatures for extent, own in each.blocks()]
-        return await self._ask_each(blocks, guarded, since)
-
-    async def _ask(self, signatures: Sequence[Signatures], sink: Sink, since: float, max_ends: int) -> Delta:
-        """Ask about `signatures` together. Returns the Delta. `sink`, `since`: as for `ask`.
-
-        Raises _FatalError if `max_ends` connections ended at these signatures.
-        """
-        ends = 0
-
-        async def ask(client: Client) -> Delta:
-            nonlocal ends
-            try:
-                return await client.ask(signatures, sink)
-            except SourceError as error:
-                if client.unanswered is signatures:
-                    ends += 1
-                    if ends == max_ends:
-                        raise _FatalError(str(error)) from error
-                raise
-
-        return await self._over_connections(ask, since)
-
-    async def _ask_each(self, blocks: Sequence[Signatures], sink: Sink, since: float) -> Delta:
-        """Ask about `blocks`, signatures of one block each, one by one. Returns the Delta of all.
-
-        A block that ends connection after connection counts as unreadable. `sink`, `since`: as for `ask`.
-        """
-        delta = Delta([], [], [])
-        errors: list[BlockcopyError] = []
-
-        async def ask(block: Signatures) -> None:
-            try:
-                found = await self._ask([block], sink, since, _FATAL_AFTER)
-            except _FatalError as error:
-                found = Delta([], [], [UnreadableBlock(Extent(block.position, block.length), str(error))])
-                self._connector.fatal_blocks += 1
-                if self._connector.fatal_blocks > _MAX_FATAL:
-                    errors.append(SourceError(f"the source ended at more than {_MAX_FATAL} blocks: {error}"))
-            except BlockcopyError as error:
-                errors.append(error)
-                return
-            delta.data.extend(found.data)
-            delta.zeros.extend(found.zeros)
-            delta.unreadable.extend(found.unreadable)
-
-        async with trio.open_nursery() as nursery:
-            for block in blocks:
-                nursery.start_soon(ask, block)
-        if errors:
-            raise errors[0]
-        return delta
-
-    async def holes(self, extent: Extent, min_length: int, since: float) -> list[Extent]:
-        """Return the holes of the source in `extent` that have `min_length` bytes or more.
-
-        Takes as many connections as needed. `since`: when the answer was first wanted, by trio's clock. Raises the
-        errors of `ask`.
-        """
-        return await self._over_connections(lambda client: client.holes(extent, min_length), since)
-
-    async def _over_connections(
-        self, ask: Callable[[Client], Awaitable[T]], since: float, others: Sequence[Link] = ()
-    ) -> T:
-        """Ask over one connection after another, until one answers. Returns the answer.
-
-        `ask`: awaited with a Client, returns its answer. `since`, `others`: as for `_connected`.
-        """
-        violations, is_late = 0, False
-        while True:
-            client = await self._connected(since, others)
-            try:
-                answer = await ask(client)
-                if self._connector.changed is None:
-                    return answer
-            except ProtocolViolationError:
-                violations += 1
-                if violations == _MAX_VIOLATIONS:
-                    raise
-            except SourceError as error:
-                if client.failure is None or self._closing or isinstance(error, _FatalError):
-                    raise
-            if self._connector.changed is None:
-                await client.ended.wait()
-                if trio.current_time() >= self._deadline(since):
-                    if is_late or self._connection() is None:
-                        raise self._gave_up(client.failure)
-                    is_late = True  # even a request that gives up at once is served by the fallback, once
-
-    async def _connected(self, since: float, others: Sequence[Link] = ()) -> Client:
-        """Wait for a connection that can be asked: of this link, of its fallback, or of the links `others`.
-
-        Returns the client of the connection. `since`: when the answer was first wanted, by trio's clock. Raises
-        SourceError as `ask` does.
-        """
-        while True:
-            if self._connector.changed is not None:
-                raise copy(self._connector.changed)
-            if self._closing:
-                raise SourceError(f"the connection to {self._connector.command.location} is closed")
-            if (client := self._connection(others)) is not None:
-                return client
-            if not await self._wait_until(self._deadline(since)):
-                raise self._gave_up(self.last_error)
-
-    def _connection(self, others: Sequence[Link] = ()) -> Client | None:
-        """Return a client of this link, its fallback, or the links `others`. Returns None if none can be asked."""
-        for link in filter(None, (self, self.fallback, *others)):
-            if link._client is not None and link._client.failure is None:
-                return link._client
-        return None
-
-    def _deadline(self, since: float) -> float:
-        """Return when a request gives up, by trio's clock. `since`: when the answer was first wanted."""
-        return max(since, self._last_answer()) + self._give_up_after
-
-    def _gave_up(self, error: SourceError | None) -> SourceError:
-        location = self._connector.command.location
-        text = f"gave up on {location} after {self._give_up_after:g} seconds without an answer"
-        return SourceError(f"{text}: {error}" if error else text)
-
-    async def _wait_until(self, deadline: float) -> bool:
-        """Wait until a link connects, or will never connect again. Returns False if `deadline` comes first.
-
-        `deadline`: by trio's clock.
-        """
-        self._waiting += 1
-        if not math.isinf(deadline):
-            self._wanted.set()
-        try:
-            with trio.move_on_at(deadline) as waiting:
-                await self._connector.waiting.park()
-        finally:
-            self._waiting -= 1
-            if not self._waiting:
-                self._wanted = trio.Event()
-        return not waiting.cancelled_caught
-
-    async def check(self, *others: Link) -> None:
-        """Check that the source is what it was, over as many connections as needed.
-
-        `others`: links whose connections may be used too. Raises SourceChangedError if the source is another.
-        Raises SourceError as `ask` does.
-        """
-
-        async def check(client: Client) -> None:
-            try:
-                await self._connector.check(client)
-            except SourceError:
-                if self._connector.changed is None:
-                    await client.close()  # a connection without an answer is replaced
-                raise
-
-        await self._over_connections(check, trio.current_time(), others)
 
     async def close(self) -> None:
-        """Close the link for ever. Requests that wait fail now. Returns when the connection has ended."""
+        """Close the link for ever. Returns when the connection has ended."""
         self._closing = True
         self._running.cancel()
         self._connector.waiting.unpark_all()

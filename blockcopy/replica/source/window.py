@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from typing import Protocol
 
 _GROW_BELOW, _SHRINK_ABOVE = 0.1, 0.3
 """Seconds that a fetch took beyond the quickest one. Below the first the window grows, above the second it
@@ -21,6 +22,18 @@ shrinks.
 
 BASE_SECONDS = 10
 """For so many seconds the quickest fetch is remembered."""
+
+
+class Bounds(Protocol):
+    """The bounds for the blocks in flight on one link or several."""
+
+    @property
+    def blocks(self) -> int:
+        """The blocks that may be in flight."""
+
+    @property
+    def blocks_per_link(self) -> int:
+        """The blocks that may be in flight on one link."""
 
 
 class Window:
@@ -33,6 +46,11 @@ class Window:
         self._max = max_blocks
         self._quickest: deque[tuple[float, float]] = deque()
         """(time, seconds) of recent fetches, both ascending. Each fetch is the quickest one since its time."""
+
+    @property
+    def blocks_per_link(self) -> int:
+        """The same number. A pool of several links has more blocks in all than per link."""
+        return self.blocks
 
     def record_fetch(self, blocks: int, seconds: float) -> None:
         """Adapt the window to a fetch of `blocks` blocks that took `seconds` seconds."""
@@ -47,3 +65,8 @@ class Window:
             self.blocks = min(self.blocks + blocks, self._max)
         elif waited > _SHRINK_ABOVE:
             self.blocks = max(self.blocks - blocks, self._min)
+
+
+def default_window() -> Window:
+    """Return the Window of a link that nothing is known of: it begins with 32 blocks."""
+    return Window(32, min_blocks=8, max_blocks=1024)

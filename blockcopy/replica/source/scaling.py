@@ -1,0 +1,138 @@
+"""How many connections a pool has: as many as pay. No I/O.
+
+OpenSSH gives each channel a window of 2 MiB (CHAN_SES_WINDOW_DEFAULT in its channels.h). So a channel carries at
+most 2 MiB a round trip, whatever the line carries. Several channels have several windows.
+
+A pool begins with one connection. It opens more while the window of its channels binds. If each connection logs in
+by itself, it also does so while as much is in flight as the windows allow: then the link binds. It keeps them if
+the rate rises by a tenth. Otherwise it takes them back, and tries again later. If it is idle, it keeps one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+MAX_CONNECTIONS = 10
+"""Most connections that pay. sshd allows ten sessions a login (MaxSessions in sshd_config(5))."""
+
+SAMPLE_SECONDS = 0.1
+"""Seconds between two samples."""
+
+_CHANNEL_WINDOW = 2 << 20
+"""Bytes that a channel of OpenSSH carries a round trip, at most."""
+
+_BOUND_SHARE = 0.5
+"""Share of the channel's window from which on it binds. ssh grants it anew in steps."""
+
+_GAIN = 1.1
+"""Factor by which the rate must rise for more connections to stay."""
+
+_MIN_SECONDS, _MIN_ROUND_TRIPS = 0.3, 3
+"""Least duration of a measurement."""
+
+_BOLD_RATE = 250e6
+"""Bytes per second that most links and CPUs carry. If the window binds, so many connections are opened at once.
+
+Otherwise their number doubles.
+"""
+
+_HOLD_SECONDS, _MAX_HOLD_SECONDS = 30, 600
+"""Seconds until more connections are tried again after they did not pay. The time doubles up to the second one."""
+
+_IDLE_SECONDS = 30
+"""Seconds without a byte after which extra connections are taken back."""
+
+
+class Sample(NamedTuple):
+    """The state of a pool at one moment."""
+
+    now: float
+    """Seconds, by trio's clock."""
+    received: int
+    """Bytes received over all connections so far."""
+    connections: int
+    """Connections that can be asked, at least 1."""
+    round_trip: float | None
+    """Seconds, or None if unknown."""
+    is_full: bool
+    """Whether as much is in flight as the windows allow."""
+
+
+class Scaling:
+    """The number of connections of one pool. Call from one thread only."""
+
+    def __init__(self, max_connections: int, *, is_fixed: bool = False, shares_login: bool = True) -> None:
+        """Decide on up to `max_connections`. `is_fixed`: always on that number.
+
+        `shares_login`: whether all connections are channels of one login, and so of one TCP connection.
+        """
+        self.max_connections = max_connections
+        self.shares_login = shares_login
+        self.is_window_bound = False
+        """Whether the window of ssh's channels bound the rate in the last measurement."""
+        self.rate = 0.0
+        """Bytes per second received in the last measurement."""
+        self._is_fixed = is_fixed
+        self._since, self._received, self._full = -math.inf, 0, 0  # the measurement that runs
+        self._samples = 0
+        self._before: tuple[int, float] | None = None  # connections and rate before the last growth
+        self._hold_until = -math.inf
+        self._hold = float(_HOLD_SECONDS)
+        self._busy_at = -math.inf
+
+    def restart(self, now: float, received: int) -> None:
+        """Begin a new measurement at `now`, in seconds, with `received` bytes."""
+        self._since, self._received, self._full, self._samples = now, received, 0, 0
+
+    def decide(self, sample: Sample) -> int:
+        """Return how many connections there should be after this `sample`, at least 1."""
+        if self._is_fixed:
+            return self._fixed(sample)
+        if self._samples == 0 and self._since == -math.inf:
+            self.restart(sample.now, sample.received)
+            self._busy_at = sample.now
+        self._samples += 1
+        self._full += sample.is_full
+        seconds = max(_MIN_SECONDS, _MIN_ROUND_TRIPS * (sample.round_trip or 0))
+        if sample.now - self._since < seconds:
+            return sample.connections
+        self.rate = (sample.received - self._received) / (sample.now - self._since)
+        is_full = self._full > self._samples / 2
+        self.restart(sample.now, sample.received)
+        if self.rate:
+            self._busy_at = sample.now
+        elif sample.now - self._busy_at > _IDLE_SECONDS:
+            self._before = None
+            return 1
+        return self._judge(sample, is_full=is_full)
+
+    def _fixed(self, sample: Sample) -> int:
+        """Return the fixed number after `sample`. After a refusal, wait before the next attempt."""
+        if sample.connections < self.max_connections:
+            if sample.now < self._hold_until:
+                return sample.connections
+            self._hold_until = sample.now + _HOLD_SECONDS
+        return self.max_connections
+
+    def _judge(self, sample: Sample, *, is_full: bool) -> int:
+        """Return the number of connections after the measurement that ends with `sample`.
+
+        `is_full`: whether the windows were mostly full.
+        """
+        count = sample.connections
+        share = self.rate * (sample.round_trip or 0) / count / _CHANNEL_WINDOW
+        self.is_window_bound = share >= _BOUND_SHARE
+        if self._before is not None:
+            (before, rate), self._before = self._before, None
+            if count <= before or self.rate < rate * _GAIN:
+                self._hold_until = sample.now + self._hold
+                self._hold = min(2 * self._hold, _MAX_HOLD_SECONDS)
+                return before if count > before else count
+            self._hold = _HOLD_SECONDS
+        may_pay = self.is_window_bound or (is_full and not self.shares_login)
+        if not may_pay or sample.now < self._hold_until or count >= self.max_connections:
+            return count
+        self._before = count, self.rate
+        bold = int(count * _BOLD_RATE / self.rate) if self.is_window_bound else 0
+        return min(max(2 * count, bold), self.max_connections)
