@@ -120,9 +120,9 @@ SLOW = BLOCK_SIZE // 10
 
 async def both_processes(replica: Replica) -> list[int]:
     """Return the process ids of both lanes once both are connected. With SLOW, one block is present then."""
-    while not present(replica) or not all(each.is_connected for each in replica._links):
+    while not present(replica) or not all(each.is_connected for each in replica._pools):
         await trio.testing.wait_all_tasks_blocked(0.01)
-    return [each._client._process._popen.pid for each in replica._links]
+    return [each._first._client._process._popen.pid for each in replica._pools]
 
 
 def present(replica: Replica) -> set[int]:

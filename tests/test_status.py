@@ -94,7 +94,15 @@ def test_the_json_of_a_status_is_what_programs_rely_on() -> None:
     shown = json.loads(dataclasses.replace(STATUS, unreadable_ranges=(Extent(5, 7),)).as_json())
     assert list(shown) == NAMES.split()
     assert list(shown["demand"]) == [field.name for field in dataclasses.fields(ReadStatus)]
-    assert shown["link"] == {"state": "connected", "reconnects": 0, "last_error": None}
+    assert shown["link"] == {
+        "state": "connected",
+        "reconnects": 0,
+        "last_error": None,
+        "connections": 0,
+        "round_trip_seconds": None,
+        "digest": None,
+        "bottleneck": None,
+    }
     assert (shown["state"], shown["unreadable_ranges"], shown["error"]) == ("hydrating", [[5, 7]], None)
 
 

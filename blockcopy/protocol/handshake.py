@@ -32,12 +32,19 @@ class SourceGreeting(NamedTuple):
 class Handshake:
     """The client's side: offers digests and a compression, and believes the source's answers or refuses them."""
 
-    def __init__(self, compression: CompressionSpec = NO_COMPRESSION, *, digest: str | None = None) -> None:
-        """Offer all digests of this host, or only the one called `digest`. Ask the source for `compression`."""
+    def __init__(
+        self, compression: CompressionSpec = NO_COMPRESSION, *, digest: str | None = None, connections: int = 1
+    ) -> None:
+        """Offer all digests of this host, or only the one called `digest`. Ask the source for `compression`.
+
+        `connections`: how many processes of the source share its CPUs.
+        """
         self._offered: Mapping[str, float] = {digest: 1} if digest else digests.speeds()
         facts: dict[str, Any] = {"digests": dict(self._offered)}
         if fact := compression.to_greeting():
             facts["compress"] = fact
+        if connections > 1:
+            facts["connections"] = connections
         self.greeting = _encode(facts)
         """Bytes that open the hash stream. Sent again later, they make the source greet again."""
 
@@ -56,22 +63,28 @@ class Handshake:
         raise StreamError(f"no agreement with the source's greeting {json.dumps(facts)[:_MAX_SHOWN]}")
 
 
-def read_client(hello: wire.Hello) -> tuple[str, CompressionSpec]:
-    """Return the name of the digest to use, and the CompressionSpec that the client's `hello` asks for.
+class ClientGreeting(NamedTuple):
+    """The believed wishes of a client: the name of the `digest`, the `compression`, and its `connections`."""
 
-    Raises StreamError if there is no common digest.
-    """
+    digest: str
+    compression: CompressionSpec
+    connections: int
+
+
+def read_client(hello: wire.Hello) -> ClientGreeting:
+    """Return the ClientGreeting in the client's `hello`. Raises StreamError if there is no common digest."""
     spec = CompressionSpec.from_greeting(hello.facts.get("compress"))
-    offered = hello.facts.get("digests")
+    offered, connections = hello.facts.get("digests"), hello.facts.get("connections")
+    count = connections if type(connections) is int and connections > 0 else 1
     if offered is None:
-        return ORIGINAL, spec
+        return ClientGreeting(ORIGINAL, spec, count)
     remote = offered if isinstance(offered, dict) else {}
     usable = {name: speed for name, speed in remote.items() if type(speed) in (int, float) and speed > 0}
     name = digests.choose(digests.speeds(), usable)
     if name is None:
         has = ", ".join(digests.speeds())
         raise StreamError(f"`helo` without a digest that both ends have; this one has {has}")
-    return name, spec
+    return ClientGreeting(name, spec, count)
 
 
 def source_greeting(identity: Identity, digest: str, compression: str) -> bytes:

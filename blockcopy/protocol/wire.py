@@ -54,6 +54,7 @@ lacks. `Hash` keeps SHA3-512 in every form. The JSON of `helo` is an object with
     digest     from the source: the digest that suits both ends best
     compress   from the client: {"name": "zstd", "level": 1 to 19, "auto": true if only while compressing pays}.
                From the source: "zstd" or "none"
+    connections  from the client: how many processes of the source share its CPUs (1)
     identity   from the source: its size, and what else tells sources apart (see `block.identity`)
 
 Without `digests` and `compress`, digests are SHA3-512 and nothing is compressed.

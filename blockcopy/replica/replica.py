@@ -19,7 +19,7 @@ import trio
 from blockcopy.block.destination import Destination
 from blockcopy.block.geometry import Extent
 from blockcopy.block.identity import Identity
-from blockcopy.errors import BlockcopyError, DeviceError, MismatchError, ReadOnlyError, SourceError, SourceReadError
+from blockcopy.errors import BlockcopyError, DeviceError, MismatchError, ReadOnlyError, SourceReadError
 from blockcopy.progress.rate import RateMeter, eta, floored_percent
 from blockcopy.replica.hydration.background import BackgroundHydration
 from blockcopy.replica.hydration.committer import Committer
@@ -27,7 +27,8 @@ from blockcopy.replica.hydration.hydrator import Hydrator
 from blockcopy.replica.hydration.lanes import bulk_lane, demand_lane
 from blockcopy.replica.hydration.throttle import Throttle
 from blockcopy.replica.hydration.writer import Writer
-from blockcopy.replica.monitor.status import LinkState, LinkStatus, MapCell, State, Status
+from blockcopy.replica.link_status import LinkMonitor
+from blockcopy.replica.monitor.status import MapCell, State, Status
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.source.pool import Pool
 from blockcopy.replica.state.blockmap import BlockMap
@@ -76,6 +77,7 @@ class Replica:
         self._committer = Committer(state_file, self._hydrator, source=str(plan.command.location))
         self._state_file = str(state_file.path) if state_file else None
         self.throttle = Throttle(self._bulk.window, lambda: lane.active_at, plan.limit)
+        self._monitor = LinkMonitor(self._pools, bulk, self.throttle)
         self.volume = Volume(
             self._hydrator, lane, nursery, give_up_after=plan.max_wait, before_write=self._begin_write
         )
@@ -292,6 +294,7 @@ class Replica:
         while True:
             done, skipped = self._progress
             self._meter.sample(done - skipped)
+            self._monitor.sample()
             await trio.sleep(1)
 
     @property
@@ -318,7 +321,7 @@ class Replica:
         if self.throttle.paused:
             return State.PAUSED
         if not self._bulk.pool.is_connected:
-            return State.RECONNECTING if self._link_error else State.STARTING
+            return State.RECONNECTING if self._monitor.last_error else State.STARTING
         return State.HYDRATING if self._plan.hydrate else State.PAUSED
 
     def status(self) -> Status:
@@ -355,7 +358,7 @@ class Replica:
             lost_bytes=self._blockmap.user.lost_bytes,
             source_needed=not self._is_copy,
             demand=self.volume.read_stats.status(),
-            link=self._link_status(),
+            link=self._monitor.status(rate, is_closing=self._closing, is_copying=state is State.HYDRATING),
             state_file=self._state_file,
             error=str(error) if error and not self._is_copy else None,
         )
@@ -378,22 +381,3 @@ class Replica:
         for block in self._demand.in_flight:
             cells[block // blocks_per_cell].reading += 1
         return cells
-
-    @property
-    def _link_error(self) -> SourceError | None:
-        """The last error of a connection to the source. None if none has failed."""
-        return next((pool.last_error for pool in self._pools if pool.last_error), None)
-
-    def _link_status(self) -> LinkStatus:
-        last_error = self._link_error
-        if self._closing:
-            state = LinkState.CLOSED
-        elif all(pool.is_connected for pool in self._pools):
-            state = LinkState.CONNECTED
-        else:  # a connection that was up and is not has an error
-            state = LinkState.RECONNECTING if last_error else LinkState.CONNECTING
-        return LinkStatus(
-            state=state,
-            reconnects=sum(pool.reconnects for pool in self._pools),
-            last_error=str(last_error) if last_error else None,
-        )

@@ -33,28 +33,30 @@ def run_ordered(
     consume: Callable[[Result], None],
     *,
     wake: Callable[[], None] | None = None,
+    workers: Callable[[], int] = lambda: WORKERS,
 ) -> None:
     """Call `consume(work(item))` for each item, in order. Returns when all results are consumed.
 
     WORKERS threads iterate over `items`, one at a time, and call `work`. This thread calls `consume`. At the end,
     this thread calls `wake` without arguments: `wake` must interrupt a worker that waits in `next(items)`.
+    `workers`: called without arguments by any thread, returns how many of them may go on. It may become less.
 
     Raises the first error of `items`, `work` or `consume`, in the order of the items.
     """
-    line = _Line(items, work)
-    workers = [threading.Thread(target=line.serve, name=f"work-{number}") for number in range(WORKERS)]
+    line = _Line(items, work, workers)
+    threads = [threading.Thread(target=line.serve, args=[at], name=f"work-{at}") for at in range(WORKERS)]
     try:
-        for worker in workers:
-            worker.start()
+        for thread in threads:
+            thread.start()
         for result in line.results():
             consume(result)
     finally:
         line.stop()
         if wake is not None:
             wake()
-        for worker in workers:
-            if worker.ident is not None:  # it was started
-                worker.join()
+        for thread in threads:
+            if thread.ident is not None:  # it was started
+                thread.join()
 
 
 class _End(Exception):
@@ -64,9 +66,10 @@ class _End(Exception):
 class _Line(Generic[Item, Result]):
     """The `items`, the results of `work`, and the permits that bound them. Shared by the workers and the caller."""
 
-    def __init__(self, items: Iterable[Item], work: Callable[[Item], Result]) -> None:
+    def __init__(self, items: Iterable[Item], work: Callable[[Item], Result], workers: Callable[[], int]) -> None:
         self._items = iter(items)
         self._work = work
+        self._workers = workers
         self._taking = threading.Lock()  # held by the worker that takes the next item, or waits for it
         self._taken = 0
         self._ended = False
@@ -75,9 +78,15 @@ class _Line(Generic[Item, Result]):
             self._permits.put(True)
         self._outcomes: queue.SimpleQueue[tuple[int, Future[Result]]] = queue.SimpleQueue()
 
-    def serve(self) -> None:
-        """Take items and work on them until the items end or `stop()` is called. Runs in each worker thread."""
+    def serve(self, at: int) -> None:
+        """Take items and work on them until the items end or `stop()` is called. Runs in each worker thread.
+
+        `at`: the number of the thread, from 0. Threads beyond the number of `workers` end, except the first.
+        """
         while self._permits.get():
+            if 0 < at >= self._workers():
+                self._permits.put(True)  # for another thread
+                return
             with self._taking:
                 if self._ended:
                     return

@@ -30,7 +30,7 @@ from blockcopy.protocol.digests import ORIGINAL
 from blockcopy.protocol.handshake import read_client, source_greeting
 from blockcopy.stage.compressors import Compressor, compressor_for
 from blockcopy.stage.delta import Request, Terms
-from blockcopy.stage.pipeline import run_ordered
+from blockcopy.stage.pipeline import WORKERS, run_ordered
 from blockcopy.stage.streams import InputStream, Output, OutputStream
 
 
@@ -113,7 +113,8 @@ def retrieve(
     unreadable = UnreadableRanges()
     responder = _Responder(source, output, compressor or Compressor(), unreadable)
     try:
-        run_ordered(_batches(responder.items(hashes)), answer, send, wake=hashes.wake)
+        items = _batches(responder.items(hashes))
+        run_ordered(items, answer, send, wake=hashes.wake, workers=lambda: responder.workers)
     finally:
         output.release()
     if unreadable:
@@ -158,6 +159,8 @@ class _Responder:
         self._pieces = PieceScanner(source)
         self._compressor = compressor
         self._hash_terms = self._terms = Terms(digests.named(ORIGINAL), compressor, unreadable)
+        self.workers = WORKERS
+        """The threads that may work. A client with several connections has as many processes here."""
         self._is_first = True
         self._position = 0  # end of the source's last read, for `hash`
         self._answers: dict[wire.Kind, Callable[[Any], Iterable[_Item]]] = {
@@ -197,7 +200,8 @@ class _Responder:
     def _hello(self, hello: wire.Hello) -> Iterable[_Item]:
         """Adopt the terms of a client's greeting `hello`. Returns a list with the greeting that answers."""
         self._require(self._is_first or self._terms.negotiated, "`helo` in mid-stream")
-        name, spec = read_client(hello)
+        name, spec, connections = read_client(hello)
+        self.workers = max(1, WORKERS // connections)
         compressor = self._compressor if spec == NO_COMPRESSION else compressor_for(spec, self._output)
         self._hash_terms = self._hash_terms._replace(compressor=compressor, negotiated=True)
         self._terms = self._hash_terms._replace(digest=digests.named(name), extended=True)

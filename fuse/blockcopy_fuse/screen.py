@@ -14,10 +14,20 @@ from rich.text import Text
 
 from blockcopy.progress.bar import DONE, GOING
 from blockcopy.progress.rate import human_size
-from blockcopy.replica.monitor.status import LinkState, LinkStatus, MapCell, ReadStatus, State, Status
+from blockcopy.replica.monitor.status import Bottleneck, LinkState, LinkStatus, MapCell, ReadStatus, State, Status
 from blockcopy.untrusted_text import printable
 
 _ATTENTION = "bold black on yellow"
+
+_BOUND_BY = {
+    Bottleneck.LIMIT: "the limit",
+    Bottleneck.READERS: "readers, who go first",
+    Bottleneck.SSH_WINDOW: "the window of ssh's channels",
+    Bottleneck.LINK: "the link",
+    Bottleneck.SOURCE: "the source",
+    Bottleneck.CPU: "the CPU of this host",
+    Bottleneck.DESTINATION: "the destination",
+}
 """A style. Yellow text by itself cannot be read on a light background."""
 
 _STATE_STYLES = {
@@ -156,6 +166,14 @@ def _origin(status: Status) -> Text:
 
 def _link(link: LinkStatus) -> Text:
     text = Text().append(link.state, _ATTENTION if link.state is LinkState.RECONNECTING else "")
+    if link.connections > 1:
+        text.append(f", {link.connections} connections")
+    if link.round_trip_seconds is not None:
+        text.append(f", round trip {_milliseconds(link.round_trip_seconds)} ms")
+    if link.digest:
+        text.append(f", {link.digest}")
+    if link.bottleneck:
+        text.append(f", bound by {_BOUND_BY.get(link.bottleneck, link.bottleneck)}")
     if link.reconnects:
         text.append(f", reconnected {link.reconnects} times")
     if link.last_error and link.state is not LinkState.CLOSED:

@@ -71,13 +71,19 @@ class Throttle:
     @property
     def batch_blocks(self) -> int:
         """The most blocks that the next batch may have, at least 1."""
-        blocks = _YIELDING_BLOCKS if self._yields else min(BATCH_BLOCKS, self._window.blocks_per_link // 4)
+        blocks = _YIELDING_BLOCKS if self.yields else min(BATCH_BLOCKS, self._window.blocks_per_link // 4)
         if self._limit is not None:
             blocks = min(blocks, int(self._limit * _LIMITED_SECONDS / BLOCK_SIZE))
         return max(1, blocks)
 
     @property
-    def _yields(self) -> bool:
+    def is_limited(self) -> bool:
+        """Whether the rate limit keeps the next batch back."""
+        return trio.current_time() < self._free_at
+
+    @property
+    def yields(self) -> bool:
+        """Whether readers wait, or did a moment ago. Then little is admitted."""
         return trio.current_time() - self._demanded_at() < _YIELDING_SECONDS
 
     async def admit(self) -> None:
@@ -90,7 +96,7 @@ class Throttle:
                 await self._waiting.park()
 
     def _has_room(self) -> bool:
-        max_blocks = _YIELDING_BLOCKS if self._yields else self._window.blocks
+        max_blocks = _YIELDING_BLOCKS if self.yields else self._window.blocks
         return self._in_flight + self.batch_blocks <= max_blocks
 
     def _recheck_at(self) -> float:
@@ -99,7 +105,7 @@ class Throttle:
             return math.inf
         if self._free_at > trio.current_time():
             return self._free_at
-        return self._demanded_at() + _YIELDING_SECONDS if self._yields else math.inf
+        return self._demanded_at() + _YIELDING_SECONDS if self.yields else math.inf
 
     def take(self, blocks: int) -> None:
         """Count a number of `blocks` as in flight, until `give_back`. The rate limit counts them too."""

@@ -57,6 +57,19 @@ class LinkState(_OpenEnum):
     UNKNOWN = UNKNOWN
 
 
+class Bottleneck(_OpenEnum):
+    """What binds the rate of a copy."""
+
+    LIMIT = "limit"
+    READERS = "readers"
+    SSH_WINDOW = "ssh-window"
+    LINK = "link"
+    SOURCE = "source"
+    CPU = "cpu"
+    DESTINATION = "destination"
+    UNKNOWN = UNKNOWN
+
+
 T = TypeVar("T")
 
 
@@ -99,6 +112,16 @@ class LinkStatus:
     state: LinkState = _field(LinkState.UNKNOWN, "connecting, connected, reconnecting or closed.")  # noqa: RUF009
     reconnects: int = _field(0, "How often a lost connection was replaced.", "reconnects_total")
     last_error: str | None = _field(None, "Why the last connection was lost, or null.")
+    connections: int = _field(0, "Connections that are open now.", "connections")
+    round_trip_seconds: float | None = _field(
+        None, "A round trip to the source; null if unknown.", "round_trip_seconds"
+    )
+    digest: str | None = _field(None, "The digest by which both ends compare blocks, or null.")
+    bottleneck: Bottleneck | None = _field(  # noqa: RUF009
+        None,
+        "What binds the rate: limit (--limit), readers (they go first), ssh-window (more connections would help), "
+        "link, source (its disk or CPU), cpu (of this host), destination (its disk); or null.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,6 @@ logger = logging.getLogger(__name__)
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 _STDERR_BYTES = 64 * 1024
-"""Bytes of standard error that are read at once."""
 
 _FIRST_FOREIGN_STATUS = 126
 """Exit statuses from 126 on are those of shells, of signals, and of ssh (255), not of a stage."""
@@ -72,6 +71,7 @@ class Client:
         timeout: float = math.inf,
         digest: Digest | None = None,
         compression: CompressionSpec = NO_COMPRESSION,
+        connections: int = 1,
         started: Process | None = None,
         budget: LineBudget | None = None,
     ) -> None:
@@ -79,8 +79,8 @@ class Client:
 
         `original`: use the dialect of the original program. `timeout`: seconds after which a process is killed if
         it owes an answer and makes no progress. `digest`: the only Digest to offer, or None for all.
-        `compression`: the CompressionSpec to ask the source for. `started`: the Process, if it was started before.
-        `budget`: the LineBudget for its standard error in the log, or None for a new one.
+        `compression`: the CompressionSpec to ask the source for. `connections`: how many share the source's CPUs.
+        `started`: the Process, if it was started before. `budget`: the LineBudget of its log lines.
         """
         self._command = command
         self._started = started
@@ -109,7 +109,8 @@ class Client:
         self._quiet = True  # log its standard error for developers only, until `begin_serving`
         self.sent_bytes = 0
         self.received_bytes = 0
-        self._handshake = Handshake(compression, digest=self.digest.name if self.digest else None)
+        name = self.digest.name if self.digest else None
+        self._handshake = Handshake(compression, digest=name, connections=connections)
         if original:
             self._greeted.set()  # the original program knows no greeting
         else:  # at once, before any task asks

@@ -58,13 +58,14 @@ class Connector:
         self._original = False
         self._opening_original = trio.Lock()
 
-    async def open(self, nursery: trio.Nursery) -> Client:
+    async def open(self, nursery: trio.Nursery, connections: int = 1) -> Client:
         """Open a connection, whose tasks run in `nursery`. Returns its client, which can be asked.
 
+        `connections`: how many there will be that are as busy, and share the CPUs of the source.
         Raises SourceError if that fails, and SourceChangedError if the source is another than before.
         """
         while not self._original:
-            client = await self._start(nursery, original=False)
+            client = await self._start(nursery, original=False, connections=connections)
             async with _closed_on_failure(client):
                 try:
                     self._compare(await self._first_greeting(client))
@@ -76,13 +77,14 @@ class Connector:
         async with self._opening_original:  # one search for the size
             return await self._open_original(nursery)
 
-    async def _start(self, nursery: trio.Nursery, *, original: bool) -> Client:
+    async def _start(self, nursery: trio.Nursery, *, original: bool, connections: int = 1) -> Client:
         client = Client(
             self.command,
             original=original,
             timeout=self._plan.timeout,
             digest=self.digest,
             compression=self._plan.compression,
+            connections=connections,
             started=Process(self._plan.started.pop()) if self._plan.started else None,
             budget=self._budget,
         )

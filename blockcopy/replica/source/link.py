@@ -108,11 +108,11 @@ class Link:
         """The blocks in flight as a share of the window. The link with the least load is asked next."""
         return self.in_flight / self.window.blocks
 
-    async def open(self) -> None:
-        """Open a connection. Raises SourceError if that fails."""
+    async def open(self, connections: int = 1) -> None:
+        """Open a connection. Raises SourceError if that fails. `connections`: as for `Connector.open`."""
         self.failures += 1
         try:
-            self._client = await self._connector.open(self._nursery)
+            self._client = await self._connector.open(self._nursery, connections)
         except SourceError as error:
             self.last_error = error
             raise

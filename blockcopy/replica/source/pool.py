@@ -85,7 +85,8 @@ class Pool:
         self.connector = connector
         self._nursery = nursery
         self._give_up_after = give_up_after
-        self._scaling = scaling or Scaling(1)
+        self.scaling = scaling or Scaling(1)
+        """What decides how many connections there are, and what it has measured."""
         self._new_window = new_window
         self._first = Link(connector, nursery, new_window())
         self._links = [self._first]
@@ -99,6 +100,7 @@ class Pool:
         self._closing = False
         self._running = trio.CancelScope()
         self._finished: trio.Event | None = None  # of `run`
+        self._retired: set[Link] = set()  # links that end when all is answered
         self._past_bytes = (0, 0)  # of links that are gone
         self._past_answer = -math.inf
 
@@ -147,11 +149,6 @@ class Pool:
         """Whether about as much is in flight as the windows allow, so that the source or the link binds."""
         return sum(link.in_flight for link in self._links) >= _FULL_SHARE * self.window.blocks
 
-    @property
-    def is_window_bound(self) -> bool:
-        """Whether the window of ssh's channels is what binds."""
-        return self._scaling.is_window_bound
-
     async def open(self) -> None:
         """Open the first connection. Raises SourceError if that fails."""
         await self._first.open()
@@ -170,42 +167,46 @@ class Pool:
 
     async def _scale(self, nursery: trio.Nursery) -> None:
         """Keep as many connections as `scaling` says. `nursery`: runs the tasks of extra links."""
-        while self._scaling.max_connections > 1:
+        while True:
             await trio.sleep(SAMPLE_SECONDS)
             if self.connections:
                 now = trio.current_time()
                 sample = Sample(now, self.received_bytes, self.connections, self.round_trip, self.is_full)
-                wanted = self._scaling.decide(sample)
+                wanted = self.scaling.decide(sample)
                 if wanted != sample.connections:
                     logger.debug(
-                        "%d connections instead of %d: %.0f bytes/s", wanted, sample.connections, self._scaling.rate
+                        "%d connections instead of %d: %.0f bytes/s", wanted, sample.connections, self.scaling.rate
                     )
                 if wanted > self.connections:
-                    await self._grow(wanted - self.connections, nursery)
-                    self._scaling.restart(trio.current_time(), self.received_bytes)
+                    await self._grow(wanted, nursery)
+                    self.scaling.restart(trio.current_time(), self.received_bytes)
                 elif wanted < self.connections:
                     self._shrink(self.connections - wanted)
 
-    async def _grow(self, count: int, nursery: trio.Nursery) -> None:
-        """Open `count` extra links: all at once over a shared login, else one after the other.
+    async def _grow(self, wanted: int, nursery: trio.Nursery) -> None:
+        """Open extra links until there are `wanted`: all at once over a shared login, else one after the other.
 
         Returns when each has a connection, or has failed. `nursery`: runs their tasks.
         """
-        if self._scaling.shares_login:
+        count = wanted - self.connections
+        if self.scaling.shares_login:
             async with trio.open_nursery() as opening:
                 for _ in range(count):
-                    opening.start_soon(self._add_link, nursery)
+                    opening.start_soon(self._add_link, nursery, wanted)
             return
         for _ in range(count):
             await trio.sleep(random.uniform(0, _LOGIN_SECONDS))
-            if not await self._add_link(nursery):
+            if not await self._add_link(nursery, wanted):
                 return
 
-    async def _add_link(self, nursery: trio.Nursery) -> bool:
-        """Open an extra link, whose task runs in `nursery`. Returns False if there is no connection for it."""
+    async def _add_link(self, nursery: trio.Nursery, wanted: int) -> bool:
+        """Open an extra link, one of `wanted`. Returns False if there is no connection for it.
+
+        `nursery`: runs its task.
+        """
         link = Link(self.connector, self._nursery, self._new_window())
         try:
-            await link.open()
+            await link.open(wanted)
         except SourceError as error:
             logger.info("no further connection to %s: %s", self.connector.command.location, error)
             return False
@@ -219,6 +220,7 @@ class Pool:
         if link in self._links:
             logger.info("an extra connection was lost: %s", link.last_error)
             self._links.remove(link)
+        self._retired.discard(link)
         self._past_answer = max(self._past_answer, link.answered_at)
         sent, received = self._past_bytes
         self._past_bytes = (sent + link.sent_bytes, received + link.received_bytes)
@@ -227,6 +229,7 @@ class Pool:
         """Take back `count` extra links. Each ends when all that it was asked is answered."""
         for link in self._links[-count:] if count < len(self._links) else self._links[1:]:
             self._links.remove(link)
+            self._retired.add(link)
             link.retire()
 
     async def digest(self, since: float) -> Digest:
@@ -392,5 +395,5 @@ class Pool:
         if self._finished is not None:
             await self._finished.wait()
         async with trio.open_nursery() as nursery:
-            for link in self._links:
+            for link in (*self._links, *self._retired):
                 nursery.start_soon(link.close)

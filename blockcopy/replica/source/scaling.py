@@ -3,9 +3,9 @@
 OpenSSH gives each channel a window of 2 MiB (CHAN_SES_WINDOW_DEFAULT in its channels.h). So a channel carries at
 most 2 MiB a round trip, whatever the line carries. Several channels have several windows.
 
-A pool begins with one connection. It opens more while the window of its channels binds. If each connection logs in
-by itself, it also does so while as much is in flight as the windows allow: then the link binds. It keeps them if
-the rate rises by a tenth. Otherwise it takes them back, and tries again later. If it is idle, it keeps one.
+A pool begins with one connection. It opens more while the window of its channels binds. With a login for each
+connection, it also does so while the link binds: as much is in flight as the windows allow. It keeps them if the
+rate rises by a tenth. Otherwise it takes them back, and tries again later. If it is idle, it keeps one.
 """
 
 from __future__ import annotations
@@ -71,6 +71,10 @@ class Scaling:
         self.shares_login = shares_login
         self.is_window_bound = False
         """Whether the window of ssh's channels bound the rate in the last measurement."""
+        self.is_full = False
+        """Whether in the last measurement mostly as much was in flight as the windows allow."""
+        self.is_measured = False
+        """Whether there was a measurement. The other attributes mean nothing before."""
         self.rate = 0.0
         """Bytes per second received in the last measurement."""
         self._is_fixed = is_fixed
@@ -87,8 +91,6 @@ class Scaling:
 
     def decide(self, sample: Sample) -> int:
         """Return how many connections there should be after this `sample`, at least 1."""
-        if self._is_fixed:
-            return self._fixed(sample)
         if self._samples == 0 and self._since == -math.inf:
             self.restart(sample.now, sample.received)
             self._busy_at = sample.now
@@ -96,16 +98,20 @@ class Scaling:
         self._full += sample.is_full
         seconds = max(_MIN_SECONDS, _MIN_ROUND_TRIPS * (sample.round_trip or 0))
         if sample.now - self._since < seconds:
-            return sample.connections
+            return self._fixed(sample) if self._is_fixed else sample.connections
         self.rate = (sample.received - self._received) / (sample.now - self._since)
-        is_full = self._full > self._samples / 2
+        self.is_full, self.is_measured = self._full > self._samples / 2, True
+        share = self.rate * (sample.round_trip or 0) / sample.connections / _CHANNEL_WINDOW
+        self.is_window_bound = share >= _BOUND_SHARE
         self.restart(sample.now, sample.received)
+        if self._is_fixed:
+            return self._fixed(sample)
         if self.rate:
             self._busy_at = sample.now
         elif sample.now - self._busy_at > _IDLE_SECONDS:
             self._before = None
             return 1
-        return self._judge(sample, is_full=is_full)
+        return self._judge(sample)
 
     def _fixed(self, sample: Sample) -> int:
         """Return the fixed number after `sample`. After a refusal, wait before the next attempt."""
@@ -115,14 +121,9 @@ class Scaling:
             self._hold_until = sample.now + _HOLD_SECONDS
         return self.max_connections
 
-    def _judge(self, sample: Sample, *, is_full: bool) -> int:
-        """Return the number of connections after the measurement that ends with `sample`.
-
-        `is_full`: whether the windows were mostly full.
-        """
+    def _judge(self, sample: Sample) -> int:
+        """Return the number of connections after the measurement that ends with `sample`."""
         count = sample.connections
-        share = self.rate * (sample.round_trip or 0) / count / _CHANNEL_WINDOW
-        self.is_window_bound = share >= _BOUND_SHARE
         if self._before is not None:
             (before, rate), self._before = self._before, None
             if count <= before or self.rate < rate * _GAIN:
@@ -130,7 +131,7 @@ class Scaling:
                 self._hold = min(2 * self._hold, _MAX_HOLD_SECONDS)
                 return before if count > before else count
             self._hold = _HOLD_SECONDS
-        may_pay = self.is_window_bound or (is_full and not self.shares_login)
+        may_pay = self.is_window_bound or (self.is_full and not self.shares_login)
         if not may_pay or sample.now < self._hold_until or count >= self.max_connections:
             return count
         self._before = count, self.rate
