@@ -4,8 +4,8 @@ OpenSSH gives each channel a window of 2 MiB (CHAN_SES_WINDOW_DEFAULT in its cha
 most 2 MiB a round trip, whatever the line carries. Several channels have several windows.
 
 A pool begins with one connection. It opens more while the window of its channels binds. With a login for each
-connection, it also does so while the link binds: as much is in flight as the windows allow. It keeps them if the
-rate rises by a tenth. Otherwise it takes them back, and tries again later. If it is idle, it keeps one.
+connection, it also does so while the link binds. Then as much is in flight as the windows allow. It keeps them if
+the rate rises by a tenth. Otherwise it takes them back, and tries again later. If it is idle, it keeps one.
 """
 
 from __future__ import annotations
