@@ -106,6 +106,10 @@ class StateWriteError(StateError):
     """A state file that cannot be written. The copy goes on; a restart checks every block again."""
 
 
+class StateRemovedError(StateWriteError):
+    """A state file, or the note of a user's writes, that was removed or replaced while it was in use."""
+
+
 class RemoteError(BlockcopyError):
     """Another host that cannot be reached, refuses, exits early, or violates the protocol."""
 

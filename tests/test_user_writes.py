@@ -22,7 +22,7 @@ from blockcopy.block.geometry import Geometry
 from blockcopy.block.identity import sample_extents
 from blockcopy.block.records import default_path
 from blockcopy.block.user_writes import Note
-from blockcopy.errors import BlockcopyError, StateError, StateWriteError, UserWritesError
+from blockcopy.errors import BlockcopyError, StateError, StateRemovedError, StateWriteError, UserWritesError
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.replica import Replica
@@ -289,6 +289,38 @@ def test_a_spoiled_state_file_refuses(spoil: Callable[[Path], None], source: Pat
         with open_source(str(destination)) as device, pytest.raises(BlockcopyError):
             recorded_user_pages(device, Geometry(len(DATA)))  # as `verify` asks
     assert sorted(path.name for path in states().iterdir()) == names  # nothing is set aside
+
+
+def replace(path: Path) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["*.state", "*.state-wal", "*.writes"])
+@pytest.mark.parametrize("change", [remove, replace])
+@pytest.mark.parametrize("wrote", ["a page", "nothing", "all"])
+def test_a_flush_fails_once_its_record_was_removed(
+    wrote: str, change: Callable[[Path], None], kind: str, source: Path, destination: Path
+) -> None:
+    """No later run would find the record. Without the note, a later sync would overwrite a complete copy too."""
+
+    async def main() -> None:
+        async with replica_of(plan_of(source, destination)) as replica:
+            await replica.volume.write(AT, MINE)
+            if wrote == "all":
+                await replica.volume.write(0, support.noise(len(DATA), seed=4))
+            await replica.flush()
+            await replica.flush()
+            [path] = states().glob(kind)
+            change(path)
+            for _ in range(2):
+                if wrote == "a page":
+                    await replica.volume.write(AT + 8 * PAGE, MINE)
+                with pytest.raises(StateRemovedError, match="while it was in use"):
+                    await replica.flush()
+
+    trio.run(main)
 
 
 def test_an_older_copy_of_the_state_file_refuses(source: Path, destination: Path) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from blockcopy.block.device import Device
 from blockcopy.block.identity import destination_identity
-from blockcopy.errors import StateError, StateWriteError
+from blockcopy.errors import StateError, StateRemovedError, StateWriteError
 from blockcopy.paths import durable
 from blockcopy.paths.trust import distrust_reason
 
@@ -116,3 +116,41 @@ def make_default_authoritative(destination: Device) -> None:
 
 def _token_path(destination: Device) -> Path:
     return default_path(destination).with_suffix(".elsewhere")
+
+
+class FilesInPlace:
+    """Files of a record that are open. Somebody may remove or replace them. The open files are then of no use."""
+
+    def __init__(self, *paths: Path) -> None:
+        """Note which files are at `paths` now. Raises StateWriteError if one is missing."""
+        self._files: dict[Path, tuple[int, int]] = {}
+        for path in paths:
+            self.add(path)
+
+    def add(self, path: Path) -> None:
+        """Note which file is at `path` now, unless that is known. Raises StateWriteError if there is none."""
+        try:
+            if path not in self._files:
+                self._files[path] = _file_id(path)
+        except OSError as error:
+            raise StateWriteError(f"cannot examine {path}: {error.strerror}") from error
+
+    def check(self) -> None:
+        """Check that the same files are at the paths now. Thread-safe.
+
+        Raises StateRemovedError if not, StateWriteError if a path cannot be examined.
+        """
+        for path, known in self._files.items():
+            try:
+                found = _file_id(path)
+            except FileNotFoundError as error:
+                raise StateRemovedError(f"{path} was removed while it was in use") from error
+            except OSError as error:
+                raise StateWriteError(f"cannot examine {path}: {error.strerror}") from error
+            if found != known:
+                raise StateRemovedError(f"{path} was replaced while it was in use")
+
+
+def _file_id(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from blockcopy.block.device import Device
-from blockcopy.block.records import default_path
+from blockcopy.block.records import FilesInPlace, default_path
 from blockcopy.errors import StateError, StateWriteError, UserWritesError
 from blockcopy.paths import durable
 from blockcopy.paths.trust import distrust_reason
@@ -125,12 +125,14 @@ class Counter:
         except OSError as error:
             raise StateWriteError(f"cannot write {path}: {error.strerror}") from error
         self._at = os.fstat(self._file.fileno()).st_size - _COUNTER_DIGITS - 1
+        self._in_place = FilesInPlace(path)
 
     def set(self, commits: int) -> None:
         """Write the number of `commits` that the state file has acknowledged. Thread-safe.
 
-        Raises StateWriteError if the note cannot be written.
+        Raises StateWriteError if the note cannot be written. Raises StateRemovedError if the note was removed.
         """
+        self._in_place.check()
         try:
             os.pwrite(self._file.fileno(), f"{commits:0{_COUNTER_DIGITS}}".encode(), self._at)
         except OSError as error:

@@ -27,12 +27,13 @@ import trio
 from blockcopy.block import user_writes
 from blockcopy.block.identity import NO_TIMES, Identity, Times, destination_identity, settled_times, times_of
 from blockcopy.block.records import invalidate_records, make_authoritative, make_default_authoritative
-from blockcopy.errors import DestinationLostError, DeviceError, StateError, StateWriteError
+from blockcopy.errors import DestinationLostError, DeviceError, StateError, StateRemovedError, StateWriteError
 from blockcopy.replica.hydration.hydrator import Hydrator
 from blockcopy.replica.state.blockmap import Changes
 from blockcopy.replica.state.recovery import is_at_default_path
 from blockcopy.replica.state.statefile import Binding, StateFile, WriteTimes
-from blockcopy.replica.tasks import abandonable
+from blockcopy.replica.tasks import one_at_a_time
+from blockcopy.replica.tasks.one_at_a_time import OneAtATime
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +74,11 @@ class Committer:
         self._is_recorded_whole = False  # all blocks are present on record, for good
         self._one_commit = trio.Lock()
         self._commits_begun = self._commits_ended = 0
-        self._one_thread = trio.CapacityLimiter(1)
+        self._recording = OneAtATime(_ANSWER_SECONDS)
         self._trouble: StateWriteError | None = None
         self._durable = NO_TIMES  # times of the destination that survive a power loss
         self._lease_ns = 0  # end of the recorded lease
         self._recording_ns = 0  # how long it took to record that lease
-        self._gave_up = False
 
     async def begin(self, source: Identity, *, for_writes: bool = False) -> None:
         """Make the record match the block map. Call before the destination is written.
@@ -166,7 +166,7 @@ class Committer:
             self._counter = user_writes.make(self._device, known)
 
         try:
-            await self._in_thread(note)
+            await self._recording.run(note)
         except TimeoutError as error:
             raise StateWriteError(f"cannot record in {state_file.path}: {error.strerror}") from error
         self._has_user_writes, self._trouble = True, None
@@ -207,7 +207,9 @@ class Committer:
                     await self._commit()
         if self._hydrator.writer.failure is not None:
             raise copy(self._hydrator.writer.failure)
-        if self._has_user_writes and self._trouble is not None and not self._is_recorded_whole:
+        # Once the record is whole, it needs no more rows. But without it, a later command may copy the source anew.
+        is_needed = not self._is_recorded_whole or isinstance(self._trouble, StateRemovedError)
+        if self._has_user_writes and self._trouble is not None and is_needed:
             raise copy(self._trouble)
 
     async def _commit(self) -> None:
@@ -216,23 +218,42 @@ class Committer:
         await self._extend_lease()
         times = times_of(self._device)
         changes, is_whole = self._blockmap.take_changes(), self._blockmap.complete
-        try:
-            if await self._hydrator.sync(times=not self._has_user_writes):
+
+        async def sync_and_record(sync: Callable[[], None]) -> None:
+            def sync_first() -> None:
+                sync()
                 self._durable = times
+
+            await self._record_changes(changes, is_whole=is_whole, after=sync_first)
+
+        try:
+            was_dirty = await self._hydrator.sync(sync_and_record, times=not self._has_user_writes)
         except DeviceError as error:
             await self._record_failed_sync(error)
             raise
         self._blockmap.settle()
-        if self._state_file is not None and any(changes):
+        if not was_dirty:
             await self._record_changes(changes, is_whole=is_whole)
         self._commits_ended = number
 
-    async def _record_changes(self, changes: Changes, *, is_whole: bool = False) -> None:
-        """Record `changes`, or put them back if that fails. `is_whole`: all blocks are present with them."""
-        if self._state_file and not await self._record(partial(self._state_file.write_changes, changes)):
-            self._blockmap.restore_changes(changes)
-        elif is_whole:
-            self._is_recorded_whole = True
+    async def _record_changes(
+        self, changes: Changes, *, is_whole: bool = False, after: Callable[[], None] | None = None
+    ) -> None:
+        """Record `changes`, or put them back if that fails. Without changes, look whether the record is there.
+
+        `is_whole`: all blocks are present with them. `after`: called before, in the same thread. Raises what
+        `after` raises.
+        """
+        state_file = self._state_file
+        if state_file is not None and any(changes):
+            if not await self._record(partial(state_file.write_changes, changes), after=after):
+                self._blockmap.restore_changes(changes)
+            elif is_whole:
+                self._is_recorded_whole = True
+        elif state_file is not None and self._has_user_writes:
+            await self._write(state_file.check_in_place, after=after)
+        elif after is not None:
+            await one_at_a_time.run(after)
 
     async def _record_failed_sync(self, error: DeviceError) -> None:
         """Record what is left after the sync that failed with `error`: which pages of the user are lost.
@@ -275,7 +296,7 @@ class Committer:
     async def _delete(self, state_file: StateFile) -> None:
         """Remove the record in `state_file`. Raises StateError if the record cannot be removed."""
         try:
-            await self._in_thread(state_file.delete)
+            await self._recording.run(state_file.delete)
         except TimeoutError as error:
             state_file.is_stuck = True
             raise StateError(
@@ -319,21 +340,35 @@ class Committer:
             if self._counter is not None:
                 self._counter.close()
             try:
-                await self._in_thread(state_file.close)
+                await self._recording.run(state_file.close)
             except TimeoutError:
                 state_file.is_stuck = True  # a thread still uses it, and ends with the process
 
-    async def _record(self, write: Callable[[WriteTimes], None]) -> bool:
-        """Call `write` with the times to record and a new lease, as `_write` does. Returns False if that fails."""
-        began = time.time_ns()
-        lease = began + _LEASE_NS + 2 * self._recording_ns
-        if not await self._write(partial(write, WriteTimes(*self._durable, until_ns=lease))):
+    async def _record(
+        self, write: Callable[[WriteTimes], None], *, after: Callable[[], None] | None = None
+    ) -> bool:
+        """Call `write` with the times to record and a new lease, as `_write` does. Returns False if that fails.
+
+        `after`: called before, in the same thread. Raises what `after` raises.
+        """
+        began = lease = 0
+
+        def write_with_lease() -> None:
+            nonlocal began, lease
+            began = time.time_ns()
+            lease = began + _LEASE_NS + 2 * self._recording_ns
+            write(WriteTimes(*self._durable, until_ns=lease))
+
+        if not await self._write(write_with_lease, after=after):
             return False
         self._lease_ns, self._recording_ns = lease, time.time_ns() - began
         return True
 
-    async def _write(self, write: Callable[[], None]) -> bool:
-        """Call `write` in a thread. Returns False and warns once if the state file cannot be written, or hangs."""
+    async def _write(self, write: Callable[[], None], *, after: Callable[[], None] | None = None) -> bool:
+        """Call `write` in a thread. Returns False and warns once if the state file cannot be written, or hangs.
+
+        `after`: called before, in the same thread. Raises what `after` raises.
+        """
 
         def write_and_count() -> None:
             write()
@@ -341,7 +376,7 @@ class Committer:
                 self._counter.set(self._state_file.commits)
 
         try:
-            await self._in_thread(write_and_count)
+            await self._recording.run(write_and_count, after=after)
         except TimeoutError as error:
             path = self._state_file.path if self._state_file else ""
             trouble = StateWriteError(f"cannot record in the state file {path}: {error.strerror}")
@@ -354,13 +389,3 @@ class Committer:
             logger.warning("%s; after a crash, more blocks will be checked again", trouble)
         self._trouble = trouble
         return False
-
-    async def _in_thread(self, work: Callable[[], None]) -> None:
-        """Call `work`, which uses the state file, in a thread. Raises TimeoutError if `work` hangs."""
-        is_stuck = self._gave_up and self._one_thread.borrowed_tokens
-        try:
-            await abandonable.run_within(work, 0 if is_stuck else _ANSWER_SECONDS, limiter=self._one_thread)
-        except TimeoutError:
-            self._gave_up = True
-            raise
-        self._gave_up = False

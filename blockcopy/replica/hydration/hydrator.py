@@ -31,9 +31,10 @@ from blockcopy.errors import BlockcopyError, DestinationLostError, DeviceError, 
 from blockcopy.replica.hydration.lanes import Fetch, Lane
 from blockcopy.replica.hydration.signatures import read_signatures
 from blockcopy.replica.hydration.source_faults import SourceFaults
-from blockcopy.replica.hydration.writer import Writer
+from blockcopy.replica.hydration.writer import Run, Writer
 from blockcopy.replica.source.batches import Delta
 from blockcopy.replica.state.blockmap import Kind
+from blockcopy.replica.tasks import one_at_a_time
 
 logger = logging.getLogger(__name__)
 
@@ -224,15 +225,16 @@ class Hydrator:
             if self.blockmap.complete:
                 self.complete.set()
 
-    async def sync(self, *, times: bool = True) -> bool:
+    async def sync(self, run: Run = one_at_a_time.run, *, times: bool = True) -> bool:
         """Make all marked blocks durable. Returns False if they were durable before.
 
-        `times`: make the times of a destination file durable too.
+        `run`: an async function that calls its argument in a thread. `times`: make the times of a destination file
+        durable too.
         Raises DeviceError if the sync fails. The kernel may then have dropped written bytes and return old ones.
         So what no earlier sync has covered is undone.
         """
         try:
-            return await self.writer.sync(times=times)
+            return await self.writer.sync(run, times=times)
         except DeviceError as error:
             await self.undo_unsynced(error)
             raise

@@ -13,8 +13,9 @@ So nothing of the source lands on a page of the user, whatever was in flight whe
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import trio
 
@@ -24,6 +25,10 @@ from blockcopy.block.geometry import Extent, subtract
 from blockcopy.block.write_behind import WriteBehind
 from blockcopy.errors import DeviceError, ReadOnlyError
 from blockcopy.replica.state.blockmap import BlockMap
+from blockcopy.replica.tasks import one_at_a_time
+
+Run = Callable[[Callable[[], None]], Awaitable[None]]
+"""The type of async functions that call a function in a thread."""
 
 _ZEROS_STEP = 64 * 1024 * 1024
 """Most bytes of zeros that are written at once. A user's write in their range waits for so many."""
@@ -153,9 +158,10 @@ class Writer:
                 f"{self.device.path} takes no more writes, because a sync has failed: {self.failure}"
             )
 
-    async def sync(self, *, times: bool = True) -> bool:
+    async def sync(self, run: Run = one_at_a_time.run, *, times: bool = True) -> bool:
         """Make all bytes durable whose write has returned. Returns False if they were durable before.
 
+        `run`: an async function that calls its argument in a thread. Not called if nothing needs a sync.
         `times`: make the times of a destination file durable too.
         Raises DeviceError if the sync fails, or if another program has written to the destination.
         """
@@ -167,7 +173,7 @@ class Writer:
                 self.unsynced = trio.Event()
         try:
             if was_dirty:
-                await trio.to_thread.run_sync(lambda: self.device.sync(times=times))
+                await run(partial(self.device.sync, times=times))
             else:
                 self.device.check_without_blocking()
         except DeviceError:

@@ -75,6 +75,11 @@ def _check_owner(path: Path, status: os.stat_result) -> None:
         raise UnusableError(f"others can write to {path}")
 
 
+def log_of(path: Path) -> Path:
+    """Return the Path of the write-ahead log of the database `path`."""
+    return path.with_name(f"{path.name}-wal")
+
+
 def _beside(path: Path) -> list[Path]:
     """Return the existing files beside the database `path` that SQLite would read."""
     found = (path.with_name(f"{path.name}-{kind}") for kind in ("journal", "wal", "shm"))

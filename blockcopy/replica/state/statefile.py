@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from blockcopy.block.identity import Identity, is_identity
-from blockcopy.block.records import invalidate
+from blockcopy.block.records import FilesInPlace, invalidate
 from blockcopy.errors import StateError, StateUnusableError, StateWriteError
 from blockcopy.paths import durable
 from blockcopy.protocol.strict_json import parse_object
@@ -135,6 +135,7 @@ class StateFile:
                 aside,
             )
             self._db = self._open_new()
+        self._files = FilesInPlace(path)
 
     def _open(self) -> sqlite3.Connection:
         made = sqlite_files.make(self.path)
@@ -274,6 +275,13 @@ class StateFile:
         with self._transaction():
             self._write_facts(times)
 
+    def check_in_place(self) -> None:
+        """Check that the files that were opened are still at their paths. The next run finds no others.
+
+        Raises StateRemovedError if they are not.
+        """
+        self._files.check()
+
     def clear(self) -> None:
         """Remove all rows from the record. Raises StateWriteError if that fails."""
         with self._transaction():
@@ -311,6 +319,8 @@ class StateFile:
                 self._db.execute("BEGIN")
                 yield
                 self._db.execute("COMMIT")
+                self._files.add(sqlite_files.log_of(self.path))
+                self.check_in_place()
             finally:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
