@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import support
 from support import (
     BLOCK_SIZE,
     BLOCKCOPY,
@@ -21,6 +23,7 @@ from support import (
     noise,
     run,
     succeeded,
+    until,
     with_changes,
     written,
 )
@@ -38,7 +41,7 @@ LINK = f"{PYTHON} {STANDINS / 'link'}"
 def last(stderr: bytes) -> dict[str, Any]:
     """Return the last line of JSON. Checks that all lines are objects with the same fields.
 
-    The lines before the source has answered, on a slow machine, have no bytes by outcome.
+    The first lines of a stage, on a slow machine, have no bytes by outcome.
     """
     lines = [json.loads(line) for line in stderr.splitlines()]
     assert len({tuple(line) for line in lines if line["done_bytes"]} | {tuple(lines[-1])}) == 1
@@ -113,6 +116,32 @@ def test_sync_as_lines_and_quiet(source: Path, destination: Path) -> None:
     succeeded(done)
     assert Path(f"{source}.once").exists()
     assert run("sync", source, destination).stderr == b""
+
+
+@pytest.mark.parametrize("command", ["sync", "mount"])
+def test_each_line_has_all_bytes_by_outcome(command: str, source: Path, destination: Path, tmp_path: Path) -> None:
+    """Also the lines before the source answers, and those while all is verified."""
+    slow = tmp_path / "slow"
+    slow.write_text(f'#!/bin/sh\nsleep 1.5\nexec {shlex.join(BLOCKCOPY)} "$@"\n')
+    slow.chmod(0o755)
+    options = ["--progress=json", "--verify", "--blockcopy-path", slow]
+    if command == "sync":
+        stderr = run("sync", *options, source, destination).stderr
+    else:
+        support.require_fuse()
+        point = tmp_path / "point"
+        point.mkdir()
+        program = [*BLOCKCOPY, "mount", "-f", *options, source, destination, point]
+        with subprocess.Popen(program, stderr=subprocess.PIPE) as process:
+            until(lambda: os.path.ismount(point))
+            run("wait", point)
+            run("umount", point)
+            stderr = process.communicate()[1]
+    lines = [json.loads(line) for line in stderr.splitlines() if line.startswith(b"{")]
+    assert lines[0]["state"] == "starting"
+    assert lines[0]["total_bytes"] is None
+    for line in lines:
+        assert {"same_bytes", "fetched_bytes", "zero_bytes"} <= line.keys()
 
 
 def test_push_as_json_keeps_its_rate_limit(source: Path, destination: Path) -> None:

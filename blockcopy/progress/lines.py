@@ -138,9 +138,11 @@ class JsonProgress(TimedProgress):
         super().__init__()
         self._command = command
         self._write = write
+        self._parts: dict[str, int] = {}  # the latest ones: each line has them, whatever the command does
 
     def _report(self, figures: Figures) -> None:
         counts = figures.counts
+        self._parts.update(counts.parts)
         fields = {
             "command": self._command,
             "state": counts.state,
@@ -148,7 +150,7 @@ class JsonProgress(TimedProgress):
             "done_bytes": counts.done,
             "total_bytes": counts.total,
             "percent": None if counts.total is None else floored_percent(counts.done, counts.total),
-            **{f"{name}_bytes": count for name, count in counts.parts.items()},
+            **{f"{name}_bytes": count for name, count in self._parts.items()},
             "rate_bytes_per_s": figures.rate,
             "eta_seconds": figures.eta,
             "elapsed_seconds": round(figures.elapsed, 3),

@@ -9,7 +9,7 @@ import trio
 from blockcopy.progress.reporter import Progress
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.monitor import on_complete, prometheus
-from blockcopy.replica.monitor.progress import report
+from blockcopy.replica.monitor.progress import report, report_start
 from blockcopy.replica.monitor.sd_notify import Notifier
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.tasks.runner import run_optional
@@ -21,6 +21,7 @@ async def sync(plan: Plan, progress: Progress, notifier: Notifier) -> None:
     `progress` and `notifier` get the status meanwhile.
     Raises SourceError, DeviceError or DestinationRefusedError, in exception groups.
     """
+    report_start(progress)
     async with open_replica(plan) as replica:
         async with trio.open_nursery() as nursery:
             for name, part in (

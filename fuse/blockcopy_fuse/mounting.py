@@ -39,7 +39,7 @@ from blockcopy.paths.runtime_dir import runtime_dir_candidates
 from blockcopy.progress.reporter import Progress
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.monitor import on_complete, prometheus
-from blockcopy.replica.monitor.progress import report
+from blockcopy.replica.monitor.progress import report, report_start
 from blockcopy.replica.monitor.sd_notify import Notifier
 from blockcopy.replica.monitor.status import Status
 from blockcopy.replica.plan import Plan
@@ -147,6 +147,7 @@ async def serve(mount_plan: MountPlan, ready: Callable[[], None], progress: Prog
     """
     if mount_plan.plan.writable:
         _prepare_for_writes()
+    report_start(progress)
     stop, unmounted = trio.Event(), trio.Event()
     mounted = False
     mountpoint = os.path.realpath(mount_plan.mountpoint)  # now: later it would be a request to this process

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import trio
 
-from blockcopy.progress.reporter import Progress
+from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.replica.monitor.status import MonitoredReplica, State
 
 _SECONDS = 0.2
 """Interval between two reports."""
+
+
+def report_start(progress: Progress) -> None:
+    """Report to `progress` that a replica is about to be opened. Its source may take long to answer."""
+    progress.update(Counts(0, None, {"same": 0, "fetched": 0, "zero": 0}, state=State.STARTING))
 
 
 async def report(replica: MonitoredReplica, progress: Progress) -> None:
