@@ -22,7 +22,14 @@ from blockcopy.block.geometry import Geometry
 from blockcopy.block.identity import sample_extents
 from blockcopy.block.records import default_path
 from blockcopy.block.user_writes import Note
-from blockcopy.errors import BlockcopyError, StateError, StateRemovedError, StateWriteError, UserWritesError
+from blockcopy.errors import (
+    BlockcopyError,
+    DeviceError,
+    StateError,
+    StateRemovedError,
+    StateWriteError,
+    UserWritesError,
+)
 from blockcopy.replica.engine import open_replica
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.replica import Replica
@@ -414,6 +421,39 @@ def test_a_source_that_has_changed_refuses_while_blocks_are_missing(source: Path
     write(source, destination, AT)
     source.write_bytes(support.with_changes(DATA, [0]))
     assert_refuses(plan_of(source, destination), "the source is another, or has changed")
+
+
+def test_what_another_program_wrote_meanwhile_is_checked_again(source: Path, destination: Path) -> None:
+    """Not in blocks of the user: of these the source has no say."""
+    foreign = b"not of this world"
+
+    async def main() -> None:
+        async with replica_of(plan_of(source, destination)) as replica:
+            await replica.volume.read(0, len(DATA) // 2)
+            await replica.volume.write(AT, MINE)
+            await replica.volume.write(PAGE, MINE)
+            await replica.flush()
+            with destination.open("r+b") as file:
+                for offset in (1, 4 * BLOCK_SIZE):
+                    file.seek(offset)
+                    file.write(foreign)
+            with pytest.raises(DeviceError, match="by another program"):
+                await replica.flush()
+
+    with pytest.raises(DeviceError, match="by another program"):
+        trio.run(main)
+    assert_refuses(plan_of(source, destination, writable=False))
+    expected = bytearray(DATA)
+    for offset in (AT, PAGE):
+        expected[offset : offset + PAGE] = MINE
+    expected[1 : 1 + len(foreign)] = foreign
+
+    async def again() -> None:
+        async with replica_of(plan_of(source, destination)) as replica:
+            assert replica.status().hydrated_bytes == 2 * BLOCK_SIZE
+            assert await replica.volume.read(0, len(DATA)) == expected
+
+    trio.run(again)
 
 
 def test_another_program_that_wrote_after_a_clean_end_refuses(source: Path, destination: Path) -> None:

@@ -258,7 +258,7 @@ class Committer:
     async def _record_failed_sync(self, error: DeviceError) -> None:
         """Record what is left after the sync that failed with `error`: which pages of the user are lost.
 
-        A foreign change of the destination makes all blocks missing on record too, unless the user has written.
+        A foreign change of the destination makes blocks missing on record too, as the hydrator does in memory.
         Raises StateError if such a record can be neither written nor removed.
         """
         if self._has_user_writes:

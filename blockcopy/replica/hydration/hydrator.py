@@ -243,16 +243,19 @@ class Hydrator:
         """Undo in memory what no sync has covered, because a sync has failed with `error`. Nothing is lost twice.
 
         Blocks that became present since the last sync are missing again. What the user wrote since is lost, and no
-        more is accepted. If another program has changed the destination, all blocks are missing again, unless the
-        user has written some. The page cache is dropped. It holds bytes that no disk has, and the next check would
-        find them equal to the source.
+        more is accepted. If another program has changed the destination, all blocks are missing again. The user's
+        blocks are not, nor is a complete copy that the user has written to. The page cache is dropped. It holds
+        bytes that no disk has, and the next check would find them equal to the source.
         Raises DeviceError if the cache cannot be dropped.
         """
         self.last_error = error
         self.writer.refuse_writes(error)
         is_foreign = isinstance(error, DestinationLostError)
         if is_foreign and self.blockmap.user.written_bytes:
-            return  # the bytes are durable: only what others did to them is unknown
+            # The bytes are durable: only what others did to them is unknown. A complete copy needs no source.
+            if not self.blockmap.complete:
+                self._forget(self.blockmap.keep_user_blocks)
+            return
         undo = self.blockmap.clear if is_foreign else self.blockmap.roll_back
         # Undo before, so that no reader takes bytes for the source's while they are dropped.
         # Mark nothing meanwhile, and undo again: something may have been read before it was dropped.

@@ -258,6 +258,33 @@ class BlockMap:
         self._durable_next = counters
         self.user.lose_unsynced()
 
+    def keep_user_blocks(self) -> None:
+        """Make every block missing that the user did not write, so that each is checked again.
+
+        Changes that were taken are handed out again, as they are then.
+        """
+        self.generation += 1
+        if self._taken is not None:
+            self.restore_changes(self._taken)
+            self._taken = None
+        kept = [
+            block for run in self.user.block_runs() for block in run if self._bits[block >> 3] & 1 << (block & 7)
+        ]
+        before = self._bits
+        self._bits = bytearray(len(before))
+        self._fill_padding()
+        for run in block_runs(kept):
+            add(self._bits, run)
+        starts = range(0, len(before), _CHUNK_BYTES)
+        self._changed.update(
+            number for number, at in enumerate(starts) if before[at : at + _CHUNK_BYTES] != self._chunk(number)
+        )
+        self._undo, self._undo_syncing = {}, {}
+        self.resumed_bytes = self._length(len(kept), with_last=self.geometry.block_count - 1 in kept[-1:])
+        self.same_bytes = self.fetched_bytes = self.zero_bytes = self.overwritten_bytes = 0
+        self._zeros = [0] * len(self._zeros)
+        self._durable = self._durable_next = self._counters()
+
     def interrupt(self, extent: Extent) -> None:
         """Note that a write of the user at `extent` has failed, and what it left is unknown.
 

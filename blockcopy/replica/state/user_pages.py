@@ -55,6 +55,10 @@ class UserPages:
         """Return whether a page of `block`, a number, is the user's."""
         return block in self._blocks
 
+    def block_runs(self) -> Iterator[range]:
+        """Yield the ranges of blocks that have a page of the user, ascending. Neighbours may be separate."""
+        return self._blocks.runs()
+
     def count_blocks(self, blocks: range) -> int:
         """Return how many of the range `blocks` have a page of the user."""
         return self._blocks.count_in(blocks)
