@@ -102,6 +102,10 @@ class StateUnusableError(StateError):
     """A state file that is missing, damaged, or of a version that this program cannot read."""
 
 
+class StateBusyError(StateError):
+    """A state file that another process uses."""
+
+
 class StateWriteError(StateError):
     """A state file that cannot be written. The copy goes on; a restart checks every block again."""
 

@@ -292,7 +292,7 @@ def test_a_spoiled_state_file_refuses(spoil: Callable[[Path], None], source: Pat
     spoil(state_file())
     names = sorted(path.name for path in states().iterdir())
     for _ in range(2):
-        assert_refuses(plan_of(source, destination), "holds writes of a user")
+        assert_refuses(plan_of(source, destination), "holds writes of a user", "To go on, bring ")
         with open_source(str(destination)) as device, pytest.raises(BlockcopyError):
             recorded_user_pages(device, Geometry(len(DATA)))  # as `verify` asks
     assert sorted(path.name for path in states().iterdir()) == names  # nothing is set aside
@@ -485,6 +485,37 @@ def test_a_complete_copy_needs_no_source(how: str, source: Path, destination: Pa
     assert_serves(plan_of(source, destination), AT)
     write(source, destination, AT + PAGE)
     assert_serves(plan_of(source, destination), AT, AT + PAGE)
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_larger_disk_locks_nobody_out(
+    is_whole: bool, source: Path, destination: Path, loop_device: Callable[..., str]
+) -> None:
+    """Its user may have enlarged it. A smaller one has lost something."""
+    os.truncate(destination, BLOCKS * BLOCK_SIZE)
+    device = Path(loop_device(destination))
+    write(source, device, AT)
+    if is_whole:
+        complete(source, device)
+    for size, is_usable in ((2 * len(DATA), True), (len(DATA) + BLOCK_SIZE, True), (4 * BLOCK_SIZE, False)):
+        os.truncate(destination, size // 512 * 512)
+        support.output("losetup", "--set-capacity", device)
+        if is_usable:
+            assert_serves(plan_of(source, device), AT)
+        else:
+            assert_refuses(plan_of(source, device), "size was")
+
+
+def test_a_mount_that_is_in_use_is_named_and_no_option_that_verify_lacks(source: Path, destination: Path) -> None:
+    async def main() -> None:
+        async with replica_of(plan_of(source, destination)) as replica:
+            await replica.volume.write(AT, MINE)
+            with open_source(str(destination)) as device, pytest.raises(StateError, match="in use") as caught:
+                recorded_user_pages(device, Geometry(len(DATA)))
+            assert "umount" in str(caught.value)
+            assert "--state" not in str(caught.value)
+
+    trio.run(main)
 
 
 def test_writes_that_were_not_flushed_do_not_spoil_the_record_of_a_crash(source: Path, destination: Path) -> None:

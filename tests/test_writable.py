@@ -270,8 +270,14 @@ def test_the_size_is_fixed(mount: Mounter, source: Path, destination: Path) -> N
             "chmod": (lambda: file.chmod(0o644), errno.EPERM),
             "chown": (lambda: os.chown(file, NOBODY, -1), errno.EPERM),
             "fallocate": (lambda: os.posix_fallocate(fd, 0, SIZE + 1), errno.ENOSPC),
-            "create": (lambda: os.open(mounted.point / "new", os.O_CREAT | os.O_WRONLY), errno.ENOSYS),
-            "unlink": (lambda: file.unlink(), errno.ENOSYS),
+            "create": (lambda: os.open(mounted.point / "new", os.O_CREAT | os.O_WRONLY), errno.EPERM),
+            "unlink": (lambda: file.unlink(), errno.EPERM),
+            "mkdir": (lambda: (mounted.point / "new").mkdir(), errno.EPERM),
+            "rmdir": (lambda: file.rmdir(), errno.ENOTDIR),
+            "mkfifo": (lambda: os.mkfifo(mounted.point / "new"), errno.EPERM),
+            "symlink": (lambda: (mounted.point / "new").symlink_to("disk"), errno.EPERM),
+            "link": (lambda: (mounted.point / "new").hardlink_to(file), errno.EPERM),
+            "rename": (lambda: file.rename(mounted.point / "new"), errno.EPERM),
             "write status": (lambda: os.open(mounted.point / "status.json", os.O_WRONLY), errno.EROFS),
         }
         assert {what: errno_of(action) for what, (action, _) in actions.items()} == {

@@ -103,14 +103,16 @@ def refuse(device: Device) -> None:
         raise error_for(device.path, "holds what was written to a writable mount", note.source)
 
 
-def error_for(path: str, reason: str, source: str = "") -> UserWritesError:
+def error_for(path: str, reason: str, source: str = "", *, first: str = "") -> UserWritesError:
     """Return the error that names the two ways on for the destination at `path`.
 
     `reason`: a verb with its objects, which says what is wrong. `source`: as the user named it, or empty.
+    `first`: what the user must do before a mount can go on, as an imperative, or empty.
     """
+    first = f"{first}, then " if first else ""
     return UserWritesError(
-        f"{path} {reason}. Nothing was changed. To go on, use: blockcopy mount --writable {source or 'SOURCE'} "
-        f"{path} MOUNTPOINT. To throw the writes away, use: blockcopy discard-writes {path}"
+        f"{path} {reason}. Nothing was changed. To go on, {first}use: blockcopy mount --writable "
+        f"{source or 'SOURCE'} {path} MOUNTPOINT. To throw the writes away, use: blockcopy discard-writes {path}"
     )
 
 

@@ -16,7 +16,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FlagT, FUSEError, InodeT
@@ -224,6 +224,12 @@ class Operations(pyfuse3.Operations):
         if fields.update_mode or fields.update_uid or fields.update_gid:
             raise FUSEError(errno.EPERM)
         return known
+
+    async def _refuse(self, *_: object, **__: object) -> NoReturn:
+        """Refuse a change of the folder. Without a handler, the kernel would say that there is no such call."""
+        raise FUSEError(errno.EPERM)
+
+    create = mknod = mkdir = symlink = link = rename = unlink = rmdir = _refuse
 
     @handler
     async def flush(self, fh: FileHandleT) -> None:

@@ -26,7 +26,7 @@ from blockcopy.block.identity import (
     times_of,
 )
 from blockcopy.block.records import default_path, invalidate, invalidate_records, is_authoritative
-from blockcopy.errors import StateError, StateUnusableError, StateWriteError, UserWritesError
+from blockcopy.errors import StateBusyError, StateError, StateUnusableError, StateWriteError, UserWritesError
 from blockcopy.replica.state.blockmap import BlockMap
 from blockcopy.replica.state.statefile import Record, StateFile, WriteTimes
 from blockcopy.replica.state.user_pages import UserPages
@@ -61,6 +61,8 @@ def open_state_file(
         return None
     try:
         return StateFile(wanted)
+    except StateBusyError as error:
+        raise StateBusyError(f"{error}; name another with --state") from error
     except StateWriteError as error:
         if for_writes:
             raise
@@ -78,13 +80,21 @@ def _state_file_of_writes(path: Path | None, destination: Device, note: user_wri
         raise user_writes.error_for(destination.path, "holds writes of a user, so its state is needed", note.source)
     try:
         state_file = StateFile(path, must_be_usable=True)
+    except StateBusyError as error:
+        raise StateBusyError(
+            f"{destination.path} holds writes of a user, and {error}, such as its mount. End that first (umount)"
+        ) from error
     except StateError as error:
-        hint = f" (its state was in {note.state})" if note.state and note.state != str(path) else ""
+        is_elsewhere = note.state and note.state != str(path)
+        hint = f" (its state was in {note.state})" if is_elsewhere else ""
+        first = f"name its state with --state {note.state}" if is_elsewhere else f"bring {path} back as it was"
         reason = f"holds writes of a user, and {error}{hint}"
-        raise user_writes.error_for(destination.path, reason, note.source) from error
+        raise user_writes.error_for(destination.path, reason, note.source, first=first) from error
     record, commits = state_file.record, state_file.commits
+    first = "bring back the state file of these writes"
     if note.is_of_another:
         why = f"is about an earlier file: {destination.path} is a new one, or was brought back from a backup"
+        first = "bring back the earlier file"
     elif record is None or commits < note.commits:
         why = f"is an older one: it has {commits} commits, and {note.commits} were acknowledged"
     elif not record.has_user_writes and commits != note.commits:  # equal: a crash came just after the note
@@ -95,7 +105,7 @@ def _state_file_of_writes(path: Path | None, destination: Device, note: user_wri
         return state_file
     state_file.close()
     raise user_writes.error_for(
-        destination.path, f"holds writes of a user, and the state file {path} {why}", note.source
+        destination.path, f"holds writes of a user, and the state file {path} {why}", note.source, first=first
     )
 
 
@@ -115,8 +125,11 @@ def usable_record(state_file: StateFile, destination: Device, block_size: int) -
     if record is None:
         return None
     binding = record.binding
+    known_size = binding.destination_size
+    if record.has_user_writes and destination.size() > known_size:
+        known_size = destination.size()  # its user enlarged the disk: what it held is where it was
     differing = differences(
-        {**binding.destination, "size": binding.destination_size, "block size": binding.block_size},
+        {**binding.destination, "size": known_size, "block size": binding.block_size},
         {**destination_identity(destination), "size": destination.size(), "block size": block_size},
     )
     if differing:

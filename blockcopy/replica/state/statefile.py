@@ -33,7 +33,7 @@ from typing import Any
 
 from blockcopy.block.identity import Identity, is_identity
 from blockcopy.block.records import FilesInPlace, invalidate
-from blockcopy.errors import StateError, StateUnusableError, StateWriteError
+from blockcopy.errors import StateBusyError, StateUnusableError, StateWriteError
 from blockcopy.paths import durable
 from blockcopy.protocol.strict_json import parse_object
 from blockcopy.replica.state import sqlite_files
@@ -107,8 +107,8 @@ class StateFile:
         """Open or create the state file at `path`, a Path. Renames a file that cannot be believed, and logs why.
 
         `must_be_usable`: raise StateUnusableError instead if the file is missing or cannot be believed.
-        Raises StateError if another process uses the file, or if it is not a regular file. Raises StateWriteError
-        if the file cannot be written, or if other users can replace it.
+        Raises StateBusyError if another process uses the file, StateError if it is not a regular file. Raises
+        StateWriteError if the file cannot be written, or if other users can replace it.
         """
         self.path = path = path.parent.resolve() / path.name
         self.record: Record | None = None
@@ -149,9 +149,7 @@ class StateFile:
             db.close()
             code = getattr(error, "sqlite_errorcode", None)
             if code == sqlite3.SQLITE_BUSY:
-                raise StateError(
-                    f"the state file {self.path} is in use by another process; name another with --state"
-                ) from error
+                raise StateBusyError(f"the state file {self.path} is in use by another process") from error
             if made:
                 durable.remove(self.path)
                 raise StateWriteError(f"cannot keep the state in {self.path}: {error}") from error
