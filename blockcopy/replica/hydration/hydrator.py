@@ -94,6 +94,8 @@ class Hydrator:
                     and self.blockmap.any_missing(blocks)
                 ):
                     raise copy(fetch.error)
+            # A claimed block was not marked. Fetched again at once, it would not be marked again.
+            await self.writer.await_release(missing)
             if others:
                 with trio.move_on_after(lane.hedge_after) as waiting:
                     for fetch in others:

@@ -13,7 +13,7 @@ So nothing of the source lands on a page of the user, whatever was in flight whe
 from __future__ import annotations
 
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -57,6 +57,7 @@ class Writer:
         self._landed = threading.Condition(self._lock)
         self._landings: list[Extent] = []
         self._claims: list[Extent] = []
+        self._released: trio.Event | None = None  # set by the next release, if somebody waits for one
         self.failure: DeviceError | None = None
         """The error of the sync after which the user's writes are refused. None if they are accepted."""
         self._dirty = True  # an earlier run may have left unsynced writes
@@ -146,6 +147,19 @@ class Writer:
         """End the claim on `extent`. Call from trio's thread, after the block map knows of the write."""
         with self._lock:
             self._claims.remove(extent)
+        if self._released is not None:
+            self._released.set()
+            self._released = None
+
+    async def await_release(self, blocks: Sequence[int]) -> None:
+        """Wait until all claims have ended that are in `blocks`, numbers, now. Call from trio's thread."""
+        if not self._claims:
+            return
+        span, wanted = self.blockmap.geometry.span, frozenset(blocks)
+        known = [claim for claim in self._claims if not wanted.isdisjoint(span(*claim))]
+        while any(each is claim for claim in known for each in self._claims):
+            self._released = self._released or trio.Event()
+            await self._released.wait()
 
     def refuse_writes(self, error: DeviceError) -> None:
         """Refuse all later writes of the user, because a sync has failed with `error`. Reads go on."""
