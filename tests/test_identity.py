@@ -14,8 +14,16 @@ from pathlib import Path
 import pytest
 import support
 
+from blockcopy.block import syscalls
 from blockcopy.block.device import open_source
-from blockcopy.block.identity import Identity, differences, sample_extents, shows_writes, source_identity
+from blockcopy.block.identity import (
+    Identity,
+    destination_identity,
+    differences,
+    sample_extents,
+    shows_writes,
+    source_identity,
+)
 
 SIZE = 1 << 20
 
@@ -43,6 +51,33 @@ def file_system(name: str, folder: Path) -> Iterator[Path]:
         yield point
     finally:
         support.output("umount", point)
+
+
+@pytest.mark.parametrize("name", ["ext4", "xfs"])
+@pytest.mark.parametrize("has_ioctl", [True, False])
+def test_a_file_is_known_whatever_number_its_disk_has(
+    name: str, has_ioctl: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as after a restart that found the disks in another order. Older kernels lack the general ioctl."""
+    if not has_ioctl:
+        monkeypatch.setattr(syscalls, "_UUID_QUERIES", syscalls._UUID_QUERIES[1:])
+    with file_system(name, tmp_path) as point:
+        support.written(point / "copy", bytes(SIZE))
+        with open_source(str(point / "copy")) as device:
+            known, number = destination_identity(device), device.status().st_dev
+    other = tmp_path / "other"
+    support.written(other, bytes(SIZE))
+    held = support.output("losetup", "--find", "--show", other).strip()  # takes the number of before
+    again = tmp_path / "again"
+    again.mkdir()
+    support.output("mount", "-o", "loop", tmp_path / "image", again)
+    try:
+        with open_source(str(again / "copy")) as device:
+            assert device.status().st_dev != number
+            assert destination_identity(device) == known
+    finally:
+        support.output("umount", again)
+        support.output("losetup", "--detach", held)
 
 
 def identity(path: Path) -> Identity:

@@ -15,7 +15,7 @@ import support
 import trio
 from support import BLOCK_SIZE
 
-from blockcopy.block import user_writes
+from blockcopy.block import identity, user_writes
 from blockcopy.block.claim import check_destination, existing_destination, open_destination
 from blockcopy.block.device import Device, open_source
 from blockcopy.block.geometry import Geometry
@@ -504,6 +504,25 @@ def test_a_larger_disk_locks_nobody_out(
             assert_serves(plan_of(source, device), AT)
         else:
             assert_refuses(plan_of(source, device), "size was")
+
+
+@pytest.mark.parametrize("is_nameless", [False, True])
+def test_a_device_that_only_its_number_tells_is_warned_of(
+    is_nameless: bool,
+    source: Path,
+    destination: Path,
+    loop_device: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    os.truncate(destination, BLOCKS * BLOCK_SIZE)
+    device = Path(loop_device(destination))
+    if is_nameless:
+        monkeypatch.setattr(identity, "_kernel_name", lambda _: None)
+    write(source, device, AT)
+    number = device.stat().st_rdev
+    words = f"its number, {os.major(number)}:{os.minor(number)}, guards"
+    assert (words in caplog.text) == is_nameless
 
 
 def test_a_mount_that_is_in_use_is_named_and_no_option_that_verify_lacks(source: Path, destination: Path) -> None:

@@ -98,7 +98,10 @@ class Device:
     def file_system(self) -> str:
         """Return the ID of the file system of the file, as text. A UUID survives a restart; other IDs may not."""
         with self._errors("find the file system of"):
-            return f"{os.fstatvfs(self._fd).f_fsid:x}"
+            number = os.fstatvfs(self._fd).f_fsid
+            # XFS and others derive it from the device's number, which changes if disks are found in another order.
+            uuid = syscalls.file_system_uuid(self._fd) if number == os.fstat(self._fd).st_dev else ""
+            return uuid or f"{number:x}"
 
     def has_exact_times(self) -> bool:
         """Return True if this is a file whose ctime shows every write. No program can hide a write then."""

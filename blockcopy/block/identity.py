@@ -141,10 +141,20 @@ def destination_identity(device: Device) -> Identity:
     """Return the Identity of the destination `device`, without its size. Raises DeviceError if there is none."""
     status = device.status()
     if device.is_block_device:
-        number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-        return {"device": _kernel_name(status.st_rdev) or number}
+        return {"device": _kernel_name(status.st_rdev) or _number(status.st_rdev)}
     # Not st_dev: a restart may change it.
     return {"file": status.st_ino, "file_system": device.file_system()}
+
+
+def number_of_nameless(device: Device) -> str | None:
+    """Return the number of the block device `device`, MAJOR:MINOR, if the kernel has no lasting name for it.
+
+    Returns None if it has one, or if `device` is a file. Only this number tells a nameless device from another.
+    """
+    status = device.status()
+    if not device.is_block_device or _kernel_name(status.st_rdev) is not None:
+        return None
+    return _number(status.st_rdev)
 
 
 def sample_extents(size: int) -> list[Extent]:
@@ -244,6 +254,10 @@ def _read_or_none(device: Device, extent: Extent) -> bytes | None:
         return device.read(*extent)
     except DeviceError:
         return None  # a bad sector, or a source that shrinks; a later read of these bytes reports it
+
+
+def _number(number: int) -> str:
+    return f"{os.major(number)}:{os.minor(number)}"
 
 
 def _kernel_name(number: int) -> str | None:

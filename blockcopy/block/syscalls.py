@@ -1,4 +1,4 @@
-"""Linux system calls that `os` lacks: fallocate, sync_file_range, mmap, madvise, fstatfs, prctl (section 2).
+"""Linux system calls that `os` lacks: fallocate, sync_file_range, mmap, madvise, fstatfs, prctl, some ioctls.
 
 Each function raises OSError, with EOPNOTSUPP if its call is not available. Every caller can do without the call.
 `ctypes` is loaded by the first call, because not every Python has it. Other threads run while a call waits, unlike
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import mmap
 import os
@@ -35,6 +36,12 @@ _EXACT_TIMES = (
     0x794C7630,  # overlayfs
 )
 """Types of file systems that keep both times of a file exactly. The numbers are from linux/magic.h."""
+
+_UUID_QUERIES = (
+    (0x80111500, 17, 1),  # FS_IOC_GETFSUUID, Linux 6.9
+    (0x80705864, 112, 64),  # XFS_IOC_FSGEOMETRY_V1
+)
+"""Ioctls that tell the UUID of a file system: number, bytes that are filled, and offset of the UUID."""
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
@@ -127,6 +134,17 @@ def has_exact_times(fd: int) -> bool:
         found = (ctypes.c_long * 32)()  # struct statfs is shorter, and begins with the type
         return not _function("fstatfs")(fd, ctypes.addressof(found)) and found[0] & 0xFFFFFFFF in _EXACT_TIMES
     return False
+
+
+def file_system_uuid(fd: int) -> str:
+    """Return the UUID of the file system of file `fd`, in hexadecimal. Returns "" if it is unknown."""
+    for query, length, offset in _UUID_QUERIES:
+        answer = bytearray(length)
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(fd, query, answer)
+            if any(found := answer[offset : offset + 16]):
+                return found.hex()
+    return ""
 
 
 def _call(name: str, *arguments: int) -> None:

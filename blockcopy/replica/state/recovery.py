@@ -20,6 +20,7 @@ from blockcopy.block.identity import (
     Times,
     destination_identity,
     differences,
+    number_of_nameless,
     sample_extents,
     sample_matches,
     shows_writes,
@@ -54,6 +55,13 @@ def open_state_file(
     wanted = Path(path) if path else default_path(destination) if keep else None
     if for_writes:
         user_writes.check_place(destination)
+        if (number := number_of_nameless(destination)) is not None:
+            logger.warning(
+                "%s has no serial number or UUID: its number, %s, guards what is written to it. If a restart "
+                "changes the number, the guard ends",
+                destination.path,
+                number,
+            )
     if note is not None:
         return _state_file_of_writes(wanted, destination, note)
     if wanted is None:
