@@ -41,6 +41,7 @@ from support import (
 from blockcopy.block.geometry import Extent
 from blockcopy.errors import SourceChangedError, SourceError
 from blockcopy.replica.source.batches import Delta, Signatures, UnreadableBlock
+from blockcopy.replica.source.connector import RoundTrip
 from blockcopy.replica.source.pool import Pool
 
 Mounter = Callable[..., Mount]
@@ -595,6 +596,7 @@ class FakeConnector:
         self.changed: SourceChangedError | None = None
         self.waiting = trio.lowlevel.ParkingLot()
         self.fatal_blocks = 0
+        self.round_trip = RoundTrip()
         self.attempts: list[float] = []
         """When they were, in trio's time."""
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from blockcopy.errors import SourceChangedError, SourceError
 from blockcopy.replica.source.batches import Delta, Signatures
+from blockcopy.replica.source.connector import RoundTrip
 from blockcopy.replica.source.pool import Pool
 from blockcopy.replica.source.scaling import MAX_CONNECTIONS, SAMPLE_SECONDS, Sample, Scaling
 
@@ -187,6 +188,7 @@ class Connector:
         self.changed: SourceChangedError | None = None
         self.waiting = trio.lowlevel.ParkingLot()
         self.fatal_blocks = 0
+        self.round_trip = RoundTrip()
 
     async def open(self, nursery: trio.Nursery, connections: int) -> Connection:
         await trio.sleep(0.1)
@@ -292,9 +294,12 @@ def test_an_idle_connection_is_taken_back_and_a_busy_one_is_answered_first() -> 
                 await trio.sleep(5)
                 assert pool.connections == 1
                 assert [each.failure for each in connector.opened] == [None] * 4, "all are owed an answer"
+                connector.opened[3].received_bytes = 7
                 connector.opened[3].answer.set()
+                assert pool.received_bytes == 7
                 await trio.testing.wait_all_tasks_blocked()
                 assert [each.failure is None for each in connector.opened] == [True, True, True, False]
+                assert pool.received_bytes == 7, "bytes of connections that are gone count as before"
                 for each in connector.opened:
                     each.answer.set()
             await pool.close()

@@ -58,14 +58,14 @@ class LinkMonitor:
             state = LinkState.CONNECTED
         else:  # a connection that was up and is not has an error
             state = LinkState.RECONNECTING if last_error else LinkState.CONNECTING
-        times = [pool.round_trip for pool in self._pools if pool.round_trip is not None]
+        round_trip = self._bulk.round_trip
         digest = self._bulk.connector.digest
         return LinkStatus(
             state=state,
             reconnects=sum(pool.reconnects for pool in self._pools),
             last_error=str(last_error) if last_error else None,
             connections=sum(pool.connections for pool in self._pools),
-            round_trip_seconds=round(min(times), 6) if times else None,
+            round_trip_seconds=round(round_trip, 6) if round_trip is not None else None,
             digest=digest.name if digest else None,
             bottleneck=self._bottleneck(rate) if is_copying and state is LinkState.CONNECTED else None,
         )

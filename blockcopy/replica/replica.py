@@ -76,7 +76,9 @@ class Replica:
         self._hydrator = Hydrator(writer, [lane, self._bulk], nursery)
         self._committer = Committer(state_file, self._hydrator, source=str(plan.command.location))
         self._state_file = str(state_file.path) if state_file else None
-        self.throttle = Throttle(self._bulk.window, lambda: lane.active_at, plan.limit)
+        self.throttle = Throttle(
+            self._bulk.window, lambda: lane.active_at, plan.limit, link_holds=lambda: bulk.link_holds
+        )
         self._monitor = LinkMonitor(self._pools, bulk, self.throttle)
         self.volume = Volume(
             self._hydrator, lane, nursery, give_up_after=plan.max_wait, before_write=self._begin_write

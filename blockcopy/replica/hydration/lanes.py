@@ -15,8 +15,8 @@ import trio
 
 from blockcopy.errors import BlockcopyError
 from blockcopy.replica.hydration.throttle import BATCH_BLOCKS
-from blockcopy.replica.source.pool import Pool, PoolWindow
-from blockcopy.replica.source.window import Window
+from blockcopy.replica.source.pool import Pool
+from blockcopy.replica.source.window import Window, Windows
 from blockcopy.stage.pipeline import WORKERS
 
 _DEMAND_BATCH_BLOCKS = 16
@@ -87,7 +87,7 @@ class Lane:
     """The block number after the last block of the latest fetch."""
 
     @property
-    def window(self) -> PoolWindow:
+    def window(self) -> Windows:
         """The bounds for the blocks in flight that nobody waits for."""
         return self.pool.window
 

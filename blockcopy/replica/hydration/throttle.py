@@ -14,10 +14,13 @@ BATCH_BLOCKS = 256
 """Most blocks of one batch: 32 MiB, so that the cost of a request hardly counts."""
 
 _YIELDING_BLOCKS = 4
-"""Most blocks in flight while readers wait.
+"""Most blocks in flight while readers wait, unless a longer link holds more without a queue.
 
 A reader may have to wait behind these blocks. They also keep background hydration going.
 """
+
+_LONG_LINK_BLOCKS = 2
+"""A link that holds so many blocks is kept full while readers wait: by small batches, one after another."""
 
 _YIELDING_SECONDS = 0.25
 """Seconds after a demand read within which the next demand read is expected."""
@@ -32,16 +35,25 @@ class Throttle:
     A caller awaits `admit`, calls `take` for the batch, and `give_back` when the batch has ended.
     """
 
-    def __init__(self, window: Bounds, demanded_at: Callable[[], float], limit: int | None = None) -> None:
+    def __init__(
+        self,
+        window: Bounds,
+        demanded_at: Callable[[], float],
+        limit: int | None = None,
+        *,
+        link_holds: Callable[[], float] = lambda: 0,
+    ) -> None:
         """Make a throttle that is not paused.
 
         `window`: bounds the blocks in flight.
         `demanded_at`: called without arguments, returns when a reader last had to wait, in trio's time.
         `limit`: bytes per second, of all blocks that background hydration looks at. None: no limit.
+        `link_holds`: called without arguments, returns how many bytes fill the link without a queue.
         """
         self._window = window
         self._demanded_at = demanded_at
         self._limit = limit
+        self._link_holds = link_holds
         self._paused = False
         self._in_flight = 0  # blocks
         self._free_at = -math.inf  # when the limit admits the next batch
@@ -71,7 +83,7 @@ class Throttle:
     @property
     def batch_blocks(self) -> int:
         """The most blocks that the next batch may have, at least 1."""
-        blocks = _YIELDING_BLOCKS if self.yields else min(BATCH_BLOCKS, self._window.blocks_per_link // 4)
+        blocks = self._yielding[1] if self.yields else min(BATCH_BLOCKS, self._window.blocks_per_link // 4)
         if self._limit is not None:
             blocks = min(blocks, int(self._limit * _LIMITED_SECONDS / BLOCK_SIZE))
         return max(1, blocks)
@@ -86,6 +98,13 @@ class Throttle:
         """Whether readers wait, or did a moment ago. Then little is admitted."""
         return trio.current_time() - self._demanded_at() < _YIELDING_SECONDS
 
+    @property
+    def _yielding(self) -> tuple[int, int]:
+        """The most blocks in flight and in a batch while readers wait. One block is left for a reader."""
+        held = int(self._link_holds() / BLOCK_SIZE)
+        blocks = max(_YIELDING_BLOCKS, held - 1)
+        return blocks, max(1, blocks // 8) if held >= _LONG_LINK_BLOCKS else blocks
+
     async def admit(self) -> None:
         """Wait until a batch may be requested, of as many blocks as the attribute `batch_blocks` says.
 
@@ -96,7 +115,7 @@ class Throttle:
                 await self._waiting.park()
 
     def _has_room(self) -> bool:
-        max_blocks = _YIELDING_BLOCKS if self.yields else self._window.blocks
+        max_blocks = self._yielding[0] if self.yields else self._window.blocks
         return self._in_flight + self.batch_blocks <= max_blocks
 
     def _recheck_at(self) -> float:

@@ -8,6 +8,7 @@ identity of the source by asking for a sample of its bytes.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from copy import copy
@@ -28,7 +29,25 @@ from blockcopy.replica.source.size_search import SizeSearch
 from blockcopy.transport import start_timeout
 from blockcopy.untrusted_text import LineBudget
 
+_ROUTE_SECONDS = 600
+"""Seconds after which a later measurement of the round trip counts, although it is longer."""
+
 logger = logging.getLogger(__name__)
+
+
+class RoundTrip:
+    """The least of all measured round trips: the route, without what waits on it. Forgotten after some minutes."""
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None
+        """None before the first measurement."""
+        self._measured_at = -math.inf
+
+    def record(self, seconds: float) -> None:
+        """Record a round trip that took `seconds`."""
+        now = trio.current_time()
+        if self.seconds is None or seconds < self.seconds or now > self._measured_at + _ROUTE_SECONDS:
+            self.seconds, self._measured_at = seconds, now
 
 
 class Connector:
@@ -47,6 +66,8 @@ class Connector:
         """The digest of all signatures, on all connections. None until the source was reached."""
         self.changed: SourceChangedError | None = None
         """The error once the source is found to be another. From then on no answer is accepted. None before."""
+        self.round_trip = RoundTrip()
+        """The round trip to the source, as all connections have measured it."""
         self._unreadable_pieces: set[int] = set()  # positions in the sample at which the original exited
         self.waiting = trio.lowlevel.ParkingLot()
         """The tasks that wait until a link connects, or will never connect again."""

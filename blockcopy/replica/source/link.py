@@ -21,6 +21,9 @@ from blockcopy.transport import backoff
 
 logger = logging.getLogger(__name__)
 
+_PINGS = 3
+"""Measurements of the round trip on a new connection."""
+
 _MAX_DELAY_IF_WANTED = 5
 """Seconds until the next attempt, at most, while a task waits that has a time limit."""
 
@@ -38,8 +41,6 @@ class Link:
         self.window = window
         self.in_flight = 0
         """The blocks that were asked for over this link, and have not been answered."""
-        self.round_trip: float | None = None
-        """The seconds of a round trip, measured when the connection began. None if unknown."""
         self._requests = 0
         self._retiring = False
         self._retired = trio.Event()
@@ -128,10 +129,12 @@ class Link:
 
     async def _measure(self, client: Client) -> None:
         """Measure the round trip of `client`. Requests need not wait for that: the answer comes before theirs."""
-        asked_at = trio.current_time()
         with suppress(SourceError):  # whoever asks for bytes is told
-            if await client.ping():
-                self.round_trip = trio.current_time() - asked_at
+            for _ in range(_PINGS):
+                asked_at = trio.current_time()
+                if not await client.ping():
+                    return
+                self._connector.round_trip.record(trio.current_time() - asked_at)
 
     async def run(self) -> None:
         """Keep a connection open. Returns after `close`, or once the source is found to be another."""

@@ -30,7 +30,7 @@ from blockcopy.replica.source.connector import Connector, GuardedSink
 from blockcopy.replica.source.fatal_blocks import FATAL_AFTER, SUSPECT_AFTER, FatalError, ask_each
 from blockcopy.replica.source.link import Link
 from blockcopy.replica.source.scaling import SAMPLE_SECONDS, Sample, Scaling
-from blockcopy.replica.source.window import Window, default_window
+from blockcopy.replica.source.window import Window, Windows, default_window
 
 logger = logging.getLogger(__name__)
 
@@ -44,24 +44,6 @@ _LOGIN_SECONDS = 0.2
 
 _FULL_SHARE = 0.75
 """Share of the windows from which on they count as full: less than a batch fits in."""
-
-
-class PoolWindow:
-    """The windows of all links of a pool together."""
-
-    def __init__(self, links: Sequence[Link]) -> None:
-        """Add up the windows of `links`, a list that may change."""
-        self._links = links
-
-    @property
-    def blocks(self) -> int:
-        """The blocks that may be in flight on all links."""
-        return sum(link.window.blocks for link in self._links)
-
-    @property
-    def blocks_per_link(self) -> int:
-        """The blocks that may be in flight on a link of average window."""
-        return self.blocks // len(self._links)
 
 
 class Pool:
@@ -90,7 +72,7 @@ class Pool:
         self._new_window = new_window
         self._first = Link(connector, nursery, new_window())
         self._links = [self._first]
-        self.window = PoolWindow(self._links)
+        self.window = Windows(lambda: [link.window for link in self._links])
         """The bounds for the blocks in flight that nobody waits for."""
         self.fallback: Pool | None = None
         """The pool to ask while this one has no connection."""
@@ -132,17 +114,22 @@ class Pool:
     @property
     def sent_bytes(self) -> int:
         """Bytes sent over all connections."""
-        return self._past_bytes[0] + sum(link.sent_bytes for link in self._links)
+        return self._past_bytes[0] + sum(link.sent_bytes for link in (*self._links, *self._retired))
 
     @property
     def received_bytes(self) -> int:
         """Bytes received over all connections."""
-        return self._past_bytes[1] + sum(link.received_bytes for link in self._links)
+        return self._past_bytes[1] + sum(link.received_bytes for link in (*self._links, *self._retired))
 
     @property
     def round_trip(self) -> float | None:
-        """The seconds of a round trip: the least that a connection has measured. None if none has."""
-        return min((link.round_trip for link in self._links if link.round_trip is not None), default=None)
+        """The seconds of a round trip to the source. None if unknown."""
+        return self.connector.round_trip.seconds
+
+    @property
+    def link_holds(self) -> float:
+        """The bytes that fill the link without a queue. 0 if unknown."""
+        return (self.round_trip or 0) * self.scaling.peak_rate
 
     @property
     def is_full(self) -> bool:

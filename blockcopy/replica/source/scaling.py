@@ -11,6 +11,7 @@ the rate rises by a tenth. Otherwise it takes them back, and tries again later. 
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import NamedTuple
 
 MAX_CONNECTIONS = 10
@@ -40,6 +41,9 @@ Otherwise their number doubles.
 _HOLD_SECONDS, _MAX_HOLD_SECONDS = 30, 600
 """Seconds until more connections are tried again after they did not pay. The time doubles up to the second one."""
 
+_RATE_SECONDS, _PEAK_SECONDS = 2, 60
+"""Seconds over which a rate is measured, and for which the highest one is remembered."""
+
 _IDLE_SECONDS = 30
 """Seconds without a byte after which extra connections are taken back."""
 
@@ -57,6 +61,35 @@ class Sample(NamedTuple):
     """Seconds, or None if unknown."""
     is_full: bool
     """Whether as much is in flight as the windows allow."""
+
+
+class PeakRate:
+    """The highest rate of the last minute, each over two seconds: what a link carries, without bursts."""
+
+    def __init__(self) -> None:
+        self._since: tuple[float, int] | None = None
+        self._rates: deque[tuple[float, float]] = deque()
+        """(time, rate), the rates descending. Each is the highest since its time."""
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second. 0 if unknown."""
+        return self._rates[0][1] if self._rates else 0.0
+
+    def add(self, now: float, received: int) -> None:
+        """Note that `received` bytes had come at the time `now`, in seconds."""
+        if self._since is None:
+            self._since = now, received
+        since, before = self._since
+        if now - since < _RATE_SECONDS:
+            return
+        self._since = now, received
+        rate = (received - before) / (now - since)
+        while self._rates and self._rates[-1][1] <= rate:
+            self._rates.pop()
+        self._rates.append((now, rate))
+        while self._rates[0][0] < now - _PEAK_SECONDS:
+            self._rates.popleft()
 
 
 class Scaling:
@@ -77,6 +110,7 @@ class Scaling:
         """Whether there was a measurement. The other attributes mean nothing before."""
         self.rate = 0.0
         """Bytes per second received in the last measurement."""
+        self._peak = PeakRate()
         self._is_fixed = is_fixed
         self._since, self._received, self._full = -math.inf, 0, 0  # the measurement that runs
         self._samples = 0
@@ -84,6 +118,11 @@ class Scaling:
         self._hold_until = -math.inf
         self._hold = float(_HOLD_SECONDS)
         self._busy_at = -math.inf
+
+    @property
+    def peak_rate(self) -> float:
+        """The highest rate of the last minute, in bytes per second."""
+        return self._peak.rate
 
     def restart(self, now: float, received: int) -> None:
         """Begin a new measurement at `now`, in seconds, with `received` bytes."""
@@ -95,6 +134,7 @@ class Scaling:
             self.restart(sample.now, sample.received)
             self._busy_at = sample.now
         self._samples += 1
+        self._peak.add(sample.now, sample.received)
         self._full += sample.is_full
         seconds = max(_MIN_SECONDS, _MIN_ROUND_TRIPS * (sample.round_trip or 0))
         if sample.now - self._since < seconds:

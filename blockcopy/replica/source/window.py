@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 _GROW_BELOW, _SHRINK_ABOVE = 0.1, 0.3
@@ -65,6 +66,25 @@ class Window:
             self.blocks = min(self.blocks + blocks, self._max)
         elif waited > _SHRINK_ABOVE:
             self.blocks = max(self.blocks - blocks, self._min)
+
+
+class Windows:
+    """The bounds for the blocks in flight on several links together."""
+
+    def __init__(self, windows: Callable[[], Sequence[Window]]) -> None:
+        """Add up windows. `windows`: called without arguments, returns the present ones, at least one."""
+        self._windows = windows
+
+    @property
+    def blocks(self) -> int:
+        """The blocks that may be in flight on all links."""
+        return sum(window.blocks for window in self._windows())
+
+    @property
+    def blocks_per_link(self) -> int:
+        """The blocks that may be in flight on a link of average window."""
+        windows = self._windows()
+        return sum(window.blocks for window in windows) // len(windows)
 
 
 def default_window() -> Window:
