@@ -48,26 +48,17 @@ def ssh(bench: Bench) -> None:
     folder = bench.ground.folder / "ssh"
     folder.mkdir()
     equal, some, zero, _ = data.cases(folder, bench.size, bench.args.seed)
-    with_options = knows_connections(bench)
     with Server(bench.ground) as server:
         for round_trip in ROUND_TRIPS:
             with server.line(round_trip) as line:
-                copies(bench, server, line, zero, round_trip, with_options=with_options)
+                copies(bench, server, line, zero, round_trip)
                 if round_trip == ROUND_TRIPS[0]:
-                    copies(bench, server, line, some, round_trip, with_options=with_options)
-                    in_order(bench, line, equal.source, with_options=with_options)
+                    copies(bench, server, line, some, round_trip)
+                    in_order(bench, line, equal.source)
         for each in (some, zero):
             each.before.unlink()
         slow_line(bench, server, equal.source)
         without_differences(bench, server, folder)
-
-
-def knows_connections(bench: Bench) -> bool:
-    """Tell whether this blockcopy has --connections. Notes if not."""
-    if "--connections" in bench.ground.output([*bench.ground.blockcopy, "sync", "--help"]):
-        return True
-    bench.results.note("ssh: this blockcopy has no --connections, so the rows with their number are missing")
-    return False
 
 
 def sync(bench: Bench, line: Line, source: Path, destination: Path, *options: str) -> list[Any]:
@@ -84,26 +75,27 @@ def sync(bench: Bench, line: Line, source: Path, destination: Path, *options: st
 
 
 def rsync(line: Line, case: Case, destination: Path) -> list[Any]:
-    """Return the command line of rsync over `line`, in the form that is the fastest for `case`."""
+    """Return the command line of rsync over `line`, in the fastest form that was found for `case`."""
     is_delta = len(case.differing) != 1
-    form = ["--no-whole-file", f"--block-size={data.BLOCK}"] if is_delta else ["--whole-file"]
+    form = ["--no-whole-file", "--block-size=65536"] if is_delta else ["--whole-file"]
     remote = ["-e", shlex.join(line.ssh), f"{HOST}:{case.source}"]
     return ["rsync", "--inplace", "--ignore-times", *form, *remote, destination]
 
 
-def copies(bench: Bench, server: Server, line: Line, case: Case, round_trip: int, *, with_options: bool) -> None:
-    """Measure copies of `case` over `line`. `with_options`: this blockcopy has --connections."""
+def copies(bench: Bench, server: Server, line: Line, case: Case, round_trip: int) -> None:
+    """Measure copies of `case` over `line`."""
     size = case.source.stat().st_size
     name = f"{case.name}, {round_trip} ms"
     words = f"{size // MIB} MiB, {case.words}; {round_trip} ms round trip"
-    group = bench.results.group(PART, name, words, ONE if with_options else OURS)
+    group = bench.results.group(PART, name, words, ONE)
     destination = bench.ground.folder / "destination"
     data.copy(case.before, destination, [(0, size)])
-    commands = {OURS: sync(bench, line, case.source, destination)}
-    if with_options:
-        commands[ONE] = sync(bench, line, case.source, destination, "--connections", "1")
+    commands = {
+        OURS: sync(bench, line, case.source, destination),
+        ONE: sync(bench, line, case.source, destination, "--connections", "1"),
+    }
     is_whole = len(case.differing) == 1
-    if with_options and is_whole and round_trip == ROUND_TRIPS[1]:
+    if is_whole and round_trip == ROUND_TRIPS[1]:
         commands[EIGHT] = sync(bench, line, case.source, destination, "--connections", "8")
     if round_trip == ROUND_TRIPS[0]:
         if shutil.which("rsync"):
@@ -171,12 +163,12 @@ def mount(bench: Bench, line: Line, source: Path, *options: Any) -> Iterator[Mou
     destination.unlink()
 
 
-def in_order(bench: Bench, line: Line, source: Path, *, with_options: bool) -> None:
-    """Measure sequential reads of missing blocks. `with_options`: this blockcopy has --connections."""
+def in_order(bench: Bench, line: Line, source: Path) -> None:
+    """Measure sequential reads of missing blocks."""
     size = min(source.stat().st_size, 256 * MIB)
     words = f"{size // MIB} MiB of missing blocks in order, {ROUND_TRIPS[0]} ms round trip, and again"
-    group = bench.results.group(PART, "in order", words, MOUNT_ONE if with_options else MOUNT)
-    rows = {MOUNT: [], **({MOUNT_ONE: ["--connections", "1"]} if with_options else {})}
+    group = bench.results.group(PART, "in order", words, MOUNT_ONE)
+    rows = {MOUNT: [], MOUNT_ONE: ["--connections", "1"]}
     for _, (who, options) in bench.alternating(rows.items()):
         bench.say(f"{PART}, in order: {who}")
         with mount(bench, line, source, "--no-background", *options) as mounted:
