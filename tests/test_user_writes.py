@@ -25,6 +25,7 @@ from blockcopy.block.user_writes import Note
 from blockcopy.errors import (
     BlockcopyError,
     DeviceError,
+    SourceChangedError,
     StateError,
     StateRemovedError,
     StateWriteError,
@@ -417,10 +418,35 @@ def test_whatever_would_check_every_block_again_refuses(
     assert_serves(plan_of(source, destination), AT)
 
 
-def test_a_source_that_has_changed_refuses_while_blocks_are_missing(source: Path, destination: Path) -> None:
-    write(source, destination, AT)
-    source.write_bytes(support.with_changes(DATA, [0]))
-    assert_refuses(plan_of(source, destination), "the source is another, or has changed")
+@pytest.mark.parametrize("size", [len(DATA), len(DATA) + PAGE, len(DATA) - PAGE])
+def test_nothing_of_a_source_that_has_changed_is_taken(
+    size: int, source: Path, destination: Path, tmp_path: Path
+) -> None:
+    """What is present, and what the user wrote, is served: nobody else has it. It can be written to as well."""
+    other = support.written(tmp_path / "other", support.noise(size, seed=7))
+
+    async def first() -> None:
+        async with replica_of(plan_of(source, destination)) as replica:
+            await replica.volume.read(0, BLOCK_SIZE)
+            await replica.volume.write(AT, MINE)
+
+    async def with_other() -> None:
+        async with replica_of(plan_of(other, destination, hydrate=True)) as replica:
+            await replica.settled.wait()
+            told = replica.status()
+            assert told.state == "failed"
+            assert "without the earlier source" in str(told.error)
+            assert replica.volume.size == len(DATA)
+            assert await replica.volume.read(0, BLOCK_SIZE) == DATA[:BLOCK_SIZE]
+            assert await replica.volume.read(AT, PAGE) == MINE
+            with pytest.raises(SourceChangedError):
+                await replica.volume.read(AT, 2 * PAGE)
+            await replica.volume.write(AT + 2 * PAGE, MINE)
+            await replica.flush()
+
+    trio.run(first)
+    trio.run(with_other)
+    assert_serves(plan_of(source, destination), AT, AT + 2 * PAGE)
 
 
 def test_what_another_program_wrote_meanwhile_is_checked_again(source: Path, destination: Path) -> None:

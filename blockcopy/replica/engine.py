@@ -65,6 +65,8 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
                 connector = Connector(plan, size_guess=guess)
                 demand, bulk = _pools(plan, connector, nursery)
                 is_reached = await _connect(plan, demand, bulk, record, nursery)
+                if record is not None and record.has_user_writes:
+                    _hold_to_source_of(record, connector)
                 source = connector.identity
                 if source is None:  # impossible: `_connect` would have raised
                     raise SourceError(f"{plan.command.location} did not send its identity")
@@ -213,6 +215,16 @@ async def _connect(plan: Plan, demand: Pool, bulk: Pool, record: Record | None, 
     finally:
         for pool in pools if one_by_one else [demand]:
             nursery.start_soon(pool.run)
+
+
+def _hold_to_source_of(record: Record, connector: Connector) -> None:
+    """Take nothing over `connector` if the source is another than that of `record`, which has writes of a user.
+
+    What is present, and what was written, is served all the same: nobody else has it.
+    """
+    connector.hold_to(record.binding.source)
+    if connector.changed is not None:
+        logger.error("%s. What is present or was written is served", connector.changed)
 
 
 def _claim_existing(plan: Plan, stack: ExitStack) -> Destination | None:

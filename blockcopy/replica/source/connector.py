@@ -125,6 +125,18 @@ class Connector:
             return
         raise SourceError(f"no answer from {self.command.location} for {self._plan.timeout:g} seconds")
 
+    def hold_to(self, identity: Identity) -> None:
+        """Accept no other source than the one with `identity`. Call after the first connection.
+
+        If the source of that connection is another, `changed` is set: nothing of that source is taken.
+        """
+        found, self.identity = self.identity, identity
+        if found is not None and (differing := differences(identity, found)):
+            self.changed = SourceChangedError(
+                f"source changed: {self.command.location} is not the source of this copy ({'; '.join(differing)}). "
+                "Nothing of it is taken: what is missing cannot be read without the earlier source"
+            )
+
     async def _first_greeting(self, client: Client) -> Identity:
         """Wait until `client` is greeted by the source. Returns the identity of the source.
 
@@ -186,7 +198,7 @@ class Connector:
             raise self._is_another("; ".join(differing))
 
     def _is_another(self, why: str) -> SourceChangedError:
-        self.changed = SourceChangedError.found(str(self.command.location), why)
+        self.changed = self.changed or SourceChangedError.found(str(self.command.location), why)
         return self.changed
 
     def _accept(self, client: Client) -> Client:

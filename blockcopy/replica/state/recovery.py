@@ -198,7 +198,7 @@ def was_written_by_others(recorded: WriteTimes, times: Times) -> bool:
 def matches_source(state_file: StateFile, record: Record, source: Identity) -> bool:
     """Return whether `record`, which is in `state_file`, is about this unchanged `source`.
 
-    Raises UserWritesError if not, and the destination holds writes of a user.
+    A destination with writes of a user is held to its source before (`engine`).
     """
     if differing := differences(record.binding.source, source):
         _ignore(state_file, f"the source is another, or has changed: {'; '.join(differing)}")
