@@ -489,8 +489,10 @@ class Sshd:
 
     host = "127.0.0.1"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *settings: str) -> None:
+        """Prepare a server whose files are in `folder`. `settings`: further lines of its configuration."""
         self._folder = folder
+        self._settings = settings
         with socket.socket() as free:
             free.bind((self.host, 0))
             self.port = free.getsockname()[1]
@@ -514,6 +516,7 @@ class Sshd:
             f"ListenAddress {self.host}\nPort {self.port}\nHostKey {folder}/host\nPidFile none\n"
             f"AuthorizedKeysFile {folder}/authorized\nStrictModes no\nUsePAM no\n"
             "PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\n"
+            + "".join(f"{line}\n" for line in self._settings)
         )
         if os.geteuid() == 0:
             Path("/run/sshd").mkdir(exist_ok=True)

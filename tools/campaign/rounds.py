@@ -49,6 +49,8 @@ class Round:
 
     def __init__(self, name: str, size: int, folder: Path, totals: Counter[str], verbose: bool) -> None:
         self.choose = random.Random(name)
+        self.connections: int | None = None
+        """The value of --connections. None: the default."""
         self.folder = folder
         self.state, self.cut, self.frozen = folder / "state", folder / "cut", folder / "frozen"
         self.trickling = folder / "trickling"
@@ -150,6 +152,8 @@ class Round:
             link += ["--delay", self.choose.choice([2, 10, 40])]
         if name == "mount":
             options += self.MOUNT_OPTIONS
+        if self.connections is not None:
+            options += ["--connections", self.connections]
         for option, chance in self.OPTIONS:
             options += [option] * (self.choose.random() < chance)
         rsh = self.folder / "rsh"
