@@ -169,13 +169,17 @@ def test_a_kill_ends_the_mount_while_lost_bytes_are_dropped(
         for each in sources:
             os.kill(each, signal.SIGSTOP)
         read = [PYTHON, "-c", "import os, sys; os.pread(os.open(sys.argv[1], 0), 100, 100 << 20)", mounted.file]
-        with subprocess.Popen(read, stderr=subprocess.DEVNULL):
-            until(lambda: mounted.status()["demand"]["waiting"])
-            fault.touch()
-            os.pwrite(fd, b"w" * PAGE, 0)
-            until(lambda: errno_of(lambda: os.pread(fd, 1, 0)) == errno.EIO)
-            os.kill(pid, signal.SIGKILL)
-            until(lambda: not support.alive(pid))
+        try:
+            with subprocess.Popen(read, stderr=subprocess.DEVNULL):
+                until(lambda: mounted.status()["demand"]["waiting"])
+                fault.touch()
+                os.pwrite(fd, b"w" * PAGE, 0)
+                until(lambda: mounted.status()["lost_bytes"])
+                os.kill(pid, signal.SIGKILL)
+                until(lambda: not support.alive(pid))
+        finally:
+            for each in sources:
+                os.kill(each, signal.SIGKILL)
 
 
 # Full disks
