@@ -24,23 +24,32 @@ def forkserver() -> Iterator[None]:
     server.close()
 
 
+@pytest.fixture(scope="session")
+def state_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder for the folders of state files."""
+    return tmp_path_factory.mktemp("states")
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, state_folders: Path
 ) -> Iterator[None]:
     """Fail a test that leaves a mount, process, thread or file descriptor behind."""
     mark = uuid.uuid4().hex
     monkeypatch.setenv(support.TEST_ID, mark)
     # The folder of state files: a test must not see those of other tests, nor of this machine.
-    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path_factory.mktemp("state")))
+    states = state_folders / mark
+    states.mkdir(mode=0o700)
+    monkeypatch.setenv("STATE_DIRECTORY", str(states))
     ours = tmp_path_factory.getbasetemp()
-    mounts, threads, descriptors = (
+    mounts, processes, threads, descriptors = (
         support.fuse_mounts(below=ours),
+        support.processes(),
         set(threading.enumerate()),
         support.descriptors(),
     )
     yield
-    left = [f"process {each}" for each in support.reap(mark)]
+    left = [f"process {each}" for each in support.reap(mark, processes)]
     left += [f"mount {each}" for each in support.clear_mounts(support.fuse_mounts(below=ours) - mounts)]
     left += [f"thread {each.name}" for each in support.threads_left(threads)]
     left += [f"descriptor {each}" for each in support.descriptors() - descriptors]

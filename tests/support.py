@@ -403,11 +403,11 @@ def children(pid: int) -> list[int]:
     The file `children` of proc(5) is no source: it can miss some while others come and go.
     """
     found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parent = int((entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
-            if parent == pid and alive(int(entry.name)):
-                found.append(int(entry.name))
+    for each in processes():
+        with contextlib.suppress(OSError), open(f"/proc/{each}/stat", "rb", buffering=0) as stat:
+            state, parent = stat.read().rpartition(b")")[2].split()[:2]
+            if int(parent) == pid and state != b"Z":
+                found.append(each)
     return found
 
 
@@ -428,25 +428,31 @@ def peak_memory(pid: int) -> int:
     raise AssertionError(f"no VmHWM of {pid}")
 
 
-def _marked(mark: str) -> list[int]:
-    """Return the running processes whose environment has `mark` as `TEST_ID`, without this one."""
+def processes() -> set[int]:
+    """Return the process ids of this machine."""
+    return set(map(int, filter(str.isdigit, os.listdir("/proc"))))
+
+
+def _marked(mark: str, before: set[int]) -> list[int]:
+    """Return the running processes whose environment has `mark` as `TEST_ID`, without those in `before`."""
     found, wanted = [], f"{TEST_ID}={mark}\0".encode()
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        # a plain read, because this runs after each test for each process of the machine
+    for pid in processes() - before:
+        # a plain read, because this runs after each test
         with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb", buffering=0) as environment:
-            if wanted in environment.read() and alive(pid) and pid != os.getpid():
+            if wanted in environment.read() and alive(pid):
                 found.append(pid)
     return found
 
 
-def reap(mark: str) -> list[str]:
+def reap(mark: str, before: set[int]) -> list[str]:
     """Kill the processes of a test that do not end by themselves, and return their command lines.
 
     `mark`: the value of `TEST_ID` in their environment. They have 10 seconds to end.
+    `before`: the processes that ran before the test, which are not looked at.
     """
     end = time.monotonic() + 10
     pauses = _pauses()
-    while (pids := _marked(mark)) and time.monotonic() < end:
+    while (pids := _marked(mark, before)) and time.monotonic() < end:
         time.sleep(next(pauses))
     left = []
     for pid in pids:

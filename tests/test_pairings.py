@@ -31,7 +31,6 @@ from support import (
     FedDecoder,
     failed,
     noise,
-    pairwise,
     run,
     succeeded,
     with_changes,
@@ -188,7 +187,12 @@ SHAPES = [
 @pytest.mark.parametrize(
     ("name", "digest", "compression"),
     [
-        *pairwise(SHAPES, DIGESTS, COMPRESSIONS),
+        *(
+            (name, digest, compression)
+            for (name, compression), digest in zip(
+                itertools.product(SHAPES, COMPRESSIONS), cycle(DIGESTS), strict=False
+            )
+        ),
         *zip([name for name in CASES if name not in SHAPES], cycle(DIGESTS), cycle(COMPRESSIONS), strict=False),
     ],
 )
@@ -384,9 +388,15 @@ def runs(path: str) -> bool:
 PYTHONS = dict(versions())
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder for the bytecode of all Pythons, outside of the checkout."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.mark.parametrize("compress", [False, True])
 @pytest.mark.parametrize("version", PYTHONS)
-def test_the_stages_work_under_each_python(tmp_path: Path, version: str, compress: bool) -> None:
+def test_the_stages_work_under_each_python(tmp_path: Path, compiled: Path, version: str, compress: bool) -> None:
     """Out of the checkout, with warnings as errors and nothing installed."""
     python = [PYTHONS[version], "-S", "-W", "error"]
     if compress and subprocess.run([*python, "-c", "import lzma"], capture_output=True, check=False).returncode:
@@ -394,7 +404,7 @@ def test_the_stages_work_under_each_python(tmp_path: Path, version: str, compres
     case = Case(SPARSE + b"abc", with_changes(SPARSE, [0, 5])[: 11 * B + 5], lzma=compress)
     (tmp_path / "source").write_bytes(case.source)
     (tmp_path / "destination").write_bytes(case.destination)
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "PYTHONPYCACHEPREFIX": str(compiled)}
     stream = b""
     for words in stages(case, tmp_path / "source", tmp_path / "destination"):
         command = [*python, "-m", "blockcopy", *words]

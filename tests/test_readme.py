@@ -167,6 +167,10 @@ find {folders} -type f -exec stat -c %Hd:%Ld {{}} + | sort -u | while read -r de
 done
 blockcopy umount /mnt/disk 2>/dev/null || true
 """
+"""Remove what a block left: a file system in the replica, its loop device, the replica.
+
+`folders`: detach the loop devices on the file systems of these folders.
+"""
 
 XFS = """
 cd /images
@@ -249,13 +253,6 @@ class World:
         )
         assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
 
-    def tidy(self, folders: str = "/mnt/disk") -> None:
-        """Remove what a block left: a file system in the replica, its loop device, the replica.
-
-        `folders`: detach loop devices on the file systems of these folders.
-        """
-        self.run(TIDY.format(folders=folders))
-
 
 @contextmanager
 def world(folder: Path) -> Iterator[World]:
@@ -281,7 +278,7 @@ def world(folder: Path) -> Iterator[World]:
         try:
             yield made
         finally:
-            made.tidy("/mnt/disk /images")
+            made.run(TIDY.format(folders="/mnt/disk /images"))
             holder.communicate()
 
 
@@ -291,8 +288,7 @@ def test_blocks_do_as_they_are_written(tmp_path: Path, section: str) -> None:
     with world(tmp_path) as machine:
         for _, text in (block for block in RUN_HERE if block.section == section):
             scene = next((SCENES[start] for start in SCENES if text.startswith(start)), Scene())
-            machine.run(f"{scene.before}\n{text}\n{scene.after}")
-            machine.tidy()
+            machine.run(f"{scene.before}\n{text}\n{scene.after}\n{TIDY.format(folders='/mnt/disk')}")
 
 
 def test_the_options_for_xfs_mount_a_snapshot_of_one_in_use(tmp_path: Path) -> None:
