@@ -126,6 +126,7 @@ class Counter:
             self._file = path.open("r+b", buffering=0)
         except OSError as error:
             raise StateWriteError(f"cannot write {path}: {error.strerror}") from error
+        self._commits: int | None = None  # as written last
         self._at = os.fstat(self._file.fileno()).st_size - _COUNTER_DIGITS - 1
         self._in_place = FilesInPlace(path)
 
@@ -135,8 +136,11 @@ class Counter:
         Raises StateWriteError if the note cannot be written. Raises StateRemovedError if the note was removed.
         """
         self._in_place.check()
+        if commits == self._commits:
+            return
         try:
             os.pwrite(self._file.fileno(), f"{commits:0{_COUNTER_DIGITS}}".encode(), self._at)
+            self._commits = commits
         except OSError as error:
             raise StateWriteError(f"cannot write {self._path}: {error.strerror}") from error
 

@@ -6,6 +6,7 @@ A change of threads costs as much as a quick sync of a disk. So a sync, and the 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import threading
 import time
@@ -80,12 +81,12 @@ async def _run_within(work: Callable[[], None], seconds: float | None, after: Ca
 
     await trio.lowlevel.checkpoint_if_cancelled()
     trio.lowlevel.start_thread_soon(in_thread, deliver)
-    with trio.CancelScope(shield=True):
-        while not outcomes:
-            with trio.move_on_after(seconds if seconds is not None else float("inf")):
-                await ended.wait()
-            if not outcomes and seconds is not None and began and time.monotonic() - began[0] >= seconds:
-                raise _timeout()
+    patience = math.inf if seconds is None else seconds
+    while not outcomes:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + patience):
+            await ended.wait()
+        if not outcomes and began and time.monotonic() - began[0] >= patience:
+            raise _timeout()
     outcomes[0].unwrap()
 
 
