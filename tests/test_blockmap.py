@@ -170,15 +170,15 @@ def test_a_block_marked_during_the_search_is_not_found_after_that() -> None:
 
 
 def test_present_blocks_are_passed_over_quickly() -> None:
-    blocks = 2**19
+    blocks = 2**17
     blockmap = BlockMap(Geometry(blocks * BLOCK, BLOCK))
     for block in range(blocks - 1):
         mark(blockmap, block, fetched=False)
-    started = time.monotonic()
-    for _ in range(500):
+    started = time.process_time()  # of this process alone: others may be busy
+    for _ in range(2000):
         assert next(blockmap.missing(range(blocks))) == blocks - 1
     # One block at a time this takes minutes.
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_a_huge_map_takes_one_bit_a_block_and_is_searched_lazily() -> None:

@@ -72,7 +72,7 @@ def find(path: object, guesses: list[int], program: str | None) -> list[int]:
 
             try:
                 retriever = await connect()
-                with trio.fail_after(30):
+                with trio.fail_after(50):
                     for guess in guesses:
                         search = SizeSearch(retriever, connect)
                         found.append(await search.find(guess))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import select
 import signal
@@ -64,6 +65,21 @@ def tell(process: subprocess.Popen[bytes], data: bytes) -> None:
     process.stdin.write(data)
 
 
+def quickest(action: Callable[[], object], enough: float) -> float:
+    """Return the seconds of the quickest of up to ten calls of `action`. A busy machine delays some.
+
+    `enough`: seconds after which no further call is needed.
+    """
+    best = math.inf
+    for _ in range(10):
+        start = time.monotonic()
+        action()
+        best = min(best, time.monotonic() - start)
+        if best < enough:
+            break
+    return best
+
+
 def ending(process: subprocess.Popen[bytes]) -> tuple[int, bytes]:
     """Wait for the end of a process. Returns its exit status and its standard error."""
     status = process.wait(timeout=PATIENCE)
@@ -88,21 +104,25 @@ def test_delay_is_the_time_of_a_byte_and_not_of_each_piece(tmp_path: Path) -> No
     with running(link("--delay", 150, "host", "cat")) as process:
         tell(process, b"1")
         assert says(process) == b"1"  # the command runs now
-        start = time.monotonic()
-        tell(process, b"2")
-        assert says(process) == b"2"
-        assert 0.3 <= time.monotonic() - start < 1
-    data = bytes(64 * 1024 * 1024)
+
+        def echo() -> None:
+            tell(process, b"2")
+            assert says(process) == b"2"
+
+        assert 0.3 <= quickest(echo, 0.45) < 0.45
+    data = bytes(32 * 1024 * 1024)
     start = time.monotonic()
-    assert finish(link("--delay", 150, "host", "cat"), data).stdout == data
-    assert time.monotonic() - start < 3  # delaying one piece after the other would take 9.6 s
+    assert finish(link("--delay", 500, "host", "cat"), data).stdout == data
+    assert time.monotonic() - start < 10  # delaying one piece after the other would take 16 s
 
 
 def test_rate() -> None:
     data = noise(512 * 1024)
-    start = time.monotonic()
-    assert finish(link("--rate", "1M", "host", "cat"), data).stdout == data
-    assert 0.5 <= time.monotonic() - start < 2
+
+    def carry() -> None:
+        assert finish(link("--rate", "1M", "host", "cat"), data).stdout == data
+
+    assert 0.5 <= quickest(carry, 1) < 1
 
 
 @pytest.mark.parametrize("command", ["wc -c", "head -c 524288 /dev/zero"])
@@ -497,7 +517,9 @@ def test_syncs_that_fail_while_a_file_exists(disk: Disk, tmp_path: Path) -> None
 
 def test_slow_reads_and_writes(disk: Disk) -> None:
     with opened(disk("--slow-reads", 200, "--slow-writes", 100)) as fd:
-        start = time.monotonic()
-        os.pread(fd, 1, 0)
-        os.pwrite(fd, b"1", 0)
-        assert 0.3 <= time.monotonic() - start < 1
+
+        def read_and_write() -> None:
+            os.pread(fd, 1, 0)
+            os.pwrite(fd, b"1", 0)
+
+        assert 0.3 <= quickest(read_and_write, 0.45) < 0.45
