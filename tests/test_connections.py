@@ -61,8 +61,8 @@ def test_a_window_that_binds_gets_more_connections(
     mount: Mounter, source: Path, destination: Path, narrow: str
 ) -> None:
     mounted = mount(f"host:{source}", destination, "-e", narrow)
-    until(lambda: connections(mounted) >= 5, "more connections")
-    assert len(mounted.retrievers()) >= 5, "a process each"
+    until(lambda: connections(mounted) >= 3, "more connections")
+    assert len(mounted.retrievers()) >= 3, "a process each"
     assert mounted.status()["link"]["round_trip_seconds"] >= 0.06
     complete(mounted, destination)
 
@@ -92,15 +92,21 @@ def test_extra_connections_that_are_killed_are_no_error(
     complete(mounted, destination)
 
 
-def test_a_reader_in_order_gets_more_connections(
-    mount: Mounter, source: Path, destination: Path, narrow: str
-) -> None:
-    mounted = mount(f"host:{source}", destination, "-e", narrow, "--no-background")
+def test_a_reader_in_order_gets_more_connections(mount: Mounter, tmp_path: Path) -> None:
+    """The window is that of ssh: at a round trip of 200 ms, a channel carries 10 MB/s."""
+    copies = 4
+    source = written(tmp_path / "long", DATA * copies)
+    destination = written(tmp_path / "destination", bytes(copies * SIZE))
+    rsh = shlex.join([PYTHON, str(STANDINS / "link"), "--delay", "100", "--window", "2M"])
+    mounted = mount(f"host:{source}", destination, "-e", rsh, "--no-background")
     most = 0
     with mounted.file.open("rb", buffering=0) as file:
-        for start in range(0, SIZE, BLOCK_SIZE):
-            assert file.read(BLOCK_SIZE) == DATA[start : start + BLOCK_SIZE]
-            most = max(most, connections(mounted))
+        for _ in range(copies):
+            for start in range(0, SIZE, BLOCK_SIZE):
+                assert file.read(BLOCK_SIZE) == DATA[start : start + BLOCK_SIZE]
+                most = max(most, connections(mounted))
+            if most >= 3:
+                return
     assert most >= 3
 
 

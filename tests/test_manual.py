@@ -21,7 +21,7 @@ COMMANDS = commands_of(parser())
 
 STATUS = Status(state=State.STARTING, size=0, source_needed=True).as_dict()
 
-_TALLEST = {"mount": 60, "sync": 50}
+_TALLEST = {"mount": 61, "sync": 50}
 """Lines of help; the others fit a screen of 24, and the options of these two fit one of today's."""
 
 

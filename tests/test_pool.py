@@ -30,8 +30,10 @@ CHANNEL_WINDOW = 2 * MIB
 class Line:
     """A line over which a pool copies: channels have a window, and all of them share the rate."""
 
-    def __init__(self, round_trip: float, rate: float = math.inf, sessions: int = 100) -> None:
-        self.round_trip, self.rate, self.sessions = round_trip, rate, sessions
+    def __init__(
+        self, round_trip: float, rate: float = math.inf, sessions: int = 100, size: float = math.inf
+    ) -> None:
+        self.round_trip, self.rate, self.sessions, self.size = round_trip, rate, sessions, size
         self.now = self.received = 0.0
         self.connections = 1
         self.most = 1
@@ -44,7 +46,9 @@ class Line:
             channel = CHANNEL_WINDOW / self.round_trip
             self.received += SAMPLE_SECONDS * min(self.rate, channel * self.connections)
             full = self.rate <= channel * self.connections
-            sample = Sample(self.now, int(self.received), self.connections, self.round_trip, is_full=full)
+            remaining = self.size - self.received
+            now, received = self.now, int(self.received)
+            sample = Sample(now, received, self.connections, self.round_trip, full, remaining)
             wanted = scaling.decide(sample)
             if wanted > self.connections:
                 self.connections = min(wanted, self.sessions)
@@ -58,6 +62,15 @@ def test_a_window_that_binds_gets_as_many_connections_as_pay() -> None:
     line = Line(0.1)
     line.carry(Scaling(MAX_CONNECTIONS), 3)
     assert line.connections == MAX_CONNECTIONS
+
+
+def test_a_short_copy_gets_no_more_than_it_needs() -> None:
+    for size, most in ((32 * MIB, 1), (128 * MIB, 3), (1024 * MIB, MAX_CONNECTIONS)):
+        line = Line(0.1, size=size)
+        scaling = Scaling(MAX_CONNECTIONS)
+        while line.received < line.size:
+            line.carry(scaling, SAMPLE_SECONDS)
+        assert (line.most, size) == (most, size)
 
 
 def test_a_line_that_one_channel_fills_has_one() -> None:

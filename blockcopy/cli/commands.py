@@ -121,9 +121,11 @@ def receive(args: argparse.Namespace) -> None:
 
 def facts(args: argparse.Namespace) -> None:
     """Run `facts`: print what this host can do for a copy, as JSON. `args`: its parsed options."""
-    from blockcopy.stage.facts import facts as found
+    from blockcopy.stage import facts as stage
 
-    console.write(json.dumps(found(args.source_file)))
+    console.write(json.dumps(stage.facts(args.source_file)))
+    if args.echo:
+        stage.echo(0, 1)
 
 
 def _refuse_dash(path: str) -> None:

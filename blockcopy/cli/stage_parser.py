@@ -129,6 +129,7 @@ def _add_facts(commands: Any) -> None:
         commands, "facts", "print what this host can do for a copy, as JSON", "[FILE]", "facts /dev/vg/disk"
     )
     facts.add_argument("source_file", metavar="FILE", nargs="?", help="file or device to try to read")
+    facts.add_argument("--echo", action="store_true", help="then write back standard input, to measure round trips")
 
 
 def add_progress(parser: argparse.ArgumentParser) -> Options:

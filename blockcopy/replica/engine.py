@@ -101,14 +101,13 @@ def _pools(plan: Plan, connector: Connector, nursery: trio.Nursery) -> tuple[Poo
     `nursery`: runs their connections.
     """
     most = MAX_CONNECTIONS - _SPARE_CONNECTIONS if plan.demand and plan.hydrate else MAX_CONNECTIONS
-    is_alone = not plan.demand and not plan.command.location.host
     bulk = Pool(
         connector,
         nursery,
         # Beside readers, background hydration waits for the source for ever.
         give_up_after=math.inf if plan.demand and plan.hydrate else plan.reconnect_timeout,
         scaling=_scaling(plan, most, is_fixed=plan.connections is not None and plan.hydrate),
-        new_window=partial(bulk_window, is_alone=is_alone),
+        new_window=partial(bulk_window, has_readers=plan.demand, is_local=plan.command.location.host is None),
     )
     if not (plan.demand and plan.hydrate):
         return bulk, bulk

@@ -79,6 +79,8 @@ class Replica:
         self.throttle = Throttle(
             self._bulk.window, lambda: lane.active_at, plan.limit, link_holds=lambda: bulk.link_holds
         )
+        if plan.hydrate:
+            bulk.remaining = self._bytes_to_come
         self._monitor = LinkMonitor(self._pools, bulk, self.throttle)
         self.volume = Volume(
             self._hydrator, lane, nursery, give_up_after=plan.max_wait, before_write=self._begin_write
@@ -298,6 +300,12 @@ class Replica:
             self._meter.sample(done - skipped)
             self._monitor.sample()
             await trio.sleep(1)
+
+    def _bytes_to_come(self) -> float:
+        """Return the bytes that the source will probably send: those missing, of which so many differed so far."""
+        present, fetched = self._blockmap.present_bytes, self._blockmap.fetched_bytes
+        seen = present - self._blockmap.resumed_bytes
+        return (self._geometry.size - present) * (fetched / seen if seen else 1)
 
     @property
     def _progress(self) -> tuple[int, int]:

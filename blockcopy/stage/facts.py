@@ -20,6 +20,9 @@ from blockcopy import __version__
 from blockcopy.block.device import open_source
 from blockcopy.protocol import digests, zstd
 
+_ECHO_BYTES = 64
+"""Bytes that are written back at once."""
+
 
 def facts(path: str | None = None) -> dict[str, Any]:
     """Return a dict of facts about this host, with the size of the file or device at `path`, if given.
@@ -37,6 +40,12 @@ def facts(path: str | None = None) -> dict[str, Any]:
         with open_source(path) as device:
             found["size"] = device.size()
     return found
+
+
+def echo(source: int, sink: int) -> None:
+    """Write what comes from the descriptor `source` to `sink`, until `source` ends."""
+    while data := os.read(source, _ECHO_BYTES):
+        os.write(sink, data)
 
 
 def _user() -> str:

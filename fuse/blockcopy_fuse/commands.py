@@ -234,7 +234,8 @@ def doctor(args: argparse.Namespace) -> None:
     results: Iterable[CheckResult] = examine()
     if args.host is not None:
         location = parse_location(args.host, "HOST", needs_path=False)
-        command = command_for(args, location, "facts")
+        echo = [] if args.blockcopy_path else ["--echo"]  # an installed program may be older
+        command = command_for(args, location, "facts", echo)
         results = itertools.chain(results, examine_host(command, prompts=prompts(location)))
     failures = 0
     for verdict, message in results:

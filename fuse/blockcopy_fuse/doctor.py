@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -18,9 +19,11 @@ from blockcopy.block.records import default_folder
 from blockcopy.errors import BlockcopyError, RemoteError
 from blockcopy.optional_packages import BLAKE3, FUSE, ZSTD, install_command
 from blockcopy.paths.runtime_dir import make_runtime_dir
+from blockcopy.progress.rate import human_size
 from blockcopy.protocol import digests, zstd
 from blockcopy.protocol.strict_json import parse_object
 from blockcopy.replica.monitor import typed_json
+from blockcopy.replica.source.scaling import CHANNEL_WINDOW, MAX_CONNECTIONS
 from blockcopy.stage.streams import InputStream
 from blockcopy.transport.command import Command
 from blockcopy.transport.hints import explain_end
@@ -32,6 +35,11 @@ _HOST_SECONDS = 30
 
 _MAX_FACTS = 64 * 1024
 """Bytes of an answer of `facts`."""
+
+_PINGS = 5
+"""Round trips that are measured, of which the least counts."""
+
+_NEWLINE = ord("\n")
 
 _MIN_VERSIONS = {"pyfuse3": (3, 4), "trio": (0, 25)}
 
@@ -80,7 +88,7 @@ def examine_host(command: Command, *, prompts: bool = False) -> Iterator[CheckRe
     host = command.location.host_shown
     started = time.monotonic()
     try:
-        facts = _facts(command, prompts=prompts)
+        facts, round_trip = _facts(command, prompts=prompts)
     except BlockcopyError as error:
         yield CheckResult("FAIL", str(error))
         return
@@ -91,6 +99,8 @@ def examine_host(command: Command, *, prompts: bool = False) -> Iterator[CheckRe
     yield CheckResult("ok", f"{host}: blocks would be compared by {chosen}")
     if chosen != "blake3":
         yield CheckResult("note", f"{host}: the package blake3 on both hosts would make it faster")
+    if round_trip is not None:
+        yield CheckResult("ok", f"{host}: {_expected(round_trip)}")
     if not facts.zstd:
         yield CheckResult(
             "note",
@@ -101,36 +111,62 @@ def examine_host(command: Command, *, prompts: bool = False) -> Iterator[CheckRe
         yield CheckResult("ok", f"{command.location} can be read: {facts.size} bytes")
 
 
-def _facts(command: Command, *, prompts: bool) -> HostFacts:
-    """Run `command`, which runs the stage `facts`, and return its reply.
+def _expected(round_trip: float) -> str:
+    """Return what to expect of a link whose round trip takes `round_trip` seconds, as text for people."""
+    channel = int(CHANNEL_WINDOW / round_trip)
+    return (
+        f"a round trip takes {1000 * round_trip:.1f} ms: a channel of ssh carries at most {human_size(channel)}/s, "
+        f"and a copy opens up to {MAX_CONNECTIONS} while that pays"
+    )
+
+
+def _facts(command: Command, *, prompts: bool) -> tuple[HostFacts, float | None]:
+    """Run `command`, which runs the stage `facts`. Returns its reply, and the seconds of a round trip if measured.
 
     `prompts`: whether ssh may ask for a password at the terminal.
     Raises RemoteError, with what to do, if there is no valid reply.
     """
     host = command.location.host_shown
-    answer = b""
+    answer, round_trip = b"", None
     with Session(command, timeout=_HOST_SECONDS, prompts=prompts) as session:
         if session.begin():
-            answer = _read(session.input, host)
+            answer = _read(session.input, host, until_line=bool(command.mark))
+            if command.mark and answer:
+                round_trip = _round_trip(session)
     if session.timeout_error is not None:
         raise RemoteError(session.timeout_error)
     text = answer[answer.find(b"{") :]  # without bootstrap, the login may print text first
     with contextlib.suppress(ValueError):
         facts = typed_json.parse(HostFacts, parse_object(text))
         if session.status == 0:
-            return facts
+            return facts, round_trip
     raise RemoteError(explain_end(command, session.status, session.last_lines(), begun=session.begun))
 
 
-def _read(stream: InputStream, host: str) -> bytes:
-    """Return all bytes up to the end of `stream`. `host`: its name in messages.
+def _round_trip(session: Session) -> float | None:
+    """Return the least seconds of some round trips to the stage of `session`, an echo. None if it has ended."""
+    buffer, best = memoryview(bytearray(1)), math.inf
+    for _ in range(_PINGS):
+        asked_at = time.monotonic()
+        session.output.write([b"?"])
+        if not session.input.read_into(buffer):
+            return None
+        best = min(best, time.monotonic() - asked_at)
+    return best
 
+
+def _read(stream: InputStream, host: str, *, until_line: bool) -> bytes:
+    """Return all bytes up to the end of `stream`, or up to the end of a line if `until_line`.
+
+    `host`: its name in messages.
     Raises RemoteError if there are more bytes than the stage `facts` writes.
     """
     buffer = memoryview(bytearray(_MAX_FACTS))
     length = 0
     while count := stream.read_into(buffer[length:]):
         length += count
+        if until_line and buffer[length - 1] == _NEWLINE:
+            break
         if length == len(buffer):
             raise RemoteError(f"{host} sent no facts: {bytes(buffer[:100])!r} …")
     return bytes(buffer[:length])

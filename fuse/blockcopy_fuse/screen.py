@@ -14,6 +14,7 @@ from rich.text import Text
 
 from blockcopy.progress.bar import DONE, GOING
 from blockcopy.progress.rate import human_size
+from blockcopy.protocol.digests import FASTEST
 from blockcopy.replica.monitor.status import Bottleneck, LinkState, LinkStatus, MapCell, ReadStatus, State, Status
 from blockcopy.untrusted_text import printable
 
@@ -171,7 +172,9 @@ def _link(link: LinkStatus) -> Text:
     if link.round_trip_seconds is not None:
         text.append(f", round trip {_milliseconds(link.round_trip_seconds)} ms")
     if link.digest:
-        text.append(f", {link.digest}")
+        text.append(
+            f", digest {link.digest}" + ("" if link.digest == FASTEST else f" ({FASTEST} needs both hosts)")
+        )
     if link.bottleneck:
         text.append(f", bound by {_BOUND_BY.get(link.bottleneck, link.bottleneck)}")
     if link.reconnects:

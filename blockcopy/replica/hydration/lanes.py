@@ -25,6 +25,9 @@ _DEMAND_BATCH_BLOCKS = 16
 _INITIAL_WINDOW, _MIN_WINDOW = 32, 8
 """Blocks that a link has in flight at first, and at least."""
 
+_INITIAL_SYNC_WINDOW = 256
+"""Blocks that a link has in flight at first if there are no readers. Equal blocks cross a long link soon then."""
+
 _MAX_DEMAND_WINDOW, _MAX_BULK_WINDOW = 512, 1024
 """Most blocks in flight on a link. 1024 blocks are 128 MiB.
 
@@ -109,12 +112,13 @@ def demand_window() -> Window:
     return Window(_INITIAL_WINDOW, min_blocks=_MIN_WINDOW, max_blocks=_MAX_DEMAND_WINDOW)
 
 
-def bulk_window(*, is_alone: bool) -> Window:
+def bulk_window(*, has_readers: bool, is_local: bool) -> Window:
     """Return the Window of a new link for background hydration.
 
-    `is_alone`: whether neither readers nor a network share the link. Then the window is full from the start.
+    `has_readers`: whether readers share the source. `is_local`: whether there is no network. Without both, the
+    window is full from the start.
     """
-    initial = _MAX_BULK_WINDOW if is_alone else _INITIAL_WINDOW
+    initial = _INITIAL_WINDOW if has_readers else _MAX_BULK_WINDOW if is_local else _INITIAL_SYNC_WINDOW
     return Window(initial, min_blocks=_MIN_WINDOW, max_blocks=_MAX_BULK_WINDOW)
 
 

@@ -74,6 +74,8 @@ class Pool:
         self._links = [self._first]
         self.window = Windows(lambda: [link.window for link in self._links])
         """The bounds for the blocks in flight that nobody waits for."""
+        self.remaining: Callable[[], float] = lambda: math.inf
+        """Called without arguments, returns the bytes that are still to come."""
         self.fallback: Pool | None = None
         """The pool to ask while this one has no connection."""
         self.fallback_after = 0
@@ -158,7 +160,9 @@ class Pool:
             await trio.sleep(SAMPLE_SECONDS)
             if self.connections:
                 now = trio.current_time()
-                sample = Sample(now, self.received_bytes, self.connections, self.round_trip, self.is_full)
+                sample = Sample(
+                    now, self.received_bytes, self.connections, self.round_trip, self.is_full, self.remaining()
+                )
                 wanted = self.scaling.decide(sample)
                 if wanted != sample.connections:
                     logger.debug(

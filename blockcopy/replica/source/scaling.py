@@ -20,7 +20,7 @@ MAX_CONNECTIONS = 10
 SAMPLE_SECONDS = 0.1
 """Seconds between two samples."""
 
-_CHANNEL_WINDOW = 2 << 20
+CHANNEL_WINDOW = 2 << 20
 """Bytes that a channel of OpenSSH carries a round trip, at most."""
 
 _BOUND_SHARE = 0.5
@@ -37,6 +37,9 @@ _BOLD_RATE = 250e6
 
 Otherwise their number doubles.
 """
+
+_WORTH_SECONDS = 2
+"""Seconds of work that each connection must have at least: to open one takes time, and CPU at both ends."""
 
 _HOLD_SECONDS, _MAX_HOLD_SECONDS = 30, 600
 """Seconds until more connections are tried again after they did not pay. The time doubles up to the second one."""
@@ -61,6 +64,8 @@ class Sample(NamedTuple):
     """Seconds, or None if unknown."""
     is_full: bool
     """Whether as much is in flight as the windows allow."""
+    remaining: float = math.inf
+    """Bytes that are still to come, as far as that can be told."""
 
 
 class PeakRate:
@@ -141,7 +146,7 @@ class Scaling:
             return self._fixed(sample) if self._is_fixed else sample.connections
         self.rate = (sample.received - self._received) / (sample.now - self._since)
         self.is_full, self.is_measured = self._full > self._samples / 2, True
-        share = self.rate * (sample.round_trip or 0) / sample.connections / _CHANNEL_WINDOW
+        share = self.rate * (sample.round_trip or 0) / sample.connections / CHANNEL_WINDOW
         self.is_window_bound = share >= _BOUND_SHARE
         self.restart(sample.now, sample.received)
         if self._is_fixed:
@@ -174,6 +179,9 @@ class Scaling:
         may_pay = self.is_window_bound or (self.is_full and not self.shares_login)
         if not may_pay or sample.now < self._hold_until or count >= self.max_connections:
             return count
+        worth = min(count * sample.remaining / max(self.rate, 1) / _WORTH_SECONDS, self.max_connections)
+        if worth < count + 1:
+            return count
         self._before = count, self.rate
         bold = int(count * _BOLD_RATE / self.rate) if self.is_window_bound else 0
-        return min(max(2 * count, bold), self.max_connections)
+        return min(max(2 * count, bold), int(worth))
