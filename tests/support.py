@@ -246,6 +246,15 @@ def _pauses() -> Iterator[float]:
         pause = min(1.3 * pause, 0.04)
 
 
+def errno_of(action: Callable[[], object]) -> int | None:
+    """Return the errno that `action()` fails with. Returns None if it does not fail."""
+    try:
+        action()
+    except OSError as error:
+        return error.errno
+    return None
+
+
 # Destinations in use
 
 _HOLD = """
@@ -368,6 +377,14 @@ class Mount:
         for pid in pids:
             with contextlib.suppress(AssertionError):
                 until(lambda pid=pid: not alive(pid))  # type: ignore[misc]
+
+
+def killed(mounted: Mount) -> None:
+    """Kill the program of the mount, and remove the dead mount."""
+    pid = mounted.status()["pid"]
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not alive(pid))
+    mounted.clear()
 
 
 def fuse_mounts(below: Path = Path("/")) -> set[str]:

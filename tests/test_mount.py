@@ -26,6 +26,7 @@ from support import (
     PYTHON,
     QUEUEING,
     Mount,
+    errno_of,
     failed,
     noise,
     output,
@@ -152,14 +153,6 @@ def test_nothing_can_be_changed(mount: Mounter, source: Path, destination: Path)
     }
     assert {what: errno_of(action) for what, action in actions.items()} == dict.fromkeys(actions, errno.EROFS)
     assert file.read_bytes() == DATA
-
-
-def errno_of(action: Callable[[], object]) -> int | None:
-    try:
-        action()
-    except OSError as error:
-        return error.errno
-    return None
 
 
 def test_tools_that_look_around_work(mount: Mounter, source: Path, destination: Path) -> None:

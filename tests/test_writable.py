@@ -25,7 +25,9 @@ from support import (
     PYTHON,
     STANDINS,
     Mount,
+    errno_of,
     failed,
+    killed,
     noise,
     output,
     run,
@@ -56,22 +58,6 @@ def opened(file: Path, flags: int = 0) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-def errno_of(action: Callable[[], object]) -> int | None:
-    try:
-        action()
-    except OSError as error:
-        return error.errno
-    return None
-
-
-def killed(mounted: Mount) -> None:
-    """Kill the program of the mount, and remove the dead mount."""
-    pid = mounted.status()["pid"]
-    os.kill(pid, signal.SIGKILL)
-    until(lambda: not support.alive(pid))
-    mounted.clear()
 
 
 @contextlib.contextmanager

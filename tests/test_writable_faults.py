@@ -18,7 +18,21 @@ from pathlib import Path
 
 import pytest
 import support
-from support import BLOCK_SIZE, PYTHON, STANDINS, Mount, failed, noise, output, run, until, with_changes, written
+from support import (
+    BLOCK_SIZE,
+    PYTHON,
+    STANDINS,
+    Mount,
+    errno_of,
+    failed,
+    killed,
+    noise,
+    output,
+    run,
+    until,
+    with_changes,
+    written,
+)
 
 Mounter = Callable[..., Mount]
 
@@ -40,24 +54,8 @@ def opened(file: Path) -> Iterator[int]:
             os.close(fd)
 
 
-def errno_of(action: Callable[[], object]) -> int | None:
-    try:
-        action()
-    except OSError as error:
-        return error.errno
-    return None
-
-
 def at(block: int) -> int:
     return block * BLOCK_SIZE
-
-
-def killed(mounted: Mount) -> None:
-    """Kill the program of the mount, and remove the dead mount."""
-    pid = mounted.status()["pid"]
-    os.kill(pid, signal.SIGKILL)
-    until(lambda: not support.alive(pid))
-    mounted.clear()
 
 
 DIRTY = """
