@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from support import BLOCK_SIZE, noise
 
 from blockcopy.block.claim import open_destination
@@ -350,6 +351,36 @@ def test_a_claim_is_not_synced_by_a_sync_that_began_before_its_write_ended() -> 
         writer.release(page(0))
         assert await writer.sync()
         assert not await writer.sync()
+
+    with_writer(scenario)
+
+
+def test_who_waits_for_a_release_waits_for_the_claims_of_that_moment_in_these_blocks() -> None:
+    """Later ones do not count: else an eager writer would keep a reader waiting for ever."""
+
+    async def scenario(writer: Writer, device: Watched, blockmap: BlockMap) -> None:
+        first, second, other = Extent(0, PAGE), Extent(PAGE, PAGE), Extent(2 * BLOCK_SIZE, PAGE)
+        released: list[str] = []
+
+        async def wait(name: str, *blocks: int) -> None:
+            await writer.await_release(blocks)
+            released.append(name)
+
+        await wait("no claim", 0)
+        for claim in (first, second, other):
+            writer.claim(claim)
+        await wait("another block", 1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait, "one", 0)
+            nursery.start_soon(wait, "two", 0, 1)
+            await trio.testing.wait_all_tasks_blocked()
+            writer.claim(Extent(0, PAGE))
+            writer.release(second)
+            await trio.testing.wait_all_tasks_blocked()
+            assert released == ["no claim", "another block"]
+            writer.release(first)
+            await trio.testing.wait_all_tasks_blocked()
+            assert sorted(released[2:]) == ["one", "two"]
 
     with_writer(scenario)
 

@@ -158,7 +158,8 @@ class Writer:
         span, wanted = self.blockmap.geometry.span, frozenset(blocks)
         known = [claim for claim in self._claims if not wanted.isdisjoint(span(*claim))]
         while any(each is claim for claim in known for each in self._claims):
-            self._released = self._released or trio.Event()
+            if self._released is None:
+                self._released = trio.Event()
             await self._released.wait()
 
     def refuse_writes(self, error: DeviceError) -> None:
