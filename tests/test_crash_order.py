@@ -49,6 +49,7 @@ from blockcopy.block.records import make_authoritative
 from blockcopy.errors import BlockcopyError, DeviceError
 from blockcopy.replica.engine import Plan, Replica, open_replica
 from blockcopy.replica.hydration.committer import Committer
+from blockcopy.replica.hydration.hydrator import Hydrator
 from blockcopy.replica.hydration.writer import Writer
 from blockcopy.replica.source.batches import Delta
 from blockcopy.replica.source.pool import Pool
@@ -589,7 +590,15 @@ def test_a_block_is_not_on_record_while_the_user_writes_into_it(
         assert go_on.wait(support.PATIENCE)
         write(writer, extent, data)
 
+    marked = trio.Event()
+    mark = Hydrator._mark
+
+    def mark_and_tell(*args: Any) -> None:
+        mark(*args)
+        marked.set()
+
     monkeypatch.setattr(Writer, "write", wait_and_write)
+    monkeypatch.setattr(Hydrator, "_mark", mark_and_tell)
     if is_broken:
         monkeypatch.setattr(Writer, "claimed_blocks", lambda writer: frozenset())
 
@@ -604,10 +613,7 @@ def test_a_block_is_not_on_record_while_the_user_writes_into_it(
             while not replica._hydrator.writer._claims:
                 await trio.lowlevel.checkpoint()
             both.start_soon(replica.volume.read, page.end, 1)
-            while len([each for each in recorder.events if each.kind == "written"]) < 2:  # it is fetched again
-                await trio.lowlevel.checkpoint()
-                if replica.status().hydrated_bytes:
-                    break
+            await marked.wait()
             await replica.commit()
             go_on.set()
 
