@@ -30,7 +30,10 @@ MODULES = (
         "blockcopy.replica.engine",
         "blockcopy_fuse.mounting",
         "blockcopy_fuse.control_client",
+        "blockcopy_fuse.daemon",
     ),
+    *("blockcopy.stage.checksum", "blockcopy.stage.retrieve", "blockcopy.stage.save"),
+    *("blockcopy.progress.bar", "blockcopy.progress.lines"),
 )
 """The modules that are imported before a fork."""
 
