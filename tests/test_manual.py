@@ -26,8 +26,9 @@ _TALLEST = {"mount": 61, "sync": 50}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_fits_a_screen_and_ends_with_an_example(command: str) -> None:
-    done = run(command, "--help", env={**os.environ, "COLUMNS": "80"})
+def test_help_fits_a_screen_and_ends_with_an_example(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    done = run(command, "--help")
     lines = done.stdout.decode().splitlines()
     assert len(lines) <= _TALLEST.get(command, 30)
     assert max(map(len, lines[:-1])) <= 80
