@@ -234,7 +234,7 @@ def as_user_error(error: BaseException) -> BlockcopyError:
         reported = OperatingSystemError(_LIMITS[errno.EAGAIN])
     else:
         reported = InternalError(
-            f"internal error: {type(unforeseen).__name__}: {unforeseen} (a bug in blockcopy; -v shows more)"
+            f"internal error: {type(unforeseen).__name__}: {unforeseen} (a bug in blockcopy; -vv shows more)"
         )
     reported.__cause__ = error
     return reported

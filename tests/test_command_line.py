@@ -15,6 +15,7 @@ from support import BLOCKCOPY, PYTHON, failed, run, start, succeeded
 
 import blockcopy
 from blockcopy import errors
+from blockcopy.cli import option_types
 from blockcopy.cli.parser import parser
 from blockcopy.cli.suggestions import commands_of
 
@@ -103,6 +104,25 @@ def test_an_option_before_a_command_asks_for_all_of_them() -> None:
     assert run("--help", "sync").stdout == run("--help").stdout
 
 
+def test_no_command_at_all_shows_the_help_and_is_no_success() -> None:
+    for options in ([], ["-v"]):
+        failed(run(*options), 1, stdout=run("--help").stdout)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        *(("20", 20), ("20B", 20), ("20K", 20 << 10), ("20kB", 20_000), ("20KiB", 20 << 10), ("20m", 20 << 20)),
+        *(("20MB", 20_000_000), ("20MiB", 20 << 20), ("20G", 20 << 30), ("3GB", 3 * 10**9), ("3tib", 3 << 40)),
+        ("3TB", 3 * 10**12),
+    ],
+)
+def test_units_of_sizes_are_those_of_rsync_and_dd(text: str, count: int) -> None:
+    assert option_types.size(text) == count
+    assert option_types.extent(f"{text}:{text}") == (count, count)
+    assert parser().parse_args(["sync", "a", "b", f"--bwlimit={text}"]).limit == count
+
+
 def test_version_is_the_packages() -> None:
     done = run("--version")
     succeeded(done, stdout=f"blockcopy {blockcopy.__version__}\n")
@@ -111,7 +131,7 @@ def test_version_is_the_packages() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "COMMAND"),
+        (["--nonsense"], "--nonsense"),
         (["--nonsense", "sync", "a", "b"], "--nonsense"),
         (["frobnicate"], "frobnicate"),
         (["checksum"], "FILE"),
@@ -121,7 +141,7 @@ def test_version_is_the_packages() -> None:
         (["sync", "a", "b", "c"], "c"),
         (["checksum", "--start", "one", "a"], "one"),
         (["checksum", "--start=-1", "a"], "-1"),
-        (["sync", "a", "b", "-v"], "write -v before the command: blockcopy -v sync"),
+        (["sync", "a", "b", "--version"], "write --version before the command: blockcopy --version sync"),
         (["sync", "", "b"], "SOURCE"),
         (["sync", "host:", "b"], "host:"),
         (["sync", ":/path", "b"], ":/path"),
@@ -131,7 +151,9 @@ def test_version_is_the_packages() -> None:
         (["sync", "--timeout", "nan", "a", "b"], "nan"),
         (["sync", "--reconnect-timeout", "-1", "a", "b"], "-1"),
         (["sync", "--limit", "10X", "a", "b"], "10X"),
-        (["sync", "--limit", "0", "a", "b"], "no rate"),
+        (["sync", "--limit", "10iB", "a", "b"], "10iB"),
+        (["sync", "--limit", "1MBs", "a", "b"], "1MBs"),
+        (["sync", "--bwlimit", "0", "a", "b"], "no rate"),
         (["limit", "m", "-5"], "-5"),
         (["prefetch", "m"], "OFFSET:LENGTH"),
         (["prefetch", "m", "4096"], "4096"),
@@ -261,24 +283,31 @@ def test_success_is_silent(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "environment"), [(["-v"], {}), (["--verbose"], {}), ([], {"BLOCKCOPY_DEBUG": "1"})]
+    ("before", "after", "environment"),
+    [
+        *((["-v"], [], {}), ([], ["-v"], {}), (["--verbose"], [], {}), (["-v"], ["-v"], {}), ([], ["-vv"], {})),
+        ([], [], {"BLOCKCOPY_DEBUG": "1"}),
+    ],
 )
 def test_verbose_and_debug_log_to_standard_error(
-    tmp_path: Path, options: list[str], environment: dict[str, str]
+    tmp_path: Path, before: list[str], after: list[str], environment: dict[str, str]
 ) -> None:
     source, destination = copies(tmp_path)
-    done = run(*options, "sync", source, destination, env=os.environ | environment)
+    done = run(*before, "sync", source, destination, *after, env=os.environ | environment)
     succeeded(done, "complete copy", stdout=b"")
+    everything = bool(environment) or len("".join([*before, *after]).replace("--verbose", "v").replace("-", "")) > 1
+    assert ("[" in done.stderr.decode()) == everything  # the process and the thread of each line
 
 
-@pytest.mark.parametrize("option", ["-v", "BLOCKCOPY_DEBUG"])
-def test_a_verbose_error_says_where_it_came_from(tmp_path: Path, option: str) -> None:
+@pytest.mark.parametrize("options", [["-v"], ["-vv"], ["BLOCKCOPY_DEBUG"]])
+def test_an_error_says_where_it_came_from_if_everything_is_logged(tmp_path: Path, options: list[str]) -> None:
     missing = tmp_path / "missing"
-    if option == "-v":
-        done = run("-v", "checksum", missing)
-    else:
+    if options == ["BLOCKCOPY_DEBUG"]:
         done = run("checksum", missing, env=os.environ | {"BLOCKCOPY_DEBUG": "1"})
-    failed(done, 1, "Traceback")
+    else:
+        done = run("checksum", missing, *options)
+    failed(done, 1)
+    assert ("Traceback" in done.stderr.decode()) == (options != ["-v"])
     assert done.stderr.decode().splitlines()[-1].startswith("ERROR (checksum): ")
 
 

@@ -243,10 +243,10 @@ def test_nobody_who_looks_away_ends_or_blocks_a_copy(tmp_path: Path, how: str) -
     """With some 100 lines of log and progress; the exit status is the same."""
     source, destination = written(tmp_path / "source", DATA), tmp_path / "destination"
     with nobody_reads(how) as stderr:
-        assert ended("-v", "sync", "--progress", source, destination, stderr=stderr) == (0, b"")
+        assert ended("-vv", "sync", "--progress", source, destination, stderr=stderr) == (0, b"")
         assert destination.read_bytes() == DATA
-        assert ended("-v", "sync", "--progress", tmp_path / "no", destination, stderr=stderr) == (3, b"")
-        status, stream = ended("-v", "checksum", "--progress", source, stderr=stderr)
+        assert ended("-vv", "sync", "--progress", tmp_path / "no", destination, stderr=stderr) == (3, b"")
+        status, stream = ended("-vv", "checksum", "--progress", source, stderr=stderr)
     assert (status, stream) == (0, run("checksum", source).stdout)
 
 
@@ -255,7 +255,7 @@ def test_nobody_who_looks_away_ends_or_blocks_a_mount(tmp_path: Path, how: str) 
     support.require_fuse()
     source, point = written(tmp_path / "source", DATA), tmp_path / "point"
     point.mkdir()
-    command = [*BLOCKCOPY, "-v", "mount", "-f", "--progress", source, tmp_path / "copy", point]
+    command = [*BLOCKCOPY, "-vv", "mount", "-f", "--progress", source, tmp_path / "copy", point]
     with nobody_reads(how) as stderr, subprocess.Popen(list(map(str, command)), stderr=stderr) as process:
         until((point / "status.json").exists, "the mount")
         assert (point / "copy").read_bytes() == DATA

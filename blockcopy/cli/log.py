@@ -27,7 +27,10 @@ _MAX_MESSAGE = 8192
 """Characters of one message that are logged, enough for several paths."""
 
 _MAX_LINES = 1000
-"""Lines a minute that one module may log. `--verbose` lifts this bound."""
+"""Lines a minute that one module may log. `-vv` lifts this bound."""
+
+STEPS, ALL = 1, 2
+"""How verbose a log is: the steps of a command, as for `-v`, or everything, as for `-vv`."""
 
 _DRAIN_SECONDS = 2
 """Seconds that the end of the program waits for slow readers of the log."""
@@ -123,20 +126,20 @@ class BackgroundHandler(logging.Handler):
         self._writer.drain(_DRAIN_SECONDS)
 
 
-def set_up(*, verbose: bool, quiet: bool = False, more: Sequence[logging.Handler] = ()) -> None:
+def set_up(*, verbose: int, quiet: bool = False, more: Sequence[logging.Handler] = ()) -> None:
     """Log to standard error, and to all handlers in `more`. Uncaught exceptions of all threads are logged as well.
 
-    `verbose`: log everything, for developers. `quiet`: log only errors to standard error. The journal also gets
-    what went well, unlike a terminal.
+    `verbose`: 0, STEPS or ALL. The journal gets the steps in any case. `quiet`: log only errors to standard error.
     """
     journal = is_journal()
-    level = logging.DEBUG if verbose else logging.INFO if journal else logging.WARNING
+    everything = verbose >= ALL
+    level = logging.DEBUG if everything else logging.INFO if journal or verbose else logging.WARNING
     stderr = _StderrHandler()
     formatter = _JournalFormatter if journal else Formatter
-    stderr.setFormatter(formatter(_VERBOSE if verbose else _PLAIN))
+    stderr.setFormatter(formatter(_VERBOSE if everything else _PLAIN))
     stderr.setLevel(logging.ERROR if quiet else level)
     handlers: list[logging.Handler] = [stderr, *more]
-    if not verbose:
+    if not everything:
         rate_limit = RateLimit()
         for handler in handlers:
             handler.addFilter(rate_limit)

@@ -53,10 +53,10 @@ class _FileHandler(BackgroundHandler):
         self._fd = fd
 
 
-def file_handler(path: str, *, verbose: bool) -> logging.Handler:
+def file_handler(path: str, *, everything: bool) -> logging.Handler:
     """Open or create the log file at `path`, and return a logging handler that appends to it.
 
-    The file also gets what went well, and if `verbose`, everything.
+    The file also gets what went well, and if `everything`, all else.
     Raises OutputError if the file cannot be written.
     """
     try:
@@ -64,7 +64,7 @@ def file_handler(path: str, *, verbose: bool) -> logging.Handler:
     except OSError as error:
         raise OutputError(f"cannot write --log-file {path}: {error.strerror}") from error
     handler.setFormatter(Formatter(_FILE))
-    handler.setLevel(logging.DEBUG if verbose else logging.INFO)
+    handler.setLevel(logging.DEBUG if everything else logging.INFO)
     return handler
 
 

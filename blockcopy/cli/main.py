@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Callable, NoReturn
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _named(argv: Sequence[str]) -> str | None:
     """Return the name of the command in `argv`. Returns None if options other than `-v` come before a name."""
-    word = next((each for each in argv if each not in ("-v", "--verbose")), None)
+    word = next((each for each in argv if not re.fullmatch("-v+|--verbose", each)), None)
     return word if any(word in commands for commands in _LAYERS.values()) else None
 
 

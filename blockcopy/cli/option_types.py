@@ -13,18 +13,19 @@ from blockcopy.protocol.compression import CompressionSpec
 MAX_CONNECTIONS = 32
 """Most connections that a user may ask for."""
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
 
 def size(text: str) -> int:
-    """Return the number of bytes that `text` names, such as `4096`, `64K` or `1G`. K, M, G and T are binary units.
+    """Return the number of bytes that `text` names, such as `4096`, `64K`, `64KiB` or `64kB`.
+
+    The units are those of rsync and dd, in any case: K and KiB are 1024, KB is 1000, likewise M, G and T.
 
     Raises ArgumentTypeError if `text` is no such number.
     """
-    found = re.fullmatch(r"(\d+)([KMGT]?)", text.upper())
+    found = re.fullmatch(r"(\d+)(?:([KMGT])(B|IB)?|B)?", text.upper(), re.ASCII)
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes such as 4096, 64K or 1G")
-    return int(found[1]) * _UNITS[found[2]]
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes such as 4096, 64K or 64KiB, or 64kB")
+    unit = 1000 if found[3] == "B" else 1024
+    return int(found[1]) * int(unit ** " KMGT".find(found[2] or " "))
 
 
 def file(text: str) -> str:

@@ -18,7 +18,7 @@ from blockcopy.cli.stage_parser import (
     add_sparse,
     add_stages,
 )
-from blockcopy.cli.suggestions import Parser, commands_of
+from blockcopy.cli.suggestions import VERBOSE_AFTER, Parser, commands_of
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -53,12 +53,20 @@ def parser(only: str | None = None) -> Parser:
         epilog="`blockcopy COMMAND --help` describes a command; `blockcopy manual` describes all of them.",
         formatter_class=HelpFormatter,
     )
-    top.add_argument("-v", "--verbose", action="store_true", help="log each step to standard error")
+    _add_verbose(top, "verbose")
     top.add_argument("--version", action="version", version=f"blockcopy {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
     for add in (_add_mount, _add_sync, _add_verify, _add_discard_writes, _add_control, add_stages, _add_about):
         add(commands if only is None else _Only(commands, only))
+    for command in commands.choices.values():
+        _add_verbose(command, VERBOSE_AFTER)
     return top
+
+
+def _add_verbose(parser: argparse.ArgumentParser, dest: str) -> None:
+    """Add `-v` to `parser`. `dest`: name of the attribute that counts it."""
+    words = "log each step; -vv logs everything"
+    parser.add_argument("-v", "--verbose", dest=dest, action="count", default=0, help=words)
 
 
 def long_options(command: str) -> dict[str, bool]:
@@ -162,6 +170,7 @@ def _add_copy_options(parser: argparse.ArgumentParser) -> None:
     add_force(copy)
     copy.add_argument(
         "--limit",
+        "--bwlimit",
         metavar="RATE",
         type=option_types.rate,
         help="copy at most RATE bytes per second in the background, such as 20M (default: no limit)",
@@ -265,7 +274,7 @@ def _add_control(commands: Any) -> None:
         metavar="OFFSET:LENGTH",
         type=option_types.extent,
         nargs="+",
-        help="range in bytes, with K, M, G or T",
+        help="range in bytes, or with units such as 4M or 4MB",
     )
 
 

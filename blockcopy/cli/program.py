@@ -55,12 +55,12 @@ def error_line(command: str, message: object) -> str:
 
 def _set_up_log(args: argparse.Namespace) -> None:
     """Set up the log as the options in `args` say."""
-    verbose = bool(getattr(args, "verbose", False) or os.environ.get("BLOCKCOPY_DEBUG"))
+    verbose = log.ALL if os.environ.get("BLOCKCOPY_DEBUG") else getattr(args, "verbose", 0)
     more: list[logging.Handler] = []
     if (path := getattr(args, "log_file", None)) is not None:
         from blockcopy.cli.log_sinks import file_handler  # not sent to source hosts
 
-        more.append(file_handler(path, verbose=verbose))
+        more.append(file_handler(path, everything=verbose >= log.ALL))
     log.set_up(verbose=verbose, quiet=getattr(args, "quiet", False), more=more)
 
 

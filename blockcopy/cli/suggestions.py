@@ -12,6 +12,9 @@ from blockcopy.cli import console
 from blockcopy.cli.program import error_line
 from blockcopy.errors import OutputError
 
+VERBOSE_AFTER = "verbose_after"
+"""Name of the attribute of parsed arguments that counts each `-v` after the command."""
+
 
 class ConsoleParser(argparse.ArgumentParser):
     """A parser that writes its help as the program writes all output: in full, or with an error."""
@@ -37,8 +40,15 @@ class Parser(ConsoleParser):
         """Parse `args`, sys.argv if None, into `namespace`, a new one if None. Return the namespace.
 
         For an unknown option, exits with the usage of the command that precedes the option.
+        Without a command, prints the help and exits with 1, as git does.
         """
         found, unknown = self.parse_known_args(args, namespace)
+        if found.command is None:
+            if unknown:
+                super().error(f"unrecognized arguments: {' '.join(unknown)}")
+            self.print_help(sys.stdout)
+            self.exit(1)
+        found.verbose += found.__dict__.pop(VERBOSE_AFTER)
         if unknown:
             command = commands_of(self)[found.command]
             hint = _misplaced(unknown, self, found.command) or _similar_options(unknown, command)

@@ -21,7 +21,7 @@ _FILES = {
     "/run/blockcopy, $XDG_RUNTIME_DIR/blockcopy": "The sockets of mounts, and of shared ssh logins.",
 }
 
-_ENVIRONMENT = {"BLOCKCOPY_DEBUG": "The same as --verbose."}
+_ENVIRONMENT = {"BLOCKCOPY_DEBUG": "The same as -vv, if it is not empty."}
 
 
 def page() -> str:
