@@ -100,9 +100,9 @@ class Throttle:
 
     @property
     def _yielding(self) -> tuple[int, int]:
-        """The most blocks in flight and in a batch while readers wait. One block is left for a reader."""
-        held = int(self._link_holds() / BLOCK_SIZE)
-        blocks = max(_YIELDING_BLOCKS, held - 1)
+        """The most blocks in flight and in a batch while readers wait."""
+        held = math.ceil(self._link_holds() / BLOCK_SIZE)
+        blocks = max(_YIELDING_BLOCKS, held)
         return blocks, max(1, blocks // 8) if held >= _LONG_LINK_BLOCKS else blocks
 
     async def admit(self) -> None:

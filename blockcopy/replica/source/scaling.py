@@ -32,13 +32,13 @@ _GAIN = 1.1
 _MIN_SECONDS, _MIN_ROUND_TRIPS = 0.3, 3
 """Least duration of a measurement."""
 
-_BOLD_RATE = 250e6
-"""Bytes per second that most links and CPUs carry. If the window binds, so many connections are opened at once.
+_BOLD_RATE = 400e6
+"""Bytes per second that fast links carry. If the window binds, so many connections are opened at once.
 
 Otherwise their number doubles.
 """
 
-_WORTH_SECONDS = 2
+_WORTH_SECONDS = 1.5
 """Seconds of work that each connection must have at least: to open one takes time, and CPU at both ends."""
 
 _HOLD_SECONDS, _MAX_HOLD_SECONDS = 30, 600
