@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import BLOCK_SIZE, PYTHON, STANDINS, Mount, Sshd, noise, run, succeeded, until, written
+from support import BLOCK_SIZE, PYTHON, QUEUEING, STANDINS, Mount, Sshd, noise, run, succeeded, until, written
 
 Mounter = Callable[..., Mount]
 
@@ -108,6 +108,13 @@ def test_a_reader_in_order_gets_more_connections(mount: Mounter, tmp_path: Path)
             if most >= 3:
                 return
     assert most >= 3
+
+
+def test_the_original_program_keeps_one(mount: Mounter, source: Path, destination: Path, narrow: str) -> None:
+    mounted = mount(f"host:{source}", destination, "-e", narrow, "--connections", 4, program=QUEUEING)
+    before = mounted.status()["hydrated_bytes"]
+    until(lambda: mounted.status()["hydrated_bytes"] > before + SIZE // 8, "some of the copy")
+    assert connections(mounted) == 2, "one of the copy, and one of readers"
 
 
 def test_one_connection_is_one(mount: Mounter, source: Path, destination: Path, narrow: str) -> None:

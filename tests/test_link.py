@@ -598,6 +598,7 @@ class FakeConnector:
         self.changed: SourceChangedError | None = None
         self.waiting = trio.lowlevel.ParkingLot()
         self.fatal_blocks = 0
+        self.is_original = False
         self.round_trip = RoundTrip()
         self.attempts: list[float] = []
         """When they were, in trio's time."""

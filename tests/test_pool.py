@@ -201,6 +201,7 @@ class Connector:
         self.changed: SourceChangedError | None = None
         self.waiting = trio.lowlevel.ParkingLot()
         self.fatal_blocks = 0
+        self.is_original = False
         self.round_trip = RoundTrip()
 
     async def open(self, nursery: trio.Nursery, connections: int) -> Connection:

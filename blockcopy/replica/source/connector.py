@@ -76,7 +76,8 @@ class Connector:
         self._size_guess = size_guess
         self._plan = plan
         self._budget = LineBudget()  # for standard error of all connections in the log
-        self._original = False
+        self.is_original = False
+        """Whether the original program runs at the source."""
         self._opening_original = trio.Lock()
 
     async def open(self, nursery: trio.Nursery, connections: int = 1) -> Client:
@@ -85,7 +86,7 @@ class Connector:
         `connections`: how many there will be that are as busy, and share the CPUs of the source.
         Raises SourceError if that fails, and SourceChangedError if the source is another than before.
         """
-        while not self._original:
+        while not self.is_original:
             client = await self._start(nursery, original=False, connections=connections)
             async with _closed_on_failure(client):
                 try:
@@ -93,7 +94,7 @@ class Connector:
                     if self.digest in (None, client.digest):
                         return self._accept(client)
                 except OriginalProgramError:
-                    self._original = True
+                    self.is_original = True
             await client.close()  # also one that chose another digest than a connection opened at the same time
         async with self._opening_original:  # one search for the size
             return await self._open_original(nursery)
@@ -117,7 +118,7 @@ class Connector:
 
         Raises SourceChangedError if it is another, and SourceError if it does not answer.
         """
-        if self._original and self.identity is not None:
+        if self.is_original and self.identity is not None:
             await self._sample(client, self.identity["size"])
             return
         with trio.move_on_after(self._plan.timeout):

@@ -163,7 +163,8 @@ class Pool:
                 sample = Sample(
                     now, self.received_bytes, self.connections, self.round_trip, self.is_full, self.remaining()
                 )
-                wanted = self.scaling.decide(sample)
+                # The original program finds the size of its source anew for each connection.
+                wanted = 1 if self.connector.is_original else self.scaling.decide(sample)
                 if wanted != sample.connections:
                     logger.debug(
                         "%d connections instead of %d: %.0f bytes/s", wanted, sample.connections, self.scaling.rate
