@@ -107,8 +107,9 @@ def test_sync_as_json(source: Path, destination: Path) -> None:
 
 def test_sync_as_lines_and_quiet(source: Path, destination: Path) -> None:
     said = run("sync", "--progress", source, destination).stderr.decode().splitlines()
-    assert said[-1].startswith("Sync done in ")
-    assert "(100.00%)" in said[-2]
+    assert said[-1].startswith("complete in ")
+    assert said[-2].startswith("Sync done in ")
+    assert "(100.00%)" in said[-3]
     assert run("sync", "-q", source, destination).stderr == b""
     faulty = f"{PYTHON} {STANDINS / 'faulty_retrieve'} --die-at 2 --once {source}.once"
     written(destination, bytes(SIZE))

@@ -155,6 +155,14 @@ def log_fault(error: BaseException) -> None:
     drain()
 
 
+def announce(text: str, *, shown: bool) -> None:
+    """Log `text`, which says what went well. If `shown`, write it to standard error in any case."""
+    record = new_record(logging.INFO, text)
+    for handler in logging.getLogger().handlers:
+        if record.levelno >= handler.level or (shown and isinstance(handler, _StderrHandler)):
+            handler.handle(record)
+
+
 def drain() -> None:
     """Wait until all log records and lines of `console.say()` are written, for a few seconds at most."""
     console.drain(_DRAIN_SECONDS)

@@ -129,7 +129,7 @@ def _add_sync(commands: Any) -> None:
     _add_both_ends(sync)
     _add_copy_options(sync)
     _add_source_options(sync, reconnect_timeout=math.inf)
-    _add_output_options(sync)
+    _add_result(_add_output_options(sync))
 
 
 def _add_verify(commands: Any) -> None:
@@ -141,9 +141,8 @@ def _add_verify(commands: Any) -> None:
         "verify root@host:/dev/vg/disk /dev/vg/copy",
     )
     _add_both_ends(verify, "device or file to compare; only read")
-    verify.add_argument("--json", action="store_true", help="print JSON instead of lines of OFFSET:LENGTH")
     _add_source_options(verify, reconnect_timeout=math.inf)
-    add_progress(verify)
+    _add_result(add_progress(verify))
 
 
 def _add_discard_writes(commands: Any) -> None:
@@ -232,10 +231,15 @@ def _add_file(group: Options, option: str, purpose: str) -> None:
     group.add_argument(option, metavar="FILE", type=option_types.regular_file, help=purpose)
 
 
-def _add_output_options(parser: argparse.ArgumentParser) -> None:
+def _add_result(output: Options) -> None:
+    output.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> Options:
     output = add_progress(parser)
     _add_file(output, "--metrics", "write Prometheus metrics to FILE every 10 seconds")
     output.add_argument("--log-file", metavar="FILE", type=option_types.file, help="append the log to FILE")
+    return output
 
 
 # Control of a mount

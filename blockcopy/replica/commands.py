@@ -1,4 +1,4 @@
-"""The commands `sync` and `verify`, and the Plan that the options of `sync` and `mount` make.
+"""The commands `sync`, `verify` and `discard-writes`.
 
 The commands import trio only after they have started a source process. Both take about as long.
 """
@@ -8,179 +8,137 @@ from __future__ import annotations
 import argparse
 import array
 import contextlib
-import functools
-import gc
-import json
-import logging
-import os
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from blockcopy import optional_packages
 from blockcopy.block.claim import check_destination, open_destination
 from blockcopy.block.device import open_source
-from blockcopy.cli import console
-from blockcopy.errors import DeviceError, MismatchError, SourceReadError, StateError, UsageError
+from blockcopy.cli import console, log
+from blockcopy.errors import BlockcopyError, StateError, UsageError
 from blockcopy.paths.places import absolute
-from blockcopy.protocol.compression import CompressionSpec
-from blockcopy.transport.command import Command, stage_command
-from blockcopy.transport.control_master import control_path, logging_out
+from blockcopy.progress.reporter import Counts, Progress
+from blockcopy.replica import comparison
+from blockcopy.replica.options import (
+    command_for,
+    compression_of,
+    local_source,
+    needs_extra,
+    plan_of,
+    prompts,
+    run,
+    source_command,
+)
+from blockcopy.transport.command import Command
+from blockcopy.transport.control_master import logging_out
 from blockcopy.transport.location import Location, parse_location
 
 if TYPE_CHECKING:
     from subprocess import Popen
 
     from blockcopy.block.geometry import Extent
-    from blockcopy.replica.plan import Plan
-    from blockcopy.replica.verify import Verdict
-
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-_OUTPUT_RANGES = 1000
-"""Ranges that one write to standard output has."""
-
-
-@contextlib.contextmanager
-def needs_extra() -> Iterator[None]:
-    """Wrap imports of optional packages: use as a context manager. Yields nothing.
-
-    Raises UsageError with the command that installs a missing package.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"this needs the module `{error.name}`; install it with: "
-            f"{optional_packages.install_command(*optional_packages.FUSE)}"
-        ) from error
-
-
-def run(program: Callable[[], Awaitable[T]]) -> T:
-    """Run `program`, an async function without arguments, as `runner.run` does. Returns its result."""
-    from blockcopy.replica.tasks import runner
-
-    gc.freeze()  # imported modules stay: scans of them for garbage cost a few percent
-    return runner.run(program)
-
-
-def source_command(args: argparse.Namespace) -> Command:
-    """Return the command that runs `retrieve` at the SOURCE of the parsed options `args`.
-
-    Raises UsageError if SOURCE or an option is invalid.
-    """
-    return command_for(args, parse_location(args.source), "retrieve")
-
-
-def command_for(args: argparse.Namespace, location: Location, stage: str, options: Sequence[str] = ()) -> Command:
-    """Return the command that runs the stage named `stage` at `location`, as the parsed options `args` say.
-
-    `options`: options of the stage itself. Raises UsageError if an option is invalid.
-    """
-    return stage_command(
-        location,
-        args.rsh,
-        args.blockcopy_path,
-        python=args.python,
-        control=control_path(shared=not args.no_control_master) if location.host else None,
-        stage=stage,
-        options=options,
-    )
-
-
-def plan_of(args: argparse.Namespace, command: Command, **more: Any) -> Plan:
-    """Return the Plan that the parsed options `args` make. `mount` and `sync` share these options.
-
-    `command`: runs `retrieve` at the source.
-    `more`: further fields of the Plan.
-    Raises UsageError if DESTINATION is on another host.
-    """
-    from blockcopy.replica.plan import Plan
-
-    destination = parse_location(args.destination, "DESTINATION")
-    if destination.host is not None:
-        raise UsageError(f"DESTINATION {args.destination} must be on this host: a mount reads its blocks")
-    compression = _compression(args, parse_location(args.source))
-    compression.check_available()
-    return Plan(
-        command,
-        absolute(destination.path),
-        force=args.force,
-        keep_state=not args.no_state,
-        state=absolute(args.state) if args.state else None,
-        recheck=args.recheck,
-        timeout=args.timeout,
-        reconnect_timeout=args.reconnect_timeout,
-        prompts=prompts(command.location),
-        connections=args.connections,
-        limit=args.limit,
-        verify=args.verify,
-        compression=compression,
-        sparse=not args.no_sparse,
-        on_complete=args.on_complete,
-        metrics=absolute(args.metrics) if args.metrics else None,
-        **more,
-    )
-
-
-def _compression(args: argparse.Namespace, location: Location) -> CompressionSpec:
-    """Return the compression that the parsed options `args` ask for.
-
-    The default is "auto" if `location`, the other end, is on another host, otherwise "none".
-    """
-    default = CompressionSpec("auto" if location.host else "none")
-    spec: CompressionSpec = getattr(args, "compress", default)
-    return spec
-
-
-def prompts(location: Location) -> bool:
-    """Return whether ssh may ask for a password to `location`: the host is another, and there is a terminal."""
-    if location.host is None:
-        return False
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC))
-    except OSError:
-        return False
-    return True
+    from blockcopy.replica.monitor.result import SyncResult
+    from blockcopy.replica.monitor.status import Status
 
 
 def sync(args: argparse.Namespace) -> None:
     """Run `blockcopy sync` with the parsed options `args`. Raises BlockcopyError if the copy fails."""
+    from blockcopy.replica.monitor.result import SyncResult
+
+    started_at = time.monotonic()
     destination = parse_location(args.destination, "DESTINATION")
-    if destination.host is not None:
-        _push(args, destination)
-        return
+    results = [SyncResult(command="sync", source=args.source, destination=args.destination)]
+    shown, error = False, None
+    try:
+        if destination.host is not None:
+            shown = _push(args, destination, results)
+        else:
+            shown = _pull(args, absolute(destination.path), results)
+    except BlockcopyError as failure:
+        if not args.json:
+            raise
+        error = failure
+    result = results[-1].ended(time.monotonic() - started_at, error)
+    if args.json:
+        console.write(result.as_json())
+    if error is not None:
+        raise error
+    log.announce(result.words, shown=shown)
+
+
+def _pull(args: argparse.Namespace, path: str, results: list[SyncResult]) -> bool:
+    """Run `sync` with the parsed options `args`, onto the destination at `path` on this host.
+
+    Appends the counts to `results`, also if the copy fails. Returns whether a user was shown the progress.
+    """
     command = source_command(args)
-    check_destination(absolute(destination.path), force=args.force)  # before ssh asks for a password
+    check_destination(path, force=args.force)  # before ssh asks for a password
     with logging_out(command), _started(command) as started:
         with needs_extra():
             from blockcopy.replica.monitor.sd_notify import Notifier
             from blockcopy.replica.sync import sync as make_copy
             from blockcopy.replica.tasks import runner
         plan = plan_of(args, command, demand=False, started=started)
+
+        def note(status: Status) -> None:
+            results.append(results[-1].with_status(status))
+
         with console.progress(args, bar_by_default=True) as progress:
             notifier = Notifier()
-            run(lambda: runner.run_interruptible(lambda: make_copy(plan, progress, notifier)))
+            run(lambda: runner.run_interruptible(lambda: make_copy(plan, progress, notifier, note)))
+    return _shows(args, progress)
 
 
-def _push(args: argparse.Namespace, destination: Location) -> None:
+def _shows(args: argparse.Namespace, progress: Progress) -> bool:
+    """Return whether `progress` is shown to a user, as text, with the parsed options `args`."""
+    return not progress.silent and args.progress != "json"
+
+
+class _SentBytes(Progress):
+    """A progress reporter that forwards to `progress`, and adds up the bytes that a push sends."""
+
+    silent = False
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._earlier = self._last = 0
+
+    def update(self, counts: Counts) -> None:
+        sent = counts.parts.get("sent", 0)
+        if sent < self._last:  # of a new connection
+            self._earlier += self._last
+        self._last = sent
+        self._progress.update(counts)
+
+    def finish(self) -> None:
+        self._progress.finish()
+
+    @property
+    def total(self) -> int:
+        """Bytes sent over all connections."""
+        return self._earlier + self._last
+
+
+def _push(args: argparse.Namespace, destination: Location, results: list[SyncResult]) -> bool:
     """Run `sync` with the parsed options `args`. `destination`: the Location of DESTINATION, on another host.
 
+    Appends the counts to `results`. Returns whether a user was shown the progress.
     Raises UsageError if the options do not fit a push, MismatchError if --verify finds differences.
     """
     from blockcopy.push import push
 
-    source = _local_source(args)
+    source = local_source(args)
     if args.state or args.recheck:
         raise UsageError("--state and --recheck need a local DESTINATION: a push checks every block each time")
     if args.on_complete or args.metrics:
         raise UsageError("--on-complete and --metrics need a local DESTINATION: a push ends when it is complete")
     options = [name for name, given in (("--force", args.force), ("--no-sparse", args.no_sparse)) if given]
-    compression = _compression(args, destination)
+    compression = compression_of(args, destination)
     command = command_for(args, destination, "receive", [*options, "--compress", str(compression)])
     with logging_out(command), open_source(source) as device:
         with console.progress(args, bar_by_default=True) as progress:
+            sent = _SentBytes(progress)
             push(
                 command,
                 device,
@@ -188,20 +146,14 @@ def _push(args: argparse.Namespace, destination: Location) -> None:
                 prompts=prompts(destination),
                 give_up_after=args.reconnect_timeout,
                 limit=args.limit,
-                progress=progress,
+                progress=sent,
             )
-        if args.verify:
-            _raise_if_different(
-                args, _compare(args, command_for(args, destination, "retrieve"), source, device.size())
-            )
-
-
-def _local_source(args: argparse.Namespace) -> str:
-    """Return the path of SOURCE in the parsed options `args`. Raises UsageError if SOURCE is on another host."""
-    source = parse_location(args.source)
-    if source.host is not None:
-        raise UsageError("SOURCE and DESTINATION are both on another host: run blockcopy on one of the two")
-    return absolute(source.path)
+        results.append(dataclasses.replace(results[-1], size=device.size(), sent_bytes=sent.total))
+    if args.verify:
+        with console.progress(args, bar_by_default=True) as progress:
+            verdict = comparison.compare(args, comparison.ends_of(args), progress)
+        comparison.raise_if_different(args, verdict)
+    return _shows(args, progress)
 
 
 @contextlib.contextmanager
@@ -227,27 +179,25 @@ def verify(args: argparse.Namespace) -> None:
 
     Raises MismatchError if the ends differ, SourceReadError or DeviceError if blocks were not compared.
     """
-    destination = parse_location(args.destination, "DESTINATION")
-    if destination.host is None:
-        verdict = _compare(args, source_command(args), absolute(args.destination))
-    else:  # the same comparison from the other end: only the bytes of the source count
-        source = _local_source(args)
-        with open_source(source) as device:
-            verdict = _compare(args, command_for(args, destination, "retrieve"), source, device.size())
-    if verdict.user_bytes:
-        logger.warning(
-            "%d bytes of %s lie in blocks that a user has written to: they were not compared",
-            verdict.user_bytes,
-            args.destination,
-        )
-    if verdict.tail_bytes:
-        logger.warning(
-            "%s is %d bytes longer than %s: its tail was not compared",
-            args.destination,
-            verdict.tail_bytes,
-            args.source,
-        )
-    _raise_if_different(args, verdict)
+    started_at = time.monotonic()
+    ends = comparison.ends_of(args)
+    ranges = array.array("q")  # offset and length of each: half of the blocks may be ranges
+    with console.progress(args, bar_by_default=True) as progress:
+
+        def report(extent: Extent) -> None:
+            if args.json:
+                ranges.extend(extent)
+            else:
+                with progress.suspended():
+                    console.write(f"{extent.offset}:{extent.length}")
+
+        verdict = comparison.compare(args, ends, progress, report)
+    comparison.warn(args, verdict)
+    result = comparison.result_of(args, verdict, time.monotonic() - started_at)
+    if args.json:
+        comparison.write_json(result, ranges)
+    log.announce(result.words, shown=_shows(args, progress))
+    comparison.raise_if_different(args, verdict)
 
 
 def discard_writes(args: argparse.Namespace) -> None:
@@ -270,87 +220,3 @@ def discard(path: str, state: str | None) -> str:
 
     with open_destination(path, with_user_writes=True) as device:
         return discard_user_writes(device, state)
-
-
-def _compare(args: argparse.Namespace, command: Command, path: str, source_size: int | None = None) -> Verdict:
-    """Compare the device at `path` with the other end, and print the ranges that differ. Returns the verdict.
-
-    `args`: parsed options. `command`: runs `retrieve` at the other end.
-    `source_size`: None if the other end is the source, else the bytes of the source at `path`.
-    """
-    with needs_extra():
-        from blockcopy.replica.plan import Plan
-        from blockcopy.replica.tasks import runner
-        from blockcopy.replica.verify import verify as compare
-
-    def report(extent: Extent) -> None:
-        if as_json:
-            ranges.extend(extent)
-        else:
-            with progress.suspended():
-                console.write(f"{extent.offset}:{extent.length}")
-
-    as_json = getattr(args, "json", False)
-    ranges = array.array("q")  # offset and length of each: half of the blocks may be ranges
-    plan = Plan(
-        command,
-        path,
-        timeout=args.timeout,
-        reconnect_timeout=args.reconnect_timeout,
-        prompts=prompts(command.location),
-    )
-    with logging_out(command), console.progress(args, bar_by_default=True) as progress:
-        run_verify = functools.partial(compare, plan, report, progress, source_size)
-        verdict = run(lambda: runner.run_interruptible(run_verify))
-    if as_json:
-        _write_json(verdict, ranges)
-    return verdict
-
-
-def _write_json(verdict: Verdict, ranges: array.array[int]) -> None:
-    """Print `verdict` as one JSON object, with one range on each line.
-
-    `ranges`: offset and length of each range that differs, in turn.
-    """
-    unread = [
-        extent._asdict() for each in (verdict.remote_unreadable, verdict.local_unreadable) for extent in each.ranges
-    ]
-    figures = {
-        "size": verdict.size,
-        "differing_bytes": verdict.differing_bytes,
-        "tail_bytes": verdict.tail_bytes,
-        "user_bytes": verdict.user_bytes,
-        "unreadable_bytes": verdict.remote_unreadable.bytes + verdict.local_unreadable.bytes,
-        "unreadable_ranges": unread,
-    }
-    console.write(f'{json.dumps(figures)[:-1]}, "ranges": [')
-    for at in range(0, len(ranges), 2 * _OUTPUT_RANGES):
-        lines = [
-            json.dumps({"offset": offset, "length": length})
-            for offset, length in zip(*[iter(ranges[at : at + 2 * _OUTPUT_RANGES])] * 2, strict=True)
-        ]
-        console.write(",\n".join(lines) + ("," if at + 2 * _OUTPUT_RANGES < len(ranges) else ""))
-    console.write("]}")
-
-
-def _raise_if_different(args: argparse.Namespace, verdict: Verdict) -> None:
-    """Raise MismatchError if the ends differ, as `verdict` says. `args` name the ends in the message.
-
-    Raises SourceReadError or DeviceError if blocks of equal ends were not compared.
-    """
-    ends = (verdict.remote_unreadable, verdict.local_unreadable)
-    source, destination = ends if parse_location(args.destination).host is None else reversed(ends)
-    uncompared = [
-        f"of {path}, cannot read {found}"
-        for path, found in ((args.source, source), (args.destination, destination))
-        if found
-    ]
-    if verdict.differing_bytes:
-        differing = (
-            f"{args.destination} is not a copy of {args.source}: {verdict.differing_bytes} of {verdict.size} bytes "
-            "lie in blocks that differ"
-        )
-        raise MismatchError("; ".join([differing, *uncompared]))
-    if uncompared:
-        words = "; ".join(uncompared) + ". All else is equal"
-        raise SourceReadError(words) if source else DeviceError(words)

@@ -43,6 +43,10 @@ class Verdict:
     """Bytes of blocks that a user has written to. They are not compared."""
     tail_bytes: int = 0
     """Bytes of the copy beyond the size of the source. They are not compared."""
+    sent_bytes: int = 0
+    """Bytes sent to the other end."""
+    received_bytes: int = 0
+    """Bytes received from the other end."""
     local_unreadable: UnreadableRanges = field(default_factory=UnreadableRanges)
     """Blocks that cannot be read on this host, and were not compared."""
     remote_unreadable: UnreadableRanges = field(default_factory=UnreadableRanges)
@@ -93,6 +97,7 @@ async def verify(
                 if changes:
                     raise DeviceError(f"{plan.destination} changed during the comparison: {'; '.join(changes)}")
             verdict.tail_bytes = max(0, copy_size - total)
+            verdict.sent_bytes, verdict.received_bytes = pool.sent_bytes, pool.received_bytes
             await pool.close()
     return verdict
 

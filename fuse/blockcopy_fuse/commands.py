@@ -21,16 +21,9 @@ from blockcopy.cli import console, log_sinks
 from blockcopy.errors import IncompleteError, MissingRequirementError, RemoteError, UsageError
 from blockcopy.paths.places import absolute
 from blockcopy.progress.reporter import Progress
-from blockcopy.replica.commands import (
-    command_for,
-    discard,
-    needs_extra,
-    plan_of,
-    prompts,
-    run,
-    source_command,
-)
+from blockcopy.replica.commands import discard
 from blockcopy.replica.monitor.status import Status, summary
+from blockcopy.replica.options import command_for, needs_extra, plan_of, prompts, run, source_command
 from blockcopy.transport.control_master import log_in, logging_out
 from blockcopy.transport.location import parse_location
 from blockcopy_fuse import control_client, fuse_support, options, unmount

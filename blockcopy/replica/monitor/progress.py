@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import trio
 
 from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.replica.monitor.status import MonitoredReplica, State
+
+logger = logging.getLogger(__name__)
 
 _SECONDS = 0.2
 """Interval between two reports."""
@@ -13,7 +17,10 @@ _SECONDS = 0.2
 
 def report_start(progress: Progress) -> None:
     """Report to `progress` that a replica is about to be opened. Its source may take long to answer."""
-    progress.update(Counts(0, None, {"same": 0, "fetched": 0, "zero": 0}, state=State.STARTING))
+    try:
+        progress.update(Counts(0, None, {"same": 0, "fetched": 0, "zero": 0}, state=State.STARTING))
+    except Exception as error:  # no reporter ends a copy
+        logger.error("internal error in the progress; everything else continues", exc_info=error)
 
 
 async def report(replica: MonitoredReplica, progress: Progress) -> None:
