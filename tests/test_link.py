@@ -199,12 +199,12 @@ def test_a_cut_in_mid_pass_is_seen_by_no_reader(
 def test_a_link_that_is_frozen_for_too_long_is_made_again(
     far: Callable[..., Mount], source: Path, destination: Path, way: Route
 ) -> None:
-    mounted = far("--limit", "4M", "--timeout", 1)
+    mounted = far("--limit", "4M", "--timeout", 2, "--connections", 1)
     in_mid_pass(mounted)
     before = mounted.retrievers()
     way.frozen.touch()
     with reader(mounted, source, 1) as process:
-        until(lambda: re.search("(for|after) 1 seconds", link_error(mounted)), "the time limit")
+        until(lambda: re.search("(for|after) 2 seconds", link_error(mounted)), "the time limit")
         until(lambda: set(mounted.retrievers()).isdisjoint(before), "the end of both links")
         way.frozen.unlink()
         assert process.communicate(timeout=support.PATIENCE)[0] == "right\n"
