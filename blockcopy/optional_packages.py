@@ -12,7 +12,7 @@ import shlex
 import sys
 import sysconfig
 
-FUSE = ("pyfuse3>=3.4", "trio>=0.25", "rich>=13", "argparse-manpage>=4.5", "shtab>=1.8")
+FUSE = ("pyfuse3>=3.4", "trio>=0.25", "rich>=13", "markdown-it-py>=2.1", "shtab>=1.8")
 
 BLAKE3 = "blake3>=0.4"
 

@@ -1,21 +1,30 @@
-"""Help, the manual page and completions: complete, made from the parser, and understood by man and the shells."""
+"""Help, the manual and completions: complete, made from the parser, and understood by man and the shells."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
+import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from support import failed, run, succeeded
+from support import BLOCKCOPY, failed, run, succeeded
 
 from blockcopy import errors
 from blockcopy.cli.parser import SHELLS, parser
 from blockcopy.cli.suggestions import commands_of
+from blockcopy.protocol import digests, wire
+from blockcopy.replica.monitor.result import SyncResult, VerifyResult
 from blockcopy.replica.monitor.status import State, Status
 from blockcopy.transport.command import DEFAULT_PYTHON, DEFAULT_RSH
+from blockcopy_fuse.manual import common, markup, pages, roff, text
+from blockcopy_fuse.manual.markup import Code
+
+CHECKOUT = Path(__file__).resolve().parent.parent
 
 COMMANDS = commands_of(parser())
 
@@ -23,6 +32,9 @@ STATUS = Status(state=State.STARTING, size=0, source_needed=True).as_dict()
 
 _TALLEST = {"mount": 64, "sync": 54, "verify": 34}
 """Lines of help; the others fit a screen of 30, and the options of these fit one of today's."""
+
+_LONGEST = {"blockcopy-mount": 420, "blockcopy": 330}
+"""Lines of a page of 80 columns."""
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -67,38 +79,181 @@ def test_wrong_input_suggests_the_right_one(arguments: list[str], meant: str) ->
     failed(done, 2, meant)
 
 
-def test_the_manual_has_every_command_option_and_exit_status() -> None:
-    text = run("manual").stdout.decode().replace("\\-", "-")
-    for name, command in COMMANDS.items():
-        assert f"blockcopy {name}" in text
-        for action in command._actions:
-            assert [option for option in action.option_strings if option not in text] == []
-    statuses = text.partition(".SH EXIT STATUS")[2].partition(".SH FILES")[0]
+def text_of(title: pages.Title) -> str:
+    """Return the page `title` as `help` prints it."""
+    return text.page(pages.page(title).blocks, 80)
+
+
+TITLES = pages.titles()
+
+
+def terms(page: str, title: str) -> set[str]:
+    """Return the terms in the section `title` of `page`, up to the next section."""
+    lines = page.partition(f"\n{title}\n")[2].splitlines()
+    found = itertools.takewhile(lambda line: line.startswith(" ") or not line, lines)
+    return {line.split()[0] for line in found if re.match(r" {4}\S", line)}
+
+
+@pytest.mark.parametrize("title", TITLES, ids=str)
+def test_each_page_is_complete_and_fits_a_terminal(title: pages.Title) -> None:
+    page = pages.page(title)
+    shown = text_of(title).splitlines()
+    assert shown[0] == "NAME"
+    assert " ".join(" ".join(shown[1 : shown.index("")]).split()) == f"{title.name} - {page.summary}"
+    assert page.summary
+    assert "SEE ALSO" in shown
+    code = {line.strip() for block in page.blocks if isinstance(block, Code) for line in block.text.splitlines()}
+    assert [line for line in shown if len(line) > 80 and line.strip() not in code] == []
+    assert len(shown) <= _LONGEST.get(title.name, 250)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_page_of_a_command_has_its_options_and_the_common_sections(name: str) -> None:
+    page = text_of(pages.find(name).title)
+    said = page.partition("\nOPTIONS\n")[2].replace(",", " ")
+    for action in COMMANDS[name]._actions:
+        assert [option for option in action.option_strings if option not in (*said.split(), "-h", "--help")] == []
+    for part in ("SYNOPSIS", "DESCRIPTION", "EXAMPLES", "EXIT STATUS", "ENVIRONMENT"):
+        assert f"\n{part}\n" in page
+
+
+def test_the_overview_has_every_command_topic_and_exit_status() -> None:
+    overview = text_of(pages.find("blockcopy").title)
+    listed = run("help").stdout.decode()
+    for title in TITLES:
+        if title.name != "blockcopy":
+            assert f"{title.name}({title.section})" in re.sub(r"\s+", "", overview)
+            assert f"{title.name}({title.section})" in re.sub(r"\s+", "", listed)
+    statuses = {code for term in terms(overview, "EXIT STATUS") for code in term.rstrip(",").split(", ")}
     for _, error in inspect.getmembers(errors, inspect.isclass):
         if issubclass(error, errors.BlockcopyError):
-            assert f".B {error.exit_code}\n" in statuses
-    assert ".B 130\n" in statuses
+            assert str(error.exit_code) in statuses
+    assert {row.term for row in common.EXIT_STATUSES} >= {"0", "2", "129, 130, 143"}
 
 
-def test_the_manual_describes_every_field_of_a_status() -> None:
-    fields = run("manual").stdout.decode().partition(".SH STATUS FIELDS")[2].partition(".SH FILES")[0]
-    names = {line.removeprefix(".B ") for line in fields.splitlines() if line.startswith(".B ")}
+def test_the_pages_describe_every_field_of_a_status() -> None:
+    page = text_of(pages.find("json").title)
     demand, link = ({f"{name}.{field}" for field in STATUS[name]} for name in ("demand", "link"))
-    assert names == STATUS.keys() - {"demand", "link"} | demand | link
+    assert STATUS.keys() - {"demand", "link"} | demand | link <= terms(page, "STATUS")
+
+
+def test_the_pages_describe_every_field_of_a_result() -> None:
+    page = text_of(pages.find("json").title)
+    assert {*SyncResult().as_dict(), *VerifyResult().as_dict()} <= terms(page, "RESULTS")
+
+
+def test_the_page_of_the_protocol_has_every_message_and_limit() -> None:
+    page = text_of(pages.find("protocol").title)
+    for layout in wire._LAYOUTS.values():
+        assert re.search(rf"^ +{layout.command.decode()} ", page, re.MULTILINE)
+    for number in (wire.MAX_BLOCK_SIZE, wire.MAX_ASKED, wire.MAX_TEXT_SIZE, wire.MIN_ASKED_BLOCK):
+        assert re.search(rf"^ +{number}$", page, re.MULTILINE)
+    sizes = re.findall(r"^ +(\w+)\n +(\d+) bytes\.$", page, re.MULTILINE)
+    assert {name: int(size) for name, size in sizes} == {name: digests.named(name).size for name in digests.NAMES}
+
+
+def test_every_variable_of_the_environment_is_documented() -> None:
+    sources = [path.read_text() for folder in ("blockcopy", "fuse") for path in (CHECKOUT / folder).rglob("*.py")]
+    used = {name for source in sources for name in re.findall(r'environ(?:\.\w+\(|\[)"(\w+)"', source)}
+    used.remove("PYTHONPATH")  # for a child of this program
+    assert used - set(", ".join(row.term for row in common.ENVIRONMENT).split(", ")) == set()
+
+
+def test_pages_that_are_referred_to_exist() -> None:
+    known = {f"**{title.name}**({title.section})" for title in TITLES}
+    for name, markdown in pages.topic_files().items():
+        assert set(re.findall(r"\*\*[\w.-]+\*\*\(\d\)", markdown)) - known == set(), name
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [("sync", "blockcopy-sync"), ("state", "blockcopy-state"), ("mount.blockcopy", "mount.blockcopy")],
+)
+def test_help_shows_a_page(word: str, name: str) -> None:
+    done = run("help", word)
+    assert done.stdout.decode().startswith(f"NAME\n    {name} - ")
+    assert b"\x1b" not in done.stdout
+
+
+def test_help_suggests_a_page() -> None:
+    failed(run("help", "recipe"), 2, "did you mean recipes?")
+    failed(run("manual", "synch"), 2, "did you mean sync?")
+
+
+@pytest.mark.skipif(shutil.which("script") is None, reason="script is not installed")
+@pytest.mark.parametrize("pager", ["sed s/^/paged:/", "/nowhere"])
+def test_help_uses_a_pager_on_a_terminal(pager: str) -> None:
+    command = shlex.join([*BLOCKCOPY, "help", "sync"])
+    done = subprocess.run(
+        ["script", "-qec", command, "/dev/null"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PAGER": pager, "TERM": "xterm"},
+    )
+    assert b"\x1b[1mNAME\x1b[0m" in done.stdout
+    assert (b"paged:" in done.stdout) == pager.startswith("sed")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Install all pages, and return the paths of the files."""
+    return sorted(map(Path, pages.install(str(tmp_path_factory.mktemp("manual")))))
+
+
+def test_all_pages_are_installed(tmp_path: Path) -> None:
+    folder = tmp_path / "share/man"
+    succeeded(run("manual", "--install", str(folder)))
+    installed = sorted(folder.glob("man*/*"))
+    names = {f"man{title.section}/{title.name}.{title.section}" for title in TITLES}
+    assert {str(path.relative_to(folder)) for path in installed} == names
+    assert (folder / "man1/blockcopy.1").read_bytes() == run("manual").stdout
+    assert (folder / "man7/blockcopy-state.7").read_bytes() == run("manual", "state").stdout
+
+
+def test_a_folder_that_cannot_be_written() -> None:
+    failed(run("manual", "--install", "/proc/none"), 1, "cannot write /proc/none/man1")
 
 
 @pytest.mark.skipif(shutil.which("man") is None, reason="man is not installed")
-def test_man_has_nothing_to_complain_of() -> None:
-    page = run("manual").stdout
+def test_man_has_nothing_to_complain_of(installed: list[Path]) -> None:
     shown = subprocess.run(
-        ["man", "--warnings", "-l", "-Tutf8", "-"],
-        input=page,
+        ["man", "--warnings", "-E", "UTF-8", "-l", "-Tutf8", "-Z", *installed],
         capture_output=True,
         check=True,
-        env={**os.environ, "LANG": "C.UTF-8"},
+        env={**os.environ, "LANG": "C.UTF-8", "MAN_KEEP_STDERR": "1"},
     )
     assert shown.stderr == b""
-    assert b"blockcopy" in shown.stdout
+    assert shown.stdout.count(b"x T utf8") == len(installed)
+
+
+@pytest.mark.skipif(shutil.which("lexgrog") is None, reason="lexgrog is not installed")
+def test_apropos_finds_each_page(installed: list[Path]) -> None:
+    done = subprocess.run(["lexgrog", *installed], capture_output=True, text=True, check=True)
+    assert [line.split('"')[1].split(" - ")[0] for line in done.stdout.splitlines()] == [
+        path.stem for path in installed
+    ]
+
+
+@pytest.mark.skipif(shutil.which("mandoc") is None, reason="mandoc is not installed")
+def test_mandoc_has_nothing_to_complain_of(installed: list[Path]) -> None:
+    done = subprocess.run(
+        ["mandoc", "-T", "lint", "-W", "warning", *installed], capture_output=True, text=True, check=False
+    )
+    assert [line for line in done.stdout.splitlines() if "missing date" not in line] == []
+
+
+@pytest.mark.parametrize("markdown", ["1. numbered", "> quoted", "![picture](x)", "- one\n\n  two"])
+def test_what_the_pages_do_not_use_is_refused(markdown: str) -> None:
+    with pytest.raises(markup.MarkupError):
+        markup.parse(markdown)
+
+
+def test_roff_takes_no_text_for_a_request() -> None:
+    page = roff.page("x", 1, "x", markup.parse("## A\n\n.TH a\n\n'quoted' `-o` \\\\n\n    .SH code\n    'x\n"))
+    lines = page.splitlines()[3:]
+    assert [line for line in lines if line.startswith((".TH", ".SH code", "'"))] == []
+    assert "\\fB\\-o\\fR" in page
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -1,4 +1,4 @@
-"""The mechanical part of the rules for words (CONTRIBUTING.md), for docstrings of product code and its messages.
+"""The mechanical part of the rules for words (CONTRIBUTING.md), for docstrings, messages and pages.
 
 What a person has to judge is not here. Each finding names its file, line and rule.
 """
@@ -120,6 +120,26 @@ def findings(path: Path) -> Iterator[str]:
     for number, line in enumerate(text.splitlines(), 1):
         if found := HOME_WORDS.search(line):
             yield f"{name}:{number}: home word {found[0]!r}"
+
+
+def prose(markdown: str) -> Iterator[str]:
+    """Find the sentences of `markdown`, without code, tables, headings and links to pictures."""
+    text = re.sub(r"^(```.*?^```|<!--.*?-->)", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    lines = ["" if re.match(r" {4}|[|#!]", line) else line for line in text.splitlines()]
+    yield from sentences("\n".join(lines).replace("**", "").replace(".)", "."))
+
+
+def test_pages_follow_the_rules() -> None:
+    files = [CHECKOUT / "README.md", *CHECKOUT.glob("fuse/blockcopy_fuse/manual/topics/*.md")]
+    found = []
+    for path in files:
+        for sentence in prose(path.read_text()):
+            words = [word for word in sentence.split() if word != "-"]
+            if len(words) > MAX_WORDS:
+                found.append(f"{path.name}: {len(words)} words: {' '.join(words)[:90]!r}")
+            if home := HOME_WORDS.search(sentence):
+                found.append(f"{path.name}: home word {home[0]!r}")
+    assert not found, "\n".join(found)
 
 
 def test_words_follow_the_rules() -> None:

@@ -50,7 +50,7 @@ def parser(only: str | None = None) -> Parser:
     top = Parser(
         prog="blockcopy",
         description="Copy a disk over any pipe, and use it before the copy is complete.",
-        epilog="`blockcopy COMMAND --help` describes a command; `blockcopy manual` describes all of them.",
+        epilog="`blockcopy help` lists the pages of the manual; `blockcopy help COMMAND` shows a command's.",
         formatter_class=HelpFormatter,
     )
     _add_verbose(top, "verbose")
@@ -296,7 +296,19 @@ def _add_about(commands: Any) -> None:
     doctor.add_argument("host", metavar="HOST", nargs="?", help="[user@]host, or host:/path to try to read there")
     _add_connection_options(doctor)
 
-    add_command(commands, "manual", "print the manual page, for man", "", "manual | man -l -")
+    shown = add_command(
+        commands, "help", "show a page of the manual, of a command or a topic", "[PAGE]", "help recipes"
+    )
+    shown.add_argument("page", metavar="PAGE", nargs="?", help="command or topic (default: a list of all pages)")
+    manual = add_command(
+        commands,
+        "manual",
+        "print a page of the manual for man, or install all pages",
+        "[PAGE]",
+        "manual mount | man -l -",
+    )
+    manual.add_argument("page", metavar="PAGE", nargs="?", default="blockcopy", help="page (default: blockcopy)")
+    manual.add_argument("--install", metavar="FOLDER", help="write all pages to FOLDER/man1 and so on")
     completion = add_command(
         commands,
         "completion",

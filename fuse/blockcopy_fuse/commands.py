@@ -238,17 +238,34 @@ def doctor(args: argparse.Namespace) -> None:
         raise MissingRequirementError(f"{failures} of these checks failed: fix them first")
 
 
-def manual(args: argparse.Namespace) -> None:
-    """Print the manual page. `args` has no arguments."""
+def help(args: argparse.Namespace) -> None:
+    """Show the page `args.page` of the manual, or a list of all pages if it is None.
+
+    Raises UsageError if there is no such page.
+    """
     with needs_extra():
-        from blockcopy_fuse.manual import page
-    console.write(page().rstrip())
+        from blockcopy_fuse.manual import pager, pages
+    pager.show(pages.overview() if args.page is None else pages.find(args.page))
+
+
+def manual(args: argparse.Namespace) -> None:
+    """Print the page `args.page` as roff, or write all pages below the folder `args.install`.
+
+    Raises UsageError if there is no such page, DeviceError if a page cannot be written.
+    """
+    with needs_extra():
+        from blockcopy_fuse.manual import pages
+    if args.install is None:
+        console.write(pages.find(args.page).as_roff().rstrip())
+        return
+    for written in pages.install(absolute(args.install)):
+        logger.info("wrote %s", written)
 
 
 def completion(args: argparse.Namespace) -> None:
     """Print the completion script for the shell `args.shell`."""
     with needs_extra():
-        from blockcopy_fuse.manual import completion as script
+        from blockcopy_fuse.completion import completion as script
     console.write(script(args.shell).rstrip())
 
 

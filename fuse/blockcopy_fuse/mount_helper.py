@@ -30,12 +30,13 @@ _EXCLUDED = {"help", "foreground"}
 
 def main() -> None:
     """Mount as the command line says. Returns when it is mounted, else exits with a status above 0."""
-    args = _parser().parse_args()
+    args = parser().parse_args()
     if not args.fake:
         cli.main(command_line(args))
 
 
-def _parser() -> ConsoleParser:
+def parser() -> ConsoleParser:
+    """Return the parser of the helper's arguments."""
     parser = ConsoleParser(
         prog="mount.blockcopy", description="For mount(8): mount -t blockcopy SOURCE MOUNTPOINT -o dest=DESTINATION"
     )
@@ -70,7 +71,7 @@ def command_line(args: argparse.Namespace) -> list[str]:
         elif not args.sloppy or name in {*options.FLAGS, *options.VALUES, *options.REFUSED}:
             line += ["-o", option.replace("\\", "\\\\").replace(",", "\\,")]
     if not destination:
-        _parser().error("the option dest=DESTINATION is missing")
+        parser().error("the option dest=DESTINATION is missing")
     return [*line, "--", args.source, destination, args.mountpoint]
 
 
