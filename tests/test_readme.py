@@ -1,4 +1,4 @@
-"""All command lines of README.md, run as they are written, on a machine that has everything they name.
+"""All command lines of README.md and the manual's topics, run as written, on a machine that has all they name.
 
 The machine is a mount namespace: a copy-on-write view of this machine, with devices, an sshd and stand-ins for LVM,
 systemd and docker. `tools/fresh` runs the command lines that install packages.
@@ -20,8 +20,12 @@ import pytest
 import support
 from support import BLOCKCOPY, PYTHON
 
+from blockcopy_fuse.manual.pages import find, topic_files
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 README = (CHECKOUT / "README.md").read_text()
+DOCUMENTS = {"README.md": README, **topic_files()}
+"""The texts with command lines, by the names of their files."""
 
 PROGRAMS = "apt-get blockcopy cp docker ln losetup lvcreate man mkdir mount pip pipx qemu-img ssh systemctl"
 """A code span of three words or more is a command line if it begins with one of these programs."""
@@ -31,7 +35,15 @@ MENTIONED = {
     "blockcopy doctor [HOST]": "test_doctor",
     "mount -t blockcopy SOURCE MOUNTPOINT -o dest=DESTINATION": "test_mount_helper",
     'blockcopy umount "$BLOCKCOPY_MOUNTPOINT" && …': "test_boot",
+    "blockcopy list --json": "test_status",
+    "blockcopy status --json": "test_status",
+    "blockcopy sync --json": "test_results",
+    "blockcopy verify --json": "test_verify",
+    "blockcopy mount --discard-writes": "test_mount_helper",
     "docker exec -i": "test_readme",
+    "mount -o ro,noload": "test_readme",
+    "mount -o ro,norecovery,nouuid": "test_readme",
+    "mount -t blockcopy": "test_mount_helper",
 }
 """Command lines in running text, and the tests that run them with values for the words in capitals."""
 
@@ -59,12 +71,21 @@ SCENES = {
     WRITABLE: Scene(
         after="echo words >/mnt/files/new; umount /mnt/files; ! blockcopy umount /mnt/disk 2>/dev/null"
     ),
-    "blockcopy discard-writes ": Scene("! blockcopy sync /dev/vg/disk /dev/vg/copy", MOUNT),
+    "blockcopy discard-writes ": Scene(
+        f"{WRITABLE}; echo words | dd of=/mnt/disk/copy conv=notrunc,fsync; "
+        "blockcopy umount /mnt/disk || [ $? = 75 ]; ! blockcopy sync /dev/vg/disk /dev/vg/copy",
+        EQUAL,
+    ),
     "blockcopy sync root@old:/dev/vg/disk ": Scene(
         "mount /dev/vg/disk /srv",
         "echo words >/srv/new; umount -d /srv; blockcopy umount /mnt/disk; blockcopy discard-writes /dev/vg/copy",
     ),
+    "mkdir -p /mnt/disk /mnt/files\nblockcopy mount root@host:/dev/vg/snap": Scene(
+        SNAPSHOT, "cmp /dev/vg/snap /dev/vg/copy"
+    ),
     "mkdir -p /mnt/disk /mnt/files": Scene(after=EQUAL),
+    "mkdir -p /mnt/disk\n": Scene(after=EQUAL),
+    "blockcopy mount root@host:/dev/vg/disk ": Scene(after=EQUAL),
     "blockcopy pause ": Scene(MOUNT, "blockcopy umount /mnt/disk || [ $? = 75 ]"),
     "ln -s ": Scene(after="cmp /dev/vg/disk /mnt/disk/copy; umount /mnt/disk"),
     "cp tools/systemd/": Scene(after="cmp /dev/vg/disk /mnt/disk/copy; blockcopy umount /mnt/disk || [ $? = 75 ]"),
@@ -76,13 +97,12 @@ SCENES = {
     "mount -o ro,noload ": Scene(MOUNT, "umount /mnt/files"),
     "qemu-img create ": Scene(MOUNT, "qemu-img compare vm.qcow2 -F raw /dev/vg/disk"),
     "blockcopy sync root@host:/dev/vg/snap ": Scene(SNAPSHOT, "cmp /dev/vg/snap /backup/disk.raw"),
-    "blockcopy sync /dev/vg/snap ": Scene("rm /backup/disk.raw", "cmp /dev/vg/snap /backup/disk.raw"),
+    "blockcopy sync /dev/vg/snap ": Scene(SNAPSHOT, "cmp /dev/vg/snap /backup/disk.raw"),
     "blockcopy sync -e 'docker exec -i' ": Scene(after="cmp /var/lib/data.img data.img"),
     "blockcopy checksum /dev/vg/copy ": Scene(after=EQUAL),
     "blockcopy checksum --digest ": Scene(after=EQUAL),
-    "blockcopy manual ": Scene(
-        after="test -s /usr/local/share/man/man1/blockcopy.1; test -s ~/.config/fish/completions/blockcopy.fish"
-    ),
+    "blockcopy manual ": Scene(after="test -s /usr/local/share/man/man7/blockcopy-state.7"),
+    "blockcopy completion ": Scene(after="test -s ~/.config/fish/completions/blockcopy.fish"),
 }
 """The scenes of blocks, by the beginning of the block. Other blocks run without a scene."""
 
@@ -218,18 +238,22 @@ with sqlite3.connect(file, uri=True) as base:
 
 
 class Block(NamedTuple):
+    """A block of the file `document`, in a section called `section`."""
+
+    document: str
     section: str
     text: str
 
 
 def blocks() -> list[Block]:
-    """Find the indented blocks of the README, without the fenced ones."""
-    text = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
-    found, section = [], ""
-    for title, lines in re.findall(r"^## (.*)|((?:^    .*\n)+)", text, re.MULTILINE):
-        section = title or section
-        if lines:
-            found.append(Block(section, re.sub(r"^    ", "", lines, flags=re.MULTILINE)))
+    """Find the indented blocks of the documents, without the fenced ones."""
+    found = []
+    for document, whole in DOCUMENTS.items():
+        text, section = re.sub(r"^```.*?^```", "", whole, flags=re.DOTALL | re.MULTILINE), ""
+        for title, lines in re.findall(r"^## (.*)|((?:^    .*\n)+)", text, re.MULTILINE):
+            section = title or section
+            if lines:
+                found.append(Block(document, section, re.sub(r"^    ", "", lines, flags=re.MULTILINE)))
     return found
 
 
@@ -283,19 +307,42 @@ def world(folder: Path) -> Iterator[World]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("section", sorted({block.section for block in RUN_HERE}))
-def test_blocks_do_as_they_are_written(tmp_path: Path, section: str) -> None:
+@pytest.mark.parametrize(("document", "section"), sorted({block[:2] for block in RUN_HERE}))
+def test_blocks_do_as_they_are_written(tmp_path: Path, document: str, section: str) -> None:
     with world(tmp_path) as machine:
-        for _, text in (block for block in RUN_HERE if block.section == section):
+        for text in (block.text for block in RUN_HERE if block[:2] == (document, section)):
             scene = next((SCENES[start] for start in SCENES if text.startswith(start)), Scene())
             machine.run(f"{scene.before}\n{text}\n{scene.after}\n{TIDY.format(folders='/mnt/disk')}")
 
 
 def test_the_options_for_xfs_mount_a_snapshot_of_one_in_use(tmp_path: Path) -> None:
     support.require(shutil.which("mkfs.xfs", path="/usr/sbin") is not None, "mkfs.xfs is not installed")
-    [options] = re.findall(r"for XFS -o (\S+)", README)
+    [options] = {found for text in DOCUMENTS.values() for found in re.findall(r"for XFS:? -o (\S+)", text)}
     with world(tmp_path) as machine:
         machine.run(XFS.format(options=options))
+
+
+def test_the_quick_start_prints_what_it_says(tmp_path: Path) -> None:
+    support.require_fuse()
+    [block] = [block.text for block in blocks() if block.text.startswith("mkdir -p /tmp/try/")]
+    [said] = re.findall(r"^It prints:\n\n```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    (tmp_path / "bin").mkdir()
+    program = support.written(
+        tmp_path / "bin" / "blockcopy", f'#!/bin/sh\nexec {shlex.join(BLOCKCOPY)} "$@"\n'.encode()
+    )
+    program.chmod(0o755)
+    here = str(tmp_path / "try")
+    done = subprocess.run(
+        ["bash", "-ec", block.replace("/tmp/try", here)],
+        env={**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    printed = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    expected = [" ".join(line.split()) for line in said.replace("/tmp/try", here).splitlines()]
+    assert [line for line in expected if line not in printed] == []
 
 
 def test_every_scene_is_of_a_block() -> None:
@@ -304,10 +351,14 @@ def test_every_scene_is_of_a_block() -> None:
 
 
 def test_command_lines_in_running_text_are_run_as_well() -> None:
-    prose = re.sub(r"^(```.*?^```|    .*?$)", "", README, flags=re.DOTALL | re.MULTILINE)
+    everything = "\n".join(DOCUMENTS.values())
+    prose = re.sub(r"^(```.*?^```|    .*?$)", "", everything, flags=re.DOTALL | re.MULTILINE)
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
     lines = {span for span in spans if span.partition(" ")[0] in PROGRAMS.split() and span.count(" ") > 1}
-    assert lines - MENTIONED.keys() == set(), "write them as blocks, which are run"
+    shown = {line for line in lines if re.fullmatch(r"blockcopy help [\w.-]+", line)}
+    for line in shown - {"blockcopy help PAGE"}:
+        find(line.rpartition(" ")[2])
+    assert lines - shown - MENTIONED.keys() == set(), "write them as blocks, which are run"
     assert MENTIONED.keys() <= lines
 
 
