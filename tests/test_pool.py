@@ -320,3 +320,31 @@ def test_an_idle_connection_is_taken_back_and_a_busy_one_is_answered_first() -> 
             assert all(each.failure for each in connector.opened)
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_a_lane_that_gets_no_connection_shares_the_other_lanes() -> None:
+    """A server may allow one session. The fallback is asked after two attempts, and no longer than needed."""
+
+    async def main() -> None:
+        connector = Connector(most=1)
+        async with trio.open_nursery() as nursery:
+            demand, bulk = (Pool(connector, nursery, give_up_after=math.inf) for _ in range(2))  # type: ignore[arg-type]
+            bulk.fallback, bulk.fallback_after = demand, 2
+            await demand.open()
+            nursery.start_soon(demand.run)
+            nursery.start_soon(bulk.run)
+            async with trio.open_nursery() as asking:
+                connector.opened[0].answer.set()
+                asking.start_soon(answered, bulk)
+                await trio.sleep(0.5)
+                assert connector.opened[0].asked == 0, "one failed attempt may be chance"
+            assert connector.opened[0].asked == 1
+            connector.most = 2
+            await trio.sleep(60)
+            connector.opened[1].answer.set()
+            await answered(bulk)
+            assert connector.opened[1].asked == 1
+            await demand.close()
+            await bulk.close()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))

@@ -70,7 +70,7 @@ class Connector:
         """The round trip to the source, as all connections have measured it."""
         self._unreadable_pieces: set[int] = set()  # positions in the sample at which the original exited
         self.waiting = trio.lowlevel.ParkingLot()
-        """The tasks that wait until a link connects, or will never connect again."""
+        """The tasks that wait until a link connects, fails to, or will never connect again."""
         self.fatal_blocks = 0
         """The number of blocks at which every connection ended."""
         self._size_guess = size_guess

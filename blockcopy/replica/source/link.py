@@ -116,6 +116,7 @@ class Link:
             self._client = await self._connector.open(self._nursery, connections)
         except SourceError as error:
             self.last_error = error
+            self._connector.waiting.unpark_all()  # who waits may turn to another pool now
             raise
         except Exception as error:
             location = self._connector.command.location
