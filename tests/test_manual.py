@@ -33,7 +33,7 @@ STATUS = Status(state=State.STARTING, size=0, source_needed=True).as_dict()
 _TALLEST = {"mount": 64, "sync": 54, "verify": 34}
 """Lines of help; the others fit a screen of 30, and the options of these fit one of today's."""
 
-_LONGEST = {"blockcopy-mount": 420, "blockcopy": 330}
+_LONGEST = {"blockcopy-mount": 420, "blockcopy": 330, "blockcopy-json": 300}
 """Lines of a page of 80 columns."""
 
 

@@ -17,7 +17,7 @@ DATA = noise(500_000)
 
 
 def translated(*words: str) -> list[str]:
-    return mount_helper.command_line(mount_helper._parser().parse_args(list(words)))
+    return mount_helper.command_line(mount_helper.parser().parse_args(list(words)))
 
 
 @pytest.mark.parametrize(

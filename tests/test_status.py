@@ -82,8 +82,8 @@ STATUS = Status(
 )
 
 NAMES = """
-    state source destination pid size hydrated_bytes hydrated_percent resumed_bytes same_bytes fetched_bytes
-    zero_bytes hole_bytes unreadable_bytes unreadable_ranges written_bytes lost_bytes verified_bytes
+    schema_version state source destination pid size hydrated_bytes hydrated_percent resumed_bytes same_bytes
+    fetched_bytes zero_bytes hole_bytes unreadable_bytes unreadable_ranges written_bytes lost_bytes verified_bytes
     verified_percent sent_bytes received_bytes
     rate_bytes_per_s limit_bytes_per_s eta_seconds elapsed_seconds source_needed demand link state_file error
     mountpoint control_socket

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from blockcopy.block.geometry import Extent
 from blockcopy.errors import BlockcopyError
 from blockcopy.progress.rate import human_size, human_time
-from blockcopy.replica.monitor.status import Status
+from blockcopy.replica.monitor.status import SCHEMA_HELP, SCHEMA_VERSION, Status
 
 T = TypeVar("T")
 
@@ -28,6 +28,7 @@ def _field(default: T, help: str) -> T:
 class Result:
     """What both commands report. Sizes are in bytes, times in seconds."""
 
+    schema_version: int = _field(SCHEMA_VERSION, SCHEMA_HELP)
     command: str = _field("", "The command: sync or verify.")
     source: str = _field("", "The source, as the user named it.")
     destination: str = _field("", "The destination, as the user named it.")

@@ -22,6 +22,11 @@ from blockcopy.progress.reporter import Counts
 if TYPE_CHECKING:
     import trio
 
+SCHEMA_VERSION = 1
+"""Version of the JSON for programs. A new field leaves it as it is."""
+
+SCHEMA_HELP = "Version of these fields. It changes if a field is removed or gets another meaning."
+
 UNKNOWN = "?"
 """A text that the other process did not report, or that this version does not know."""
 
@@ -128,6 +133,7 @@ class LinkStatus:
 class Status:
     """The status of a replica at one moment. Sizes are in bytes, times in seconds."""
 
+    schema_version: int = _field(SCHEMA_VERSION, SCHEMA_HELP)
     state: State = field(
         metadata=_about(
             "State: starting (the source was not reached yet), hydrating, paused (also with --no-background), "
