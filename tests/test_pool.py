@@ -21,7 +21,7 @@ from blockcopy.errors import SourceChangedError, SourceError
 from blockcopy.replica.source.batches import Delta, Signatures
 from blockcopy.replica.source.connector import RoundTrip
 from blockcopy.replica.source.pool import Pool
-from blockcopy.replica.source.scaling import MAX_CONNECTIONS, SAMPLE_SECONDS, Sample, Scaling
+from blockcopy.transport.scaling import MAX_CONNECTIONS, SAMPLE_SECONDS, Sample, Scaling
 
 MIB = 1 << 20
 CHANNEL_WINDOW = 2 * MIB

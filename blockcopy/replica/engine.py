@@ -28,10 +28,10 @@ from blockcopy.replica.plan import Plan
 from blockcopy.replica.replica import Replica
 from blockcopy.replica.source.connector import Connector
 from blockcopy.replica.source.pool import Pool
-from blockcopy.replica.source.scaling import MAX_CONNECTIONS, Scaling
 from blockcopy.replica.state import recovery
 from blockcopy.replica.state.blockmap import BlockMap
 from blockcopy.replica.state.statefile import Record, StateFile
+from blockcopy.transport.scaling import MAX_CONNECTIONS, Scaling
 
 logger = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from blockcopy.replica.source.client import Client
 from blockcopy.replica.source.connector import Connector, GuardedSink
 from blockcopy.replica.source.fatal_blocks import FATAL_AFTER, SUSPECT_AFTER, FatalError, ask_each
 from blockcopy.replica.source.link import Link
-from blockcopy.replica.source.scaling import IDLE_SAMPLE_SECONDS, SAMPLE_SECONDS, Sample, Scaling
 from blockcopy.replica.source.window import Window, Windows, default_window
+from blockcopy.transport.scaling import IDLE_SAMPLE_SECONDS, SAMPLE_SECONDS, Sample, Scaling
 
 logger = logging.getLogger(__name__)
 

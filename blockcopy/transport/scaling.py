@@ -1,9 +1,9 @@
-"""How many connections a pool has: as many as pay. No I/O.
+"""How many connections a copy has: as many as pay. No I/O.
 
 OpenSSH gives each channel a window of 2 MiB (CHAN_SES_WINDOW_DEFAULT in its channels.h). So a channel carries at
 most 2 MiB a round trip, whatever the line carries. Several channels have several windows.
 
-A pool begins with one connection. It opens more while the window of its channels binds. With a login for each
+A copy begins with one connection. It opens more while the window of its channels binds. With a login for each
 connection, it also does so while the link binds. Then as much is in flight as the windows allow. It keeps them if
 the rate rises by a tenth. Otherwise it takes them back, and tries again later. If it is idle, it keeps one.
 """
@@ -52,12 +52,12 @@ _IDLE_SECONDS = 30
 
 
 class Sample(NamedTuple):
-    """The state of a pool at one moment."""
+    """The state of all connections at one moment."""
 
     now: float
-    """Seconds, by trio's clock."""
+    """Seconds, by trio's clock or the monotonic one."""
     received: int
-    """Bytes received over all connections so far."""
+    """Bytes received over all connections so far. For a push, bytes sent."""
     connections: int
     """Connections that can be asked, at least 1."""
     round_trip: float | None
@@ -98,7 +98,7 @@ class PeakRate:
 
 
 class Scaling:
-    """The number of connections of one pool. Call from one thread only."""
+    """The number of connections of one pool or push. Call from one thread only."""
 
     def __init__(self, max_connections: int, *, is_fixed: bool = False, shares_login: bool = True) -> None:
         """Decide on up to `max_connections`. `is_fixed`: always on that number.
