@@ -300,7 +300,7 @@ def test_it_asks_about_all_and_writes_what_comes(source: Path, destination: Path
     status, said, asked = Receiver(destination).ended(hello, wire.Data(0, b"new"), hello, wire.Done())
     assert (status, said) == (0, "")
     kinds = [type(each) for each in asked]
-    assert kinds == [wire.Hello, wire.Asks, wire.Zero, wire.Hello, wire.Done]
+    assert kinds == [wire.Hello, wire.Fence, wire.Asks, wire.Zero, wire.Hello, wire.Done]
     assert destination.read_bytes() == b"new" + DATA[3:BLOCK_SIZE] + bytes(SIZE - BLOCK_SIZE)
 
 

@@ -16,7 +16,7 @@ from support import BLOCK_SIZE, BLOCKCOPY, PATIENCE, PYTHON, STANDINS, failed, n
 from blockcopy.block.device import open_source
 from blockcopy.errors import RemoteError, SourceError
 from blockcopy.progress.reporter import Progress
-from blockcopy.push import push
+from blockcopy.push.push import push
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.source.connector import Connector
 from blockcopy.transport import control_master, start_timeout

@@ -104,8 +104,12 @@ def save(args: argparse.Namespace) -> None:
 
 def receive(args: argparse.Namespace) -> None:
     """Run `receive`: request blocks on stdout, write blocks from stdin to a file. `args`: its parsed options."""
+    from blockcopy.stage.join import join
     from blockcopy.stage.receive import receive as write_answers
 
+    if args.join is not None:
+        join(args.join)
+        return
     _refuse_dash(args.destination_file)
     streams.refuse_terminal(1)
     with streams.InputStream(0) as answers:

@@ -122,6 +122,7 @@ def _add_receive(commands: Any) -> None:
     add_sparse(receive)
     add_compress(receive, "have the source compress", "none")
     add_force(receive)
+    receive.add_argument("--join", metavar="TOKEN", help=argparse.SUPPRESS)  # a further connection of one push
 
 
 def _add_facts(commands: Any) -> None:

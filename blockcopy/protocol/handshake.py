@@ -8,6 +8,7 @@ Handshake.read       ◄── digest, compress, identity ──     source_gree
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -33,11 +34,16 @@ class Handshake:
     """The client's side: offers digests and a compression, and believes the source's answers or refuses them."""
 
     def __init__(
-        self, compression: CompressionSpec = NO_COMPRESSION, *, digest: str | None = None, connections: int = 1
+        self,
+        compression: CompressionSpec = NO_COMPRESSION,
+        *,
+        digest: str | None = None,
+        connections: int = 1,
+        join: str | None = None,
     ) -> None:
         """Offer all digests of this host, or only the one called `digest`. Ask the source for `compression`.
 
-        `connections`: how many processes of the source share its CPUs.
+        `connections`: how many processes of the source share its CPUs. `join`: the token of further connections.
         """
         self._offered: Mapping[str, float] = {digest: 1} if digest else digests.speeds()
         facts: dict[str, Any] = {"digests": dict(self._offered)}
@@ -45,6 +51,8 @@ class Handshake:
             facts["compress"] = fact
         if connections > 1:
             facts["connections"] = connections
+        if join is not None:
+            facts["join"] = join
         self.greeting = _encode(facts)
         """Bytes that open the hash stream. Sent again later, they make the source greet again."""
 
@@ -64,11 +72,15 @@ class Handshake:
 
 
 class ClientGreeting(NamedTuple):
-    """The believed wishes of a client: the name of the `digest`, the `compression`, and its `connections`."""
+    """The believed wishes of a client: the name of the `digest`, the `compression`, and its `connections`.
+
+    `join`: the token with which answers may come over further connections, or None.
+    """
 
     digest: str
     compression: CompressionSpec
     connections: int
+    join: str | None = None
 
 
 def read_client(hello: wire.Hello) -> ClientGreeting:
@@ -76,15 +88,17 @@ def read_client(hello: wire.Hello) -> ClientGreeting:
     spec = CompressionSpec.from_greeting(hello.facts.get("compress"))
     offered, connections = hello.facts.get("digests"), hello.facts.get("connections")
     count = connections if type(connections) is int and connections > 0 else 1
+    join = hello.facts.get("join")
+    token = join if isinstance(join, str) and re.fullmatch("[0-9a-f]{32}", join) else None
     if offered is None:
-        return ClientGreeting(ORIGINAL, spec, count)
+        return ClientGreeting(ORIGINAL, spec, count, token)
     remote = offered if isinstance(offered, dict) else {}
     usable = {name: speed for name, speed in remote.items() if type(speed) in (int, float) and speed > 0}
     name = digests.choose(digests.speeds(), usable)
     if name is None:
         has = ", ".join(digests.speeds())
         raise StreamError(f"`helo` without a digest that both ends have; this one has {has}")
-    return ClientGreeting(name, spec, count)
+    return ClientGreeting(name, spec, count, token)
 
 
 def source_greeting(identity: Identity, digest: str, compression: str) -> bytes:

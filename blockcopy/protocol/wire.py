@@ -55,9 +55,13 @@ lacks. `Hash` keeps SHA3-512 in every form. The JSON of `helo` is an object with
     compress   from the client: {"name": "zstd", "level": 1 to 19, "auto": true if only while compressing pays}.
                From the source: "zstd" or "none"
     connections  from the client: how many processes of the source share its CPUs (1)
+    join         from `receive`: the token with which answers may come over further connections (see `stage.join`)
     identity   from the source: its size, and what else tells sources apart (see `block.identity`)
 
 Without `digests` and `compress`, digests are SHA3-512 and nothing is compressed.
+
+A further connection of a push carries answers in any order, and `fenc`. `receive` opens it by `fenc` 0, and returns
+each `fenc` that it gets once all before is written. `done` ends it in both directions.
 """
 
 from __future__ import annotations

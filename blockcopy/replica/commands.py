@@ -23,6 +23,7 @@ from blockcopy.replica import comparison
 from blockcopy.replica.options import (
     command_for,
     compression_of,
+    control_for,
     local_source,
     needs_extra,
     plan_of,
@@ -126,7 +127,7 @@ def _push(args: argparse.Namespace, destination: Location, results: list[SyncRes
     Appends the counts to `results`. Returns whether a user was shown the progress.
     Raises UsageError if the options do not fit a push, MismatchError if --verify finds differences.
     """
-    from blockcopy.push import push
+    from blockcopy.push.push import push
 
     source = local_source(args)
     if args.state or args.recheck:
@@ -135,7 +136,9 @@ def _push(args: argparse.Namespace, destination: Location, results: list[SyncRes
         raise UsageError("--on-complete and --metrics need a local DESTINATION: a push ends when it is complete")
     options = [name for name, given in (("--force", args.force), ("--no-sparse", args.no_sparse)) if given]
     compression = compression_of(args, destination)
-    command = command_for(args, destination, "receive", [*options, "--compress", str(compression)])
+    options += ["--compress", str(compression)]
+    control = control_for(args, destination)
+    command = command_for(args, destination, "receive", options, control=control)
     with logging_out(command), open_source(source) as device:
         with console.progress(args, bar_by_default=True) as progress:
             sent = _SentBytes(progress)
@@ -146,6 +149,8 @@ def _push(args: argparse.Namespace, destination: Location, results: list[SyncRes
                 prompts=prompts(destination),
                 give_up_after=args.reconnect_timeout,
                 limit=args.limit,
+                connections=args.connections,
+                join=lambda token: command_for(args, destination, "receive", ["--join", token], control=control),
                 progress=sent,
             )
         results.append(dataclasses.replace(results[-1], size=device.size(), sent_bytes=sent.total))

@@ -54,20 +54,36 @@ def source_command(args: argparse.Namespace) -> Command:
     return command_for(args, parse_location(args.source), "retrieve")
 
 
-def command_for(args: argparse.Namespace, location: Location, stage: str, options: Sequence[str] = ()) -> Command:
+def command_for(
+    args: argparse.Namespace,
+    location: Location,
+    stage: str,
+    options: Sequence[str] = (),
+    *,
+    control: str | None = None,
+) -> Command:
     """Return the command that runs the stage named `stage` at `location`, as the parsed options `args` say.
 
-    `options`: options of the stage itself. Raises UsageError if an option is invalid.
+    `options`: options of the stage itself. `control`: the result of `control_for` if several commands share a login.
+    Raises UsageError if an option is invalid.
     """
     return stage_command(
         location,
         args.rsh,
         args.blockcopy_path,
         python=args.python,
-        control=control_path(shared=not args.no_control_master) if location.host else None,
+        control=control or control_for(args, location),
         stage=stage,
         options=options,
     )
+
+
+def control_for(args: argparse.Namespace, location: Location) -> str | None:
+    """Return ssh's ControlPath for a new login to `location`, as the parsed options `args` say.
+
+    Returns None if `location` is on this host.
+    """
+    return control_path(shared=not args.no_control_master) if location.host else None
 
 
 def plan_of(args: argparse.Namespace, command: Command, **more: Any) -> Plan:

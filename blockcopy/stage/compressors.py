@@ -7,12 +7,21 @@ chance to compress.
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
 from blockcopy.block.buffers import Buffer
 from blockcopy.protocol import wire, xz, zstd
 from blockcopy.protocol.compression import CompressionSpec
 from blockcopy.stage.pipeline import WORKERS
-from blockcopy.stage.streams import OutputStream
+
+
+class Paced(Protocol):
+    """Where frames go: an OutputStream, or a Delivery."""
+
+    @property
+    def seconds_per_byte(self) -> float:
+        """Recent time of writing one byte."""
+        ...
 
 
 class Compressor:
@@ -75,8 +84,8 @@ class AdaptiveCompressor(ZstdCompressor):
     _MAX_SKIPPED = 64
     """Maximum number of frames that pass without a trial."""
 
-    def __init__(self, level: int, output: OutputStream) -> None:
-        """Compress at zstd `level`, depending on the pace of `output`, an OutputStream.
+    def __init__(self, level: int, output: Paced) -> None:
+        """Compress at zstd `level`, depending on the pace of `output`.
 
         Raises as ZstdCompressor does.
         """
@@ -107,10 +116,10 @@ class AdaptiveCompressor(ZstdCompressor):
         return saved * 8 > len(sample) and saved * self._output.seconds_per_byte > seconds
 
 
-def compressor_for(spec: CompressionSpec, output: OutputStream) -> Compressor:
+def compressor_for(spec: CompressionSpec, output: Paced) -> Compressor:
     """Return the Compressor for `spec`. Returns the compressor "none" if this host has no zstd.
 
-    `output`: OutputStream of the frames. Its pace decides whether "auto" compresses.
+    `output`: where the frames go. Its pace decides whether "auto" compresses.
     """
     if spec.method == "none" or not zstd.available():
         return Compressor()

@@ -5,13 +5,19 @@
 One thread writes signatures, as `checksum` does. The caller's thread writes blocks, as `save` does. No block is
 written before its signature was sent. The form is the negotiated one (see `wire`). So the source's size is known
 before the first write, and the source tells which blocks it cannot read.
+
+A channel of ssh carries little a round trip. So answers may also come over further connections (see `join`), in any
+order. A thread for each writes them, and confirms what is written. Signatures use the first connection alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import threading
 from collections.abc import Iterable, Iterator
+from typing import Callable
 
 from blockcopy.block.claim import existing_destination, make_room, open_destination
 from blockcopy.block.device import Device
@@ -19,15 +25,18 @@ from blockcopy.block.geometry import BLOCK_SIZE, Extent
 from blockcopy.block.identity import Identity, differences
 from blockcopy.block.records import invalidate_records
 from blockcopy.block.unreadable_ranges import UnreadableRanges
-from blockcopy.errors import BlockcopyError, SourceChangedError, SourceReadError, StreamError
+from blockcopy.errors import BlockcopyError, OutputError, SourceChangedError, SourceReadError, StreamError
 from blockcopy.progress.reporter import Progress
 from blockcopy.protocol import digests, wire
 from blockcopy.protocol.compression import NO_COMPRESSION, CompressionSpec
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.handshake import Handshake
 from blockcopy.stage.checksum import write_signatures
+from blockcopy.stage.join import Joins
 from blockcopy.stage.save import Writer
 from blockcopy.stage.streams import InputStream, OutputStream
+
+logger = logging.getLogger(__name__)
 
 
 def receive(
@@ -49,14 +58,15 @@ def receive(
     OutputError for `output`. Raises SourceReadError if the source cannot read some blocks. Raises
     SourceChangedError if the source has another identity at the end.
     """
-    with contextlib.ExitStack() as stack:
+    with Joins() as joins, contextlib.ExitStack() as stack:
         existing = existing_destination(path, force=force)
         if existing is not None:
             stack.enter_context(existing)
-        handshake = Handshake(compression)
+        handshake = Handshake(compression, join=joins.token)
         messages = Decoder(wire.NEGOTIATED_BLOCK_STREAM).messages(answers.read_into)
         output.write([handshake.greeting])
         identity, name = handshake.read(next((each for each in messages if each is not None), None))
+        output.write([wire.encode(wire.Fence(0))])  # at once, so that the source can measure the round trip
         destination = existing or stack.enter_context(open_destination(path, force=force, create=True))
         size = identity["size"]
         invalidate_records(destination)  # records of a mount or sync describe what is overwritten now
@@ -65,7 +75,10 @@ def receive(
             Writer(destination, sparse, Progress(), size=size) as writer,
             _requesting(destination, size, name, output, answers, handshake.greeting),
         ):
-            last, unreadable = _write_all(messages, writer, handshake, identity)
+            unreadable = UnreadableRanges()
+            take = functools.partial(_take, writer, size, unreadable)
+            with _joined_by(joins, answers, take):
+                last = _take_all(messages, take, handshake) or identity
         changes = differences(identity, last)
         if changes:
             raise SourceChangedError.found("it", "; ".join(changes))
@@ -73,28 +86,83 @@ def receive(
             raise SourceReadError(f"the source cannot read {unreadable}. All else was copied")
 
 
-def _write_all(
-    messages: Iterable[wire.Message | None], writer: Writer, handshake: Handshake, identity: Identity
-) -> tuple[Identity, UnreadableRanges]:
-    """Pass all frames of the source's `messages` to `writer`.
+def _take(writer: Writer, size: int, unreadable: UnreadableRanges, message: wire.Message) -> None:
+    """Pass `message` to `writer` if it is a frame. If the source cannot read a block, add that to `unreadable`.
 
-    `handshake`: reads later greetings. `identity`: of the source, by its first greeting.
-    Returns the identity in the last greeting, and the ranges that the source cannot read. Raises StreamError if the
-    messages are invalid or break off, and what `Writer.take` raises.
+    `size`: bytes of the source. Thread-safe. Raises StreamError if the message is invalid, and what `Writer.take`
+    raises.
     """
-    size, unreadable = identity["size"], UnreadableRanges()
+    if not isinstance(message, wire.Failure):
+        writer.take(message)
+        return
+    # A `fail` has no length. All requests use this block size.
+    length = min(BLOCK_SIZE, size - message.position)
+    if length <= 0:
+        raise StreamError(f"the source cannot read bytes at {message.position}, and has {size} bytes")
+    unreadable.add(Extent(message.position, length), message.reason)
+
+
+def _take_all(
+    messages: Iterable[wire.Message | None], take: Callable[[wire.Message], None], handshake: Handshake
+) -> Identity | None:
+    """Pass all of the source's `messages` on the first connection to `take`, except later greetings.
+
+    `handshake`: reads these. Returns the identity in the last one, or None if there is none. Raises StreamError if
+    the messages are invalid or break off, and what `take` raises.
+    """
+    identity = None
     for message in messages:
-        if isinstance(message, wire.Failure):
-            # A `fail` has no length. All requests use this block size.
-            length = min(BLOCK_SIZE, size - message.position)
-            if length <= 0:
-                raise StreamError(f"the source cannot read bytes at {message.position}, and has {size} bytes")
-            unreadable.add(Extent(message.position, length), message.reason)
-        elif isinstance(message, wire.Hello):
+        if isinstance(message, wire.Hello):
             identity = handshake.read(message).identity
         elif message is not None:
-            writer.take(message)
-    return identity, unreadable
+            take(message)
+    return identity
+
+
+def _take_further(stream: InputStream, output: OutputStream, take: Callable[[wire.Message], None]) -> None:
+    """Pass the source's messages on a further connection to `take`, and confirm by fences what was taken.
+
+    `stream`, `output`: its streams. Raises StreamError if the messages are invalid or break off, OutputError if the
+    source is gone, and what `take` raises.
+    """
+    output.write([wire.encode(wire.Fence(0))])
+    for message in Decoder(wire.NEGOTIATED_BLOCK_STREAM).messages(stream.read_into):
+        if isinstance(message, (wire.Fence, wire.Done)):
+            output.write([wire.encode(message)])
+        elif message is not None:
+            take(message)
+
+
+@contextlib.contextmanager
+def _joined_by(joins: Joins, answers: InputStream, take: Callable[[wire.Message], None]) -> Iterator[None]:
+    """Return a context manager within which `take` also gets the messages of all further connections of `joins`.
+
+    The body of the `with` statement must read `answers`. A further connection that breaks ends alone: the source
+    repeats what was not confirmed. Raises the first other error of a further connection.
+    """
+    failures: list[BaseException] = []
+
+    def serve(stream: InputStream, output: OutputStream) -> None:
+        try:
+            _take_further(stream, output, take)
+        except (StreamError, OutputError) as error:
+            logger.debug("a further connection ended: %s", error)
+        except BaseException as error:  # noqa: BLE001  (raised by the caller)
+            failures.append(error)
+            answers.wake()
+
+    joins.start(serve)
+    try:
+        yield
+    except BlockcopyError:  # no signal
+        joins.close()
+        if failures:
+            raise failures[0] from None
+        raise
+    finally:
+        joins.close()
+    if failures:
+        raise failures[0]
 
 
 @contextlib.contextmanager
@@ -118,20 +186,14 @@ def _requesting(
             failures.append(error)
             answers.wake()
 
-    def drain() -> None:
-        """Discard the answers: the source takes no requests while it cannot send answers."""
-        buffer = memoryview(bytearray(1 << 20))
-        with contextlib.suppress(StreamError):
-            while answers.read_into(buffer):
-                pass
-
     requester = threading.Thread(target=request, name="request")
     requester.start()
     try:
         yield
     except BaseException as error:
         stop.set()
-        threading.Thread(target=drain, name="drain", daemon=True).start()
+        # The source takes no requests while it cannot send answers.
+        threading.Thread(target=answers.discard, name="drain", daemon=True).start()
         requester.join()
         if failures and isinstance(error, BlockcopyError):  # not a signal
             raise failures[0] from None

@@ -29,6 +29,7 @@ from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.digests import ORIGINAL
 from blockcopy.protocol.handshake import read_client, source_greeting
 from blockcopy.stage.compressors import Compressor, compressor_for
+from blockcopy.stage.delivery import Answer, Delivery
 from blockcopy.stage.delta import Request, Terms
 from blockcopy.stage.pipeline import WORKERS, run_ordered
 from blockcopy.stage.streams import InputStream, Output, OutputStream
@@ -51,11 +52,10 @@ _MAX_ITEMS = 64
 """Maximum number of items in a batch. Items of no bytes need no reading, but each has an answer."""
 
 
-class _Answer(NamedTuple):
-    """The frames for one batch."""
+class _Result(NamedTuple):
+    """The answer to one batch."""
 
-    frames: list[Output]
-    buffer: memoryview  # the frames may be views of the buffer
+    answer: Answer
     end: int  # offset behind the last requested byte; 0 if no bytes were requested
     read: int  # requested bytes that are in no hole
 
@@ -65,13 +65,15 @@ def retrieve(
     hashes: InputStream,
     output: OutputStream,
     *,
+    delivery: Delivery | None = None,
     compressor: Compressor | None = None,
     progress: Progress | None = None,
     working: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> None:
     """Answer the requests in the InputStream `hashes` from `source`, by frames to the OutputStream `output`.
 
-    Returns after the message `done`. `compressor`: used unless the client's greeting asks for zstd. `progress`:
+    Returns after the message `done`. `delivery`: sends the answers instead of `output`.
+    `compressor`: used unless the client's greeting asks for zstd. `progress`:
     gets the answered position and the number of sent bytes. `working`: called without arguments for each batch and
     report, in any thread. Returns a context manager, within which the client waits for this stage.
     Earlier requests are answered before any error is raised. The output of a failed stage has no `done`.
@@ -82,10 +84,11 @@ def retrieve(
     buffers = BufferPool(PIECE_SIZE)
     drops = source.exceeds_cache()
     progress = progress or Progress()
+    delivery = delivery or Delivery(output)
     size = source.size()
     position = sent = read = 0
 
-    def answer(batch: list[_Item]) -> _Answer:
+    def answer(batch: list[_Item]) -> _Result:
         buffer, used, end, read = buffers.acquire(), 0, 0, 0
         frames: list[Output] = []
         with working():
@@ -97,29 +100,33 @@ def retrieve(
                     read += sum(extent.length for extent in item.piece.data)
                     if drops:
                         source.drop_behind(item.piece.position, item.size)
-        return _Answer(frames, buffer, end, read)
+        is_ordered = any(isinstance(item, _Reply) for item in batch)
+        again = None if is_ordered else lambda: answer(batch).answer
+        # The frames may be views of the buffer.
+        return _Result(Answer(frames, lambda: buffers.release(buffer), again), end, read)
 
-    def send(answer: _Answer) -> None:
+    def send(result: _Result) -> None:
         nonlocal position, sent, read
-        output.write(answer.frames)
-        buffers.release(answer.buffer)
-        position = answer.end or position
-        read += answer.read
-        sent += sum(map(len, answer.frames))
+        delivery.deliver(result.answer)
+        position = result.end or position
+        read += result.read
+        sent += sum(map(len, result.answer.frames))
         done = min(position, size)
         with working():
             progress.update(Counts(done, size, {"sent": sent}, skipped=max(0, done - read)))
 
     unreadable = UnreadableRanges()
-    responder = _Responder(source, output, compressor or Compressor(), unreadable)
+    responder = _Responder(source, delivery, compressor or Compressor(), unreadable)
     try:
         items = _batches(responder.items(hashes))
         run_ordered(items, answer, send, wake=hashes.wake, workers=lambda: responder.workers)
+        if unreadable:
+            raise DeviceError(
+                f"{source.path} has unreadable blocks: {unreadable}. All other requests were answered"
+            )
+        delivery.deliver(Answer([wire.encode(wire.Done())], lambda: None, again=None))
     finally:
-        output.release()
-    if unreadable:
-        raise DeviceError(f"{source.path} has unreadable blocks: {unreadable}. All other requests were answered")
-    output.write([wire.encode(wire.Done())])
+        delivery.close()
     progress.finish()
 
 
@@ -147,15 +154,16 @@ class _Responder:
     """Messages of the hash stream → items to answer. Keeps the terms that hold for the next message."""
 
     def __init__(
-        self, source: Device, output: OutputStream, compressor: Compressor, unreadable: UnreadableRanges
+        self, source: Device, delivery: Delivery, compressor: Compressor, unreadable: UnreadableRanges
     ) -> None:
         """Answer from `source`, by `compressor` unless a greeting asks for zstd.
 
-        `output`: stream whose pace the compression adapts to. `unreadable`: collects blocks that cannot be read, if
+        `delivery`: sends the answers. The compression adapts to its pace.
+        `unreadable`: collects blocks that cannot be read, if
         the client knows no `fail`.
         """
         self._source = source
-        self._output = output
+        self._delivery = delivery
         self._pieces = PieceScanner(source)
         self._compressor = compressor
         self._hash_terms = self._terms = Terms(digests.named(ORIGINAL), compressor, unreadable)
@@ -200,15 +208,18 @@ class _Responder:
     def _hello(self, hello: wire.Hello) -> Iterable[_Item]:
         """Adopt the terms of a client's greeting `hello`. Returns a list with the greeting that answers."""
         self._require(self._is_first or self._terms.negotiated, "`helo` in mid-stream")
-        name, spec, connections = read_client(hello)
+        greeting = read_client(hello)
+        name, spec, connections, _ = greeting
+        self._delivery.greeted(greeting)
         self.workers = max(1, WORKERS // connections)
-        compressor = self._compressor if spec == NO_COMPRESSION else compressor_for(spec, self._output)
+        compressor = self._compressor if spec == NO_COMPRESSION else compressor_for(spec, self._delivery)
         self._hash_terms = self._hash_terms._replace(compressor=compressor, negotiated=True)
         self._terms = self._hash_terms._replace(digest=digests.named(name), extended=True)
         return [_Reply(source_greeting(identity.source_identity(self._source), name, compressor.name))]
 
     def _fence(self, fence: wire.Fence) -> Iterable[_Item]:
         self._require(self._terms.negotiated, "`fenc` before `helo`")
+        self._delivery.fenced()
         return [_Reply(wire.encode(fence))]
 
     def _hash(self, message: wire.Hash) -> Iterable[_Item]:

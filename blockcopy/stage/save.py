@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 
 from blockcopy.block.destination import Destination
 from blockcopy.block.geometry import Extent, ExtentJoiner
@@ -39,8 +40,9 @@ def save(
 
 
 class Writer:
-    """A context manager that writes messages to a destination, and syncs the destination at exit. Not thread-safe.
+    """A context manager that writes messages to a destination, and syncs the destination at exit.
 
+    Threads may call `take` at the same time, for different bytes of the destination.
     The exit raises DeviceError if the sync fails, and DestinationLostError if the path leads elsewhere.
     """
 
@@ -53,6 +55,7 @@ class Writer:
         """
         self._destination = destination
         self._progress = progress
+        self._lock = threading.Lock()  # guards the counters and the joined zeros
         self._done = self._zeros = 0
         # One large hole takes no longer than one small hole.
         self._unwritten_zeros = ExtentJoiner(self._write_zeros, max_length=_MAX_ZEROS)
@@ -88,15 +91,18 @@ class Writer:
         """
         if isinstance(message, wire.Zero):
             self._check_fits(*message)
-            self._unwritten_zeros.add(Extent(*message))
+            with self._lock:
+                self._unwritten_zeros.add(Extent(*message))
             return
-        self._unwritten_zeros.flush()
+        with self._lock:
+            self._unwritten_zeros.flush()
         if not isinstance(message, (wire.Data, wire.XzData, wire.ZstdData)):
             return
         payload = expand(message)
         self._check_fits(message.position, len(payload))
         self._destination.write(message.position, payload)
-        self._written(Extent(message.position, len(payload)))
+        with self._lock:
+            self._written(Extent(message.position, len(payload)))
 
     def _write_zeros(self, extent: Extent) -> None:
         if self._device_size is None and self._sparse and extent.end > self._destination.size():

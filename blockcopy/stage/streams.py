@@ -63,6 +63,13 @@ class InputStream:
         except OSError as error:
             raise StreamError(f"cannot read the input: {error.strerror}") from error
 
+    def discard(self) -> None:
+        """Read and discard all bytes until the stream ends or fails. `wake` does not interrupt this."""
+        buffer = memoryview(bytearray(PIPE_SIZE))
+        with contextlib.suppress(OSError):
+            while os.readv(self._fd, [buffer]):
+                pass
+
     def skip_past(self, mark: bytes, max_noise: int) -> bool:
         """Skip everything up to and including the bytes `mark`.
 
@@ -122,6 +129,8 @@ class OutputStream:
         self._pipe: tuple[int, int] | None = None  # our pipe between device and `fd`: read end, write end
         self.seconds_per_byte = 0.0
         """Recent time of writing one byte. Small if the pipe has room, else the pace of a slow reader."""
+        self.written = 0
+        """Bytes written so far."""
         enlarge_pipe(fd)
 
     def write(self, outputs: Sequence[Output]) -> None:
@@ -150,6 +159,7 @@ class OutputStream:
                 except BlockingIOError:
                     self._await_writable()
                     continue
+                self.written += written
                 while views and written >= len(views[0]):
                     written -= len(views.pop(0))
                 if written:
@@ -204,7 +214,9 @@ class OutputStream:
         """Pass `length` bytes of our pipe on to the reader."""
         while self._pipe is not None and length:
             try:
-                length -= os.splice(self._pipe[0], self._fd, length)
+                count = os.splice(self._pipe[0], self._fd, length)
+                length -= count
+                self.written += count
             except BlockingIOError:
                 self._await_writable()
             except OSError as error:

@@ -23,9 +23,6 @@ PROGRAM = f"{PACKAGE}.cli.stage_main"
 TRAVELS = ("paths", "block", "protocol", "progress", "stage", "cli")
 """The rooms whose modules may be sent, besides the modules of the package itself."""
 
-_STAYS = ("push",)
-"""Modules of the package itself that are never sent."""
-
 STDIN_LOST = "what was meant for this python3 did not reach it"
 """Message of CODE if another program has read its standard input, or has not passed it on."""
 
@@ -64,7 +61,7 @@ def opening(arguments: Sequence[str], *, under_home: bool = False) -> bytes:
 def modules() -> dict[str, str]:
     """Return all modules that may be sent: a dict, name → text. A package has the text of its `__init__`."""
     package = Path(__file__).parent.parent
-    files = [path for path in package.glob("*.py") if path.stem not in _STAYS]
+    files = list(package.glob("*.py"))
     files += [path for room in TRAVELS for path in (package / room).glob("*.py")]
     return {_name_of(path): path.read_text(encoding="utf-8") for path in sorted(files)}
 

@@ -49,17 +49,25 @@ class SilenceTimer:
         """Count from 0 again, because the remote end was active."""
         self._since = time.monotonic()
 
+    def pause(self) -> None:
+        """Count no time until `resume` was called as often as this."""
+        with self._lock:
+            self._paused += 1
+
+    def resume(self) -> None:
+        """Count from 0 again, unless the timer was paused once more."""
+        with self._lock:
+            self._paused -= 1
+            self.restart()
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Return a context manager within which no time counts, because the remote end waits for this end."""
-        with self._lock:
-            self._paused += 1
+        self.pause()
         try:
             yield
         finally:
-            with self._lock:
-                self._paused -= 1
-                self.restart()
+            self.resume()
 
     def seconds(self) -> float:
         """Return the seconds of silence so far. Returns 0 while the timer is paused."""
@@ -91,8 +99,11 @@ class Session:
         self.begun = False
         """Whether the stage runs. Before, the login does."""
         self.timeout_error: str | None = None
-        """The message if the stage was killed by the time limit."""
-        self._timeout = timeout
+        """The message if the stage was killed, by the time limit or by `kill`."""
+        self._lock = threading.Lock()
+        self._running: subprocess.Popen[bytes] | None = None  # guarded by the lock
+        self.timeout = timeout
+        """Seconds of silence after which the stage is killed."""
         self._max_start = start_timeout.max_start_seconds(timeout, prompts=prompts)
         self._syncs = syncs
         self._report = report
@@ -112,6 +123,10 @@ class Session:
         self.output = _Output(process.stdin.fileno(), self)
         self.input = _Input(process.stdout.fileno(), self)
         self._listener = self._stderr.listen(process.stderr)
+        with self._lock:
+            self._running = process
+            if self.timeout_error is not None:
+                process.kill()
         self._watcher = threading.Thread(target=self._watch, name="watch")
         self._watcher.start()
         return self
@@ -131,6 +146,8 @@ class Session:
             self._process.kill()
             self._process.wait()
         self._listener.join(_EXIT_SECONDS)  # its children may hold standard error open
+        with self._lock:
+            self._running = None
         stdout.close()
         self.input.__exit__()
 
@@ -178,9 +195,9 @@ class Session:
         while not self._left.wait(_POLL_SECONDS):
             waited = time.monotonic() - started
             if not self.begun and waited >= self._max_start:
-                return self._give_up(start_timeout.not_started(self.command, self._max_start, self.last_lines()))
-            if self.begun and self.silence.seconds() >= self._timeout:
-                return self._give_up(f"{self.command.location} sent nothing for {self._timeout:g} seconds")
+                return self.kill(start_timeout.not_started(self.command, self._max_start, self.last_lines()))
+            if self.begun and self.silence.seconds() >= self.timeout:
+                return self.kill(f"{self.command.location} sent nothing for {self.timeout:g} seconds")
             if not self.begun and not warned and waited >= start_timeout.WARN_SECONDS:
                 warned = True
                 logger.warning("%s", start_timeout.still_waiting(self.command, self.last_lines()))
@@ -189,10 +206,16 @@ class Session:
                 return self.input.wake()
             exited = self._process.poll() is not None
 
-    def _give_up(self, why: str) -> None:
-        self.timeout_error = self.timeout_error or why
-        self._process.kill()
-        self.input.wake()
+    def kill(self, why: str) -> None:
+        """Kill the stage, and end all reads and writes of this session. Thread-safe.
+
+        `why`: kept as the message. A session that has not started yet ends at its start.
+        """
+        with self._lock:
+            self.timeout_error = self.timeout_error or why
+            if self._running is not None:
+                self._running.kill()
+                self.input.wake()
 
 
 class _Input(InputStream):

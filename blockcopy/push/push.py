@@ -1,24 +1,30 @@
 """The source's end of a push: start `receive` on another host, and answer its signatures with a delta.
 
     source → retrieve, in this process → (pipe) ssh → receive → destination
+                                       → (pipe) ssh → receive --join ┘ hands its streams over
 
-A connection that breaks is made anew. The blocks written before stay, and compare as equal then.
+If the first connection breaks, all are made anew. The blocks written before stay, and compare as equal then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
+from collections.abc import Callable
 
 from blockcopy.block.device import Device
 from blockcopy.cli.program import error_line
 from blockcopy.errors import BlockcopyError, OutputError, RemoteError, StreamError
 from blockcopy.progress.reporter import Counts, Progress
+from blockcopy.push.further import Connections
+from blockcopy.push.spread import Spread
 from blockcopy.stage.retrieve import retrieve
 from blockcopy.transport import backoff
 from blockcopy.transport.command import Command
 from blockcopy.transport.hints import SSH_FAILED, explain_end, with_hint
+from blockcopy.transport.scaling import MAX_CONNECTIONS, Scaling
 from blockcopy.transport.session import Session
 from blockcopy.untrusted_text import LineBudget
 
@@ -62,10 +68,14 @@ def push(
     prompts: bool = False,
     give_up_after: float = math.inf,
     limit: int | None = None,
+    connections: int | None = None,
+    join: Callable[[str], Command] | None = None,
     progress: Progress,
 ) -> None:
     """Copy `source` to the destination of `command`, which runs `receive`. The copy is synced on return.
 
+    `connections`: their number, or None for as many as pay. `join`: called with a token, returns the Command of a
+    further connection. There is one connection without it.
     `timeout`: seconds that the host may be silent when an answer is due. `prompts`: a password may be asked for
     first. `give_up_after`: seconds of attempts to restore a broken connection. `limit`: bytes of the source per
     second, equal or not, or None. `progress` gets the position up to which signatures were answered, and
@@ -87,7 +97,8 @@ def push(
             budget=budget,
         )
         try:
-            _push_once(session, source, throttled)
+            scaling = _scaling(command, connections if join else 1, prompts=prompts)
+            _push_once(session, source, throttled, scaling, join)
             return
         except RemoteError as error:
             if isinstance(error, _ConnectionLostError):
@@ -107,9 +118,28 @@ def _log(command: Command, line: str) -> None:
         logger.warning("%s: %s", command.location, line)
 
 
-def _push_once(session: Session, source: Device, progress: Progress) -> None:
+def _scaling(command: Command, connections: int | None, *, prompts: bool) -> Scaling:
+    """Return what decides how many connections there are to the host of `command`.
+
+    `connections`: their number if the user named one. `prompts`: each login may ask for a password.
+    """
+    shares_login = bool(command.route.logout)
+    if prompts and not shares_login:
+        connections = 1
+    count = connections or (MAX_CONNECTIONS if shares_login else 1)
+    return Scaling(count, is_fixed=connections is not None, shares_login=shares_login)
+
+
+def _push_once(
+    session: Session,
+    source: Device,
+    progress: Progress,
+    scaling: Scaling,
+    join: Callable[[str], Command] | None,
+) -> None:
     """Answer the `receive` of `session` from `source` until it exits. Report to `progress`.
 
+    `scaling`: decides how many connections there are. `join`: as for `push`.
     Raises RemoteError, or the error that `receive` reported, if the copy is not complete. Raises DeviceError if the
     source fails.
     """
@@ -118,7 +148,16 @@ def _push_once(session: Session, source: Device, progress: Progress) -> None:
         with session:
             if session.begin():
                 working = session.silence.paused
-                retrieve(source, session.input, session.output, progress=progress, working=working)
+                spread = Spread(session.output, working)
+                with Connections(spread, scaling, join, session) if join else contextlib.nullcontext():
+                    retrieve(
+                        source,
+                        session.input,
+                        session.output,
+                        delivery=spread,
+                        progress=progress,
+                        working=working,
+                    )
     except (StreamError, OutputError) as error:
         failure = error  # most often `receive` has exited, and has reported why
     except BlockcopyError:
