@@ -14,7 +14,7 @@ from collections.abc import Callable
 from blockcopy.errors import BlockcopyError, RemoteError, StreamError
 from blockcopy.protocol import wire
 from blockcopy.protocol.decoder import Decoder
-from blockcopy.push.spread import Lane, Spread
+from blockcopy.push.spread import Branch, Spread
 from blockcopy.stage.streams import OutputStream
 from blockcopy.transport.command import Command
 from blockcopy.transport.hints import explain_end
@@ -28,17 +28,17 @@ _SETTLE_SECONDS, _SETTLE_ROUND_TRIPS = 0.3, 3
 
 
 class Further:
-    """One connection after the first. A thread reads confirmations, another one sends the answers of its lane."""
+    """One connection after the first. A thread reads confirmations, another one sends the answers of its branch."""
 
     def __init__(self, session: Session, spread: Spread) -> None:
-        """Start the stage of `session`, and open a lane of `spread` once it has joined the first."""
+        """Start the stage of `session`, and open a branch of `spread` once it has joined the first."""
         self.opened = threading.Event()
         """Set once the connection is up, or has failed."""
         self.is_lost = False
         """Whether the connection has failed, or ended too early."""
         self._session = session
         self._spread = spread
-        self._lane: Lane | None = None
+        self._branch: Branch | None = None
         self._ends = False  # as it should
         self._thread = threading.Thread(target=self._run, name="further")
         self._thread.start()
@@ -51,10 +51,10 @@ class Further:
     def retire(self) -> None:
         """End the connection once all its answers are confirmed. If it is not up yet, end it now."""
         self._ends = True
-        if self._lane is None:
+        if self._branch is None:
             self._session.kill("not needed any more")
         else:
-            self._lane.retire()
+            self._branch.retire()
 
     def abort(self) -> None:
         """End the connection now."""
@@ -76,14 +76,14 @@ class Further:
         except Exception as error:
             logger.error("internal error in a connection to %s", session.command.location, exc_info=error)
             failure = StreamError(f"internal error: {error!r}")
-        self.is_lost = not self._ends and (failure is not None or self._lane is None)
+        self.is_lost = not self._ends and (failure is not None or self._branch is None)
         if self.is_lost:
             logger.info("%s: %s", self._outcome(), self._reason(failure))
         self.opened.set()
 
     def _outcome(self) -> str:
         place = self._session.command.location
-        return f"a further connection to {place} was lost" if self._lane else f"no further connection to {place}"
+        return f"a further connection to {place} was lost" if self._branch else f"no further connection to {place}"
 
     def _reason(self, failure: BlockcopyError | None) -> str:
         """Return why the connection has ended, in words. `failure`: what failed on this host, if anything."""
@@ -95,34 +95,35 @@ class Further:
         )
 
     def _serve(self) -> None:
-        """Send the answers of a new lane until it is retired. Raises StreamError if the connection ends before."""
+        """Send the answers of a new branch until it is retired. Raises StreamError if the connection ends before."""
         session = self._session
         messages = Decoder(wire.HASH_STREAM).messages(session.input.read_into)
         if next((each for each in messages if each is not None), None) != wire.Fence(0):
             raise StreamError("the connection did not join the first one")
-        self._lane = lane = self._spread.open_lane(session.output, session.silence)
+        self._branch = branch = self._spread.open_branch(session.output, session.silence)
         if self._ends:  # retired meanwhile
-            lane.retire()
+            branch.retire()
         self.opened.set()
-        sender = threading.Thread(target=self._send, args=[lane, session.output], name="further-send")
+        sender = threading.Thread(target=self._send, args=[branch, session.output], name="further-send")
         sender.start()
         try:
             for message in messages:
                 if isinstance(message, wire.Fence):
-                    lane.confirm(message.number)
+                    branch.confirm(message.number)
         except BaseException:
-            session.kill("the connection was lost")  # so that the sender waits no longer
+            if not self._ends:  # at its end the owner may close the streams at any time
+                session.kill("the connection was lost")  # so that the sender waits no longer
             raise
         finally:
-            lane.end()
+            branch.end()
             sender.join()
 
-    def _send(self, lane: Lane, output: OutputStream) -> None:
-        """Send the answers of `lane` to `output`, each with a fence behind it."""
+    def _send(self, branch: Branch, output: OutputStream) -> None:
+        """Send the answers of `branch` to `output`, each with a fence behind it."""
         try:
-            while (answer := lane.take()) is not None:
+            while (answer := branch.take()) is not None:
                 try:
-                    output.write([*answer.frames, wire.encode(wire.Fence(lane.number))])
+                    output.write([*answer.frames, wire.encode(wire.Fence(branch.number))])
                 finally:
                     answer.release()
             output.write([wire.encode(wire.Done())])
@@ -178,9 +179,9 @@ class Connections:
         while not self._left.wait(SAMPLE_SECONDS):
             if spread.token is None:
                 continue
-            lanes = spread.lanes
+            branches = spread.branches
             sample = Sample(
-                time.monotonic(), spread.sent_bytes, 1 + len(lanes), spread.round_trip, spread.is_blocked
+                time.monotonic(), spread.sent_bytes, 1 + len(branches), spread.round_trip, spread.is_blocked
             )
             wanted = scaling.decide(sample)
             if wanted != sample.connections:
@@ -189,8 +190,8 @@ class Connections:
                 self._grow(wanted - sample.connections, spread.token)
                 self._left.wait(max(_SETTLE_SECONDS, _SETTLE_ROUND_TRIPS * (spread.round_trip or 0)))
                 scaling.restart(time.monotonic(), spread.sent_bytes)
-            for lane in lanes[wanted - 1 :]:
-                lane.retire()
+            for branch in branches[wanted - 1 :]:
+                branch.retire()
 
     def _grow(self, count: int, token: str) -> None:
         """Open `count` connections with `token`: all at once over a shared login, else one after the other.

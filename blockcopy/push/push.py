@@ -180,7 +180,7 @@ def _failure_of(session: Session, error: BlockcopyError | None) -> BlockcopyErro
     lost = session.begun and (status == SSH_FAILED or status < 0)
     begun = session.begun and not lost
     own = next((line for line in lines if line.startswith(_ERROR_PREFIX)), None)
-    if own is not None:
+    if own is not None and not lost:  # a `receive` that has lost its connection may still report that
         text = f"{command.location.host_shown or 'this host'}: {own[len(_ERROR_PREFIX) :]}"
         return BlockcopyError.relayed(with_hint(text, command, status, lines, begun=begun), status)
     return (_ConnectionLostError if lost else RemoteError)(

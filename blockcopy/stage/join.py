@@ -20,7 +20,7 @@ import threading
 from collections.abc import Iterator
 from typing import Callable
 
-from blockcopy.errors import BlockcopyError, DeviceError
+from blockcopy.errors import DeviceError
 from blockcopy.stage.streams import InputStream, OutputStream
 
 _MAX_STREAMS = 64
@@ -159,7 +159,7 @@ def join(token: str) -> None:
         with DeviceError.on_os_error("join", "the other connection of this copy"):
             owner.connect(_address(token))
             if not _is_ours(owner):
-                raise BlockcopyError("the socket of the other connection of this copy is another user's")
+                raise DeviceError("the socket of the other connection of this copy is another user's")
             socket.send_fds(owner, [token.encode()], [0, 1])
         nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         for fd in (0, 1):  # from now on only the owner decides when the streams end
