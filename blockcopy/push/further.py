@@ -95,7 +95,7 @@ class Further:
         )
 
     def _serve(self) -> None:
-        """Send the answers of a new branch until it is retired. Raises StreamError if the connection ends before."""
+        """Send the answers of a new branch until it is retired. Raises StreamError if the connection ends first."""
         session = self._session
         messages = Decoder(wire.HASH_STREAM).messages(session.input.read_into)
         if next((each for each in messages if each is not None), None) != wire.Fence(0):

@@ -1,7 +1,7 @@
 """The answers of a push, spread over its connections.
 
-    retrieve ─► Spread.deliver ─┬─ what must arrive in order ───► the first connection, in the caller's thread
-                                └─ all else ─► a branch with room ─► a further connection; fences confirm what arrived
+    retrieve → Spread.deliver ─┬─ what must arrive in order → the first connection, in the caller's thread
+                               └─ all else → a branch with room → a further connection, confirmed by fences
 
 The caller writes to the first connection if no branch has room. If a further connection breaks, its branch ends.
 Then the source is examined again for each answer that was not confirmed.
