@@ -23,10 +23,10 @@ from blockcopy.progress.rate import human_size
 from blockcopy.protocol import digests, zstd
 from blockcopy.protocol.strict_json import parse_object
 from blockcopy.replica.monitor import typed_json
-from blockcopy.replica.source.scaling import CHANNEL_WINDOW, MAX_CONNECTIONS
 from blockcopy.stage.streams import InputStream
 from blockcopy.transport.command import Command
 from blockcopy.transport.hints import explain_end
+from blockcopy.transport.scaling import CHANNEL_WINDOW, MAX_CONNECTIONS
 from blockcopy.transport.session import Session
 from blockcopy_fuse import fuse_support
 
