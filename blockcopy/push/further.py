@@ -140,17 +140,18 @@ class Connections:
     """All connections of a push after the first: as many as pay. Leaving the context ends them."""
 
     def __init__(
-        self, spread: Spread, scaling: Scaling, command_for: Callable[[str], Command], first: Session
+        self, spread: Spread, scaling: Scaling, command_for: Callable[[str], Command], first: Session, size: int
     ) -> None:
         """Open connections for `spread`, as many as `scaling` says.
 
         `command_for`: called with a token, returns the Command of a further connection. `first`: the Session of the
-        first connection, whose time limit holds for all.
+        first connection, whose time limit holds for all. `size`: bytes of the source.
         """
         self._spread = spread
         self._scaling = scaling
         self._command_for = command_for
         self._timeout = first.timeout
+        self._size = size
         self._lock = threading.Lock()  # guards the list
         self._all: list[Further] = []
         self._left = threading.Event()
@@ -181,7 +182,12 @@ class Connections:
                 continue
             branches = spread.branches
             sample = Sample(
-                time.monotonic(), spread.sent_bytes, 1 + len(branches), spread.round_trip, spread.is_blocked
+                time.monotonic(),
+                spread.sent_bytes,
+                1 + len(branches),
+                spread.round_trip,
+                spread.is_blocked,
+                self._size - spread.position,
             )
             wanted = scaling.decide(sample)
             if wanted != sample.connections:

@@ -149,7 +149,9 @@ def _push_once(
             if session.begin():
                 working = session.silence.paused
                 spread = Spread(session.output, working)
-                with Connections(spread, scaling, join, session) if join else contextlib.nullcontext():
+                with (
+                    Connections(spread, scaling, join, session, source.size()) if join else contextlib.nullcontext()
+                ):
                     retrieve(
                         source,
                         session.input,

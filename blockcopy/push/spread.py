@@ -130,6 +130,8 @@ class Spread(Delivery):
         """Seconds of a round trip. None if unknown."""
         self.is_blocked = False
         """Whether the caller of `deliver` waits for a connection."""
+        self.position = 0
+        """The offset up to which the source was answered."""
         self._working = working
         self._greeted_at: float | None = None
         self._branches: list[Branch] = []
@@ -183,6 +185,7 @@ class Spread(Delivery):
 
         Raises OutputError if the first connection fails, and what examining the source again raises.
         """
+        self.position = max(self.position, answer.end)
         size = sum(map(len, answer.frames))
         started = time.perf_counter()
         self.is_blocked = True

@@ -64,8 +64,8 @@ def command_for(
 ) -> Command:
     """Return the command that runs the stage named `stage` at `location`, as the parsed options `args` say.
 
-    `options`: options of the stage itself. `control`: the result of `control_for` if several commands share a login.
-    Raises UsageError if an option is invalid.
+    `options`: options of the stage itself. `control`: from `control_for`, if several commands share a
+    login. Raises UsageError if an option is invalid.
     """
     return stage_command(
         location,

@@ -19,6 +19,8 @@ class Answer(NamedTuple):
     """Called without arguments, examines the source again and returns the same Answer.
 
     None if the order matters: all earlier answers must arrive first."""
+    end: int = 0
+    """The offset behind the last requested byte. 0 if no bytes were requested."""
 
 
 class Delivery:

@@ -56,7 +56,6 @@ class _Result(NamedTuple):
     """The answer to one batch."""
 
     answer: Answer
-    end: int  # offset behind the last requested byte; 0 if no bytes were requested
     read: int  # requested bytes that are in no hole
 
 
@@ -103,12 +102,12 @@ def retrieve(
         is_ordered = any(isinstance(item, _Reply) for item in batch)
         again = None if is_ordered else lambda: answer(batch).answer
         # The frames may be views of the buffer.
-        return _Result(Answer(frames, lambda: buffers.release(buffer), again), end, read)
+        return _Result(Answer(frames, lambda: buffers.release(buffer), again, end), read)
 
     def send(result: _Result) -> None:
         nonlocal position, sent, read
         delivery.deliver(result.answer)
-        position = result.end or position
+        position = result.answer.end or position
         read += result.read
         sent += sum(map(len, result.answer.frames))
         done = min(position, size)
