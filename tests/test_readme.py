@@ -345,6 +345,12 @@ def test_the_quick_start_prints_what_it_says(tmp_path: Path) -> None:
     assert [line for line in expected if line not in printed] == []
 
 
+def test_the_readme_is_short_and_warns_at_its_top() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 130, "the manual has what most users do not need at first"
+    assert any("overwritten without asking" in line for line in lines[:15])
+
+
 def test_every_scene_is_of_a_block() -> None:
     starts = [*SCENES, *BY_FRESH, *BY_HAND]
     assert [start for start in starts if not any(block.text.startswith(start) for block in blocks())] == []

@@ -50,7 +50,7 @@ def parser() -> ConsoleParser:
     parser.add_argument("-n", action="store_true", help="ignored")
     parser.add_argument("-v", dest="verbose", action="store_true", help="log to standard error")
     parser.add_argument("-N", metavar="NAMESPACE", help="ignored: mount(8) has entered it already")
-    parser.add_argument("-t", metavar="TYPE", help="blockcopy")
+    parser.add_argument("-t", metavar="TYPE", help="the type: blockcopy")
     return parser
 
 

@@ -15,6 +15,7 @@ from blockcopy.protocol import digests, wire
 from blockcopy.replica.monitor import status
 from blockcopy.replica.monitor.result import Result, SyncResult, VerifyResult
 from blockcopy.replica.monitor.status import LinkStatus, ReadStatus, Status
+from blockcopy.replica.source import dialects
 from blockcopy.transport import bootstrap
 from blockcopy_fuse import mount_helper, options
 from blockcopy_fuse.manual import common, markup
@@ -80,7 +81,7 @@ def _commands() -> list[Block]:
     return [
         Terms(
             tuple(
-                ((_reference(f"blockcopy-{name}", 1)), markup.line(_summary(each))) for name, each in found.items()
+                ((reference(f"blockcopy-{name}", 1)), markup.line(_summary(each))) for name, each in found.items()
             )
         )
     ]
@@ -90,7 +91,8 @@ def _summary(command: argparse.ArgumentParser) -> str:
     return str(command.description)
 
 
-def _reference(name: str, section: int) -> Line:
+def reference(name: str, section: int) -> Line:
+    """Return the Line that refers to the page `name` of `section` of the manual."""
     return Span(name, "bold"), Span(f"({section})")
 
 
@@ -133,8 +135,12 @@ def _map_fields() -> list[Block]:
 
 
 def _docstring_part(text: str | None) -> list[Block]:
-    """Return a module's docstring `text` as blocks, without its first line. Python may have removed docstrings."""
-    return markup.parse(inspect.cleandoc(text or "").partition("\n")[2])
+    """Return a module's docstring `text` as blocks, without its first line and references to other modules.
+
+    Returns [] if Python has removed the docstrings.
+    """
+    shown = re.sub(r"\s\(see `[\w.]+`\)", "", inspect.cleandoc(text or ""))
+    return markup.parse(shown.partition("\n")[2])
 
 
 def _layouts() -> list[Block]:
@@ -170,6 +176,15 @@ def _limits() -> list[Block]:
     return [Terms(tuple(((Span(f"{getattr(wire, name)}", "bold"),), markup.line(text)) for name, text in found))]
 
 
+def _fences() -> list[Block]:
+    text = (
+        "The original answers when its queue is full. So a client that waits for answers sends "
+        f"{dialects.FENCES} messages `Hash` of size 0 with a wrong digest. Each is answered by an empty `data`, "
+        "behind all earlier answers."
+    )
+    return [Paragraph(markup.line(text))]
+
+
 def _fuse_options() -> list[Block]:
     names = sorted({*options.FLAGS, *(f"{name}=" for name in options.VALUES)})
     refused = " ".join(f"`{name}` is refused: {reason}." for name, reason in options.REFUSED.items())
@@ -196,6 +211,7 @@ PARTS: dict[str, Callable[[], list[Block]]] = {
     "options of -o": _fuse_options,
     "the streams": lambda: _docstring_part(wire.__doc__),
     "messages": _layouts,
+    "fences": _fences,
     "limits": _limits,
     "digests": _digests,
     "mark": lambda: [Code(repr(bootstrap.MARK.decode()))],

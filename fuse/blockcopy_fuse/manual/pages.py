@@ -200,5 +200,6 @@ def _topics() -> list[Block]:
         title = _title_of(name)
         if not _is_command(title) and title.name != "blockcopy":
             summary = text.partition("\n")[0].partition(" - ")[2]
-            found.append((title, (Span(title.name, "bold"), Span(f"({title.section})")), markup.line(summary)))
+            sentence = f"{summary[:1].upper()}{summary[1:]}."
+            found.append((title, generated.reference(title.name, title.section), markup.line(sentence)))
     return [markup.Terms(tuple((term, summary) for _, term, summary in sorted(found)))]
