@@ -175,8 +175,8 @@ def stuck_keeper(
     monkeypatch.setattr(committer, "_ANSWER_SECONDS", 0.05)
     journal, blockmap = StuckJournal(), BlockMap(Geometry(len(DATA)))
 
-    async def sync(*, times: bool = True) -> bool:
-        return True
+    async def sync(run: Any = None, *, times: bool = True) -> bool:
+        return False
 
     device: Any = SimpleNamespace(is_block_device=True)
     hydrator: Any = SimpleNamespace(sync=sync, device=device, blockmap=blockmap, **parts)

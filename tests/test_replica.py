@@ -35,7 +35,7 @@ from blockcopy.replica.engine import open_replica
 from blockcopy.replica.hydration import committer, source_faults
 from blockcopy.replica.hydration.background import BackgroundHydration
 from blockcopy.replica.monitor import typed_json
-from blockcopy.replica.monitor.status import LinkState, LinkStatus, State, Status
+from blockcopy.replica.monitor.status import LinkState, State, Status
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.replica import Replica
 from blockcopy.replica.source import link
@@ -118,10 +118,17 @@ SLOW = BLOCK_SIZE // 10
 """A limit at which background hydration fetches one block, and the next after ten seconds."""
 
 
+async def measured(replica: Replica) -> None:
+    """Wait until each connection has measured its round trip: from then on, nothing is sent but requests."""
+    for pool in replica._pools:
+        await pool._first.measured.wait()
+
+
 async def both_processes(replica: Replica) -> list[int]:
     """Return the process ids of both lanes once both are connected. With SLOW, one block is present then."""
     while not present(replica) or not all(each.is_connected for each in replica._pools):
         await trio.testing.wait_all_tasks_blocked(0.01)
+    await measured(replica)
     return [each._first._client._process._popen.pid for each in replica._pools]
 
 
@@ -347,6 +354,7 @@ def test_many_readers_of_a_block_cause_one_fetch(tmp_path: Path, program: str | 
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", b"")
         async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
+            await measured(replica)
             before = replica.status()
             async with trio.open_nursery() as nursery:
                 for _ in range(30):
@@ -363,6 +371,7 @@ def test_one_request_of_nine_blocks_is_one_batch(tmp_path: Path, program: str | 
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
         async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
+            await measured(replica)
             before = replica.status().sent_bytes
             offset = 10 * BLOCK_SIZE + 4096
             assert await replica.volume.read(offset, 2**20) == DATA[offset : offset + 2**20]
@@ -1125,8 +1134,12 @@ def test_the_status_tells_the_truth_at_the_start_and_at_the_end(tmp_path: Path) 
         assert (before.state, before.hydrated_percent, before.source_needed) == (State.HYDRATING, 0.0, True)
         assert (after.state, after.hydrated_percent, after.source_needed) == (State.COMPLETE, 100.0, False)
         assert after.same_bytes + after.fetched_bytes == after.hydrated_bytes == len(DATA)
-        assert before.link == LinkStatus(state=LinkState.CONNECTED)
-        assert after.link == LinkStatus(state=LinkState.CLOSED)
+        assert (before.link.state, before.link.connections, before.link.digest) == (
+            LinkState.CONNECTED,
+            1,
+            "blake3",
+        )
+        assert (after.link.state, after.link.connections, after.link.last_error) == (LinkState.CLOSED, 0, None)
 
     trio.run(main)
 

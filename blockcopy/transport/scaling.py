@@ -17,8 +17,8 @@ from typing import NamedTuple
 MAX_CONNECTIONS = 10
 """Most connections that pay. sshd allows ten sessions a login (MaxSessions in sshd_config(5))."""
 
-SAMPLE_SECONDS, IDLE_SAMPLE_SECONDS = 0.1, 0.5
-"""Seconds between two samples, and if nothing is in flight."""
+SAMPLE_SECONDS, SLOW_SAMPLE_SECONDS = 0.1, 1
+"""Seconds between two samples, and if nothing is in flight or there is one connection at most."""
 
 CHANNEL_WINDOW = 2 << 20
 """Bytes that a channel of OpenSSH carries a round trip, at most."""

@@ -41,6 +41,8 @@ class Link:
         self.window = window
         self.in_flight = 0
         """The blocks that were asked for over this link, and have not been answered."""
+        self.measured = trio.Event()
+        """Set once the round trip of the first connection was measured."""
         self._requests = 0
         self._retiring = False
         self._retired = trio.Event()
@@ -134,8 +136,9 @@ class Link:
             for _ in range(_PINGS):
                 asked_at = trio.current_time()
                 if not await client.ping():
-                    return
+                    break
                 self._connector.round_trip.record(trio.current_time() - asked_at)
+        self.measured.set()
 
     async def run(self) -> None:
         """Keep a connection open. Returns after `close`, or once the source is found to be another."""

@@ -30,7 +30,7 @@ from blockcopy.replica.source.connector import Connector, GuardedSink
 from blockcopy.replica.source.fatal_blocks import FATAL_AFTER, SUSPECT_AFTER, FatalError, ask_each
 from blockcopy.replica.source.link import Link
 from blockcopy.replica.source.window import Window, Windows, default_window
-from blockcopy.transport.scaling import IDLE_SAMPLE_SECONDS, SAMPLE_SECONDS, Sample, Scaling
+from blockcopy.transport.scaling import SAMPLE_SECONDS, SLOW_SAMPLE_SECONDS, Sample, Scaling
 
 logger = logging.getLogger(__name__)
 
@@ -157,8 +157,8 @@ class Pool:
     async def _scale(self, nursery: trio.Nursery) -> None:
         """Keep as many connections as `scaling` says. `nursery`: runs the tasks of extra links."""
         while True:
-            is_busy = any(link.in_flight for link in self._links)
-            await trio.sleep(SAMPLE_SECONDS if is_busy else IDLE_SAMPLE_SECONDS)
+            may_grow = self.scaling.max_connections > 1 and any(link.in_flight for link in self._links)
+            await trio.sleep(SAMPLE_SECONDS if may_grow else SLOW_SAMPLE_SECONDS)
             if self.connections:
                 now = trio.current_time()
                 sample = Sample(
