@@ -31,7 +31,7 @@ COMMANDS = commands_of(parser())
 
 STATUS = Status(state=State.STARTING, size=0, source_needed=True).as_dict()
 
-_TALLEST = {"mount": 64, "sync": 54, "verify": 34}
+_TALLEST = {"mount": 64, "sync": 60, "verify": 36}
 """Lines of help; the others fit a screen of 30, and the options of these fit one of today's."""
 
 _LONGEST = {"blockcopy-mount": 420, "blockcopy": 330, "blockcopy-json": 300}

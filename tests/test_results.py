@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import support
 from support import BLOCK_SIZE, FAULTY, PYTHON, STANDINS, failed, noise, run, succeeded, with_changes, written
 
 from blockcopy.replica.monitor.result import SyncResult, VerifyResult
@@ -95,3 +97,108 @@ def test_a_log_file_has_the_line(source: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     succeeded(run("sync", "--log-file", log, source, written(tmp_path / "copy", DATA)))
     assert "3.0 MiB equal, 0 B fetched" in log.read_text()
+
+
+# --dry-run
+
+
+def state_of(*paths: Path) -> list[object]:
+    """Return all that a dry run must not change: the bytes, times and sizes of `paths`, and the state files."""
+    states = Path(os.environ["STATE_DIRECTORY"])
+    records = [(path, path.read_bytes()) for path in sorted(states.iterdir())]
+    return [(path, path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in paths] + [
+        records
+    ]
+
+
+def test_a_dry_run_says_what_would_be_fetched_and_writes_nothing(source: Path, destination: Path) -> None:
+    before = state_of(destination)
+    done = run("sync", "-n", source, destination)
+    succeeded(done)
+    line = done.stdout.decode()
+    assert line.startswith("compared in ")
+    assert ": 256.0 KiB in 2 blocks would be fetched, 128.0 KiB would become zeros, 2.6 MiB equal; " in line
+    found = result(run("sync", "--dry-run", "--json", "--on-complete", "false", source, destination))
+    assert (found["dry_run"], found["complete"], found["uncompared_bytes"]) == (True, False, 0)
+    counts = [found[f"{each}_bytes"] for each in ("same", "fetched", "zero", "resumed", "unreadable")]
+    assert counts == [21 * BLOCK_SIZE, 2 * BLOCK_SIZE, BLOCK_SIZE, 0, 0]
+    assert state_of(destination) == before
+    succeeded(run("sync", source, destination))
+    recorded = state_of(destination)
+    assert result(run("sync", "-n", "--json", source, destination))["complete"] is True
+    assert state_of(destination) == recorded
+    assert result(run("sync", "--json", source, destination))["resumed_bytes"] == len(DATA)
+
+
+def test_a_dry_run_of_a_missing_or_short_destination_creates_and_extends_nothing(tmp_path: Path) -> None:
+    source, copy = written(tmp_path / "source", DATA), tmp_path / "copy"
+    os.truncate(source, len(DATA) + 10 * BLOCK_SIZE)  # a hole
+    done = run("sync", "-n", source, copy)
+    succeeded(done)
+    assert ": up to 3.0 MiB in 24 blocks would be fetched, 1.2 MiB equal; " in done.stdout.decode()
+    assert not copy.exists()
+    written(copy, DATA[: 3 * BLOCK_SIZE])
+    found = result(run("sync", "-n", "--json", source, copy))
+    assert (found["fetched_bytes"], found["uncompared_bytes"], found["same_bytes"]) == (
+        *(21 * BLOCK_SIZE, 21 * BLOCK_SIZE, 13 * BLOCK_SIZE),
+    )
+    assert copy.stat().st_size == 3 * BLOCK_SIZE
+
+
+def test_a_dry_run_of_a_push_compares(source: Path, destination: Path) -> None:
+    found = result(run("sync", "-n", "--json", *LINK, source, f"host:{destination}"))
+    assert (found["fetched_bytes"] + found["zero_bytes"], found["complete"]) == (3 * BLOCK_SIZE, False)
+    assert destination.read_bytes() == OLD
+
+
+def test_a_dry_run_refuses_what_a_sync_refuses(source: Path, destination: Path) -> None:
+    with support.held_by_another_process(destination):
+        failed(run("sync", "-n", source, destination), 1, "is locked by another program")
+
+
+# --range
+
+
+def test_a_range_is_copied_in_whole_blocks_and_recorded(source: Path, destination: Path) -> None:
+    ranges = ["--range", f"{3 * BLOCK_SIZE + 5}:1", "--range", f"{20 * BLOCK_SIZE}:1GiB"]
+    done = run("sync", "--json", "--progress", "--verify", *ranges, source, destination)
+    succeeded(done, None)
+    assert "(100.00%)" in done.stderr.decode()
+    assert destination.read_bytes() == with_changes(DATA, [17])
+    found = result(done)
+    counts = [found[f"{each}_bytes"] for each in ("same", "fetched", "zero")]
+    assert (counts, found["complete"]) == ([3 * BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE], True)
+    rest = result(run("sync", "--json", source, destination))
+    assert (rest["resumed_bytes"], rest["fetched_bytes"]) == (5 * BLOCK_SIZE, BLOCK_SIZE)
+    assert destination.read_bytes() == DATA
+
+
+def test_a_range_is_all_that_a_dry_run_and_a_verify_compare(source: Path, destination: Path) -> None:
+    wanted = ["--range", f"{16 * BLOCK_SIZE}:{2 * BLOCK_SIZE}", "--range", f"{22 * BLOCK_SIZE}:1", "--range", "0:1"]
+    found = result(run("sync", "-n", "--json", *wanted, source, destination))
+    assert [found[f"{each}_bytes"] for each in ("same", "fetched", "zero")] == [2 * BLOCK_SIZE, *[BLOCK_SIZE] * 2]
+    done = run("verify", *wanted, source, destination)
+    failed(done, 5, stdout=f"{17 * BLOCK_SIZE}:{BLOCK_SIZE}\n{22 * BLOCK_SIZE}:{BLOCK_SIZE}\n")
+    succeeded(run("verify", "--range", f"0:{3 * BLOCK_SIZE}", source, destination), stdout=b"")
+    short = written(destination, DATA[: 5 * BLOCK_SIZE + 9])
+    done = run("verify", "--range", f"{5 * BLOCK_SIZE}:{2 * BLOCK_SIZE}", source, short)
+    failed(done, 5, stdout=f"{5 * BLOCK_SIZE + 9}:{2 * BLOCK_SIZE - 9}\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--range", "1T:1"], "the source has"),
+        (["--range", "0:0"], "is empty"),
+        (["--range", "0:1", "--on-complete", "true"], "--on-complete and --range"),
+    ],
+)
+def test_a_range_that_is_impossible_is_refused_before_any_write(
+    options: list[str], reason: str, source: Path, tmp_path: Path
+) -> None:
+    failed(run("sync", *options, source, tmp_path / "copy"), 2, reason)
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_range_of_a_push_is_refused(source: Path, destination: Path) -> None:
+    failed(run("sync", "--range", "0:1", *LINK, source, f"host:{destination}"), 2, "--range needs a local")

@@ -89,14 +89,10 @@ def check_destination(path: str, *, force: bool, with_user_writes: bool = False)
 def make_room(device: Destination, size: int) -> None:
     """Make the Destination `device` hold at least `size` bytes.
 
-    Extends a shorter file; logs a warning if a tail remains. Raises DestinationRefusedError if a block device is
-    too small.
+    Extends a shorter file, and logs a warning if a tail remains. Raises as `check_room` does.
     """
+    check_room(device, size)
     own = device.size()
-    if own < size and device.is_block_device:
-        raise DestinationRefusedError(
-            f"{device.path} is too small: it has {own} bytes, and the source {size}. Nothing was written"
-        )
     if own < size:
         device.grow(size)
     if own > size:
@@ -107,6 +103,15 @@ def make_room(device: Destination, size: int) -> None:
             size,
         )
     device.require_size(size)
+
+
+def check_room(device: Destination, size: int) -> None:
+    """Raise DestinationRefusedError if the Destination `device` cannot be made to hold `size` bytes."""
+    own = device.size()
+    if own < size and device.is_block_device:
+        raise DestinationRefusedError(
+            f"{device.path} is too small: it has {own} bytes, and the source {size}. Nothing was written"
+        )
 
 
 def _check_missing(path: str, *, create: bool) -> None:

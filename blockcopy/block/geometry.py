@@ -43,6 +43,10 @@ class Geometry(NamedTuple):
         offset = block * self.block_size
         return Extent(offset, min(self.block_size, self.size - offset))
 
+    def bytes_of(self, blocks: range) -> int:
+        """Return the number of bytes that the range `blocks`, of block numbers, has on this device."""
+        return max(0, min(blocks.stop * self.block_size, self.size) - blocks.start * self.block_size)
+
     def span(self, offset: int, length: int) -> range:
         """Return the range of block numbers that `length` bytes at byte `offset` touch.
 

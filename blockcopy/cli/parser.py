@@ -127,7 +127,7 @@ def _add_sync(commands: Any) -> None:
         "sync root@host:/dev/vg/disk /dev/vg/copy",
     )
     _add_both_ends(sync)
-    _add_copy_options(sync)
+    _add_copy_options(sync, _add_dry_run)
     _add_source_options(sync, reconnect_timeout=math.inf)
     _add_result(_add_output_options(sync))
 
@@ -141,6 +141,7 @@ def _add_verify(commands: Any) -> None:
         "verify root@host:/dev/vg/disk /dev/vg/copy",
     )
     _add_both_ends(verify, "device or file to compare; only read")
+    _add_range(verify)
     _add_source_options(verify, reconnect_timeout=math.inf)
     _add_result(add_progress(verify))
 
@@ -164,7 +165,29 @@ def _add_both_ends(
     parser.add_argument("destination", metavar="DESTINATION", help=destination)
 
 
-def _add_copy_options(parser: argparse.ArgumentParser) -> None:
+def _add_range(parser: Options) -> None:
+    parser.add_argument(
+        "--range",
+        dest="ranges",
+        metavar="OFFSET:LENGTH",
+        type=option_types.extent,
+        action="append",
+        default=[],
+        help="only the blocks of this range, in bytes or as 1G:64M; may be repeated",
+    )
+
+
+def _add_dry_run(parser: Options) -> None:
+    parser.add_argument(
+        "-n",
+        "--dry-run",
+        action="store_true",
+        help="compare, say what would be fetched, and write nothing",
+    )
+    _add_range(parser)
+
+
+def _add_copy_options(parser: argparse.ArgumentParser, add_own: Callable[[Options], None] | None = None) -> None:
     copy = parser.add_argument_group("copy options")
     add_force(copy)
     copy.add_argument(
@@ -181,6 +204,8 @@ def _add_copy_options(parser: argparse.ArgumentParser) -> None:
         help="copy over N connections, in either direction, or auto: as many as pay (default: auto)",
     )
     copy.add_argument("--verify", action="store_true", help="compare both ends when the copy is complete")
+    if add_own is not None:
+        add_own(copy)
     add_sparse(copy)
     add_compress(copy, "compress on the source", "auto over a network", default=argparse.SUPPRESS)
     copy.add_argument("--on-complete", metavar="COMMAND", help="run COMMAND in a shell when the copy is complete")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from blockcopy.block.claim import check_destination, open_destination
+from blockcopy.block.claim import check_destination, existing_destination, open_destination
 from blockcopy.block.device import open_source
 from blockcopy.cli import console, log
 from blockcopy.errors import BlockcopyError, StateError, UsageError
@@ -65,7 +65,10 @@ def sync(args: argparse.Namespace) -> None:
         console.write(result.as_json())
     if error is not None:
         raise error
-    log.announce(result.words, shown=shown)
+    if not args.dry_run:
+        log.announce(result.words, shown=shown)
+    elif not args.json:
+        console.write_line(result.words)
 
 
 def _pull(args: argparse.Namespace, path: str, results: list[SyncResult]) -> bool:
@@ -74,6 +77,10 @@ def _pull(args: argparse.Namespace, path: str, results: list[SyncResult]) -> boo
     Appends the counts to `results`, also if the copy fails. Returns whether a user was shown the progress.
     """
     command = source_command(args)
+    if args.ranges and args.on_complete:
+        raise UsageError("--on-complete and --range exclude each other: a copy of ranges is not complete")
+    if args.dry_run:
+        return _dry_run(args, command, path, results)
     check_destination(path, force=args.force)  # before ssh asks for a password
     with logging_out(command), _started(command) as started:
         with needs_extra():
@@ -88,6 +95,27 @@ def _pull(args: argparse.Namespace, path: str, results: list[SyncResult]) -> boo
         with console.progress(args, bar_by_default=True) as progress:
             notifier = Notifier()
             run(lambda: runner.run_interruptible(lambda: make_copy(plan, progress, notifier, note)))
+    return _shows(args, progress)
+
+
+def _dry_run(args: argparse.Namespace, command: Command, path: str, results: list[SyncResult]) -> bool:
+    """Compare the destination at `path` with the source of `command`, as the parsed options `args` say.
+
+    Appends the counts to `results`. Returns whether a user was shown the progress.
+    """
+    with contextlib.ExitStack() as stack:
+        device = existing_destination(path, force=args.force)
+        if device is not None:
+            stack.enter_context(device)
+        stack.enter_context(logging_out(command))
+        started = stack.enter_context(_started(command))
+        with needs_extra():
+            from blockcopy.replica.dry_run import dry_run
+            from blockcopy.replica.tasks import runner
+        plan = plan_of(args, command, demand=False, started=started)
+        progress = stack.enter_context(console.progress(args, bar_by_default=True))
+        verdict = run(lambda: runner.run_interruptible(lambda: dry_run(plan, device, progress)))
+    results.append(comparison.forecast(results[-1], verdict))
     return _shows(args, progress)
 
 
@@ -134,6 +162,13 @@ def _push(args: argparse.Namespace, destination: Location, results: list[SyncRes
         raise UsageError("--state and --recheck need a local DESTINATION: a push checks every block each time")
     if args.on_complete or args.metrics:
         raise UsageError("--on-complete and --metrics need a local DESTINATION: a push ends when it is complete")
+    if args.dry_run:
+        with console.progress(args, bar_by_default=True) as progress:
+            verdict = comparison.compare(args, comparison.ends_of(args), progress)
+        results.append(comparison.forecast(results[-1], verdict))
+        return _shows(args, progress)
+    if args.ranges:
+        raise UsageError("--range needs a local DESTINATION: a push copies all")
     options = [name for name, given in (("--force", args.force), ("--no-sparse", args.no_sparse)) if given]
     compression = compression_of(args, destination)
     options += ["--compress", str(compression)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import array
+import dataclasses
 import functools
 import json
 import logging
@@ -15,14 +16,22 @@ from blockcopy.cli import console
 from blockcopy.errors import DeviceError, MismatchError, SourceReadError
 from blockcopy.paths.places import absolute
 from blockcopy.progress.reporter import Progress
-from blockcopy.replica.options import command_for, local_source, needs_extra, prompts, run, source_command
+from blockcopy.replica.options import (
+    command_for,
+    extents_of,
+    local_source,
+    needs_extra,
+    prompts,
+    run,
+    source_command,
+)
 from blockcopy.transport.command import Command
 from blockcopy.transport.control_master import logging_out
 from blockcopy.transport.location import parse_location
 
 if TYPE_CHECKING:
     from blockcopy.block.geometry import Extent
-    from blockcopy.replica.monitor.result import VerifyResult
+    from blockcopy.replica.monitor.result import SyncResult, VerifyResult
     from blockcopy.replica.verify import Verdict
 
 logger = logging.getLogger(__name__)
@@ -73,6 +82,7 @@ def compare(
         timeout=args.timeout,
         reconnect_timeout=args.reconnect_timeout,
         prompts=prompts(ends.command.location),
+        extents=extents_of(args),
     )
     with logging_out(ends.command):
         verify_ends = functools.partial(verify, plan, report, progress, ends.source_size)
@@ -85,7 +95,7 @@ def result_of(args: argparse.Namespace, verdict: Verdict, seconds: float) -> Ver
 
     unreadable = (verdict.remote_unreadable, verdict.local_unreadable)
     unread = sum(each.bytes for each in unreadable)
-    same = verdict.size - verdict.differing_bytes - verdict.user_bytes - unread
+    same = verdict.compared_bytes - verdict.differing_bytes - verdict.user_bytes - unread
     return VerifyResult(
         command=args.command,
         source=args.source,
@@ -102,6 +112,24 @@ def result_of(args: argparse.Namespace, verdict: Verdict, seconds: float) -> Ver
         differing_bytes=verdict.differing_bytes,
         tail_bytes=verdict.tail_bytes,
         user_bytes=verdict.user_bytes,
+    )
+
+
+def forecast(result: SyncResult, verdict: Verdict) -> SyncResult:
+    """Return `result`, that of a dry run, with the counts of `verdict`: what a sync would do."""
+    unread = verdict.local_unreadable.bytes  # a sync fetches these blocks
+    return dataclasses.replace(
+        result,
+        dry_run=True,
+        size=verdict.size,
+        same_bytes=verdict.compared_bytes - verdict.differing_bytes - unread - verdict.remote_unreadable.bytes,
+        fetched_bytes=verdict.differing_bytes - verdict.zero_bytes + unread,
+        zero_bytes=verdict.zero_bytes,
+        uncompared_bytes=verdict.uncompared_bytes,
+        unreadable_bytes=verdict.remote_unreadable.bytes,
+        unreadable_ranges=tuple(extent._asdict() for extent in verdict.remote_unreadable.ranges),
+        sent_bytes=verdict.sent_bytes,
+        received_bytes=verdict.received_bytes,
     )
 
 

@@ -141,11 +141,13 @@ def _scaling(plan: Plan, most: int, *, is_fixed: bool) -> Scaling:
 def _geometry(plan: Plan, size: int) -> Geometry:
     """Return the geometry of the source of `plan`, which has `size` bytes.
 
-    Raises SourceError if `size` exceeds _MAX_SIZE.
+    Raises SourceError if `size` exceeds _MAX_SIZE. Raises UsageError if `plan` wants ranges beyond it.
     """
     if size > _MAX_SIZE:
         raise SourceError(f"{plan.command.location} claims to have {size} bytes; the limit is {_MAX_SIZE}")
-    return Geometry(size)
+    geometry = Geometry(size)
+    plan.blocks_to_copy(geometry)
+    return geometry
 
 
 def _open_state_file(plan: Plan, device: Device, stack: ExitStack) -> tuple[StateFile | None, Record | None]:

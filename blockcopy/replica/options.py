@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from blockcopy import optional_packages
+from blockcopy.block.geometry import Extent
 from blockcopy.errors import UsageError
 from blockcopy.paths.places import absolute
 from blockcopy.protocol.compression import CompressionSpec
@@ -107,6 +108,7 @@ def plan_of(args: argparse.Namespace, command: Command, **more: Any) -> Plan:
         keep_state=not args.no_state,
         state=absolute(args.state) if args.state else None,
         recheck=args.recheck,
+        extents=extents_of(args),
         timeout=args.timeout,
         reconnect_timeout=args.reconnect_timeout,
         prompts=prompts(command.location),
@@ -119,6 +121,11 @@ def plan_of(args: argparse.Namespace, command: Command, **more: Any) -> Plan:
         metrics=absolute(args.metrics) if args.metrics else None,
         **more,
     )
+
+
+def extents_of(args: argparse.Namespace) -> tuple[Extent, ...]:
+    """Return the byte ranges that the parsed options `args` name with --range, in their order."""
+    return tuple(map(Extent._make, getattr(args, "ranges", ())))
 
 
 def compression_of(args: argparse.Namespace, location: Location) -> CompressionSpec:

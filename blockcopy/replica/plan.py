@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from subprocess import Popen
 
+from blockcopy.block.geometry import Extent, Geometry, join_extents
+from blockcopy.errors import UsageError
 from blockcopy.protocol.compression import NO_COMPRESSION, CompressionSpec
 from blockcopy.transport.command import Command
 
@@ -32,6 +34,8 @@ class Plan:
     """The path of the state file. None: its default place."""
     recheck: bool = False
     """Ignore what an earlier run has recorded, and check every block."""
+    extents: tuple[Extent, ...] = ()
+    """The byte ranges to copy, in whole blocks. Empty: the whole device."""
     writable: bool = False
     """Accept writes of a user, and preserve those of earlier runs."""
     resume_offline: bool = False
@@ -58,6 +62,20 @@ class Plan:
     """The path of the file for Prometheus, or None."""
     on_complete: str | None = None
     """The shell command to run once the copy is complete, or None."""
+
+    def blocks_to_copy(self, geometry: Geometry) -> list[range]:
+        """Return the blocks of `geometry` that are wanted: ranges of block numbers, ascending, none of them empty.
+
+        Raises UsageError if a byte range of the attribute `extents` lies beyond the end.
+        """
+        spans = [geometry.span(*each) for each in self.extents or [Extent(0, geometry.size)]]
+        for extent, span in zip(self.extents, spans, strict=False):
+            if not span:
+                raise UsageError(
+                    f"the range {extent.offset}:{extent.length} is empty: the source has {geometry.size} bytes"
+                )
+        joined = join_extents(sorted(Extent(span.start, len(span)) for span in spans))
+        return [range(each.offset, each.end) for each in joined]
 
     def max_wait(self, blocks: int) -> float:
         """Return the most seconds that a read of a number of `blocks` waits, whatever the source does.

@@ -21,11 +21,14 @@ from blockcopy.block.geometry import Extent
 from blockcopy.block.identity import Identity
 from blockcopy.errors import BlockcopyError, DeviceError, MismatchError, ReadOnlyError, SourceReadError
 from blockcopy.progress.rate import RateMeter, eta, floored_percent
+from blockcopy.progress.reporter import Counts
+from blockcopy.replica.device_map import device_map
 from blockcopy.replica.hydration.background import BackgroundHydration
 from blockcopy.replica.hydration.committer import Committer
 from blockcopy.replica.hydration.hydrator import Hydrator
 from blockcopy.replica.hydration.lanes import bulk_lane, demand_lane
 from blockcopy.replica.hydration.throttle import Throttle
+from blockcopy.replica.hydration.wanted import WantedBlocks
 from blockcopy.replica.hydration.writer import Writer
 from blockcopy.replica.link_status import LinkMonitor
 from blockcopy.replica.monitor.status import MapCell, State, Status
@@ -69,6 +72,7 @@ class Replica:
         self._device = device
         self._blockmap = blockmap
         self._geometry = blockmap.geometry
+        self._wanted = WantedBlocks(blockmap, plan.blocks_to_copy(self._geometry))
         self._pools = (demand,) if demand is bulk else (demand, bulk)
         lane = self._demand = demand_lane(demand)
         self._bulk = bulk_lane(bulk, drop_behind=device.exceeds_cache())
@@ -80,7 +84,7 @@ class Replica:
             self._bulk.window, lambda: lane.active_at, plan.limit, link_holds=lambda: bulk.link_holds
         )
         if plan.hydrate:
-            bulk.remaining = self._bytes_to_come
+            bulk.remaining = self._wanted.bytes_to_come
         self._monitor = LinkMonitor(self._pools, bulk, self.throttle)
         self.volume = Volume(
             self._hydrator, lane, nursery, give_up_after=plan.max_wait, before_write=self._begin_write
@@ -93,6 +97,7 @@ class Replica:
         self.settled = trio.Event()
         """Set when the copy is complete, or has failed."""
         self._started_at = trio.current_time()
+        self._ranges_present = trio.Event()  # of `plan.extents`
         self._complete = False
         self._closing = False
         self._verifying = False
@@ -139,13 +144,15 @@ class Replica:
 
     async def _hydrate(self) -> None:
         with self._background:
-            while not self._blockmap.complete:
+            while not self._wanted.complete:
                 await self._hydrate_once()
+            self._ranges_present.set()
 
     async def _hydrate_once(self) -> None:
         """Run background hydration once. Raises SourceReadError if the source cannot read some blocks."""
-        await BackgroundHydration(self._hydrator, self._demand, self._bulk, self.throttle).run()
-        if not self._blockmap.complete:
+        lanes = (self._demand, self._bulk)
+        await BackgroundHydration(self._hydrator, *lanes, self.throttle, self._wanted.ranges).run()
+        if not self._wanted.complete:
             await self._check_source()  # it may have been truncated, say
         if found := self._blockmap.unreadable_ranges(str(self._hydrator.faults.last)):
             raise SourceReadError(
@@ -155,10 +162,11 @@ class Replica:
 
     async def _await_complete(self) -> None:
         while True:
-            await self._hydrator.complete.wait()
+            await (self._ranges_present if self._plan.extents else self._hydrator.complete).wait()
             await self._guard(self._committer.commit)
-            if self._blockmap.complete:  # else the sync failed, and all blocks are checked again
+            if self._wanted.complete:  # else the sync failed, and all blocks are checked again
                 return
+            self._ranges_present = trio.Event()
 
     async def _finish(self) -> None:
         # A copy that was complete before needs no source. The source may be gone for good.
@@ -170,9 +178,10 @@ class Replica:
         await trio.to_thread.run_sync(self._device.check_in_place, abandon_on_cancel=True)
         await (self._committer.commit() if self._plan.writable else self._committer.close())
         await self.disconnect()
-        self._complete = True
+        self._complete = self._blockmap.complete
         self.settled.set()
-        logger.info("%s is a complete copy of %s", self._plan.destination, self._plan.command.location)
+        if self._complete:
+            logger.info("%s is a complete copy of %s", self._plan.destination, self._plan.command.location)
 
     async def _check_source(self) -> None:
         """Check the identity of the source, over the first connection that is up.
@@ -211,9 +220,9 @@ class Replica:
 
         self._verified, self._verifying = 0, True  # stays True until the copy is complete or has failed
         await trio.to_thread.run_sync(self._device.drop_cache)
-        verdict = await compare(
-            self._device, self._geometry, self._bulk.pool, report, self._note_verified, self._blockmap.user
-        )
+        ends = (self._device, self._geometry, self._bulk.pool)
+        blocks = (self._blockmap.user, self._wanted.ranges)
+        verdict = await compare(*ends, report, self._note_verified, *blocks)
         if first is not None and may_be_users:
             words = "%d bytes of %s differ, and count as the user's: a mount was killed before it recorded all"
             logger.warning(words, verdict.differing_bytes, self._plan.destination)
@@ -250,7 +259,7 @@ class Replica:
             self.read_only.set()
 
     async def wait_complete(self) -> None:
-        """Wait until the destination is a complete copy. Raises the BlockcopyError that failed the copy."""
+        """Wait until all that the plan wants is copied. Raises the BlockcopyError that failed the copy."""
         await self.settled.wait()
         if not self._complete and self._failure is not None:
             raise copy(self._failure)
@@ -301,12 +310,6 @@ class Replica:
             self._monitor.sample()
             await trio.sleep(1)
 
-    def _bytes_to_come(self) -> float:
-        """Return the bytes that the source will probably send: those missing, of which so many differed so far."""
-        present, fetched = self._blockmap.present_bytes, self._blockmap.fetched_bytes
-        seen = present - self._blockmap.resumed_bytes
-        return (self._geometry.size - present) * (fetched / seen if seen else 1)
-
     @property
     def _progress(self) -> tuple[int, int]:
         """Bytes done in the current phase, and how many of them cost no work. The rate leaves the latter out."""
@@ -333,6 +336,20 @@ class Replica:
         if not self._bulk.pool.is_connected:
             return State.RECONNECTING if self._monitor.last_error else State.STARTING
         return State.HYDRATING if self._plan.hydrate else State.PAUSED
+
+    @property
+    def counts(self) -> Counts:
+        """The Counts for a progress bar: those of the status, or of the ranges that the plan wants."""
+        counts = self.status().counts
+        if not self._plan.extents:
+            return counts
+        done = self._verified if self._verifying else self._wanted.present_bytes
+        return counts._replace(done=done, total=self._wanted.bytes, skipped=0)
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether all that the plan wants was copied."""
+        return self.settled.is_set() and self._failure is None and (self._is_copy or bool(self._plan.extents))
 
     def status(self) -> Status:
         """Return the status of this moment. Call from trio's thread only."""
@@ -374,20 +391,5 @@ class Replica:
         )
 
     def map(self, max_cells: int) -> list[MapCell]:
-        """Divide the device into at most `max_cells` cells, and count the blocks of each.
-
-        Returns cells in device order. All cover the same number of blocks, but the last cell may cover fewer.
-        Call from trio's thread only.
-        """
-        blocks_per_cell = max(1, -(-self._geometry.block_count // max(1, max_cells)))
-        cells = []
-        for start in range(0, self._geometry.block_count, blocks_per_cell):
-            blocks = range(start, min(start + blocks_per_cell, self._geometry.block_count))
-            cells.append(
-                MapCell(len(blocks), *self._blockmap.count(blocks), self._blockmap.user.count_blocks(blocks))
-            )
-        for block in self._bulk.in_flight:
-            cells[block // blocks_per_cell].in_flight += 1
-        for block in self._demand.in_flight:
-            cells[block // blocks_per_cell].reading += 1
-        return cells
+        """Return the device in at most `max_cells` cells, in device order. Call from trio's thread only."""
+        return device_map(self._blockmap, self._bulk.in_flight, self._demand.in_flight, max_cells)

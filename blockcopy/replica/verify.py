@@ -37,8 +37,14 @@ class Verdict:
 
     size: int
     """Bytes of the source."""
+    compared_bytes: int = 0
+    """Bytes of the source that were to be compared: all, or those of the wanted blocks."""
     differing_bytes: int = 0
     """Bytes of the blocks that differ."""
+    zero_bytes: int = 0
+    """Bytes of blocks that differ and are zeros at the other end, if that end says so."""
+    uncompared_bytes: int = 0
+    """Bytes that count as different without a comparison, because the copy must grow. Only for a dry run."""
     user_bytes: int = 0
     """Bytes of blocks that a user has written to. They are not compared."""
     tail_bytes: int = 0
@@ -56,7 +62,7 @@ class Verdict:
 async def verify(
     plan: Plan, report: Callable[[Extent], None], progress: Progress, source_size: int | None = None
 ) -> Verdict:
-    """Compare every block of the device at `plan.destination` with the other end.
+    """Compare the blocks that `plan` wants of the device at `plan.destination` with the other end.
 
     Returns the verdict. Blocks that one end cannot read are in the verdict, and all others are compared. Bytes that
     the copy lacks differ. Equal ends were equal at one moment.
@@ -79,24 +85,26 @@ async def verify(
             remote_size = connector.identity["size"] if connector.identity else 0
             total = remote_size if source_size is None else source_size
             copy_size = local_size if source_size is None else remote_size
+            wanted = plan.blocks_to_copy(Geometry(total))
+            wanted_bytes = sum(map(Geometry(total).bytes_of, wanted))
 
             def completed(count: int) -> None:
-                progress.update(Counts(count, total))
+                progress.update(Counts(count, wanted_bytes))
 
             geometry = Geometry(min(total, remote_size))
             user = recorded_user_pages(device, geometry) if source_size is None else None
-            verdict = await compare(device, geometry, pool, report, completed, user)
-            if total > remote_size:
-                report(Extent(remote_size, total - remote_size))
-                verdict.size = total
-                verdict.differing_bytes += total - remote_size
+            verdict = await compare(device, geometry, pool, report, completed, user, wanted)
+            for lacking in missing_extents(Geometry(total), wanted, remote_size):
+                report(lacking)
+                verdict.differing_bytes += lacking.length
+            verdict.size, verdict.compared_bytes = total, wanted_bytes
             if not verdict.differing_bytes:
                 await trio.to_thread.run_sync(device.check_in_place, abandon_on_cancel=True)
                 await pool.check()
                 changes = differences(before, await trio.to_thread.run_sync(source_identity, device))
                 if changes:
                     raise DeviceError(f"{plan.destination} changed during the comparison: {'; '.join(changes)}")
-            verdict.tail_bytes = max(0, copy_size - total)
+            verdict.tail_bytes = 0 if plan.extents else max(0, copy_size - total)
             verdict.sent_bytes, verdict.received_bytes = pool.sent_bytes, pool.received_bytes
             await pool.close()
     return verdict
@@ -109,19 +117,25 @@ async def compare(
     report: Callable[[Extent], None],
     completed: Callable[[int], None],
     user: UserPages | None = None,
+    wanted: Sequence[range] | None = None,
 ) -> Verdict:
-    """Compare every block of `device` with the other end of `pool`, which has this `geometry`.
+    """Compare the `wanted` blocks of `device` with the other end of `pool`, which has this `geometry`.
 
     Bytes that `device` lacks differ. `pool` must be connected. Returns the verdict.
 
     `report`: called with each Extent that differs, ascending. Adjacent ones are joined.
     `completed`: called with the number of bytes compared so far, again and again.
     `user`: the pages that the user wrote. Their blocks are not compared.
+    `wanted`: ranges of block numbers, ascending. None: all blocks.
     Raises SourceError or DeviceError.
     """
-    verdict = Verdict(geometry.size)
+    wanted = [range(geometry.block_count)] if wanted is None else wanted
+    verdict = Verdict(geometry.size, sum(map(geometry.bytes_of, wanted)))
     if user is not None:
-        verdict.user_bytes = user.written_bytes
+        counts = ((blocks, user.count_blocks(blocks)) for blocks in wanted)
+        verdict.user_bytes = sum(
+            min(count * geometry.block_size, geometry.bytes_of(each)) for each, count in counts
+        )
 
     def differs(extent: Extent) -> None:
         verdict.differing_bytes += extent.length
@@ -130,16 +144,28 @@ async def compare(
     ranges = ExtentJoiner(differs)
     local = Geometry(min(device.size(), geometry.size), geometry.block_size)
     comparison = _Comparison(device, local, pool, verdict, user)
-    for start in range(0, local.block_count, _ROUND_BLOCKS):
-        blocks = range(start, min(start + _ROUND_BLOCKS, local.block_count))
-        for extent in await comparison.differences(blocks):
-            ranges.add(extent)
-        completed(min(blocks.stop * local.block_size, local.size))
-    completed(geometry.size)
-    if geometry.size > local.size:
-        ranges.add(Extent(local.size, geometry.size - local.size))
+    done = 0
+    for span in wanted:
+        for start in range(span.start, min(span.stop, local.block_count), _ROUND_BLOCKS):
+            blocks = range(start, min(start + _ROUND_BLOCKS, span.stop, local.block_count))
+            for extent in await comparison.differences(blocks):
+                ranges.add(extent)
+            completed(done + local.bytes_of(range(span.start, blocks.stop)))
+        done += geometry.bytes_of(span)
+    completed(done)
+    for extent in missing_extents(geometry, wanted, local.size):
+        ranges.add(extent)
     ranges.flush()
     return verdict
+
+
+def missing_extents(geometry: Geometry, wanted: Sequence[range], size: int) -> Iterator[Extent]:
+    """Yield the byte ranges of the `wanted` blocks of `geometry` that lie behind the first `size` bytes."""
+    for blocks in wanted:
+        start = max(size, blocks.start * geometry.block_size)
+        end = min(geometry.size, blocks.stop * geometry.block_size)
+        if start < end:
+            yield Extent(start, end - start)
 
 
 class _Comparison:
@@ -194,6 +220,7 @@ class _Comparison:
         answer = await self._pool.ask(signatures, DISCARD, since)
         for each in answer.unreadable:
             self._verdict.remote_unreadable.add(*each)
+        self._verdict.zero_bytes += sum(each.length for each in answer.zeros)
         extents = [*answer.data, *answer.zeros]
         if not local_unreadable:
             return extents

@@ -7,7 +7,7 @@ Ahead of it, a survey asks the source for its holes. Blocks that are holes at bo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import trio
 
@@ -27,11 +27,14 @@ _SURVEY_BYTES = 64 << 30
 class BackgroundHydration:
     """A run of background hydration over the whole device."""
 
-    def __init__(self, hydrator: Hydrator, demand: Lane, bulk: Lane, throttle: Throttle) -> None:
+    def __init__(
+        self, hydrator: Hydrator, demand: Lane, bulk: Lane, throttle: Throttle, wanted: Sequence[range]
+    ) -> None:
         """Prepare a run with `hydrator`, at the rate that `throttle` admits.
 
         `demand`: the lane of the readers, whose requests are followed.
         `bulk`: the lane of this run. It may be the same lane.
+        `wanted`: ranges of block numbers, ascending.
         """
         self._hydrator = hydrator
         self._device = hydrator.device
@@ -40,6 +43,7 @@ class BackgroundHydration:
         self._demand = demand
         self._bulk = bulk
         self._throttle = throttle
+        self._wanted = wanted
         self._in_flight: set[int] = set()
         self._error: BlockcopyError | None = None
 
@@ -51,7 +55,7 @@ class BackgroundHydration:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._survey_holes)
             # Once, except if a failed sync cleared the block map.
-            while next(self._blockmap.fetchable(range(self._geometry.block_count)), None) is not None:
+            while any(next(self._blockmap.fetchable(blocks), None) is not None for blocks in self._wanted):
                 await self._request_all()
                 if self._error is not None:
                     break
@@ -70,26 +74,29 @@ class BackgroundHydration:
                 if self._demand is not self._bulk and self._demand.requested_at != followed:
                     followed = self._demand.requested_at
                     start = min(self._demand.requested_end, self._geometry.block_count)
-                first = self._next(range(start, self._geometry.block_count))
-                if first is None:
-                    first = self._next(range(start))
-                if first is None:
+                span = self._next(range(start, self._geometry.block_count)) or self._next(range(start))
+                if span is None:
                     break
-                start = self._end_of_batch(first)
+                first, start = span.start, self._end_of_batch(span)
                 # Blocks that are present already cost nothing: no limit counts them.
                 count = sum(1 for _ in self._blockmap.fetchable(range(first, start)))
                 self._throttle.take(count)
                 self._in_flight.update(range(first, start))
                 nursery.start_soon(self._request, range(first, start), count)
 
-    def _next(self, blocks: range) -> int | None:
-        """Return the first block in the range `blocks` that is wanted and not requested yet, or None."""
-        return next((block for block in self._blockmap.fetchable(blocks) if block not in self._in_flight), None)
+    def _next(self, blocks: range) -> range | None:
+        """Return the wanted blocks from the first in the range `blocks` that is not requested yet, or None."""
+        for wanted in self._wanted:
+            span = range(max(blocks.start, wanted.start), min(blocks.stop, wanted.stop))
+            for block in self._blockmap.fetchable(span):
+                if block not in self._in_flight:
+                    return range(block, wanted.stop)
+        return None
 
-    def _end_of_batch(self, first: int) -> int:
-        """Return the block number at which a batch from `first` on ends. An unreadable block ends it early."""
-        stop = min(first + self._throttle.batch_blocks, self._geometry.block_count)
-        return next(filter(self._blockmap.is_unreadable, range(first, stop)), stop)
+    def _end_of_batch(self, span: range) -> int:
+        """Return where a batch from the start of `span` on ends: a block number. An unreadable block ends it."""
+        stop = min(span.start + self._throttle.batch_blocks, span.stop)
+        return next(filter(self._blockmap.is_unreadable, range(span.start, stop)), stop)
 
     async def _request(self, blocks: range, count: int) -> None:
         try:
@@ -106,9 +113,8 @@ class BackgroundHydration:
         """Mark all blocks that are holes at both ends. If holes are unknown, their blocks are requested anyway."""
         if self._device.is_block_device:
             return  # a block device shows no holes
-        for start in range(0, self._geometry.size, _SURVEY_BYTES):
+        for extent in self._surveyed():
             await self._throttle.admit()
-            extent = Extent(start, min(_SURVEY_BYTES, self._geometry.size - start))
             generation = self._blockmap.generation
             try:
                 holes = await self._bulk.pool.holes(extent, self._geometry.block_size, trio.current_time())
@@ -118,6 +124,14 @@ class BackgroundHydration:
                 return
             for blocks in common:
                 self._hydrator.mark_zeros(blocks, generation)
+
+    def _surveyed(self) -> Iterator[Extent]:
+        """Yield the byte ranges of the wanted blocks, in parts of at most `_SURVEY_BYTES`."""
+        for blocks in self._wanted:
+            first = blocks.start * self._geometry.block_size
+            end = first + self._geometry.bytes_of(blocks)
+            for start in range(first, end, _SURVEY_BYTES):
+                yield Extent(start, min(_SURVEY_BYTES, end - start))
 
 
 def _common_holes(device: Device, geometry: Geometry, holes: list[Extent]) -> Iterator[range]:

@@ -33,11 +33,10 @@ async def report(replica: MonitoredReplica, progress: Progress) -> None:
         return
     try:
         while not replica.settled.is_set():
-            progress.update(replica.status().counts)
+            progress.update(replica.counts)
             with trio.move_on_after(_SECONDS):
                 await replica.settled.wait()
     finally:
-        status = replica.status()
-        progress.update(status.counts)
-        if status.state is State.COMPLETE:
+        progress.update(replica.counts)
+        if replica.succeeded:
             progress.finish()

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from blockcopy.block.geometry import Extent
+from blockcopy.block.geometry import BLOCK_SIZE, Extent
 from blockcopy.errors import BlockcopyError
 from blockcopy.progress.rate import human_size, human_time
 from blockcopy.replica.monitor.status import SCHEMA_HELP, SCHEMA_VERSION, Status
@@ -71,6 +71,15 @@ class SyncResult(Result):
     zero_bytes: int | None = _field(None, "Bytes that are zeros, and were not sent; null if unknown.")
     resumed_bytes: int = _field(0, "Bytes that a state file recorded as present.")
 
+    dry_run: bool = _field(
+        False,
+        "Whether nothing was written: the counts say what would be done, and complete whether nothing differs.",
+    )
+    uncompared_bytes: int = _field(
+        0,
+        "Of a dry run: fetched bytes that were not compared, because the destination lacks them.",
+    )
+
     def with_status(self, status: Status) -> SyncResult:
         """Return this result with the counts of `status`, the last one of the copy."""
         return dataclasses.replace(
@@ -92,7 +101,7 @@ class SyncResult(Result):
         done = sum(known) if known else self.size
         return dataclasses.replace(
             self,
-            complete=error is None,
+            complete=error is None and not (self.dry_run and (self.fetched_bytes or self.zero_bytes)),
             error=None if error is None else str(error),
             elapsed_seconds=round(seconds, 3),
             rate_bytes_per_s=None if done is None else int(done / max(seconds, 0.001)),
@@ -101,6 +110,13 @@ class SyncResult(Result):
     @property
     def words(self) -> str:
         """The result as a line for people."""
+        if self.dry_run:
+            fetched = self.fetched_bytes or 0
+            words = f"{human_size(fetched)} in {-(-fetched // BLOCK_SIZE)} blocks would be fetched"
+            if self.uncompared_bytes:
+                words = f"up to {words}"
+            zeros = f"{human_size(self.zero_bytes)} would become zeros" if self.zero_bytes else ""
+            return self._line("compared", filter(None, (words, zeros, f"{human_size(self.same_bytes or 0)} equal")))
         counts = ((self.same_bytes, "equal"), (self.fetched_bytes, "fetched"), (self.zero_bytes, "zeros"))
         parts = [f"{human_size(count)} {word}" for count, word in counts if count is not None]
         if self.resumed_bytes:

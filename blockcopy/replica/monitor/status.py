@@ -269,5 +269,13 @@ class MonitoredReplica(Protocol):
     settled: trio.Event
     """Set when the copy is complete or has failed."""
 
+    @property
+    def counts(self) -> Counts:
+        """The Counts for a progress bar."""
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether all that was asked for was copied."""
+
     def status(self) -> Status:
         """Return the status of this moment."""
