@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -125,7 +126,10 @@ def test_units_of_sizes_are_those_of_rsync_and_dd(text: str, count: int) -> None
 
 def test_version_is_the_packages() -> None:
     done = run("--version")
-    succeeded(done, stdout=f"blockcopy {blockcopy.__version__}\n")
+    first, protocol, others = done.stdout.decode().splitlines()
+    assert first == f"blockcopy {blockcopy.__version__}"
+    assert protocol == "protocol 1, and the streams of messa/blockcopy 0.0.2"
+    assert re.fullmatch(r"Python 3\.\d+\.\S+, pyfuse3 3\.\S+, libfuse 3\.\S+", others)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import argparse
 import math
 from typing import Any, Callable
 
-from blockcopy import __version__
 from blockcopy.cli import option_types
 from blockcopy.cli.stage_parser import (
     HelpFormatter,
@@ -19,6 +18,7 @@ from blockcopy.cli.stage_parser import (
     add_stages,
 )
 from blockcopy.cli.suggestions import VERBOSE_AFTER, Parser, commands_of
+from blockcopy.cli.versions import ShowVersions
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -54,7 +54,7 @@ def parser(only: str | None = None) -> Parser:
         formatter_class=HelpFormatter,
     )
     _add_verbose(top, "verbose")
-    top.add_argument("--version", action="version", version=f"blockcopy {__version__}")
+    top.add_argument("--version", action=ShowVersions, nargs=0, help="show all versions, and exit")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     for add in (_add_mount, _add_sync, _add_verify, _add_discard_writes, _add_control, add_stages, _add_about):
         add(commands if only is None else _Only(commands, only))

@@ -1,0 +1,56 @@
+"""The versions that `--version` shows: of this program, and of what it works with."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import importlib.metadata
+import platform
+import sys
+from typing import Any
+
+from blockcopy import __version__
+from blockcopy.protocol import wire
+
+ORIGINAL = "0.0.2"
+"""The version of the original program whose streams `checksum`, `retrieve` and `save` speak."""
+
+_LIBFUSE = "libfuse3.so.3"
+
+
+class ShowVersions(argparse.Action):
+    """The option `--version`: prints all versions, and ends the program."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *more: Any) -> None:
+        """Print the versions by `parser`, which exits with status 0. `more`: unused."""
+        parser._print_message(f"{text()}\n", sys.stdout)
+        parser.exit()
+
+
+def text() -> str:
+    """Return the versions as lines: the program first, then its protocol, then Python and FUSE if installed."""
+    parts = [f"Python {platform.python_version()}"]
+    for name, version in (("pyfuse3", _package("pyfuse3")), ("libfuse", _libfuse())):
+        parts += [f"{name} {version}"] if version else []
+    return (
+        f"blockcopy {__version__}\n"
+        f"protocol {wire.PROTOCOL}, and the streams of messa/blockcopy {ORIGINAL}\n"
+        f"{', '.join(parts)}"
+    )
+
+
+def _package(name: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return None
+
+
+def _libfuse() -> str | None:
+    """Return the version of the library that pyfuse3 uses. Returns None if it is not installed."""
+    with contextlib.suppress(OSError, AttributeError):
+        function = ctypes.CDLL(_LIBFUSE).fuse_pkgversion
+        function.restype = ctypes.c_char_p
+        found: bytes = function()
+        return found.decode()
+    return None
