@@ -110,9 +110,9 @@ class Further:
             for message in messages:
                 if isinstance(message, wire.Fence):
                     branch.confirm(message.number)
-        except BaseException:
+        except Exception as error:
             if not self._ends:  # at its end the owner may close the streams at any time
-                session.kill("the connection was lost")  # so that the sender waits no longer
+                session.kill(str(error))  # so that the sender waits no longer
             raise
         finally:
             branch.end()
