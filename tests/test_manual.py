@@ -272,7 +272,12 @@ def test_completions_are_scripts_of_the_shell(shell: str, tmp_path: Path) -> Non
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 @pytest.mark.parametrize(
     ("typed", "found"),
-    [(["mou"], {"mount"}), (["sync", "--no-sp"], {"--no-sparse"}), (["completion", "f"], {"fish"})],
+    [
+        (["mou"], {"mount"}),
+        (["sync", "--no-sp"], {"--no-sparse"}),
+        (["completion", "f"], {"fish"}),
+        (["help", "recip"], {"recipes"}),
+    ],
 )
 def test_bash_completes(tmp_path: Path, typed: list[str], found: set[str]) -> None:
     (tmp_path / "script").write_bytes(run("completion", "bash").stdout)
