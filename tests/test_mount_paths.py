@@ -204,6 +204,23 @@ def test_a_state_file_that_gives_no_answer_is_left(
     assert blockmap.take_changes().chunks  # to be told again
 
 
+def test_a_lease_that_comes_after_the_end_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was to be recorded before, and its thread came late."""
+    made, journal, _ = stuck_keeper(monkeypatch)
+    journal.answer.set()
+    late = journal.write_times
+
+    async def main() -> None:
+        await made.close()
+        assert await made._write(late)
+
+    trio.run(main)
+    assert journal.calls[-1] == "close"
+    assert caplog.text == ""
+
+
 def test_a_record_that_cannot_be_removed_for_a_dead_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     made, journal, _ = stuck_keeper(monkeypatch, forget=lambda: None)
     try:

@@ -371,8 +371,10 @@ class Committer:
         """
 
         def write_and_count() -> None:
+            if self._state_file is None:
+                return  # closed meanwhile, with newer times on record than a late lease has
             write()
-            if self._counter is not None and self._state_file is not None:
+            if self._counter is not None:
                 self._counter.set(self._state_file.commits)
 
         try:
