@@ -16,6 +16,7 @@ from blockcopy.replica.monitor import status
 from blockcopy.replica.monitor.result import Result, SyncResult, VerifyResult
 from blockcopy.replica.monitor.status import LinkStatus, ReadStatus, Status
 from blockcopy.replica.source import dialects
+from blockcopy.stage import join
 from blockcopy.transport import bootstrap
 from blockcopy_fuse import mount_helper, options
 from blockcopy_fuse.manual import common, markup
@@ -214,6 +215,7 @@ PARTS: dict[str, Callable[[], list[Block]]] = {
     "fences": _fences,
     "limits": _limits,
     "digests": _digests,
+    "joins": lambda: _docstring_part(join.__doc__),
     "mark": lambda: [Code(repr(bootstrap.MARK.decode()))],
     "options of mount.blockcopy": lambda: options_of(mount_helper.parser()),
     "identity": lambda: _docstring_part(identity.__doc__),
