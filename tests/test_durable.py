@@ -211,6 +211,7 @@ NO_PROMISE = {
     "blockcopy/paths/runtime_dir.py": "sockets: gone with the machine's run",
     "blockcopy/paths/safe_write.py": "--metrics, --pid-file, --log-file: of a process that runs",
     "fuse/blockcopy_fuse/control_server.py": "sockets",
+    "fuse/blockcopy_fuse/manual/pages.py": "manual pages: made again by the same command",
     "blockcopy/block/claim.py": "a destination: its name is made durable by `_sync_name`",
 }
 
