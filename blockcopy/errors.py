@@ -86,6 +86,19 @@ class DestinationRefusedError(DeviceError):
     """A destination that is in use, locked, mounted, read-only or too small."""
 
 
+class ForeignContentError(DestinationRefusedError):
+    """A destination with a file system, partition table or the like that the source has not."""
+
+    def __str__(self) -> str:
+        """Return what is held, and how to go on."""
+        return f"{self.held}. Nothing was written; --force overwrites it"
+
+    @property
+    def held(self) -> str:
+        """What the destination holds, as a clause."""
+        return super().__str__()
+
+
 class UserWritesError(DestinationRefusedError):
     """A destination that holds what a user wrote to a writable mount, which the command would overwrite."""
 

@@ -77,6 +77,15 @@ _stderr: BackgroundWriter[str | Callable[[], str]] = BackgroundWriter(
 )
 
 
+def confirm(question: str) -> bool:
+    """Ask `question` on the terminal. Returns whether the answer is yes, and False if there is no terminal."""
+    if sys.stdin is None or sys.stderr is None or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    drain(1)
+    print(f"{printable(question, len(question))} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def can_draw_screens() -> bool:
     """Return True if standard output is a terminal with cursor movement."""
     return _can_draw(sys.stdout)

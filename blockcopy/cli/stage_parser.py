@@ -157,7 +157,11 @@ def add_progress(parser: argparse.ArgumentParser) -> Options:
 
 def add_force(parser: Options) -> None:
     """Add `--force` to `parser`."""
-    parser.add_argument("--force", action="store_true", help="overwrite even a destination that is in use")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="overwrite even a destination that is in use, or holds what the source lacks",
+    )
 
 
 def add_sparse(parser: Options) -> None:

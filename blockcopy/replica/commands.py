@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from blockcopy.block.claim import check_destination, existing_destination, open_destination
 from blockcopy.block.device import open_source
 from blockcopy.cli import console, log
-from blockcopy.errors import BlockcopyError, StateError, UsageError
+from blockcopy.errors import BlockcopyError, ForeignContentError, StateError, UsageError
 from blockcopy.paths.places import absolute
 from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.replica import comparison
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from blockcopy.block.geometry import Extent
     from blockcopy.replica.monitor.result import SyncResult
     from blockcopy.replica.monitor.status import Status
+    from blockcopy.replica.plan import Plan
 
 
 def sync(args: argparse.Namespace) -> None:
@@ -92,10 +93,18 @@ def _pull(args: argparse.Namespace, path: str, results: list[SyncResult]) -> boo
         def note(status: Status) -> None:
             results.append(results[-1].with_status(status))
 
-        with console.progress(args, bar_by_default=True) as progress:
-            notifier = Notifier()
-            run(lambda: runner.run_interruptible(lambda: make_copy(plan, progress, notifier, note)))
-    return _shows(args, progress)
+        def copy(plan: Plan) -> bool:
+            with console.progress(args, bar_by_default=True) as progress:
+                run(lambda: runner.run_interruptible(lambda: make_copy(plan, progress, notifier, note)))
+            return _shows(args, progress)
+
+        notifier = Notifier()
+        try:
+            return copy(plan)
+        except ForeignContentError as error:
+            if not console.confirm(f"{error.held}. Overwrite it?"):
+                raise
+            return copy(dataclasses.replace(plan, overwrite=True))
 
 
 def _dry_run(args: argparse.Namespace, command: Command, path: str, results: list[SyncResult]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import trio
@@ -9,11 +10,15 @@ import trio
 from blockcopy.block.claim import check_room
 from blockcopy.block.destination import Destination
 from blockcopy.block.geometry import BLOCK_SIZE, Extent, Geometry
+from blockcopy.errors import ForeignContentError
 from blockcopy.progress.reporter import Counts, Progress
+from blockcopy.replica.overwrite_guard import refuse_foreign_content
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.source.connector import Connector
 from blockcopy.replica.source.pool import Pool
 from blockcopy.replica.verify import Verdict, compare, missing_extents
+
+logger = logging.getLogger(__name__)
 
 _HOLES_BYTES = 64 << 30
 """Bytes of the source whose holes are requested at once. This bounds the memory of an answer."""
@@ -37,6 +42,8 @@ async def dry_run(plan: Plan, device: Destination | None, progress: Progress) ->
         verdict = Verdict(geometry.size, sum(map(geometry.bytes_of, wanted)))
         if device is not None:
             check_room(device, geometry.size)
+            if not plan.force:
+                await _warn_of_foreign_content(device, pool)
 
             def completed(count: int) -> None:
                 progress.update(Counts(count, verdict.compared_bytes))
@@ -50,6 +57,14 @@ async def dry_run(plan: Plan, device: Destination | None, progress: Progress) ->
         verdict.sent_bytes, verdict.received_bytes = pool.sent_bytes, pool.received_bytes
         await pool.close()
     return verdict
+
+
+async def _warn_of_foreign_content(device: Destination, pool: Pool) -> None:
+    """Warn if `device` holds what the source of `pool` does not hold. A state file may make this no obstacle."""
+    try:
+        await refuse_foreign_content(device, pool)
+    except ForeignContentError as error:
+        logger.warning("%s. A sync asks before it overwrites that, or needs --force", error.held)
 
 
 async def _hole_bytes(pool: Pool, extents: Sequence[Extent]) -> int:

@@ -24,6 +24,7 @@ from blockcopy.block.geometry import BLOCK_SIZE, Geometry
 from blockcopy.block.identity import shows_writes
 from blockcopy.errors import DestinationRefusedError, DeviceError, SourceError, StateError
 from blockcopy.replica.hydration.lanes import bulk_window, demand_window
+from blockcopy.replica.overwrite_guard import refuse_foreign_content
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.replica import Replica
 from blockcopy.replica.source.connector import Connector
@@ -72,6 +73,8 @@ async def open_replica(plan: Plan) -> AsyncIterator[Replica]:
                     raise SourceError(f"{plan.command.location} did not send its identity")
                 geometry = _geometry(plan, source["size"])
                 device = existing
+                if existing and is_reached and not (plan.force or plan.overwrite):
+                    await refuse_foreign_content(existing, demand, record)
                 if device is None:
                     opened = open_destination(plan.destination, force=plan.force, create=True)
                     device = stack.enter_context(opened)

@@ -28,6 +28,8 @@ class Plan:
     """Run background hydration."""
     force: bool = False
     """Use the destination even if it cannot be claimed: it may be mounted, in use or locked."""
+    overwrite: bool = False
+    """Overwrite a file system, partition table or the like that the source has not."""
     keep_state: bool = True
     """Write a state file, so that a later run can resume."""
     state: str | None = None

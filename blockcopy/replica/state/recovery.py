@@ -242,6 +242,27 @@ def resume_blockmap(
     return blockmap
 
 
+def is_copy_of_same(record: Record, destination: Device, source: Identity) -> bool:
+    """Return whether `record`, which is usable, proves that `destination` is a copy of the device `source`.
+
+    An older copy counts, an incomplete one too, and one that holds writes of its user.
+    """
+    recorded = record.binding.source
+    lasting = recorded.keys() & {"id", "inode"} or {
+        "size"
+    }  # not so of the original program, and of a nameless device
+    if any(recorded[name] != source.get(name) for name in lasting):
+        return False
+    geometry = Geometry(recorded["size"])
+    blockmap = BlockMap(geometry)
+    try:
+        blockmap.resume(record.rows)
+    except ValueError:
+        return False
+    copied = [each for each in sample_extents(geometry.size) if not blockmap.any_missing(geometry.span(*each))]
+    return record.has_user_writes or sample_matches(destination, recorded, copied)
+
+
 def recorded_user_pages(destination: Device, geometry: Geometry) -> UserPages | None:
     """Return the pages of `destination` that the user wrote, as its state file says, or None if there are none.
 

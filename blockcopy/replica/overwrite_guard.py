@@ -1,0 +1,88 @@
+"""The guard of a destination that holds something else than an older copy of the source.
+
+Superblocks tell what a device holds. The destination may have those that the source has at the same place, with the
+same UUID. It may have any if its state file proves that it is a copy of this source. So a nightly copy of one
+source onto one destination is never refused. Zeros and plain data have no superblock.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import trio
+
+from blockcopy.block.buffers import Buffer
+from blockcopy.block.device import Device
+from blockcopy.block.geometry import Geometry
+from blockcopy.block.superblocks import HEAD, Superblock, superblocks
+from blockcopy.block.unreadable_ranges import UnreadableRanges
+from blockcopy.errors import DeviceError, ForeignContentError
+from blockcopy.replica.hydration.signatures import read_signatures
+from blockcopy.replica.source.pool import Pool
+from blockcopy.replica.state import recovery
+from blockcopy.replica.state.statefile import Record
+
+
+async def refuse_foreign_content(device: Device, pool: Pool, record: Record | None = None) -> None:
+    """Raise ForeignContentError if the destination `device` holds what the source of `pool` does not hold.
+
+    `pool` must be connected. `record`: the usable one of `device`, or None.
+    Raises SourceError if the source does not answer.
+    """
+    head = await trio.to_thread.run_sync(_head_of, device)
+    held = superblocks(head)
+    identity = pool.connector.identity
+    if not held or (record and identity and recovery.is_copy_of_same(record, device, identity)):
+        return
+    others = superblocks(await _source_head(device, head, pool))
+    if foreign := [each for each in held if each not in others]:
+        raise ForeignContentError(
+            f"{device.path} holds {_words(foreign)}, which {pool.connector.command.location} does not hold"
+            + (f": that holds {_words(others)}" if others else "")
+        )
+
+
+def _words(found: list[Superblock]) -> str:
+    return " and ".join(map(str, found))
+
+
+def _head_of(device: Device) -> bytes:
+    """Return the first bytes of `device`. Returns none if they cannot be read: a copy will replace them."""
+    try:
+        return bytes(device.read(0, min(HEAD, device.size())))
+    except DeviceError:
+        return b""
+
+
+class _Head:
+    """A sink that makes the first bytes of the source from those of the destination."""
+
+    def __init__(self, head: bytes) -> None:
+        self.bytes = bytearray(head)
+
+    def data(self, position: int, payload: Buffer) -> None:
+        """Take the source's bytes at `position`, the `payload`."""
+        self.bytes[position : position + len(payload)] = payload
+
+    def zeros(self, position: int, length: int) -> None:
+        """Take `length` zeros at `position`."""
+        self.bytes[position : position + length] = bytes(length)
+
+
+async def _source_head(device: Device, head: bytes, pool: Pool) -> bytes:
+    """Return the first bytes of the source of `pool`, by its differences from `head`, the first of `device`.
+
+    Bytes that the source cannot read are zeros. Raises SourceError if the source does not answer.
+    """
+    identity = pool.connector.identity
+    geometry = Geometry(min(len(head), identity["size"] if identity else 0))
+    sink = _Head(head[: geometry.size])
+    if geometry.size:
+        since = trio.current_time()
+        digest = await pool.digest(since)
+        blocks = range(geometry.block_count)
+        read = partial(read_signatures, device, geometry, blocks, digest, UnreadableRanges())
+        answer = await pool.ask(await trio.to_thread.run_sync(read), sink, since)
+        for each in answer.unreadable:
+            sink.zeros(*each.extent)
+    return bytes(sink.bytes)
