@@ -24,6 +24,9 @@ _LAYERS = {
     "blockcopy.replica.commands": ("sync", "verify", "discard-writes"),
 }
 
+_DEFAULTS = "blockcopy.replica.defaults"
+"""The module that completes the options of all commands but the stages."""
+
 _MOUNT = "blockcopy_fuse.commands"
 """The module of all other commands."""
 
@@ -33,7 +36,17 @@ _OPEN_FILES = {"mount": 64, "sync": 64, "verify": 64, "doctor": 32}
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command that `argv` names, and exit with its status. `argv`: sys.argv's arguments if None."""
-    program.run(parser(_named(sys.argv[1:] if argv is None else argv)), _find, argv, _OPEN_FILES)
+    words = sys.argv[1:] if argv is None else argv
+    made = parser(_named(words))
+
+    def find(name: str) -> Callable[[argparse.Namespace], None]:
+        command = _find(name)
+        if name in _LAYERS[_STAGES]:
+            return command
+        complete = importlib.import_module(_DEFAULTS).complete
+        return lambda args: command(complete(made, words, args))
+
+    program.run(made, find, words, _OPEN_FILES)
 
 
 def _named(argv: Sequence[str]) -> str | None:

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
+from blockcopy.replica.defaults import OPTIONS
+
 _COPIES = {"mount", "sync"}
 _REMOTE = {*_COPIES, "verify", "doctor"}
 _PIPES = {"checksum", "retrieve", "save", "receive"}
 _STATEFUL = {*_COPIES, "save", "receive", "discard-writes"}
 _CONTROLS = {"status", "wait", "umount", "pause", "resume", "limit", "prefetch"}
 _MOUNTS = {"mount", "list", *_CONTROLS}
+
+_COMPARES = {*_COPIES, "verify"}
+_WITH_DEFAULTS = {
+    **dict.fromkeys(("rsh", "python", "blockcopy-path", "no-control-master"), _REMOTE),
+    **dict.fromkeys(("timeout", "reconnect-timeout"), _COMPARES),
+}
+"""The commands that have an option with a default. All others belong to copies."""
 
 
 class Row(NamedTuple):
@@ -55,6 +64,11 @@ FILES = (
         _STATEFUL,
     ),
     Row(
+        "/etc/blockcopy.toml, $XDG_CONFIG_HOME/blockcopy/config.toml",
+        "Defaults of options, see blockcopy-config(5). Without the variable, the folder is `~/.config`.",
+        _REMOTE,
+    ),
+    Row(
         "/run/blockcopy, $XDG_RUNTIME_DIR/blockcopy",
         "The sockets of mounts, and of shared ssh logins.",
         _REMOTE | _MOUNTS,
@@ -65,6 +79,11 @@ FILES = (
 
 ENVIRONMENT = (
     Row("BLOCKCOPY_DEBUG", "The same as `-vv`, if it is not empty."),
+    *(
+        Row(variable, f"The default of `--{option}`, see blockcopy-config(5).", _WITH_DEFAULTS.get(option, _COPIES))
+        for option, variable in OPTIONS.items()
+    ),
+    Row("XDG_CONFIG_HOME", "The folder of `blockcopy/config.toml`. The default is `~/.config`.", _REMOTE),
     Row("STATE_DIRECTORY", "The folder of the state files. systemd sets it for its units.", _STATEFUL),
     Row(
         "XDG_STATE_HOME", "The folder of the state of an ordinary user. The default is `~/.local/state`.", _STATEFUL
