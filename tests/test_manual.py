@@ -210,7 +210,8 @@ def test_all_pages_are_installed(tmp_path: Path) -> None:
     names = {f"man{title.section}/{title.name}.{title.section}" for title in TITLES}
     assert {str(path.relative_to(folder)) for path in installed} == names
     assert (folder / "man1/blockcopy.1").read_bytes() == run("manual").stdout
-    assert (folder / "man7/blockcopy-state.7").read_bytes() == run("manual", "state").stdout
+    assert (folder / "man7/blockcopy-state.7").read_bytes() == run("manual", "state.7").stdout
+    assert (folder / "man1/blockcopy-state.1").read_bytes() == run("manual", "state").stdout
 
 
 def test_a_folder_that_cannot_be_written() -> None:

@@ -21,7 +21,7 @@ _STAGES = "blockcopy.cli.commands"
 
 _LAYERS = {
     _STAGES: ("checksum", "retrieve", "save", "receive", "facts"),
-    "blockcopy.replica.commands": ("sync", "verify", "discard-writes"),
+    "blockcopy.replica.commands": ("sync", "verify", "discard-writes", "state"),
 }
 
 _DEFAULTS = "blockcopy.replica.defaults"

@@ -56,7 +56,16 @@ def parser(only: str | None = None) -> Parser:
     _add_verbose(top, "verbose")
     top.add_argument("--version", action=ShowVersions, nargs=0, help="show all versions, and exit")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
-    for add in (_add_mount, _add_sync, _add_verify, _add_discard_writes, _add_control, add_stages, _add_about):
+    for add in (
+        _add_mount,
+        _add_sync,
+        _add_verify,
+        _add_discard_writes,
+        _add_state,
+        _add_control,
+        add_stages,
+        _add_about,
+    ):
         add(commands if only is None else _Only(commands, only))
     for command in commands.choices.values():
         _add_verbose(command, VERBOSE_AFTER)
@@ -156,6 +165,24 @@ def _add_discard_writes(commands: Any) -> None:
     )
     discard.add_argument("destination", metavar="DESTINATION", help="device or file that was mounted writable")
     _add_file(discard, "--state", "the state is in FILE (default: see the manual)")
+
+
+def _add_state(commands: Any) -> None:
+    state = add_command(
+        commands,
+        "state",
+        "list the state files, or forget what is present in a destination",
+        "list | forget DESTINATION...",
+        "state forget /dev/vg/copy",
+    )
+    state.add_argument("action", metavar="ACTION", choices=("list", "forget"), help="list or forget")
+    state.add_argument(
+        "destinations",
+        metavar="DESTINATION",
+        nargs="*",
+        help="device or file, or the state file of one that is gone",
+    )
+    state.add_argument("--json", action="store_true", help="list as JSON, sizes in bytes")
 
 
 def _add_both_ends(

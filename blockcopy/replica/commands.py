@@ -260,6 +260,22 @@ def discard_writes(args: argparse.Namespace) -> None:
     console.write_line(f"threw away {found} in {args.destination}; the next mount or sync checks every block")
 
 
+def state(args: argparse.Namespace) -> None:
+    """Run `blockcopy state` with the parsed options `args`: list the state files, or forget some.
+
+    Raises UsageError if destinations do not fit the action. Raises StateError or DeviceError if that fails.
+    """
+    from blockcopy.replica import state_command
+
+    if (args.action == "forget") != bool(args.destinations):
+        raise UsageError("write `state list`, or `state forget DESTINATION`")
+    if args.action == "list":
+        found = state_command.states()
+        console.write(state_command.as_json(found) if args.json else state_command.table(found))
+    for path in args.destinations:
+        console.write_line(state_command.forget(absolute(path)))
+
+
 def discard(path: str, state: str | None) -> str:
     """Throw away what the user wrote to the destination at `path`. Returns in words how much that is, or "".
 

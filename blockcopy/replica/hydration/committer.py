@@ -132,7 +132,7 @@ class Committer:
             await trio.to_thread.run_sync(self._device.drop_cache)
 
     def _begin(self, state_file: StateFile, binding: Binding, times: WriteTimes) -> None:
-        state_file.begin_record(binding, times)
+        state_file.begin_record(binding, times, (self._source, self._device.path))
         if is_at_default_path(state_file, self._device):
             make_default_authoritative(self._device)
         else:

@@ -39,6 +39,7 @@ from blockcopy.protocol.strict_json import parse_object
 from blockcopy.replica.state import sqlite_files
 from blockcopy.replica.state.bits import ROW_BYTES
 from blockcopy.replica.state.blockmap import CHUNK_BLOCKS, Changes
+from blockcopy.untrusted_text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class Record:
     """The content of a state file.
 
     `rows`: for `BlockMap.resume`. `has_user_writes`: whether the destination holds writes of a user.
+    `names`: the source and the path of the destination, as the user named them. Empty texts if unknown.
     `was_killed`: whether a run with such writes has ended without its last record. It may have left writes on the
     destination that are not on record.
     """
@@ -95,6 +97,7 @@ class Record:
     rows: Changes
     has_user_writes: bool = False
     was_killed: bool = False
+    names: tuple[str, str] = ("", "")
 
 
 class StateFile:
@@ -235,15 +238,23 @@ class StateFile:
             raise ValueError("whether there are writes of a user")  # noqa: TRY004  (of data, not of an argument)
         self.token, self._facts, self.commits = token, facts, commits
         was_killed = has_user_writes and (was_killed or written.until_ns is not None)
-        return Record(binding, written, Changes(**believed), has_user_writes, was_killed)
+        names = (str(facts.get("source", "")), str(facts.get("destination", "")))
+        return Record(binding, written, Changes(**believed), has_user_writes, was_killed, names)
 
-    def begin_record(self, binding: Binding, times: WriteTimes) -> None:
+    def begin_record(self, binding: Binding, times: WriteTimes, names: tuple[str, str] = ("", "")) -> None:
         """Replace the record by a new one about `binding`, without rows.
 
-        `times`: when the destination was written. Raises StateWriteError if the record cannot be written.
+        `names`: the source and the destination in words. `times`: when the destination was written.
+        Raises StateWriteError if the record cannot be written.
         """
         self.token = secrets.token_hex(16)
-        self._facts = {"token": self.token, "binding": vars(binding)}
+        source, destination = map(printable, names)
+        self._facts = {
+            "token": self.token,
+            "binding": vars(binding),
+            "source": source,
+            "destination": destination,
+        }
         with self._transaction():
             self._delete_rows()
             self._write_facts(times)

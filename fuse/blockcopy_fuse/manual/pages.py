@@ -70,12 +70,14 @@ def topic_files() -> dict[str, str]:
 def find(word: str) -> Page:
     """Return the page that `word` names: a page, a command, or a topic without `blockcopy-`.
 
+    Of pages with the same name, the first section counts, unless `word` names one: `state.7`.
     Raises UsageError if there is no such page.
     """
-    known = {title.name: title for title in titles()}
+    known = {title.name: title for title in reversed(titles())}
+    sections = {f"{title.name}.{title.section}": title for title in titles()}
     for name in (f"blockcopy-{word}", word):
-        if name in known:
-            return page(known[name])
+        if (found := known.get(name) or sections.get(name)) is not None:
+            return page(found)
     short = [name.removeprefix("blockcopy-") for name in known]
     nearest = get_close_matches(word, short, 1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(short)}"
