@@ -619,7 +619,8 @@ def test_status_tells_all_that_was_promised(mount: Mounter, source: Path, destin
     assert Path(status["state_file"]).parent == Path(os.environ["STATE_DIRECTORY"])
     assert stat.S_ISSOCK(os.stat(status["control_socket"]).st_mode)
     people = run("status", mounted.point).stdout.decode()
-    assert people.startswith("paused: 2.50 % of 5.0 MiB; ")
+    assert status["on_demand"]
+    assert people.startswith("on-demand: 2.50 % of 5.0 MiB; ")
     assert "still needed" in people
 
 

@@ -91,6 +91,8 @@ def test_plain_lines_are_those_of_the_original_program() -> None:
     assert len(told) == 21
     assert told[0] == "Checksum progress:    5.00 GB / 100.00 GB ( 5.00%)"
     assert told[-1].startswith("Checksum done in 0.0")
+    LineProgress("sync", told.append).update(Counts(100 << 30, 100 << 30))
+    assert told[-1] == "Sync progress:  100.00 GiB / 100.00 GiB (100.00%)"
 
 
 # Commands

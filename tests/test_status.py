@@ -46,6 +46,8 @@ from blockcopy.replica.monitor.status import (
     summary,
 )
 from blockcopy.replica.state.blockmap import BlockMap
+from blockcopy_fuse import listing
+from blockcopy_fuse.mountinfo import Mount as Mounted
 from blockcopy_fuse.screen import CELL_KINDS, DeviceMap, cell_kind, screen
 
 Mounter = Callable[..., Mount]
@@ -86,7 +88,7 @@ NAMES = """
     fetched_bytes zero_bytes hole_bytes unreadable_bytes unreadable_ranges written_bytes lost_bytes verified_bytes
     verified_percent sent_bytes received_bytes
     rate_bytes_per_s limit_bytes_per_s eta_seconds elapsed_seconds source_needed demand link state_file error
-    mountpoint control_socket
+    on_demand mountpoint control_socket
 """
 
 
@@ -215,6 +217,8 @@ def test_the_screen_fits_and_says_what_counts(width: int) -> None:
     text = "\n".join(lines)
     for told in ("512.0 MiB of 1.0 GiB, 20.0 MiB/s, 0:26 to go", "connected", "12.0, 40.0, 50.0 ms", "1 waiting"):
         assert told in text
+    labels = [line.split()[0] for line in lines[2:] if re.match(r"[A-Z][a-z]+  ", line)]
+    assert labels == ["Progress", "Transferred", "Connection", "Reads", "Destination"]
 
 
 def test_the_screen_of_a_copy_that_is_complete_or_in_trouble() -> None:
@@ -394,6 +398,36 @@ def test_list_tells_of_all_and_waits_for_none(mount: Mounter, tmp_path: Path) ->
     assert re.search(r"complete +100\.00 % .* not needed$", line)
 
 
+@pytest.mark.parametrize("width", [80, 100, 200, None])
+def test_list_fits_the_terminal_and_shows_the_ends_of_long_names(width: int | None) -> None:
+    def listed(point: str, source: str) -> listing.ListedMount:
+        mounted = Mounted(point, "0:99", "fuse.blockcopy", source, 0)
+        return listing.ListedMount(mounted, dataclasses.replace(STATUS, source=source))
+
+    long = "/a/very/long/path" * 8
+    names = [("/mnt", f"host:{long}/disk"), (f"{long}/point", "host:/dev/sda"), (f"{long}/one", f"host:{long}/two")]
+    lines = listing.table([listed(*each) for each in names], width).splitlines()
+    assert width is None or max(map(len, lines)) <= width
+    assert lines[1].startswith("/mnt ")
+    assert "/disk" in lines[1]
+    assert "/point " in lines[2]
+    assert "host:/dev/sda" in lines[2]
+    assert "/one " in lines[3]
+    assert "/two " in lines[3]
+    assert ("…" in lines[3]) == (width is not None)
+
+
+def test_a_mount_on_demand_is_called_so_and_has_the_state_that_programs_know() -> None:
+    on_demand = dataclasses.replace(STATUS, state=State.PAUSED, on_demand=True)
+    assert on_demand.as_dict()["state"] == "paused"
+    assert summary(on_demand).startswith("on-demand: ")
+    assert short_summary(on_demand).startswith("on-demand: ")
+    assert drawn(screen(on_demand, [])).startswith("ON-DEMAND ")
+    assert on_demand.counts.word == "on-demand"
+    assert summary(dataclasses.replace(on_demand, on_demand=False)).startswith("paused: ")
+    assert summary(dataclasses.replace(on_demand, state=State.COMPLETE)).startswith("complete: ")
+
+
 # Metrics
 
 
@@ -468,7 +502,7 @@ def test_watch_without_a_terminal_tells_lines_until_the_mount_goes(
     command = [*support.BLOCKCOPY, "status", "--watch", str(mounted.point)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert process.stdout.readline().startswith("paused: 0.00 %")
+        assert process.stdout.readline().startswith("on-demand: 0.00 %")
         assert mounted.file.read_bytes() == DATA
         assert process.stdout.readline().startswith("complete: 100.00 %")
         mounted.umount()

@@ -86,6 +86,14 @@ def confirm(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
+def width() -> int | None:
+    """Return the columns of the terminal that is standard output. Returns None if it is no terminal."""
+    try:
+        return os.get_terminal_size(1).columns or None
+    except OSError:
+        return None
+
+
 def can_draw_screens() -> bool:
     """Return True if standard output is a terminal with cursor movement."""
     return _can_draw(sys.stdout)

@@ -93,8 +93,8 @@ def render(figures: Figures, width: int) -> RenderableType:
     lines: list[RenderableType] = [_first_line(figures, width)]
     parts = [f"{_WORDS.get(name, name)} {human_size(count)}" for name, count in figures.counts.parts.items()]
     words = ", ".join(parts)
-    if figures.counts.state:
-        words = printable(f"{figures.counts.state}: {words}" if words else figures.counts.state)
+    if state := figures.counts.word or figures.counts.state:
+        words = printable(f"{state}: {words}" if words else state)
     if words:
         lines.append(Text(f"  {words}", style="dim", no_wrap=True, overflow="ellipsis"))
     return Group(*lines)

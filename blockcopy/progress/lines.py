@@ -15,9 +15,12 @@ from blockcopy.progress.reporter import Counts, Progress
 _LINE_SECONDS = 60
 _LINE_PERCENT = 5
 
+_ORIGINAL = ("checksum", "retrieve", "save")
+"""Commands of the original program. It calls a GiB a GB, and scripts may read its lines."""
+
 
 class LineProgress(Progress):
-    """A reporter of the original program's lines: one for each 5 percent, and after 60 seconds without a line."""
+    """A reporter of the original's lines: one for each 5 percent, and after 60 seconds without a line."""
 
     silent = False
 
@@ -27,6 +30,7 @@ class LineProgress(Progress):
         `command`: name of the command, such as "checksum". `write`: called with each line.
         """
         self._what = command.capitalize()
+        self._unit = "GB" if command in _ORIGINAL else "GiB"
         self._write = write
         self._started = self._reported_at = time.monotonic()
         self._reported_percent = 0.0
@@ -40,8 +44,9 @@ class LineProgress(Progress):
         if now - self._reported_at >= _LINE_SECONDS or percent - self._reported_percent >= _LINE_PERCENT:
             self._reported_at, self._reported_percent = now, percent
             position = counts.done if counts.position is None else counts.position
+            unit = self._unit
             self._write(
-                f"{self._what} progress: {position / 2**30:7.2f} GB / {counts.total / 2**30:.2f} GB "
+                f"{self._what} progress: {position / 2**30:7.2f} {unit} / {counts.total / 2**30:.2f} {unit} "
                 f"({floored_percent(counts.done, counts.total):5.2f}%)"
             )
 

@@ -25,6 +25,8 @@ class Counts(NamedTuple):
     """The offset on the device, if that differs from `done`."""
     state: str | None = None
     """A word for the current activity, if a command has several."""
+    word: str | None = None
+    """The word for people if that is another than `state`."""
     skipped: int = 0
     """Bytes done without any work, such as holes. `done` counts them, and no rate includes them."""
 

@@ -172,7 +172,10 @@ def list(args: argparse.Namespace) -> None:
     from blockcopy_fuse import listing
 
     found = listing.replicas()
-    console.write(json.dumps([each.as_dict() for each in found], indent=2) if args.json else listing.table(found))
+    if args.json:
+        console.write(json.dumps([each.as_dict() for each in found], indent=2))
+    else:
+        console.write(listing.table(found, console.width()))
 
 
 def wait(args: argparse.Namespace) -> None:

@@ -18,6 +18,9 @@ from blockcopy_fuse.mountinfo import NO_FUSE, Mount
 _SECONDS = 1.0
 """How long all mounts together may take to answer."""
 
+_MIN_WIDTH = 12
+"""Columns that a mountpoint and a source have at least."""
+
 _HEADINGS = ["MOUNTPOINT", "SOURCE", "STATE", "PRESENT", "RATE", "TO GO", "SOURCE IS"]
 
 
@@ -43,7 +46,7 @@ class ListedMount:
         return [
             self.mount.mountpoint,
             status.source,
-            status.state,
+            status.state_word,
             f"{status.hydrated_percent:.2f} %",
             f"{human_size(status.rate_bytes_per_s)}/s" if grows else "-",
             "-" if status.eta_seconds is None else human_time(status.eta_seconds),
@@ -75,10 +78,30 @@ def _listed(request: StatusRequest, end: float) -> ListedMount:
     return ListedMount(request.mount, status, "" if status else f"no answer within {_SECONDS:g} s")
 
 
-def table(mounts: list[ListedMount]) -> str:
-    """Return a table of `mounts`, ListedMounts, as text for people. An error may be longer than its column."""
+def table(mounts: list[ListedMount], width: int | None = None) -> str:
+    """Return a table of `mounts`, ListedMounts, as text for people. An error may be longer than its column.
+
+    `width`: columns of the terminal, to which mountpoints and sources are shortened. None: as wide as needed.
+    """
     rows = [_HEADINGS, *([printable(text) for text in each.cells()] for each in mounts)]
+    widths = _widths(rows)
+    if width is not None:
+        left = width - sum(widths[2:]) - len("  ") * (len(widths) - 1)
+        source = max(_MIN_WIDTH, left - min(widths[0], max(_MIN_WIDTH, left // 2)))
+        point = max(_MIN_WIDTH, left - min(widths[1], source))
+        rows = [[_shortened(row[0], point), _shortened(row[1], source), *row[2:]] for row in rows]
+        widths = _widths(rows)
+    lines = ["  ".join(text.ljust(each) for text, each in zip(row, widths, strict=False)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _shortened(text: str, width: int) -> str:
+    """Return `text`, whose end tells most, in at most `width` columns."""
+    return text if len(text) <= width else f"…{text[1 - width :]}"
+
+
+def _widths(rows: list[list[str]]) -> list[int]:
+    """Return the widths of the columns of `rows`."""
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(_HEADINGS))]
     widths[2] = max(len(row[2]) for row in rows if len(row) == len(_HEADINGS))  # without the errors
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=False)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    return widths

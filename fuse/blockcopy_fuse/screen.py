@@ -107,7 +107,7 @@ def _headline(status: Status) -> RenderableType:
     columns = Column(no_wrap=True), Column(no_wrap=True), Column(ratio=1)
     row = Table.grid(*columns, padding=(0, 1, 0, 0), expand=True)
     row.add_row(
-        Text(status.state.upper(), _STATE_STYLES.get(status.state, "bold")),
+        Text(status.state_word.upper(), "bold" if status.on_demand else _STATE_STYLES.get(status.state, "bold")),
         Text(f"{status.percent:.2f} %", "bold"),
         ProgressBar(
             total=max(1, status.size),
@@ -134,13 +134,13 @@ def _source_need(status: Status) -> RenderableType:
 
 def _details(status: Status) -> RenderableType:
     rows = Table.grid(Column(style="dim", no_wrap=True), Column(), padding=(0, 2, 0, 0))
-    rows.add_row("present", _amount(status))
-    rows.add_row("origin", _origin(status))
-    rows.add_row("link", _link(status.link))
-    rows.add_row("reads", _reads(status.demand))
-    rows.add_row("copy", Text(printable(status.destination)))
+    rows.add_row("Progress", _amount(status))
+    rows.add_row("Transferred", _origin(status))
+    rows.add_row("Connection", _link(status.link))
+    rows.add_row("Reads", _reads(status.demand))
+    rows.add_row("Destination", Text(printable(status.destination)))
     if status.error:
-        rows.add_row("error", Text(printable(status.error), "bold red"))
+        rows.add_row("Error", Text(printable(status.error), "bold red"))
     return rows
 
 

@@ -175,6 +175,9 @@ class Status:
     link: LinkStatus = _field(LinkStatus(), "The connections to the source.")  # noqa: RUF009
     state_file: str | None = _field(None, "The path of the state file; null if none is kept.")
     error: str | None = _field(None, "What is wrong now, or null.")
+    on_demand: bool = _field(
+        False, "Whether only what is read is copied, by --no-background. The state is then paused."
+    )
     mountpoint: str | None = _field(None, "Where the replica is mounted.")
     control_socket: str | None = _field(None, "The path of the mount's control socket.")
 
@@ -191,10 +194,16 @@ class Status:
         """The Counts for a progress bar. Bytes done are those hydrated or, during verification, those verified."""
         if self.state is State.VERIFYING:
             return Counts(self.verified_bytes, self.size, state=self.state)
+        word = self.state_word
         parts = {"same": self.same_bytes, "fetched": self.fetched_bytes, "zero": self.zero_bytes}
         if self.resumed_bytes:
             parts["resumed"] = self.resumed_bytes
-        return Counts(self.hydrated_bytes, self.size, parts, state=self.state, skipped=self.hole_bytes)
+        return Counts(self.hydrated_bytes, self.size, parts, state=self.state, skipped=self.hole_bytes, word=word)
+
+    @property
+    def state_word(self) -> str:
+        """The state in a word for people: `on-demand` instead of `paused` if there is nothing that pauses."""
+        return "on-demand" if self.on_demand and self.state is State.PAUSED else self.state.value
 
     @property
     def percent(self) -> float:
@@ -240,7 +249,7 @@ def short_summary(status: Status) -> str:
 
 
 def _progress(status: Status) -> str:
-    return f"{status.state}: {status.percent:.2f} % of {human_size(status.size)}"
+    return f"{status.state_word}: {status.percent:.2f} % of {human_size(status.size)}"
 
 
 @dataclass(slots=True)
