@@ -209,7 +209,7 @@ def _add_dry_run(parser: Options) -> None:
         "-n",
         "--dry-run",
         action="store_true",
-        help="compare, say what would be fetched, and write nothing",
+        help="compare (what differs is transferred), say what would be copied, write nothing",
     )
     _add_range(parser)
 

@@ -174,6 +174,8 @@ def _push(args: argparse.Namespace, destination: Location, results: list[SyncRes
     if args.dry_run:
         with console.progress(args, bar_by_default=True) as progress:
             verdict = comparison.compare(args, comparison.ends_of(args), progress)
+        # The answers were about the destination: where it has zeros, the source has other bytes.
+        verdict = dataclasses.replace(verdict, zero_bytes=0)
         results.append(comparison.forecast(results[-1], verdict))
         return _shows(args, progress)
     if args.ranges:

@@ -112,7 +112,7 @@ class SyncResult(Result):
         """The result as a line for people."""
         if self.dry_run:
             fetched = self.fetched_bytes or 0
-            words = f"{human_size(fetched)} in {-(-fetched // BLOCK_SIZE)} blocks would be fetched"
+            words = f"{human_size(fetched)} in {-(-fetched // BLOCK_SIZE)} blocks would be copied"
             if self.uncompared_bytes:
                 words = f"up to {words}"
             zeros = f"{human_size(self.zero_bytes)} would become zeros" if self.zero_bytes else ""
