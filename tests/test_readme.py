@@ -89,6 +89,7 @@ SCENES = {
     "blockcopy pause ": Scene(MOUNT, "blockcopy umount /mnt/disk || [ $? = 75 ]"),
     "ln -s ": Scene(after="cmp /dev/vg/disk /mnt/disk/copy; umount /mnt/disk"),
     "cp tools/systemd/": Scene(after="cmp /dev/vg/disk /mnt/disk/copy; blockcopy umount /mnt/disk || [ $? = 75 ]"),
+    "blockcopy state list": Scene("blockcopy sync root@host:/dev/vg/disk /dev/vg/copy"),
     "blockcopy status /mnt/disk ": Scene(MOUNT, "blockcopy umount /mnt/disk || [ $? = 75 ]"),
     "blockcopy sync root@host:/dev/vg/disk ": Scene(after=EQUAL),
     "blockcopy sync /dev/vg/disk ": Scene(after=EQUAL),
@@ -348,7 +349,7 @@ def test_the_quick_start_prints_what_it_says(tmp_path: Path) -> None:
 def test_the_readme_is_short_and_warns_at_its_top() -> None:
     lines = README.splitlines()
     assert len(lines) <= 130, "the manual has what most users do not need at first"
-    assert any("overwritten without asking" in line for line in lines[:15])
+    assert any("is overwritten" in line for line in lines[:15])
 
 
 def test_every_scene_is_of_a_block() -> None:
