@@ -267,6 +267,10 @@ def test_what_cannot_be_meant(arguments: list[str], told: str) -> None:
 # `receive`, asked to believe a source of our making
 
 
+ANSWERED = wire.Fence(1)
+"""The fence behind the last request. Only then is the source asked for its identity once more."""
+
+
 class Receiver:
     """A `receive` of `destination`; it is asked by nobody but the test."""
 
@@ -297,17 +301,19 @@ def facts(source: Path, **more: object) -> dict[str, object]:
 def test_it_asks_about_all_and_writes_what_comes(source: Path, destination: Path) -> None:
     written(destination, DATA[:BLOCK_SIZE])
     hello = wire.Hello(facts(source))
-    status, said, asked = Receiver(destination).ended(hello, wire.Data(0, b"new"), hello, wire.Done())
+    status, said, asked = Receiver(destination).ended(hello, wire.Data(0, b"new"), ANSWERED, hello, wire.Done())
     assert (status, said) == (0, "")
     kinds = [type(each) for each in asked]
-    assert kinds == [wire.Hello, wire.Fence, wire.Asks, wire.Zero, wire.Hello, wire.Done]
+    assert kinds == [wire.Hello, wire.Fence, wire.Asks, wire.Zero, wire.Fence, wire.Hello, wire.Done]
     assert destination.read_bytes() == b"new" + DATA[3:BLOCK_SIZE] + bytes(SIZE - BLOCK_SIZE)
 
 
 def test_what_the_source_cannot_read_is_told_and_all_else_is_written(source: Path, destination: Path) -> None:
     hello = wire.Hello(facts(source))
     failures = [wire.Failure(at * BLOCK_SIZE, f"cannot read block {at}") for at in (0, 1, 9)]
-    status, said, _ = Receiver(destination).ended(hello, *failures, wire.Data(5, b"x"), hello, wire.Done())
+    status, said, _ = Receiver(destination).ended(
+        hello, *failures, wire.Data(5, b"x"), ANSWERED, hello, wire.Done()
+    )
     assert (status, destination.read_bytes()[5:6]) == (3, b"x")
     ranges = f"0:{2 * BLOCK_SIZE}, {9 * BLOCK_SIZE}:{BLOCK_SIZE}"
     assert f"cannot read {3 * BLOCK_SIZE} bytes ({ranges}): cannot read block 0. All else was copied" in said
@@ -316,7 +322,7 @@ def test_what_the_source_cannot_read_is_told_and_all_else_is_written(source: Pat
 def test_a_source_that_changed_is_told(source: Path, destination: Path) -> None:
     before = wire.Hello(facts(source))
     os.utime(source, ns=(1, 1))
-    status, said, _ = Receiver(destination).ended(before, wire.Hello(facts(source)), wire.Done())
+    status, said, _ = Receiver(destination).ended(before, ANSWERED, wire.Hello(facts(source)), wire.Done())
     assert (status, "source changed" in said, "mtime" in said) == (3, True, True)
 
 
@@ -374,6 +380,6 @@ def test_nothing_is_written_beyond_the_size_that_the_source_declared(
 
 def test_a_source_may_fill_the_destination_to_its_last_byte(source: Path, destination: Path) -> None:
     hello = wire.Hello(facts(source))
-    messages = [hello, wire.Zero(0, SIZE - 4), wire.Data(SIZE - 4, b"last"), hello, wire.Done()]
+    messages = [hello, wire.Zero(0, SIZE - 4), wire.Data(SIZE - 4, b"last"), ANSWERED, hello, wire.Done()]
     assert Receiver(destination).ended(*messages)[0] == 0
     assert destination.read_bytes() == bytes(SIZE - 4) + b"last"

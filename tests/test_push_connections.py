@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -456,6 +457,34 @@ def test_the_first_connection_that_is_killed_is_made_again(source: Path, destina
     os.kill(running.links(joined=False)[0], signal.SIGKILL)
     status, said = running.end()
     assert (status, "connection lost, reconnecting" in said, "ERROR (sync)" in said) == (0, True, False), said
+    assert destination.read_bytes() == DATA
+
+
+def test_a_source_that_changes_near_the_end_is_noticed(source: Path, destination: Path) -> None:
+    """All signatures have been sent by then. The last bytes of the copy are younger than the first ones."""
+    running = Running(source, destination)
+    running.wait_for_all()
+    until(lambda: destination.stat().st_blocks * 512 > SIZE - 10 * MIB, "nearly all")
+    with source.open("r+b") as file:
+        for offset in (100, SIZE - 100):
+            file.seek(offset)
+            file.write(b"changed")
+    status, said = running.end()
+    assert (status, "source changed" in said) == (3, True), said
+
+
+def test_a_destination_that_the_lost_connection_still_holds_is_waited_for(source: Path, destination: Path) -> None:
+    """Its `receive` may wait for a disk. Here the test holds the lock in its place."""
+    running = Running(source, destination)
+    running.wait_for_all()
+    with destination.open("r+b") as file:
+        os.kill(running.links(joined=False)[0], signal.SIGKILL)
+        fcntl.lockf(file, fcntl.LOCK_EX)  # once `receive` has ended
+        assert running.process.stderr is not None
+        said = next(line for line in running.process.stderr if "still held" in line)
+        assert "--force" not in said
+    status, said = running.end()
+    assert (status, "ERROR (sync)" in said) == (0, False), said
     assert destination.read_bytes() == DATA
 
 

@@ -17,6 +17,9 @@ from blockcopy.paths.places import obstacle
 
 logger = logging.getLogger(__name__)
 
+_IN_USE, _LOCKED = "is in use", "is locked by another program"
+"""What messages say of a device, and of a file, that another program holds."""
+
 _REASONS = {
     errno.EROFS: "its file system is mounted read-only",
     errno.EACCES: "this user may not write to it",
@@ -132,13 +135,18 @@ def _check_writable(device: Destination) -> None:
         raise _refused(error, is_block_device=device.is_block_device) from error
 
 
+def says_in_use(message: str) -> bool:
+    """Return whether `message`, of a DestinationRefusedError, says that another program holds the destination."""
+    return any(words in message for words in (_LOCKED, _IN_USE))
+
+
 def _open(path: str, flags: int) -> Destination:
     try:
         return open_device(path, flags, Destination)
     except DeviceError as error:
         if flags & os.O_EXCL and error.errno == errno.EBUSY:
             raise DestinationRefusedError(
-                f"{path} is in use: mounted, swapped on, or held by LVM, RAID or another program. "
+                f"{path} {_IN_USE}: mounted, swapped on, or held by LVM, RAID or another program. "
                 "Release it first (lsblk shows what uses it); --force writes all the same"
             ) from error
         raise _refused(error, is_block_device=Path(path).is_block_device()) from error
@@ -169,7 +177,7 @@ def _claim_file(device: Destination) -> None:
                 "missing (NFS without lockd); --force writes without a lock"
             ) from error
         raise DestinationRefusedError(
-            f"{path} is locked by another program, such as a virtual machine or another blockcopy "
+            f"{path} {_LOCKED}, such as a virtual machine or another blockcopy "
             "(lslocks shows which); --force writes all the same"
         ) from error
     loop = _loop_device_of(device)

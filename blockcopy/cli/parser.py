@@ -228,7 +228,7 @@ def _add_copy_options(parser: argparse.ArgumentParser, add_own: Callable[[Option
         "--connections",
         metavar="N",
         type=option_types.connections,
-        help="copy over N connections, in either direction, or auto: as many as pay (default: auto)",
+        help="copy over N connections (readers have their own), or auto: as many as pay (default: auto)",
     )
     copy.add_argument("--verify", action="store_true", help="compare both ends when the copy is complete")
     if add_own is not None:

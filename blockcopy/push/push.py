@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable
 
+from blockcopy.block.claim import says_in_use
 from blockcopy.block.device import Device
 from blockcopy.cli.program import error_line
 from blockcopy.errors import BlockcopyError, OutputError, RemoteError, StreamError
@@ -100,15 +101,18 @@ def push(
             scaling = _scaling(command, connections if join else 1, prompts=prompts)
             _push_once(session, source, throttled, scaling, join)
             return
-        except RemoteError as error:
+        except BlockcopyError as error:
+            # The `receive` of the lost connection may still wait for its disk, and hold the destination.
+            is_held = not isinstance(error, RemoteError) and says_in_use(str(error))
             if isinstance(error, _ConnectionLostError):
                 delays, lost_at = backoff.delays(), time.monotonic()
-            elif math.isinf(lost_at):
-                raise  # there has been no connection at all
+            elif math.isinf(lost_at) or not (is_held or isinstance(error, RemoteError)):
+                raise  # there has been no connection at all, or it is no fault of the connection
             delay = next(delays)
             if time.monotonic() + delay - lost_at > give_up_after:
                 raise
-            logger.warning("connection lost, reconnecting: %s", error)
+            held = f"{command.location} is still held, perhaps by the lost connection"
+            logger.warning("connection lost, reconnecting: %s", held if is_held else error)
             time.sleep(delay)
 
 

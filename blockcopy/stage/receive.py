@@ -38,6 +38,9 @@ from blockcopy.stage.streams import InputStream, OutputStream
 
 logger = logging.getLogger(__name__)
 
+_LAST_FENCE = 1
+"""The number of the fence behind the last request. The one behind the greeting is 0."""
+
 
 def receive(
     path: str,
@@ -73,12 +76,12 @@ def receive(
         make_room(destination, size)
         with (
             Writer(destination, sparse, Progress(), size=size) as writer,
-            _requesting(destination, size, name, output, answers, handshake.greeting),
+            _requesting(destination, size, name, output, answers, handshake.greeting) as answered,
         ):
             unreadable = UnreadableRanges()
             take = functools.partial(_take, writer, size, unreadable)
             with _joined_by(joins, answers, take):
-                last = _take_all(messages, take, handshake) or identity
+                last = _take_all(messages, take, handshake, answered) or identity
         changes = differences(identity, last)
         if changes:
             raise SourceChangedError.found("it", "; ".join(changes))
@@ -103,17 +106,24 @@ def _take(writer: Writer, size: int, unreadable: UnreadableRanges, message: wire
 
 
 def _take_all(
-    messages: Iterable[wire.Message | None], take: Callable[[wire.Message], None], handshake: Handshake
+    messages: Iterable[wire.Message | None],
+    take: Callable[[wire.Message], None],
+    handshake: Handshake,
+    answered: threading.Event,
 ) -> Identity | None:
-    """Pass all of the source's `messages` on the first connection to `take`, except later greetings.
+    """Pass all of the source's `messages` on the first connection to `take`, except later greetings and fences.
 
-    `handshake`: reads these. Returns the identity in the last one, or None if there is none. Raises StreamError if
-    the messages are invalid or break off, and what `take` raises.
+    `handshake`: reads the greetings. `answered`: set by the fence behind the last answer. Returns the identity in
+    the last greeting, or None if there is none. Raises StreamError if the messages are invalid or break off, and
+    what `take` raises.
     """
     identity = None
     for message in messages:
         if isinstance(message, wire.Hello):
             identity = handshake.read(message).identity
+        elif isinstance(message, wire.Fence):
+            if message.number == _LAST_FENCE:
+                answered.set()
         elif message is not None:
             take(message)
     return identity
@@ -168,18 +178,23 @@ def _joined_by(joins: Joins, answers: InputStream, take: Callable[[wire.Message]
 @contextlib.contextmanager
 def _requesting(
     destination: Device, size: int, digest: str, output: OutputStream, answers: InputStream, greeting: bytes
-) -> Iterator[None]:
+) -> Iterator[threading.Event]:
     """Return a context manager that writes requests for `size` bytes of `destination` to `output`, in a thread.
 
-    The body of the `with` statement must read `answers`. `digest`: name of the chosen digest. `greeting`: bytes to
-    send after the last request. Raises the thread's error rather than an error of the body.
+    Yields an event. The body of the `with` statement must read `answers`, and set the event at the fence
+    _LAST_FENCE. `digest`: name of the chosen digest. `greeting`: bytes to send then. So the source's second
+    identity is no older than any of its bytes.
+    Raises the thread's error rather than an error of the body.
     """
-    stop = threading.Event()
+    stop, answered = threading.Event(), threading.Event()
     failures: list[BaseException] = []
 
     def request() -> None:
         try:
             write_signatures(destination, size, digests.named(digest), output, stop=stop.is_set)
+            if not stop.is_set():
+                output.write([wire.encode(wire.Fence(_LAST_FENCE))])
+                answered.wait()
             if not stop.is_set():
                 output.write([greeting, wire.encode(wire.Done())])  # the source greets again: what it is by now
         except BaseException as error:  # noqa: BLE001  (raised by the caller)
@@ -189,15 +204,20 @@ def _requesting(
     requester = threading.Thread(target=request, name="request")
     requester.start()
     try:
-        yield
+        yield answered
     except BaseException as error:
         stop.set()
+        answered.set()
         # The source takes no requests while it cannot send answers.
         threading.Thread(target=answers.discard, name="drain", daemon=True).start()
         requester.join()
         if failures and isinstance(error, BlockcopyError):  # not a signal
             raise failures[0] from None
         raise
+    is_answered = answered.is_set()
+    answered.set()
     requester.join()
     if failures:
         raise failures[0]
+    if not is_answered:
+        raise StreamError("the source ended before it had answered all requests")

@@ -117,6 +117,7 @@ class Scaling:
         """Bytes per second received in the last measurement."""
         self._peak = PeakRate()
         self._is_fixed = is_fixed
+        self._is_asked = False  # the fixed number was asked for, and not seen yet
         self._since, self._received, self._full = -math.inf, 0, 0  # the measurement that runs
         self._samples = 0
         self._before: tuple[int, float] | None = None  # connections and rate before the last growth
@@ -160,10 +161,15 @@ class Scaling:
 
     def _fixed(self, sample: Sample) -> int:
         """Return the fixed number after `sample`. After a refusal, wait before the next attempt."""
-        if sample.connections < self.max_connections:
-            if sample.now < self._hold_until:
-                return sample.connections
+        if sample.connections >= self.max_connections:
+            self._is_asked = False
+            return self.max_connections
+        if self._is_asked:  # fewer than asked for: refused
+            self._is_asked = False
             self._hold_until = sample.now + _HOLD_SECONDS
+        if sample.now < self._hold_until:
+            return sample.connections
+        self._is_asked = True
         return self.max_connections
 
     def _judge(self, sample: Sample) -> int:
