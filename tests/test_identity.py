@@ -65,19 +65,22 @@ def test_a_file_is_known_whatever_number_its_disk_has(
         support.written(point / "copy", bytes(SIZE))
         with open_source(str(point / "copy")) as device:
             known, number = destination_identity(device), device.status().st_dev
-    other = tmp_path / "other"
-    support.written(other, bytes(SIZE))
-    held = support.output("losetup", "--find", "--show", other).strip()  # takes the number of before
-    again = tmp_path / "again"
+    other, again = support.written(tmp_path / "other", bytes(SIZE)), tmp_path / "again"
     again.mkdir()
-    support.output("mount", "-o", "loop", tmp_path / "image", again)
-    try:
-        with open_source(str(again / "copy")) as device:
-            assert device.status().st_dev != number
-            assert destination_identity(device) == known
-    finally:
-        support.output("umount", again)
-        support.output("losetup", "--detach", held)
+    with contextlib.ExitStack() as held:
+        for _ in range(20):  # other tests take and release numbers as well
+            loop = support.output("losetup", "--find", "--show", other).strip()
+            held.callback(support.output, "losetup", "--detach", loop)
+            support.output("mount", "-o", "loop", tmp_path / "image", again)
+            if (again / "copy").stat().st_dev != number:
+                break
+            support.output("umount", again)
+        try:
+            with open_source(str(again / "copy")) as device:
+                assert device.status().st_dev != number
+                assert destination_identity(device) == known
+        finally:
+            support.output("umount", again)
 
 
 def identity(path: Path) -> Identity:
