@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import sqlite3
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import support
 import trio
-from support import BLOCK_SIZE
+from support import BLOCK_SIZE, failed, run
 
 from blockcopy.block import identity, user_writes
 from blockcopy.block.claim import check_destination, existing_destination, open_destination
@@ -615,6 +616,15 @@ def test_discarded_writes_are_gone(spoil: Callable[[Path], None] | None, source:
         assert discard_user_writes(device, None) == ""
     assert_serves(plan_of(source, destination))
     assert_serves(plan_of(source, destination, writable=False, hydrate=True))
+
+
+def test_writes_to_a_destination_in_use_are_not_discarded(destination: Path) -> None:
+    """The message names the mount that most likely holds it, and no --force, which the command lacks."""
+    with destination.open("r+b") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        done = run("discard-writes", destination)
+    failed(done, 1, b"blockcopy umount")
+    assert b"--force" not in done.stderr
 
 
 def test_the_state_file_of_another_destination_is_not_discarded(tmp_path: Path, source: Path) -> None:

@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from blockcopy.block.claim import check_destination, existing_destination, open_destination
+from blockcopy.block.claim import check_destination, existing_destination, open_destination, says_in_use
 from blockcopy.block.device import open_source
 from blockcopy.cli import console, log
-from blockcopy.errors import BlockcopyError, ForeignContentError, StateError, UsageError
+from blockcopy.errors import BlockcopyError, DestinationRefusedError, ForeignContentError, StateError, UsageError
 from blockcopy.paths.places import absolute
 from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.replica import comparison
@@ -285,5 +285,13 @@ def discard(path: str, state: str | None) -> str:
     """
     from blockcopy.replica.state.recovery import discard_user_writes
 
-    with open_destination(path, with_user_writes=True) as device:
-        return discard_user_writes(device, state)
+    try:
+        with open_destination(path, with_user_writes=True) as device:
+            return discard_user_writes(device, state)
+    except DestinationRefusedError as error:
+        if not says_in_use(str(error)):
+            raise
+        raise DestinationRefusedError(
+            f"{path} is in use. If a mount uses it, end that first: blockcopy list shows mounts, and "
+            "blockcopy umount ends one"
+        ) from error

@@ -157,7 +157,8 @@ class Pool:
     async def _scale(self, nursery: trio.Nursery) -> None:
         """Keep as many connections as `scaling` says. `nursery`: runs the tasks of extra links."""
         while True:
-            may_grow = self.scaling.max_connections > 1 and any(link.in_flight for link in self._links)
+            is_busy = any(link.in_flight for link in self._links) or not self.scaling.is_measured
+            may_grow = self.scaling.max_connections > 1 and is_busy
             await trio.sleep(SAMPLE_SECONDS if may_grow else SLOW_SAMPLE_SECONDS)
             if self.connections:
                 now = trio.current_time()
