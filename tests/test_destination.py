@@ -275,7 +275,7 @@ def test_stages_that_write_fail_after_a_foreign_change(
         has_begun(destination)
         act(destination)
         rest = [wire.Data(at, DATA[at : at + BLOCK_SIZE]) for at in range(BLOCK_SIZE, SIZE, BLOCK_SIZE)]
-        closing = hello if command == "receive" else b""
+        closing = wire.encode(wire.Fence(1)) + hello if command == "receive" else b""
         _, said = process.communicate(b"".join(map(wire.encode, rest)) + closing + wire.encode(wire.Done()), 60)
     if command == "receive" and process.returncode == -signal.SIGBUS:
         return  # it viewed the page cache in the very moment of the change: see `Device.view`
