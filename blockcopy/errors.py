@@ -95,7 +95,7 @@ class ForeignContentError(DestinationRefusedError):
 
     @property
     def held(self) -> str:
-        """What the destination holds, as a clause."""
+        """A clause that names the file system, partition table or the like which the destination holds."""
         return super().__str__()
 
 

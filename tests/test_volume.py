@@ -6,8 +6,7 @@ import contextlib
 import errno
 import math
 import threading
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -205,25 +204,25 @@ def test_a_write_that_fails_beside_a_landing_leaves_the_sources_bytes(
 
     The write outlasts the first fetch, which has marked what it may mark. Until then nothing is fetched again.
     """
-    began, marked = threading.Event(), threading.Event()
+    began, waits = threading.Event(), threading.Event()
     landings = 0
-    real, real_mark = Destination.write, Hydrator._mark
+    real, real_wait = Destination.write, Writer.await_release
     block = 2 * BLOCK_SIZE
 
     def write(device: Destination, offset: int, data: Buffer) -> None:
         nonlocal landings
         if bytes(data) == MINE[:PAGE]:
             began.set()
-            assert marked.wait(20)
-            time.sleep(0.5)
+            assert waits.wait(20), "the reader waits for the end of the write, and fetches nothing meanwhile"
             assert landings == 1
             raise DeviceError("the disk is on fire")
         real(device, offset, data)
         landings += offset == block
 
-    def mark(*args: Any) -> None:
-        real_mark(*args)
-        marked.set()
+    async def await_release(writer: Writer, blocks: Sequence[int]) -> None:
+        if landings and not waits.is_set() and set(blocks) & writer.claimed_blocks():
+            waits.set()
+        await real_wait(writer, blocks)
 
     async def fails(replica: Replica) -> None:
         with pytest.raises(DeviceError, match="on fire"):
@@ -238,7 +237,7 @@ def test_a_write_that_fails_beside_a_landing_leaves_the_sources_bytes(
             assert replica.status().written_bytes == 0
 
     monkeypatch.setattr(Destination, "write", write)
-    monkeypatch.setattr(Hydrator, "_mark", mark)
+    monkeypatch.setattr(Writer, "await_release", await_release)
     trio.run(main)
     assert landings > 1
     assert destination.read_bytes()[block : block + BLOCK_SIZE] == DATA[block : block + BLOCK_SIZE]

@@ -18,7 +18,7 @@ from blockcopy.paths.places import obstacle
 logger = logging.getLogger(__name__)
 
 _IN_USE, _LOCKED = "is in use", "is locked by another program"
-"""What messages say of a device, and of a file, that another program holds."""
+"""Words in the message about a device, and about a file, that another program holds."""
 
 _REASONS = {
     errno.EROFS: "its file system is mounted read-only",

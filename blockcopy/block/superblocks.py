@@ -1,4 +1,4 @@
-"""What a device holds, by its superblocks: file systems, partition tables, LVM, RAID, LUKS, swap.
+"""Superblocks of file systems, partition tables, LVM, RAID, LUKS and swap: which of them a device holds.
 
 The table is a part of libblkid's. Its entries lie in the first `HEAD` bytes, which a source can be asked for. RAID
 of the formats 0.90 and 1.0, with its superblock at the end, is not found.

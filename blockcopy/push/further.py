@@ -28,7 +28,7 @@ _SETTLE_SECONDS, _SETTLE_ROUND_TRIPS = 0.3, 3
 
 
 class Further:
-    """One connection after the first. A thread reads confirmations, another one sends the answers of its branch."""
+    """A further connection of a push. A thread reads confirmations, another one sends the answers of its branch."""
 
     def __init__(self, session: Session, spread: Spread) -> None:
         """Start the stage of `session`, and open a branch of `spread` once it has joined the first."""
@@ -73,7 +73,7 @@ class Further:
                     self._serve()
         except BlockcopyError as error:
             failure = error
-        except Exception as error:
+        except Exception as error:  # a bug: this connection ends, and its answers go over others
             logger.error("internal error in a connection to %s", session.command.location, exc_info=error)
             failure = StreamError(f"internal error: {error!r}")
         self.is_lost = not self._ends and (failure is not None or self._branch is None)
@@ -110,7 +110,7 @@ class Further:
             for message in messages:
                 if isinstance(message, wire.Fence):
                     branch.confirm(message.number)
-        except Exception as error:
+        except Exception as error:  # of any kind: `_run` logs it
             if not self._ends:  # at its end the owner may close the streams at any time
                 session.kill(str(error))  # so that the sender waits no longer
             raise

@@ -1,4 +1,4 @@
-"""What a sync would fetch: both ends are compared, and nothing is written anywhere."""
+"""The dry run of a sync: it compares both ends, counts what would be copied, and writes nothing anywhere."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _LINK_SHARE = 0.5
 
 
 class LinkMonitor:
-    """What is known of the connections to one source. Call from trio's thread only."""
+    """The LinkStatus of the connections to one source, made on request. Call from trio's thread only."""
 
     def __init__(self, pools: Sequence[Pool], bulk: Pool, throttle: Throttle) -> None:
         """Watch the connections of `pools`, and what binds the `bulk` one, to which `throttle` admits."""

@@ -1,4 +1,4 @@
-"""What parsed options make: a Plan, and the command that runs a stage at the other end."""
+"""Parsed options, made into a Plan and into the command that runs a stage at the other end."""
 
 from __future__ import annotations
 

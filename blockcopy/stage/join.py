@@ -40,7 +40,7 @@ class Joins:
 
     def __init__(self) -> None:
         self.token: str | None = None
-        """What a further connection must know, in hexadecimal digits. None if this host has no such sockets."""
+        """The secret of further connections, in hexadecimal digits. None if this host has no such sockets."""
         self._socket: socket.socket | None = None
         self._lock = threading.Lock()  # guards the attributes below
         self._closing = False

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ground import BenchError, Ground, until
+from benchmarks.measure import round_trips
 
 HOST = "127.0.0.1"
 RELAY = Path(__file__).with_name("relay.py")
@@ -63,17 +64,7 @@ class Line:
     def round_trips(self, count: int) -> list[float]:
         """Return the milliseconds of `count` bytes through one channel and back, one after the other."""
         pipe = subprocess.PIPE
-        process = self.ground.popen([*self.ssh, HOST, "cat"], stdin=pipe, stdout=pipe, bufsize=0)
-        times = []
-        for _ in range(count + 1):
-            began = time.perf_counter()
-            process.stdin.write(b"x")
-            process.stdout.read(1)
-            times.append((time.perf_counter() - began) * 1000)
-        process.stdin.close()
-        process.stdout.close()
-        process.wait()
-        return times[1:]  # the first includes the start
+        return round_trips(self.ground.popen([*self.ssh, HOST, "cat"], stdin=pipe, stdout=pipe, bufsize=0), count)
 
 
 class Server:

@@ -37,6 +37,23 @@ class Cost:
     """MiB: the sum of the peaks of all processes."""
 
 
+def round_trips(process: Any, count: int) -> list[float]:
+    """Return the milliseconds of `count` bytes to `process` and back, one after the other. Ends the process.
+
+    `process`: an echo with unbuffered pipes, just started.
+    """
+    times = []
+    for _ in range(count + 1):
+        began = time.perf_counter()
+        process.stdin.write(b"x")
+        process.stdout.read(1)
+        times.append((time.perf_counter() - began) * 1000)
+    process.stdin.close()
+    process.stdout.close()
+    process.wait()
+    return times[1:]  # the first includes the start
+
+
 class Memory:
     """A thread that watches the peak memory of processes and all their descendants.
 

@@ -18,6 +18,7 @@ from benchmarks import data
 from benchmarks.bench import Bench
 from benchmarks.contestants import LINK
 from benchmarks.ground import ORDINARY, BenchError, Ground, until
+from benchmarks.measure import round_trips
 from benchmarks.mounts import Mounted, nbdfuse, peers, replica
 from benchmarks.results import Group
 
@@ -146,16 +147,7 @@ def round_trip(bench: Bench, group: Group) -> None:
     """Add the floor to `group`: the time of a byte through the link and back."""
     words = [*LINK, "--delay", str(DELAY), "host", "cat"]
     process = bench.ground.popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-    times = []
-    for _ in range(50):
-        began = time.perf_counter()
-        process.stdin.write(b"x")
-        process.stdout.read(1)
-        times.append((time.perf_counter() - began) * 1000)
-    process.stdin.close()
-    process.stdout.close()
-    process.wait()
-    group.add("the link itself", **quantiles(times[1:]))  # the first time includes the start
+    group.add("the link itself", **quantiles(round_trips(process, 49)))
 
 
 def at_random(bench: Bench, source: Path) -> None:

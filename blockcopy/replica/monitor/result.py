@@ -26,7 +26,7 @@ def _field(default: T, help: str) -> T:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What both commands report. Sizes are in bytes, times in seconds."""
+    """The fields that `sync` and `verify` share. Sizes are in bytes, times in seconds."""
 
     schema_version: int = _field(SCHEMA_VERSION, SCHEMA_HELP)
     command: str = _field("", "The command: sync or verify.")

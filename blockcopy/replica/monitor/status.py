@@ -63,7 +63,7 @@ class LinkState(_OpenEnum):
 
 
 class Bottleneck(_OpenEnum):
-    """What binds the rate of a copy."""
+    """The part that binds the rate of a copy."""
 
     LIMIT = "limit"
     READERS = "readers"

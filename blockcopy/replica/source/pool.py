@@ -68,7 +68,7 @@ class Pool:
         self._nursery = nursery
         self._give_up_after = give_up_after
         self.scaling = scaling or Scaling(1)
-        """What decides how many connections there are, and what it has measured."""
+        """The Scaling that decides how many connections there are. It has the last measurement."""
         self._new_window = new_window
         self._first = Link(connector, nursery, new_window())
         self._links = [self._first]
