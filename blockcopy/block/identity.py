@@ -19,7 +19,6 @@ import logging
 import os
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 from blockcopy.block.device import Device
@@ -265,20 +264,20 @@ def _kernel_name(number: int) -> str | None:
 
     Returns None if the kernel has none.
     """
-    entry = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
-    partition = _text(entry / "partition")
-    disk = entry if partition is None else entry.parent
-    name = next(filter(None, (_text(disk / each) for each in _NAMES_IN_SYSFS)), None) or _backing_file(disk)
+    entry = os.path.realpath(f"/sys/dev/block/{_number(number)}")
+    partition = _text(f"{entry}/partition")
+    disk = entry if partition is None else os.path.dirname(entry)
+    name = next(filter(None, (_text(f"{disk}/{each}") for each in _NAMES_IN_SYSFS)), None) or _backing_file(disk)
     if name is None or partition is None:
         return name
     return f"{name} partition {partition}"
 
 
-def _backing_file(disk: Path) -> str | None:
-    path = _text(disk / "loop/backing_file")
+def _backing_file(disk: str) -> str | None:
+    path = _text(f"{disk}/loop/backing_file")
     if path is None:
         return None
-    offset = _text(disk / "loop/offset")
+    offset = _text(f"{disk}/loop/offset")
     try:
         inode = str(os.stat(path).st_ino)
     except OSError:
@@ -286,8 +285,9 @@ def _backing_file(disk: Path) -> str | None:
     return f"loop {path} inode {inode} offset {offset}"
 
 
-def _text(path: Path) -> str | None:
+def _text(path: str) -> str | None:
     try:
-        return path.read_text(errors="replace").strip() or None
+        with open(path, errors="replace") as file:
+            return file.read().strip() or None
     except OSError:
         return None  # this kind of device has no such file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from typing import Any, Callable
 
 from blockcopy.cli import option_types
@@ -18,9 +19,19 @@ from blockcopy.cli.stage_parser import (
     add_stages,
 )
 from blockcopy.cli.suggestions import VERBOSE_AFTER, Parser, commands_of
-from blockcopy.cli.versions import ShowVersions
 
 SHELLS = ("bash", "zsh", "fish")
+
+
+class _ShowVersions(argparse.Action):
+    """The option `--version`: prints all versions, and ends the program."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *more: Any) -> None:
+        """Print the versions by `parser`, which exits with status 0. `more`: unused."""
+        from blockcopy.cli import versions  # only here: the packages' metadata takes as long as all of a stage
+
+        parser._print_message(f"{versions.text()}\n", sys.stdout)
+        parser.exit()
 
 
 class _Only:
@@ -54,7 +65,7 @@ def parser(only: str | None = None) -> Parser:
         formatter_class=HelpFormatter,
     )
     _add_verbose(top, "verbose")
-    top.add_argument("--version", action=ShowVersions, nargs=0, help="show all versions, and exit")
+    top.add_argument("--version", action=_ShowVersions, nargs=0, help="show all versions, and exit")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     for add in (
         _add_mount,

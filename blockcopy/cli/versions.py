@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import importlib.metadata
 import platform
-import sys
-from typing import Any
 
 from blockcopy import __version__
 from blockcopy.protocol import wire
@@ -17,15 +14,6 @@ ORIGINAL = "0.0.2"
 """The version of the original program whose streams `checksum`, `retrieve` and `save` speak."""
 
 _LIBFUSE = "libfuse3.so.3"
-
-
-class ShowVersions(argparse.Action):
-    """The option `--version`: prints all versions, and ends the program."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *more: Any) -> None:
-        """Print the versions by `parser`, which exits with status 0. `more`: unused."""
-        parser._print_message(f"{text()}\n", sys.stdout)
-        parser.exit()
 
 
 def text() -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import stat
-from pathlib import Path
 
 _DEV = "/dev"
 
@@ -99,7 +98,8 @@ def mountinfo() -> list[bytes]:
     Raises OSError if there is no /proc. Only a newline ends a line: the name of a source or folder may contain a
     carriage return.
     """
-    return [line for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n") if line]
+    with open("/proc/self/mountinfo", "rb") as file:
+        return [line for line in file.read().split(b"\n") if line]
 
 
 def working_folder() -> str:
