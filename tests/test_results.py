@@ -202,3 +202,17 @@ def test_a_range_that_is_impossible_is_refused_before_any_write(
 
 def test_a_range_of_a_push_is_refused(source: Path, destination: Path) -> None:
     failed(run("sync", "--range", "0:1", *LINK, source, f"host:{destination}"), 2, "--range needs a local")
+
+
+def test_what_a_sync_wrote_can_be_told_from_its_result(tmp_path: Path) -> None:
+    """Programs ask whether anything changed: a hole at both ends counts as zeros, and is not written."""
+    source, destination = written(tmp_path / "source", DATA), tmp_path / "copy"
+    os.truncate(source, len(DATA) + 10 * BLOCK_SIZE)  # a hole
+    wrote = []
+    for _ in range(2):
+        found = result(run("sync", "--json", "--recheck", source, destination))
+        forecast = result(run("sync", "--json", "--dry-run", source, destination))
+        wrote.append(found["fetched_bytes"] + found["zero_bytes"] - found["hole_bytes"])
+    assert (wrote[0] > 0, wrote[1]) == (True, 0)
+    assert found["hole_bytes"] >= 10 * BLOCK_SIZE
+    assert forecast["fetched_bytes"] + forecast["zero_bytes"] - forecast["hole_bytes"] == 0

@@ -88,7 +88,7 @@ NAMES = """
     fetched_bytes zero_bytes hole_bytes unreadable_bytes unreadable_ranges written_bytes lost_bytes verified_bytes
     verified_percent sent_bytes received_bytes
     rate_bytes_per_s limit_bytes_per_s eta_seconds elapsed_seconds source_needed demand link state_file error
-    on_demand mountpoint control_socket
+    on_demand writable mountpoint control_socket
 """
 
 

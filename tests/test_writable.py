@@ -85,7 +85,9 @@ def test_the_file_is_the_owners_and_as_large_as_the_source(
 ) -> None:
     """Also if the destination is longer."""
     source, destination = written(tmp_path / "source", DATA[:size]), written(tmp_path / "copy", OLD + b"tail")
-    file = mount(source, destination, *options).file
+    mounted = mount(source, destination, *options)
+    file = mounted.file
+    assert mounted.status()["writable"]
     assert (file.stat().st_mode, file.stat().st_size) == (stat.S_IFREG | 0o600, size)
     with opened(file) as fd:
         assert os.pwrite(fd, b"new", 5) == 3

@@ -125,6 +125,7 @@ def forecast(result: SyncResult, verdict: Verdict) -> SyncResult:
         same_bytes=verdict.compared_bytes - verdict.differing_bytes - unread - verdict.remote_unreadable.bytes,
         fetched_bytes=verdict.differing_bytes - verdict.zero_bytes + unread,
         zero_bytes=verdict.zero_bytes,
+        hole_bytes=0,
         uncompared_bytes=verdict.uncompared_bytes,
         unreadable_bytes=verdict.remote_unreadable.bytes,
         unreadable_ranges=tuple(extent._asdict() for extent in verdict.remote_unreadable.ranges),

@@ -388,6 +388,7 @@ class Replica:
             link=self._monitor.status(rate, is_closing=self._closing, is_copying=state is State.HYDRATING),
             state_file=self._state_file,
             on_demand=not self.hydrates,
+            writable=self._plan.writable,
             error=str(error) if error and not self._is_copy else None,
         )
 

@@ -69,6 +69,11 @@ class SyncResult(Result):
 
     fetched_bytes: int | None = _field(None, "Bytes that the source sent; null if unknown, as after a push.")
     zero_bytes: int | None = _field(None, "Bytes that are zeros, and were not sent; null if unknown.")
+    hole_bytes: int | None = _field(
+        None,
+        "Zero bytes that were holes at both ends; null if unknown. "
+        "What was written is fetched_bytes + zero_bytes - hole_bytes.",
+    )
     resumed_bytes: int = _field(0, "Bytes that a state file recorded as present.")
 
     dry_run: bool = _field(
@@ -88,6 +93,7 @@ class SyncResult(Result):
             same_bytes=status.same_bytes,
             fetched_bytes=status.fetched_bytes,
             zero_bytes=status.zero_bytes,
+            hole_bytes=status.hole_bytes,
             resumed_bytes=status.resumed_bytes,
             unreadable_bytes=status.unreadable_bytes,
             unreadable_ranges=tuple(each._asdict() for each in map(Extent._make, status.unreadable_ranges)),

@@ -178,6 +178,7 @@ class Status:
     on_demand: bool = _field(
         False, "Whether only what is read is copied, by --no-background. The state is then paused."
     )
+    writable: bool = _field(False, "Whether the mount accepts writes, by --writable.")
     mountpoint: str | None = _field(None, "Where the replica is mounted.")
     control_socket: str | None = _field(None, "The path of the mount's control socket.")
 
