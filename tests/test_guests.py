@@ -1,0 +1,74 @@
+"""tools/vm, without a guest: its command line, what it says is missing, and its disk that forgets."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import support
+from support import PYTHON, failed, output
+
+from guests.disks import SECTOR, ForgetfulDisk
+
+VM = Path(__file__).resolve().parent.parent / "tools" / "vm"
+SIZE = 1 << 20
+NOT_ROOT = "tools/vm: only root can do this: sudo tools/vm …\n"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[ForgetfulDisk]:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(SIZE))
+    made = ForgetfulDisk(image, tmp_path / "socket", random.Random(1))
+    yield made
+    made.close()
+
+
+def write(disk: ForgetfulDisk, *commands: str) -> None:
+    """Run `commands` of qemu-io, and kill it, as a guest that is cut."""
+    support.require(shutil.which("qemu-io") is not None, "qemu-io is not installed")
+    words = ["qemu-io", "-f", "raw", "-t", "writeback", disk.url]
+    done = subprocess.run(
+        [*words, *(word for each in (*commands, "sigraise 9") for word in ("-c", each))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -9, done.stdout + done.stderr
+
+
+def test_a_cut_loses_a_part_of_what_was_not_flushed(disk: ForgetfulDisk) -> None:
+    write(disk, f"write -P 1 0 {SIZE}", "flush", f"write -P 2 0 {SIZE // 2}", f"write -f -P 3 {SIZE // 2} {SECTOR}")
+    loss = disk.cut()
+    assert loss.unflushed == SIZE // 2 // SECTOR
+    data = disk.image.read_bytes()
+    sectors = [data[start] for start in range(0, SIZE, SECTOR)]
+    half = len(sectors) // 2
+    assert sectors[:half].count(1) == loss.lost > 0
+    assert sectors[half:] == [3, *[1] * (half - 1)]
+    assert all(len(set(data[start : start + SECTOR])) == 1 for start in range(0, SIZE, SECTOR))
+    write(disk, "read -P 3 512k 4k", "write -z 0 4k", "flush")  # it is served again
+    assert disk.cut() == (0, 0)
+    assert disk.image.read_bytes()[:SECTOR] == bytes(SECTOR)
+
+
+def test_a_cut_may_leave_the_first_of_two_versions(disk: ForgetfulDisk) -> None:
+    write(disk, f"write -P 1 0 {SIZE}", f"write -P 2 0 {SIZE}")
+    disk.cut()
+    assert set(disk.image.read_bytes()) == {0, 1, 2}
+
+
+def test_the_command_line_is_told(tmp_path: Path) -> None:
+    scenarios = output(PYTHON, str(VM), "list")
+    assert "hello  " in scenarios
+    done = subprocess.run([PYTHON, VM, "run", "nothing"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "'nothing'" in done.stderr
+    support.require_root()
+    command = ["setpriv", "--reuid=65534", "--clear-groups", "--inh-caps=+dac_read_search"]
+    command += ["--ambient-caps=+dac_read_search", PYTHON, str(VM), "build"]
+    failed(subprocess.run(command, capture_output=True, text=True, check=False), 125, NOT_ROOT)
