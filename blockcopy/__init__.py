@@ -4,4 +4,4 @@ The copy stages travel to source hosts: standard library only, Python 3.9 or new
 lazy replica and needs trio and Python 3.11.
 """
 
-__version__ = "0.0.2"
+__version__ = "1.0.0"

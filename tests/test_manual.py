@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from support import BLOCKCOPY, failed, run, succeeded
 
-from blockcopy import errors
+from blockcopy import __version__, errors
 from blockcopy.cli.parser import SHELLS, parser
 from blockcopy.cli.suggestions import commands_of
 from blockcopy.protocol import digests, wire
@@ -34,7 +34,7 @@ STATUS = Status(state=State.STARTING, size=0, source_needed=True).as_dict()
 _TALLEST = {"mount": 64, "sync": 60, "verify": 36}
 """Lines of help; the others fit a screen of 30, and the options of these fit one of today's."""
 
-_LONGEST = {"blockcopy-mount": 420, "blockcopy": 330, "blockcopy-json": 300}
+_LONGEST = {"blockcopy-mount": 420, "blockcopy": 340, "blockcopy-json": 300}
 """Lines of a page of 80 columns."""
 
 
@@ -243,7 +243,15 @@ def test_mandoc_has_nothing_to_complain_of(installed: list[Path]) -> None:
     done = subprocess.run(
         ["mandoc", "-T", "lint", "-W", "warning", *installed], capture_output=True, text=True, check=False
     )
-    assert [line for line in done.stdout.splitlines() if "missing date" not in line] == []
+    assert done.stdout == ""
+
+
+def test_pages_have_the_date_of_the_version_in_the_changelog(installed: list[Path]) -> None:
+    changelog = (Path(__file__).resolve().parent.parent / "CHANGELOG.md").read_text()
+    [(version, date)] = re.findall(r"^## (\S+) — (\S+)$", changelog, re.MULTILINE)[:1]
+    assert version == __version__
+    for path in installed:
+        assert f'"{date}" "blockcopy {version}"' in path.read_text()
 
 
 @pytest.mark.parametrize("markdown", ["1. numbered", "> quoted", "![picture](x)", "- one\n\n  two"])
@@ -253,7 +261,9 @@ def test_what_the_pages_do_not_use_is_refused(markdown: str) -> None:
 
 
 def test_roff_takes_no_text_for_a_request() -> None:
-    page = roff.page("x", 1, "x", markup.parse("## A\n\n.TH a\n\n'quoted' `-o` \\\\n\n    .SH code\n    'x\n"))
+    page = roff.page(
+        "x", 1, "2026-01-01", "x", markup.parse("## A\n\n.TH a\n\n'quoted' `-o` \\\\n\n    .SH code\n    'x\n")
+    )
     lines = page.splitlines()[3:]
     assert [line for line in lines if line.startswith((".TH", ".SH code", "'"))] == []
     assert "\\fB\\-o\\fR" in page

@@ -13,6 +13,9 @@ from blockcopy.protocol import wire
 ORIGINAL = "0.0.2"
 """The version of the original program whose streams `checksum`, `retrieve` and `save` speak."""
 
+RELEASED = "2026-11-26"
+"""The date of this version, as CHANGELOG.md has it."""
+
 _LIBFUSE = "libfuse3.so.3"
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from blockcopy import __version__
 from blockcopy.cli.parser import parser
 from blockcopy.cli.suggestions import commands_of
+from blockcopy.cli.versions import RELEASED
 from blockcopy.errors import DeviceError, UsageError
 from blockcopy.paths import safe_write
 from blockcopy_fuse.manual import common, generated, markup, roff
@@ -52,7 +53,7 @@ class Page:
 
     def as_roff(self) -> str:
         """Return the page as text for man(1)."""
-        return roff.page(self.title.name, self.title.section, f"blockcopy {__version__}", self.blocks)
+        return roff.page(self.title.name, self.title.section, RELEASED, f"blockcopy {__version__}", self.blocks)
 
 
 def titles() -> list[Title]:

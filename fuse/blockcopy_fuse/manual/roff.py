@@ -26,10 +26,11 @@ _GAP = 3
 """Columns between two columns of a table."""
 
 
-def page(title: str, section: int, source: str, blocks: Iterable[Block]) -> str:
+def page(title: str, section: int, date: str, source: str, blocks: Iterable[Block]) -> str:
     """Return the manual page of `blocks` as roff.
 
-    `title`: name of the page. `section`: its number in the manual. `source`: program and version.
+    `title`: name of the page. `section`: its number in the manual. `date`: of the version, as YYYY-MM-DD.
+    `source`: program and version.
     """
     lines: list[str] = []
     before: Block | None = None
@@ -39,8 +40,10 @@ def page(title: str, section: int, source: str, blocks: Iterable[Block]) -> str:
         lines.append(_rendered(block))
         before = block
     preprocessor = "'\\\" t\n" if ".TS\n" in "\n".join(lines) else ""
-    words = " ".join(_argument(word) for word in (title.upper(), str(section), "", source, "blockcopy manual"))
-    return "\n".join([f"{preprocessor}.TH {words}", ".nh", ".ad l", *lines, ""])
+    name, about = (
+        " ".join(map(_argument, words)) for words in ((title.upper(), str(section)), (source, "blockcopy manual"))
+    )
+    return "\n".join([f'{preprocessor}.TH {name} "{date}" {about}', ".nh", ".ad l", *lines, ""])
 
 
 def _rendered(block: Block) -> str:
