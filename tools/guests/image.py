@@ -7,8 +7,6 @@ program's requirements, makes another image, and removes those that nobody uses.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import os
 import shutil
 import subprocess
@@ -21,8 +19,8 @@ from typing import NamedTuple
 from checkout import CHECKOUT
 from debian import CACHE as MINIMAL
 from debian import ToolError, carry_settings, login_environment, minimal, run
+from guests.cache import kept
 
-CACHE = Path("/var/cache/blockcopy-vm")
 RELEASE = "bookworm"
 SIZE = 6 << 30
 """Bytes of the image. It is sparse."""
@@ -102,50 +100,26 @@ def _requirements() -> list[str]:
     return [each for each in [*extras["fuse"], *extras["fast"]] if not each.startswith("blockcopy")]
 
 
-def _name() -> str:
-    recipe = "\n".join([Path(__file__).read_text(), *_requirements()])
-    return f"{RELEASE}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
-
-
 @contextlib.contextmanager
 def image(say: Callable[[str], None], *, again: bool = False) -> Iterator[Image]:
     """Yield the Image, built if the cache has none of today's recipe, or if `again`. The cache keeps it meanwhile.
 
     `say` is called with lines about a long wait. Raises ToolError if the image cannot be built.
     """
-    CACHE.mkdir(parents=True, exist_ok=True)
-    folder = CACHE / _name()
-    with contextlib.ExitStack() as stack:
-        lock = stack.enter_context((CACHE / f"{folder.name}.lock").open("w"))
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be building it
-        if again or not folder.exists():
-            say(f"building the guest {folder}; this takes about four minutes, once")
-            with tempfile.TemporaryDirectory(prefix="build.", dir=CACHE) as temporary:
-                _build(Path(temporary), say)
-                if folder.exists():
-                    shutil.rmtree(folder)
-                (Path(temporary) / "image").rename(folder)
-            _remove_unused()
-        fcntl.flock(lock, fcntl.LOCK_SH)
+
+    def build(folder: Path) -> None:
+        say("building the guest; this takes about four minutes, once")
+        with tempfile.TemporaryDirectory(prefix="build.", dir=folder) as temporary:
+            _build(Path(temporary), folder, say)
+
+    recipe = "\n".join([Path(__file__).read_text(), *_requirements()])
+    with kept(RELEASE, recipe, build, again=again) as folder:
         yield Image(*(folder / each for each in Image._fields))
 
 
-def _remove_unused() -> None:
-    """Remove the images of other recipes, unless a guest runs from them."""
-    for path in CACHE.glob(f"{RELEASE}-*.lock"):
-        with path.open("w") as lock, contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-            path.unlink()
-    for path in CACHE.glob("build.*"):
-        if not (path / "image").exists():  # of a build that was killed
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _build(folder: Path, say: Callable[[str], None]) -> None:
-    """Build the image in `folder`/image."""
-    made, tree = folder / "image", folder / "tree"
-    made.mkdir()
+def _build(folder: Path, made: Path, say: Callable[[str], None]) -> None:
+    """Build the image in the folder `made`. `folder`: for other files."""
+    tree = folder / "tree"
     run("cp", "-a", minimal(RELEASE, MINIMAL, say), tree)
     carry_settings(tree, "guest")
     say("installing packages")

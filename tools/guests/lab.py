@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from guests.cache import CACHE
 from guests.carried import pack_files, pack_program
-from guests.image import CACHE, Image
+from guests.image import Image
 from guests.machine import Disk, Machine
 
 
