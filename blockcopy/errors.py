@@ -89,9 +89,16 @@ class DestinationRefusedError(DeviceError):
 class ForeignContentError(DestinationRefusedError):
     """A destination with a file system, partition table or the like that the source has not."""
 
+    WAY_ON = ". Nothing was written; --force overwrites it"
+
+    @classmethod
+    def relayed(cls, message: str, exit_code: int) -> BlockcopyError:
+        """Return the error that another blockcopy process reported as `message`, with its `exit_code`."""
+        return super().relayed(message.removesuffix(cls.WAY_ON), exit_code)
+
     def __str__(self) -> str:
         """Return what is held, and how to go on."""
-        return f"{self.held}. Nothing was written; --force overwrites it"
+        return f"{self.held}{self.WAY_ON}"
 
     @property
     def held(self) -> str:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import getpass
 import itertools
 import json
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +27,7 @@ from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.block.identity import sample_extents
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.wire import Done, Message
+from sshd import Sshd as Sshd
 
 for name in ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(
@@ -502,59 +501,3 @@ def descriptors() -> set[str]:
             # memfds and logs of the test runner itself come and go
             found.add(f"{entry} → {target}")
     return {each for each in found if "/proc/" not in each}
-
-
-# sshd
-
-
-class Sshd:
-    """An sshd on loopback, for one user, one key and one port. `host` is its address."""
-
-    host = "127.0.0.1"
-
-    def __init__(self, folder: Path, *settings: str) -> None:
-        """Prepare a server whose files are in `folder`. `settings`: further lines of its configuration."""
-        self._folder = folder
-        self._settings = settings
-        with socket.socket() as free:
-            free.bind((self.host, 0))
-            self.port = free.getsockname()[1]
-        self.user = getpass.getuser()
-        self.log = folder / "log"
-
-    @property
-    def rsh(self) -> str:
-        """The ssh command line that reaches the server, for `-e`."""
-        return (
-            f"ssh -F none -p {self.port} -i {self._folder}/user -o BatchMode=yes "
-            f"-o UserKnownHostsFile={self._folder}/known -o StrictHostKeyChecking=accept-new -o LogLevel=ERROR"
-        )
-
-    def __enter__(self) -> Sshd:
-        folder = self._folder
-        for key in ("host", "user"):
-            output("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key)
-        shutil.copy(folder / "user.pub", folder / "authorized")
-        (folder / "config").write_text(
-            f"ListenAddress {self.host}\nPort {self.port}\nHostKey {folder}/host\nPidFile none\n"
-            f"AuthorizedKeysFile {folder}/authorized\nStrictModes no\nUsePAM no\n"
-            "PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\n"
-            + "".join(f"{line}\n" for line in self._settings)
-        )
-        if os.geteuid() == 0:
-            Path("/run/sshd").mkdir(exist_ok=True)
-        sshd = shutil.which("sshd", path="/usr/sbin:/usr/bin")
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen([str(sshd), "-D", "-e", "-f", str(folder / "config")], stderr=log)
-        until(self._answers, "sshd")
-        return self
-
-    def _answers(self) -> bool:
-        assert self._process.poll() is None, self.log.read_text()
-        with contextlib.suppress(OSError), socket.create_connection((self.host, self.port), timeout=1):
-            return True
-        return False
-
-    def __exit__(self, *exc: object) -> None:
-        self._process.terminate()
-        self._process.wait()

@@ -21,6 +21,9 @@ DATA = noise(3 << 20)
 needs_mkfs = pytest.mark.skipif(shutil.which("mkfs.ext4") is None, reason="mkfs.ext4 is not installed")
 
 
+PUSH = ["sync", "-e", f"{support.PYTHON} {support.STANDINS / 'link'}", "--python", support.PYTHON]
+
+
 def ext4(path: Path) -> Path:
     """Make an ext4 of `SIZE` bytes in the file `path`, and return `path`."""
     with path.open("wb") as file:
@@ -51,10 +54,11 @@ def test_a_file_system_that_the_source_has_not_is_not_overwritten(source: Path, 
 
 @needs_mkfs
 @pytest.mark.parametrize(("answer", "status"), [(b"y\n", 0), (b"\n", 1), (b"no\n", 1), (b"\x04", 1)])
-def test_a_yes_on_a_terminal_goes_on(answer: bytes, status: int, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", ["", "host:"])
+def test_a_yes_on_a_terminal_goes_on(answer: bytes, status: int, host: str, source: Path, tmp_path: Path) -> None:
     destination = ext4(tmp_path / "destination")
     ours, theirs = pty.openpty()
-    command = [*BLOCKCOPY, "sync", str(source), str(destination)]
+    command = [*BLOCKCOPY, *(PUSH if host else ["sync"]), str(source), f"{host}{destination}"]
     shown = b""
     with subprocess.Popen(command, stdin=theirs, stderr=theirs) as process:
         os.close(theirs)
@@ -97,6 +101,41 @@ def test_a_mount_refuses_too_and_says_how_to_go_on(source: Path, tmp_path: Path)
     support.require_fuse()
     (tmp_path / "point").mkdir()
     failed(run("mount", source, ext4(tmp_path / "destination"), tmp_path / "point"), 1, "--force overwrites it")
+
+
+@needs_mkfs
+@pytest.mark.parametrize("size", [0, 100, len(DATA)])
+def test_a_push_refuses_too(size: int, tmp_path: Path) -> None:
+    source, destination = written(tmp_path / "source", DATA[:size]), ext4(tmp_path / "destination")
+    before = destination.read_bytes()
+    done = run(*PUSH, "--connections", 3, source, f"host:{destination}", input=b"y\n")
+    failed(
+        done, 1, f"host: {destination} holds an ext4 file system (UUID {uuid_of(destination)}), which the source"
+    )
+    assert done.stderr.endswith(b". Nothing was written; --force overwrites it\n")
+    assert destination.read_bytes() == before
+    succeeded(run(*PUSH, "--force", source, f"host:{destination}"), None)
+    assert destination.read_bytes() == DATA[:size] + before[size:]
+
+
+@needs_mkfs
+@pytest.mark.parametrize("compress", ["none", "zstd"])
+def test_a_push_onto_an_older_copy_asks_nothing(compress: str, tmp_path: Path) -> None:
+    older = ext4(tmp_path / "older").read_bytes()
+    source = written(tmp_path / "source", with_changes(older, [0, 1, 30]))
+    destination = written(tmp_path / "destination", with_changes(older, [1, 9]))
+    succeeded(run(*PUSH, "--compress", compress, source, f"host:{destination}"))
+    assert destination.read_bytes() == source.read_bytes()
+
+
+@needs_mkfs
+def test_save_overwrites_whatever_there_is(tmp_path: Path) -> None:
+    """As the original program does: the one who writes `checksum | retrieve | save` decides."""
+    destination = ext4(tmp_path / "destination")
+    succeeded(
+        run("save", destination, input=b"data" + bytes(8) + (4096).to_bytes(4, "big") + DATA[:4096] + b"done")
+    )
+    assert destination.read_bytes()[:4096] == DATA[:4096]
 
 
 def test_zeros_and_plain_data_have_no_superblock() -> None:

@@ -379,6 +379,7 @@ def test_the_move_of_a_machine_is_shown() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "integrity_check: ok" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
     assert re.search(r"Nobody could write for\S* [0-9.]+ s", done.stdout)
 
 

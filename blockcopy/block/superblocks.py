@@ -10,6 +10,9 @@ import uuid
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from blockcopy.block.device import Device
+from blockcopy.errors import DeviceError, ForeignContentError
+
 HEAD = 256 * 1024
 """Bytes at the start of a device that `superblocks` looks at."""
 
@@ -88,6 +91,30 @@ def superblocks(head: bytes) -> list[Superblock]:
     if any(head[at : at + 8] in _ZFS_MAGICS for at in _ZFS_UBERBLOCKS):
         found.append(Superblock("a member of a ZFS pool", _ZFS_UBERBLOCKS.start, ""))
     return found or list(_mbr(head))
+
+
+def head_of(device: Device) -> bytes:
+    """Return the first HEAD bytes of `device`, or all. Returns none if they cannot be read: a copy replaces all."""
+    try:
+        return bytes(device.read(0, min(HEAD, device.size())))
+    except DeviceError:
+        return b""
+
+
+def refuse_foreign(path: str, held: list[Superblock], source: str, others: list[Superblock]) -> None:
+    """Raise ForeignContentError if the destination at `path` holds a superblock that the source lacks.
+
+    `held`, `others`: those of the destination and the source. `source`: its name in the message.
+    """
+    if foreign := [each for each in held if each not in others]:
+        raise ForeignContentError(
+            f"{path} holds {_words(foreign)}, which {source} does not hold"
+            + (f": that holds {_words(others)}" if others else "")
+        )
+
+
+def _words(found: list[Superblock]) -> str:
+    return " and ".join(map(str, found))
 
 
 def _id(raw: bytes, is_little: bool = False) -> str:

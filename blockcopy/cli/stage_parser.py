@@ -106,7 +106,7 @@ def _add_save(commands: Any) -> None:
     )
     save.add_argument("destination_file", metavar="FILE", help="existing file or device to write")
     add_sparse(save)
-    add_force(save)
+    add_force(save, "overwrite even a destination that is in use")
     add_progress(save)
 
 
@@ -155,13 +155,11 @@ def add_progress(parser: argparse.ArgumentParser) -> Options:
     return output
 
 
-def add_force(parser: Options) -> None:
-    """Add `--force` to `parser`."""
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="overwrite even a destination that is in use, or holds what the source lacks",
-    )
+def add_force(
+    parser: Options, purpose: str = "overwrite even a destination that is in use, or holds what the source lacks"
+) -> None:
+    """Add `--force` to `parser`. `purpose`: its help."""
+    parser.add_argument("--force", action="store_true", help=purpose)
 
 
 def add_sparse(parser: Options) -> None:

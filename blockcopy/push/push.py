@@ -17,7 +17,7 @@ from collections.abc import Callable
 from blockcopy.block.claim import says_in_use
 from blockcopy.block.device import Device
 from blockcopy.cli.program import error_line
-from blockcopy.errors import BlockcopyError, OutputError, RemoteError, StreamError
+from blockcopy.errors import BlockcopyError, ForeignContentError, OutputError, RemoteError, StreamError
 from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.push.further import Connections
 from blockcopy.push.spread import Spread
@@ -188,7 +188,8 @@ def _failure_of(session: Session, error: BlockcopyError | None) -> BlockcopyErro
     own = next((line for line in lines if line.startswith(_ERROR_PREFIX)), None)
     if own is not None and not lost:  # a `receive` that has lost its connection may still report that
         text = f"{command.location.host_shown or 'this host'}: {own[len(_ERROR_PREFIX) :]}"
-        return BlockcopyError.relayed(with_hint(text, command, status, lines, begun=begun), status)
+        kind = ForeignContentError if own.endswith(ForeignContentError.WAY_ON) else BlockcopyError
+        return kind.relayed(with_hint(text, command, status, lines, begun=begun), status)
     return (_ConnectionLostError if lost else RemoteError)(
         explain_end(command, status, lines, begun=begun, error=error)
     )

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from blockcopy.block.claim import check_destination, existing_destination, open_destination, says_in_use
-from blockcopy.block.device import open_source
+from blockcopy.block.device import Device, open_source
 from blockcopy.cli import console, log
 from blockcopy.errors import BlockcopyError, DestinationRefusedError, ForeignContentError, StateError, UsageError
 from blockcopy.paths.places import absolute
@@ -180,16 +180,15 @@ def _push(args: argparse.Namespace, destination: Location, results: list[SyncRes
         return _shows(args, progress)
     if args.ranges:
         raise UsageError("--range needs a local DESTINATION: a push copies all")
-    options = [name for name, given in (("--force", args.force), ("--no-sparse", args.no_sparse)) if given]
-    compression = compression_of(args, destination)
-    options += ["--compress", str(compression)]
+    options = ["--no-sparse"] if args.no_sparse else []
+    options += ["--compress", str(compression_of(args, destination))]
     control = control_for(args, destination)
-    command = command_for(args, destination, "receive", options, control=control)
-    with logging_out(command), open_source(source) as device:
+
+    def copy(device: Device, *, force: bool) -> Progress:
         with console.progress(args, bar_by_default=True) as progress:
             sent = _SentBytes(progress)
             push(
-                command,
+                command_for(args, destination, "receive", [*options, *["--force"][:force]], control=control),
                 device,
                 timeout=args.timeout,
                 prompts=prompts(destination),
@@ -200,6 +199,15 @@ def _push(args: argparse.Namespace, destination: Location, results: list[SyncRes
                 progress=sent,
             )
         results.append(dataclasses.replace(results[-1], size=device.size(), sent_bytes=sent.total))
+        return progress
+
+    with logging_out(command_for(args, destination, "receive", control=control)), open_source(source) as device:
+        try:
+            progress = copy(device, force=args.force)
+        except ForeignContentError as error:
+            if not console.confirm(f"{error.held}. Overwrite it?"):
+                raise
+            progress = copy(device, force=True)
     if args.verify:
         with console.progress(args, bar_by_default=True) as progress:
             verdict = comparison.compare(args, comparison.ends_of(args), progress)

@@ -14,9 +14,8 @@ import trio
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import Geometry
-from blockcopy.block.superblocks import HEAD, Superblock, superblocks
+from blockcopy.block.superblocks import head_of, refuse_foreign, superblocks
 from blockcopy.block.unreadable_ranges import UnreadableRanges
-from blockcopy.errors import DeviceError, ForeignContentError
 from blockcopy.replica.hydration.signatures import read_signatures
 from blockcopy.replica.source.pool import Pool
 from blockcopy.replica.state import recovery
@@ -29,29 +28,13 @@ async def refuse_foreign_content(device: Device, pool: Pool, record: Record | No
     `pool` must be connected. `record`: the usable one of `device`, or None.
     Raises SourceError if the source does not answer.
     """
-    head = await trio.to_thread.run_sync(_head_of, device)
+    head = await trio.to_thread.run_sync(head_of, device)
     held = superblocks(head)
     identity = pool.connector.identity
     if not held or (record and identity and recovery.is_copy_of_same(record, device, identity)):
         return
     others = superblocks(await _source_head(device, head, pool))
-    if foreign := [each for each in held if each not in others]:
-        raise ForeignContentError(
-            f"{device.path} holds {_words(foreign)}, which {pool.connector.command.location} does not hold"
-            + (f": that holds {_words(others)}" if others else "")
-        )
-
-
-def _words(found: list[Superblock]) -> str:
-    return " and ".join(map(str, found))
-
-
-def _head_of(device: Device) -> bytes:
-    """Return the first bytes of `device`. Returns none if they cannot be read: a copy will replace them."""
-    try:
-        return bytes(device.read(0, min(HEAD, device.size())))
-    except DeviceError:
-        return b""
+    refuse_foreign(device.path, held, str(pool.connector.command.location), others)
 
 
 class _Head:

@@ -24,11 +24,12 @@ from blockcopy.block.device import Device
 from blockcopy.block.geometry import BLOCK_SIZE, Extent
 from blockcopy.block.identity import Identity, differences
 from blockcopy.block.records import invalidate_records
+from blockcopy.block.superblocks import head_of, refuse_foreign, superblocks
 from blockcopy.block.unreadable_ranges import UnreadableRanges
 from blockcopy.errors import BlockcopyError, OutputError, SourceChangedError, SourceReadError, StreamError
 from blockcopy.progress.reporter import Progress
 from blockcopy.protocol import digests, wire
-from blockcopy.protocol.compression import NO_COMPRESSION, CompressionSpec
+from blockcopy.protocol.compression import NO_COMPRESSION, CompressionSpec, expand
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.handshake import Handshake
 from blockcopy.stage.checksum import write_signatures
@@ -40,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 _LAST_FENCE = 1
 """The number of the fence behind the last request. The one behind the greeting is 0."""
+
+_HEAD_FENCE = 2
+"""The number of the fence behind the request for the source's first bytes."""
 
 
 def receive(
@@ -57,7 +61,8 @@ def receive(
     for this. `output`, `answers`: the streams to and from the source. Everything received before an error is
     written and synced.
 
-    Raises DestinationRefusedError or DeviceError for the destination. Raises StreamError for `answers`, and
+    Raises DestinationRefusedError or DeviceError for the destination. Raises ForeignContentError without `force` if
+    it holds a file system or the like that the source has not. Raises StreamError for `answers`, and
     OutputError for `output`. Raises SourceReadError if the source cannot read some blocks. Raises
     SourceChangedError if the source has another identity at the end.
     """
@@ -72,6 +77,8 @@ def receive(
         output.write([wire.encode(wire.Fence(0))])  # at once, so that the source can measure the round trip
         destination = existing or stack.enter_context(open_destination(path, force=force, create=True))
         size = identity["size"]
+        if existing is not None and not force:
+            _refuse_foreign_content(existing, size, digests.named(name), output, messages)
         invalidate_records(destination)  # records of a mount or sync describe what is overwritten now
         make_room(destination, size)
         with (
@@ -87,6 +94,53 @@ def receive(
             raise SourceChangedError.found("it", "; ".join(changes))
         if unreadable:
             raise SourceReadError(f"the source cannot read {unreadable}. All else was copied")
+
+
+def _refuse_foreign_content(
+    destination: Device,
+    size: int,
+    digest: digests.Digest,
+    output: OutputStream,
+    messages: Iterable[wire.Message | None],
+) -> None:
+    """Raise ForeignContentError if `destination` holds a file system or the like that the source does not hold.
+
+    Asks the source for what differs in its first bytes, by `digest`. This comes before further connections, so all
+    `messages` of the source until the fence answer that. `output`: gets the request. `size`: bytes of the source.
+    Raises StreamError if the answers are invalid, and OutputError if the source is gone.
+    """
+    head = head_of(destination)
+    held = superblocks(head)
+    if not held:
+        return
+    others = bytearray(head[:size])
+    if others:
+        blocks = [others[at : at + BLOCK_SIZE] for at in range(0, len(others), BLOCK_SIZE)]
+        asks = wire.Asks(0, BLOCK_SIZE, len(others), b"".join(map(digest, blocks)))
+        output.write([wire.encode(asks), wire.encode(wire.Fence(_HEAD_FENCE))])
+        for message in messages:
+            if message == wire.Fence(_HEAD_FENCE):
+                break
+            _take_head(others, message)
+    refuse_foreign(destination.path, held, "the source", superblocks(bytes(others)))
+
+
+def _take_head(head: bytearray, message: wire.Message | None) -> None:
+    """Put the bytes of `message` into `head`, if the message has any. A block that cannot be read becomes zeros.
+
+    Raises StreamError if the bytes lie outside.
+    """
+    if isinstance(message, (wire.Data, wire.ZstdData)):
+        position, payload = message.position, bytes(expand(message))
+    elif isinstance(message, wire.Zero):
+        position, payload = message.position, bytes(min(message.length, len(head) + 1))
+    elif isinstance(message, wire.Failure):
+        position, payload = message.position, bytes(max(0, min(BLOCK_SIZE, len(head) - message.position)))
+    else:
+        return
+    if position + len(payload) > len(head):
+        raise StreamError(f"the source sent {len(payload)} bytes for position {position}, which nobody asked for")
+    head[position : position + len(payload)] = payload
 
 
 def _take(writer: Writer, size: int, unreadable: UnreadableRanges, message: wire.Message) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -15,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import sshd
 from benchmarks.ground import BenchError, Ground, until
 from benchmarks.measure import round_trips
 
-HOST = "127.0.0.1"
+HOST = sshd.HOST
 RELAY = Path(__file__).with_name("relay.py")
 TICKS = os.sysconf("SC_CLK_TCK")
 """Units of CPU time per second in /proc."""
@@ -78,23 +77,14 @@ class Server:
         self._ground, self._folder = ground, ground.name("sshd")
         folder = self._folder
         folder.mkdir(mode=0o700)
-        with socket.socket() as free:
-            free.bind((HOST, 0))
-            self.port = free.getsockname()[1]
-        for key in ("host", "user"):
-            ground.output(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key])
-        shutil.copy(folder / "user.pub", folder / "authorized")
+        self.port = sshd.free_port()
+        try:
+            words = sshd.prepare(folder, self.port)
+        except sshd.SshdError as error:
+            raise BenchError(str(error)) from error
         (folder / "known").write_text(f"far {(folder / 'host.pub').read_text()}")
-        if os.geteuid() == 0:
-            Path("/run/sshd").mkdir(exist_ok=True)
-        (folder / "config").write_text(
-            f"ListenAddress {HOST}\nPort {self.port}\nHostKey {folder}/host\nPidFile none\n"
-            f"AuthorizedKeysFile {folder}/authorized\nStrictModes no\nUsePAM no\n"
-            "PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\n"
-        )
         log = folder / "log"
         with log.open("wb") as said:
-            words = [program("sshd"), "-D", "-e", "-f", folder / "config"]
             self.process = ground.popen(words, stderr=said)
         until(lambda: self._listens() or self.process.poll() is not None, "sshd")
         if self.process.returncode is not None:
@@ -189,8 +179,3 @@ def stages(pid: int) -> Iterator[tuple[int, float]]:
             if name.startswith("python"):
                 yield child, (int(fields[11]) + int(fields[12])) / TICKS
         yield from stages(child)
-
-
-def program(name: str) -> str | None:
-    """Return the path of a program that may be among those for administrators. Returns None if it is missing."""
-    return shutil.which(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin")

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import sshd
 from benchmarks import data
 from benchmarks.bench import Bench
 from benchmarks.contestants import OURS
 from benchmarks.data import MIB, Case
-from benchmarks.far import HOST, Line, Server, program
+from benchmarks.far import HOST, Line, Server
 from benchmarks.ground import BenchError
 from benchmarks.measure import run
 from benchmarks.mounts import Mounted, leave, served
@@ -42,7 +43,7 @@ QUICK_STEADY, QUICK_RAMP = 2.0, 0.5
 
 def ssh(bench: Bench) -> None:
     """Measure the part `ssh`. Only notes what is missing if there is no ssh or sshd."""
-    if missing := [each for each in ("ssh", "ssh-keygen", "sshd") if program(each) is None]:
+    if missing := [each for each in ("ssh", "ssh-keygen", "sshd") if sshd.find(each) is None]:
         bench.results.note(f"ssh: skipped, {', '.join(missing)}: not installed (openssh-client, openssh-server)")
         return
     folder = bench.ground.folder / "ssh"
