@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support import BLOCKCOPY, failed, run, succeeded
+from support import BLOCKCOPY, Mount, failed, require_fuse, run, succeeded, written
 
 from blockcopy import __version__, errors
 from blockcopy.cli.parser import SHELLS, parser
@@ -288,15 +288,37 @@ def test_completions_are_scripts_of_the_shell(shell: str, tmp_path: Path) -> Non
         (["sync", "--no-sp"], {"--no-sparse"}),
         (["completion", "f"], {"fish"}),
         (["help", "recip"], {"recipes"}),
+        (["sync", "--compress", "z"], {"zstd"}),
+        (["checksum", "--digest", "sha2"], {"sha256"}),
+        (["mount", "-o", "allow_o"], {"allow_other"}),
+        (["umount", "/et"], {"/etc"}),  # no mount has this name
     ],
 )
 def test_bash_completes(tmp_path: Path, typed: list[str], found: set[str]) -> None:
+    assert completed(tmp_path, typed) == found
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_bash_completes_the_mountpoints_of_blockcopy(tmp_path: Path) -> None:
+    require_fuse()
+    source, point = written(tmp_path / "source", b"data"), tmp_path / "a point"
+    point.mkdir()
+    (tmp_path / "another").mkdir()
+    mount = Mount(point, source, tmp_path / "copy")
+    for command in ("umount", "status", "wait", "limit", "prefetch"):
+        assert completed(tmp_path, [command, f"{tmp_path}/a"]) == {str(point)}
+    assert str(point) not in completed(tmp_path, ["mount", "-o", "ro", source, "copy", f"{tmp_path}/an"])
+    mount.umount()
+
+
+def completed(tmp_path: Path, typed: list[object]) -> set[str]:
+    """Return what bash offers for the words `typed`, the last of which is not complete."""
     (tmp_path / "script").write_bytes(run("completion", "bash").stdout)
     asked = f"""
         source {tmp_path}/script
-        COMP_WORDS=(blockcopy {" ".join(typed)}); COMP_CWORD={len(typed)}
+        COMP_WORDS=(blockcopy {" ".join(map(str, typed))}); COMP_CWORD={len(typed)}
         $(complete -p blockcopy | sed 's/.*-F \\([^ ]*\\).*/\\1/')
         printf '%s\\n' "${{COMPREPLY[@]}}"
     """
     done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True)
-    assert {word.strip() for word in done.stdout.split()} == found
+    return {line.strip() for line in done.stdout.splitlines()}
