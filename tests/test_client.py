@@ -18,6 +18,7 @@ from support import pairwise, written
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.geometry import BLOCK_SIZE, Geometry
 from blockcopy.errors import OriginalProgramError, SourceError
+from blockcopy.protocol.handshake import Handshake
 from blockcopy.replica.source.batches import Signatures
 from blockcopy.replica.source.client import Client
 from blockcopy.transport.command import stage_command
@@ -68,7 +69,7 @@ async def retriever_of(
 ) -> AsyncIterator[Client]:
     original = program is not None
     command = stage_command(Location(None, str(source)), program=program)
-    retriever = Client(command, original=original, timeout=timeout)
+    retriever = Client(command, None if original else Handshake(), timeout=timeout)
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             await nursery.start(retriever.run)
@@ -382,7 +383,7 @@ def test_one_that_trickles_is_ended(source: Path) -> None:
     command = stage_command(Location(None, str(source)), program=f"{support.FAULTY} --trickle-at 2")
 
     async def main() -> None:
-        retriever = Client(command, timeout=1)
+        retriever = Client(command, Handshake(), timeout=1)
         with trio.fail_after(10):
             async with trio.open_nursery() as nursery:
                 await nursery.start(retriever.run)
@@ -425,7 +426,7 @@ def test_a_missing_source_is_told_in_the_words_of_the_process(tmp_path: Path, pr
     command = stage_command(Location(None, str(tmp_path / "absent")), program=program)
 
     async def main() -> None:
-        retriever = Client(command, original=program is not None)
+        retriever = Client(command, Handshake() if program is None else None)
         async with trio.open_nursery() as nursery:
             await nursery.start(retriever.run)
             with pytest.raises(SourceError, match="No such file"):
@@ -449,7 +450,7 @@ def test_a_process_that_closes_its_output_but_stays_is_ended(source: Path, tmp_p
 @pytest.mark.parametrize("name", ["/no/such/program", "/dev/null"])
 def test_a_program_that_cannot_be_run(name: str, source: Path) -> None:
     async def main() -> None:
-        retriever = Client(stage_command(Location(None, str(source)), program=name))
+        retriever = Client(stage_command(Location(None, str(source)), program=name), Handshake())
         async with trio.open_nursery() as nursery:
             with pytest.raises(SourceError, match=f"cannot run `{name}`"):
                 await nursery.start(retriever.run)
@@ -603,7 +604,9 @@ def test_who_asks_while_it_is_being_closed_gets_an_error(source: Path, tmp_path:
 
 def test_cancelling_its_task_ends_the_process_and_every_wait(source: Path) -> None:
     async def main() -> None:
-        retriever = Client(stage_command(Location(None, str(source)), program=f"{support.QUEUEING} --stall-at 1"))
+        retriever = Client(
+            stage_command(Location(None, str(source)), program=f"{support.QUEUEING} --stall-at 1"), Handshake()
+        )
         with trio.fail_after(10):
             async with trio.open_nursery() as outer:
                 inner = await outer.start(run_in_nursery, retriever)
@@ -633,7 +636,7 @@ def test_the_original_does_not_know_the_greeting(source: Path, tmp_path: Path) -
     command = stage_command(Location(None, str(source)), program=support.QUEUEING)
 
     async def main() -> None:
-        retriever = Client(command)
+        retriever = Client(command, Handshake())
         async with trio.open_nursery() as nursery:
             await nursery.start(retriever.run)
             with pytest.raises(OriginalProgramError):
@@ -649,7 +652,7 @@ def test_what_cannot_be_read_is_said_and_the_rest_goes_on(tmp_path: Path, loop_d
     os.truncate(backing, 4 * BLOCK_SIZE)
 
     async def main() -> None:
-        retriever = Client(stage_command(Location(None, device)))
+        retriever = Client(stage_command(Location(None, device)), Handshake())
         async with trio.open_nursery() as nursery:
             await nursery.start(retriever.run)
             assert (await retriever.greet())["size"] == 16 * BLOCK_SIZE

@@ -18,6 +18,7 @@ import trio.testing
 from blockcopy.block.identity import sample_extents
 from blockcopy.errors import OriginalProgramError, SourceChangedError, SourceError
 from blockcopy.protocol import digests
+from blockcopy.protocol.handshake import Handshake
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.source import connector as connector_module
 from blockcopy.replica.source.batches import Delta, Signatures, Sink
@@ -38,9 +39,11 @@ class ScriptedClient:
     A step is the identity that the source reports, an error, SILENT, or bytes that the original program has.
     """
 
-    def __init__(self, script: Script, options: dict[str, Any]) -> None:
+    def __init__(self, script: Script, handshake: Handshake | None, options: dict[str, Any]) -> None:
         self.step = script.steps.pop(0) if script.steps else SourceError("no route to host")
-        self.offered, self.timeout, self.original = options["digest"], options["timeout"], options["original"]
+        self.timeout, self.original = options["timeout"], handshake is None
+        names = list(handshake.offered) if handshake else []
+        self.offered = digests.named(names[0]) if len(names) == 1 else None
         self.digest = self.offered or digests.named(script.digests.pop(0) if script.digests else "sha3_512")
         self.ended = trio.Event()
         self.failure: SourceError | None = None
@@ -104,8 +107,8 @@ class Script:
         self.clients: list[ScriptedClient] = []
         self.started_at: list[float] = []
 
-    def start(self, _: object, **options: Any) -> ScriptedClient:
-        self.clients.append(ScriptedClient(self, options))
+    def start(self, _: object, handshake: Handshake | None, **options: Any) -> ScriptedClient:
+        self.clients.append(ScriptedClient(self, handshake, options))
         self.started_at.append(trio.current_time())
         return self.clients[-1]
 

@@ -542,7 +542,7 @@ def test_a_later_greeting_cannot_choose_another_digest() -> None:
     handshake = Handshake()
     for name in ("sha256", "sha256"):
         (greeting,) = decoded(source_greeting(identity, name, "none"))
-        assert handshake.read(greeting) == (identity, name)
+        assert handshake.read(greeting) == (identity, name, None)
     (other,) = decoded(source_greeting(identity, "sha3_512", "none"))
     with pytest.raises(StreamError, match="no agreement"):
         handshake.read(other)

@@ -185,7 +185,9 @@ def test_one_place_prints_and_one_exits() -> None:
         "blockcopy.cli.console": {"print"},
         "blockcopy.cli.program": {"os._exit"},
         "blockcopy_fuse.probe": {"os._exit"},  # of a child that asks
-        "blockcopy.transport.bootstrap": {"sys.exit"},  # on a host where there is no command line yet
+        # on a host, where there is no command line yet
+        "blockcopy.transport.bootstrap": {"sys.exit"},
+        "blockcopy.stage.hand_over": {"sys.exit"},
     }
 
 

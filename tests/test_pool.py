@@ -159,6 +159,7 @@ class Connection:
         self.unanswered: Sequence[Signatures] | None = None
         self.answered_at: float | None = None
         self.sent_bytes = self.received_bytes = 0
+        self.join_token: str | None = None
         self.asked = 0
         self.answer = trio.Event()
 
@@ -204,7 +205,7 @@ class Connector:
         self.is_original = False
         self.round_trip = RoundTrip()
 
-    async def open(self, nursery: trio.Nursery, connections: int) -> Connection:
+    async def open(self, nursery: trio.Nursery, connections: int, token: str | None = None) -> Connection:
         await trio.sleep(0.1)
         if len([each for each in self.opened if each.failure is None]) >= self.most:
             raise SourceError("session refused")

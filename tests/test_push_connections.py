@@ -216,7 +216,7 @@ JOIN = [PYTHON, "-P", "-m", "blockcopy", "receive", "--join"]
 def test_a_joined_process_stays_until_its_streams_have_ended(tmp_path: Path) -> None:
     joined = Joined()
     with Joins() as joins:
-        joins.start(joined.serve)
+        joins.open(joined.serve)
         process = subprocess.Popen(
             [*JOIN, str(joins.token), str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -233,7 +233,7 @@ def test_a_joined_process_stays_until_its_streams_have_ended(tmp_path: Path) -> 
 
 def test_the_end_of_the_owner_ends_all_that_have_joined(tmp_path: Path) -> None:
     with Joins() as joins:
-        joins.start(Joined().serve)
+        joins.open(Joined().serve)
         processes = [
             subprocess.Popen(
                 [*JOIN, str(joins.token), str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -250,7 +250,7 @@ def test_the_end_of_the_owner_ends_all_that_have_joined(tmp_path: Path) -> None:
 
 def test_a_wrong_token_finds_no_socket(tmp_path: Path) -> None:
     with Joins() as joins:
-        joins.start(Joined().serve)
+        joins.open(Joined().serve)
         done = run("receive", "--join", "ab" * 16, tmp_path)
         failed(done, 1, "cannot join the other connection of this copy: Connection refused")
 
@@ -272,8 +272,8 @@ def test_who_finds_the_socket_without_the_token_is_refused(count: int) -> None:
     served: list[object] = []
     reader, writer = os.pipe()
     with open(reader, "rb"), open(writer, "wb"), Joins() as joins:
-        joins.start(lambda *streams: served.append(streams))
-        assert hand_over(stage_join._address(str(joins.token)), b"ab" * 16, [reader, writer][:count]) == b""
+        joins.open(lambda *streams: served.append(streams))
+        assert hand_over(stage_join.address_of(str(joins.token)), b"ab" * 16, [reader, writer][:count]) == b""
     assert served == []
 
 
@@ -290,8 +290,8 @@ def test_another_user_with_the_token_is_refused() -> None:
         "    except OSError: print('heard', b'')\n"
     )
     with Joins() as joins:
-        joins.start(lambda *streams: served.append(streams))
-        arguments = [stage_join._address(str(joins.token))[1:], str(joins.token)]
+        joins.open(lambda *streams: served.append(streams))
+        arguments = [stage_join.address_of(str(joins.token))[1:], str(joins.token)]
         done = subprocess.run(
             ["/usr/bin/python3", "-c", program, *arguments], capture_output=True, user=65534, check=False
         )
@@ -301,14 +301,14 @@ def test_another_user_with_the_token_is_refused() -> None:
 def test_a_socket_of_another_user_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     with Joins() as joins:
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
-        with pytest.raises(Exception, match="another user's"):
-            join(str(joins.token))
+        with pytest.raises(Exception, match="cannot join the other connection of this copy: Operation not"):
+            join(str(joins.listen()))
 
 
 def test_a_process_that_hands_over_nothing_delays_no_other_and_no_end(tmp_path: Path) -> None:
     with Joins() as joins, socket.socket(socket.AF_UNIX) as silent:
-        joins.start(Joined().serve)
-        silent.connect(stage_join._address(str(joins.token)))
+        joins.open(Joined().serve)
+        silent.connect(stage_join.address_of(str(joins.token)))
         process = subprocess.Popen(
             [*JOIN, str(joins.token), str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -539,7 +539,7 @@ def test_a_further_connection_with_invalid_messages_ends_alone(
         receiving.stdin.flush()
         with socket.socket(socket.AF_UNIX) as joining:
             token = str(read_client(greeting).join)
-            joining.connect(stage_join._address(token))
+            joining.connect(stage_join.address_of(token))
             ours, theirs = os.pipe(), os.pipe()
             socket.send_fds(joining, [token.encode()], [theirs[0], ours[1]])
             os.close(theirs[0])
@@ -550,7 +550,7 @@ def test_a_further_connection_with_invalid_messages_ends_alone(
             out.write(wire.encode(wire.Data(0, b"new")) + wire.encode(wire.Fence(7)))
             assert back.read(12) == wire.encode(wire.Fence(7))
             out.write(wire.encode(message))
-            assert (back.read(12), joining.recv(1)) == (b"", b"")
+            assert (back.read(12), joining.recv(1)) == (b"", b"\0")
         rest = [wire.Fence(1), hello, wire.Done()]  # all is answered, and the source is what it was
         receiving.communicate(b"".join(map(wire.encode, rest)), timeout=support.PATIENCE)
     assert receiving.returncode == 0

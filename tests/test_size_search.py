@@ -65,7 +65,7 @@ def find(path: object, guesses: list[int], program: str | None) -> list[int]:
         async with trio.open_nursery() as nursery:
 
             async def connect() -> Client:
-                retriever = Client(command, original=True)
+                retriever = Client(command, None)
                 await nursery.start(retriever.run)
                 connected.append(retriever)
                 return retriever

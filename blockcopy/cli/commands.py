@@ -67,23 +67,28 @@ def _checksum_input(path: str) -> Iterator[int]:
 def retrieve(args: argparse.Namespace) -> None:
     """Run `retrieve`: read hashes from stdin, write the blocks that differ to stdout.
 
-    `args`: its parsed options.
+    Answers further connections of the same client too, until each has ended. `args`: its parsed options.
     """
     from blockcopy.block.device import open_source
-    from blockcopy.stage.compressors import XzCompressor, compressor_for
-    from blockcopy.stage.retrieve import retrieve as answer
+    from blockcopy.stage.compressors import Compressor, XzCompressor, compressor_for
+    from blockcopy.stage.join import join
+    from blockcopy.stage.retrieve import serve
 
+    def new_compressor(output: streams.OutputStream) -> Compressor:
+        return XzCompressor() if args.lzma else compressor_for(args.compress, output)
+
+    if args.join is not None:
+        join(args.join)
+        return
     _refuse_dash(args.source_file)
     streams.refuse_terminal(1)
-    output = streams.OutputStream(1)
     args.compress.check_available()
-    compressor = XzCompressor() if args.lzma else compressor_for(args.compress, output)
     with (
         open_source(args.source_file) as source,
         streams.InputStream(0) as hashes,
         console.progress(args) as progress,
     ):
-        answer(source, hashes, output, compressor=compressor, progress=progress)
+        serve(source, hashes, streams.OutputStream(1), new_compressor=new_compressor, progress=progress)
 
 
 def save(args: argparse.Namespace) -> None:

@@ -94,6 +94,7 @@ def _add_retrieve(commands: Any) -> None:
     )
     add_compress(compression, "compress blocks, for a save of this program", "none")
     add_progress(retrieve)
+    _add_join(retrieve)
 
 
 def _add_save(commands: Any) -> None:
@@ -122,7 +123,7 @@ def _add_receive(commands: Any) -> None:
     add_sparse(receive)
     add_compress(receive, "have the source compress", "none")
     add_force(receive)
-    receive.add_argument("--join", metavar="TOKEN", help=argparse.SUPPRESS)  # a further connection of one push
+    _add_join(receive)
 
 
 def _add_facts(commands: Any) -> None:
@@ -131,6 +132,11 @@ def _add_facts(commands: Any) -> None:
     )
     facts.add_argument("source_file", metavar="FILE", nargs="?", help="file or device to try to read")
     facts.add_argument("--echo", action="store_true", help="then write back standard input, to measure round trips")
+
+
+def _add_join(parser: argparse.ArgumentParser) -> None:
+    """Add the hidden `--join` to `parser`, for a further connection of one copy. Only this program gives it."""
+    parser.add_argument("--join", metavar="TOKEN", help=argparse.SUPPRESS)
 
 
 def add_progress(parser: argparse.ArgumentParser) -> Options:

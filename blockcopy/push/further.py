@@ -9,14 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 
 from blockcopy.errors import BlockcopyError, RemoteError, StreamError
 from blockcopy.protocol import wire
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.push.spread import Branch, Spread
 from blockcopy.stage.streams import OutputStream
-from blockcopy.transport.command import Command
 from blockcopy.transport.hints import explain_end
 from blockcopy.transport.scaling import SAMPLE_SECONDS, Sample, Scaling
 from blockcopy.transport.session import Session
@@ -139,18 +137,15 @@ class Further:
 class Connections:
     """All connections of a push after the first: as many as pay. Leaving the context ends them."""
 
-    def __init__(
-        self, spread: Spread, scaling: Scaling, command_for: Callable[[str], Command], first: Session, size: int
-    ) -> None:
+    def __init__(self, spread: Spread, scaling: Scaling, first: Session, size: int) -> None:
         """Open connections for `spread`, as many as `scaling` says.
 
-        `command_for`: called with a token, returns the Command of a further connection. `first`: the Session of the
-        first connection, whose time limit holds for all. `size`: bytes of the source.
+        `first`: the Session of the first connection, whose command and time limit hold for all. `size`: bytes of
+        the source.
         """
         self._spread = spread
         self._scaling = scaling
-        self._command_for = command_for
-        self._timeout = first.timeout
+        self._first = first
         self._size = size
         self._lock = threading.Lock()  # guards the list
         self._all: list[Further] = []
@@ -209,7 +204,7 @@ class Connections:
             with self._lock:
                 if self._left.is_set():
                     break
-                session = Session(self._command_for(token), timeout=self._timeout)
+                session = Session(self._first.command.joining(token), timeout=self._first.timeout)
                 opening.append(Further(session, self._spread))
                 self._all = [each for each in self._all if not each.is_over] + opening[-1:]
             if not self._scaling.shares_login:

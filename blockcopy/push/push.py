@@ -8,11 +8,9 @@ If the first connection breaks, all are made anew. The blocks written before sta
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
 
 from blockcopy.block.claim import says_in_use
 from blockcopy.block.device import Device
@@ -70,13 +68,11 @@ def push(
     give_up_after: float = math.inf,
     limit: int | None = None,
     connections: int | None = None,
-    join: Callable[[str], Command] | None = None,
     progress: Progress,
 ) -> None:
     """Copy `source` to the destination of `command`, which runs `receive`. The copy is synced on return.
 
-    `connections`: their number, or None for as many as pay. `join`: called with a token, returns the Command of a
-    further connection. There is one connection without it.
+    `connections`: their number, or None for as many as pay.
     `timeout`: seconds that the host may be silent when an answer is due. `prompts`: a password may be asked for
     first. `give_up_after`: seconds of attempts to restore a broken connection. `limit`: bytes of the source per
     second, equal or not, or None. `progress` gets the position up to which signatures were answered, and
@@ -98,8 +94,8 @@ def push(
             budget=budget,
         )
         try:
-            scaling = _scaling(command, connections if join else 1, prompts=prompts)
-            _push_once(session, source, throttled, scaling, join)
+            scaling = _scaling(command, connections, prompts=prompts)
+            _push_once(session, source, throttled, scaling)
             return
         except BlockcopyError as error:
             # The `receive` of the lost connection may still wait for its disk, and hold the destination.
@@ -139,11 +135,10 @@ def _push_once(
     source: Device,
     progress: Progress,
     scaling: Scaling,
-    join: Callable[[str], Command] | None,
 ) -> None:
     """Answer the `receive` of `session` from `source` until it exits. Report to `progress`.
 
-    `scaling`: decides how many connections there are. `join`: as for `push`.
+    `scaling`: decides how many connections there are.
     Raises RemoteError, or the error that `receive` reported, if the copy is not complete. Raises DeviceError if the
     source fails.
     """
@@ -153,9 +148,7 @@ def _push_once(
             if session.begin():
                 working = session.silence.paused
                 spread = Spread(session.output, working)
-                with (
-                    Connections(spread, scaling, join, session, source.size()) if join else contextlib.nullcontext()
-                ):
+                with Connections(spread, scaling, session, source.size()):
                     retrieve(
                         source,
                         session.input,

@@ -195,7 +195,6 @@ def _push(args: argparse.Namespace, destination: Location, results: list[SyncRes
                 give_up_after=args.reconnect_timeout,
                 limit=args.limit,
                 connections=args.connections,
-                join=lambda token: command_for(args, destination, "receive", ["--join", token], control=control),
                 progress=sent,
             )
         results.append(dataclasses.replace(results[-1], size=device.size(), sent_bytes=sent.total))

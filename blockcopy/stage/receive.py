@@ -70,10 +70,10 @@ def receive(
         existing = existing_destination(path, force=force)
         if existing is not None:
             stack.enter_context(existing)
-        handshake = Handshake(compression, join=joins.token)
+        handshake = Handshake(compression, join=joins.listen() or False)
         messages = Decoder(wire.NEGOTIATED_BLOCK_STREAM).messages(answers.read_into)
         output.write([handshake.greeting])
-        identity, name = handshake.read(next((each for each in messages if each is not None), None))
+        identity, name, _ = handshake.read(next((each for each in messages if each is not None), None))
         output.write([wire.encode(wire.Fence(0))])  # at once, so that the source can measure the round trip
         destination = existing or stack.enter_context(open_destination(path, force=force, create=True))
         size = identity["size"]

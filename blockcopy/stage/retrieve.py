@@ -21,7 +21,7 @@ from blockcopy.block.device import Device
 from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.block.pieces import PIECE_SIZE, PieceScanner
 from blockcopy.block.unreadable_ranges import UnreadableRanges
-from blockcopy.errors import DeviceError, StreamError
+from blockcopy.errors import BlockcopyError, DeviceError, StreamError
 from blockcopy.progress.reporter import Counts, Progress
 from blockcopy.protocol import digests, wire
 from blockcopy.protocol.compression import NO_COMPRESSION
@@ -31,6 +31,7 @@ from blockcopy.protocol.handshake import read_client, source_greeting
 from blockcopy.stage.compressors import Compressor, compressor_for
 from blockcopy.stage.delivery import Answer, Delivery
 from blockcopy.stage.delta import Request, Terms
+from blockcopy.stage.join import Joins
 from blockcopy.stage.pipeline import WORKERS, run_ordered
 from blockcopy.stage.streams import InputStream, Output, OutputStream
 
@@ -59,6 +60,39 @@ class _Result(NamedTuple):
     read: int  # requested bytes that are in no hole
 
 
+def serve(
+    source: Device,
+    hashes: InputStream,
+    output: OutputStream,
+    *,
+    new_compressor: Callable[[OutputStream], Compressor],
+    progress: Progress,
+) -> None:
+    """Answer a client as `retrieve` does, and all further connections that it opens. Returns once each has ended.
+
+    `source`, `hashes`, `output`, `progress`: as for `retrieve`. `new_compressor`: called with the OutputStream of
+    a connection, returns its Compressor. Raises what `retrieve` raises for the first connection.
+    """
+
+    def answer(hashes: InputStream, output: OutputStream, progress: Progress | None = None) -> None:
+        retrieve(
+            source,
+            hashes,
+            output,
+            compressor=new_compressor(output),
+            progress=progress,
+            open_joins=lambda: joins.open(answer),
+        )
+
+    with Joins() as joins:
+        try:
+            answer(hashes, output, progress)
+        except BlockcopyError:  # no signal: other connections go on
+            joins.finish()
+            raise
+        joins.finish()
+
+
 def retrieve(
     source: Device,
     hashes: InputStream,
@@ -68,6 +102,7 @@ def retrieve(
     compressor: Compressor | None = None,
     progress: Progress | None = None,
     working: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    open_joins: Callable[[], str | None] = lambda: None,
 ) -> None:
     """Answer the requests in the InputStream `hashes` from `source`, by frames to the OutputStream `output`.
 
@@ -75,6 +110,8 @@ def retrieve(
     `compressor`: used unless the client's greeting asks for zstd. `progress`:
     gets the answered position and the number of sent bytes. `working`: called without arguments for each batch and
     report, in any thread. Returns a context manager, within which the client waits for this stage.
+    `open_joins`: called without arguments if the client may open further connections. Returns the token for them,
+    or None. Called in any thread.
     Earlier requests are answered before any error is raised. The output of a failed stage has no `done`.
     Raises StreamError if `hashes` breaks off or is invalid. Raises DeviceError if blocks cannot be read and the
     form has no message `fail`. Raises OutputError if `output` fails, and BlockcopyError if this host lacks the
@@ -115,7 +152,7 @@ def retrieve(
             progress.update(Counts(done, size, {"sent": sent}, skipped=max(0, done - read)))
 
     unreadable = UnreadableRanges()
-    responder = _Responder(source, delivery, compressor or Compressor(), unreadable)
+    responder = _Responder(source, delivery, compressor or Compressor(), unreadable, open_joins)
     try:
         items = _batches(responder.items(hashes))
         run_ordered(items, answer, send, wake=hashes.wake, workers=lambda: responder.workers)
@@ -153,21 +190,26 @@ class _Responder:
     """Messages of the hash stream → items to answer. Keeps the terms that hold for the next message."""
 
     def __init__(
-        self, source: Device, delivery: Delivery, compressor: Compressor, unreadable: UnreadableRanges
+        self,
+        source: Device,
+        delivery: Delivery,
+        compressor: Compressor,
+        unreadable: UnreadableRanges,
+        open_joins: Callable[[], str | None],
     ) -> None:
         """Answer from `source`, by `compressor` unless a greeting asks for zstd.
 
-        `delivery`: sends the answers. The compression adapts to its pace.
-        `unreadable`: collects blocks that cannot be read, if
-        the client knows no `fail`.
+        `delivery`: sends the answers. The compression adapts to its pace. `open_joins`: as for `retrieve`.
+        `unreadable`: collects blocks that cannot be read, if the client knows no `fail`.
         """
+        self._open_joins = open_joins
         self._source = source
         self._delivery = delivery
         self._pieces = PieceScanner(source)
         self._compressor = compressor
         self._hash_terms = self._terms = Terms(digests.named(ORIGINAL), compressor, unreadable)
         self.workers = WORKERS
-        """The threads that may work. A client with several connections has as many processes here."""
+        """The threads that may work. All connections of a client share the CPUs here."""
         self._is_first = True
         self._position = 0  # end of the source's last read, for `hash`
         self._answers: dict[wire.Kind, Callable[[Any], Iterable[_Item]]] = {
@@ -208,13 +250,14 @@ class _Responder:
         """Adopt the terms of a client's greeting `hello`. Returns a list with the greeting that answers."""
         self._require(self._is_first or self._terms.negotiated, "`helo` in mid-stream")
         greeting = read_client(hello)
-        name, spec, connections, _ = greeting
+        name, spec, connections, *_ = greeting
         self._delivery.greeted(greeting)
         self.workers = max(1, WORKERS // connections)
         compressor = self._compressor if spec == NO_COMPRESSION else compressor_for(spec, self._delivery)
         self._hash_terms = self._hash_terms._replace(compressor=compressor, negotiated=True)
         self._terms = self._hash_terms._replace(digest=digests.named(name), extended=True)
-        return [_Reply(source_greeting(identity.source_identity(self._source), name, compressor.name))]
+        join = self._open_joins() if greeting.wants_token else None
+        return [_Reply(source_greeting(identity.source_identity(self._source), name, compressor.name, join))]
 
     def _fence(self, fence: wire.Fence) -> Iterable[_Item]:
         self._require(self._terms.negotiated, "`fenc` before `helo`")

@@ -17,7 +17,6 @@ def begin(size: int) -> None:
     if sys.version_info < OLDEST:
         here, needed = ["%d.%d" % tuple(version[:2]) for version in (sys.version_info, OLDEST)]  # noqa: UP031
         sys.exit("%s is Python %s, and blockcopy needs %s or newer" % (sys.executable, here, needed))  # noqa: UP031
-    sys.path[:] = [folder for folder in sys.path if folder]  # import no module from the login's folder
     import json
     import os
     import zlib

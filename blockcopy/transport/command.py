@@ -103,6 +103,12 @@ class Command(NamedTuple):
             start_new_session=self.own_session,
         )
 
+    def joining(self, token: str) -> Command:
+        """Return the Command of a further connection, which joins the stage that has told the `token`."""
+        if self.opening:
+            return self._replace(opening=payload.joining(token))
+        return self._replace(argv=[*self.argv, "--join", token])
+
     def with_nohup(self) -> Command:
         """Return this Command for an ssh that asks for a password at the terminal, and outlives the terminal."""
         return self._replace(argv=["nohup", *self.argv]).with_absolute_programs()

@@ -15,6 +15,10 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from blockcopy.stage import hand_over
+from blockcopy.stage.join import address_of
+from blockcopy.transport.bootstrap import MARK
+
 PACKAGE = "blockcopy"
 
 PROGRAM = f"{PACKAGE}.cli.stage_main"
@@ -53,8 +57,19 @@ def opening(arguments: Sequence[str], *, under_home: bool = False) -> bytes:
     }
     payload = zlib.compress(json.dumps(content).encode())
     bootstrap = Path(__file__).with_name("bootstrap.py").read_text(encoding="utf-8")
-    program = f"{bootstrap}\nbegin({len(payload)})\n"
-    return f"exec({program!a})\n".encode() + payload
+    return _line(f"{bootstrap}\nbegin({len(payload)})\n") + payload
+
+
+def _line(program: str) -> bytes:
+    """Return the line with which CODE runs `program`. That python3 imports no module from the login's folder."""
+    path = "import sys; sys.path[:] = [folder for folder in sys.path if folder]"
+    return f"exec({path!a}); exec({program!a})\n".encode()
+
+
+def joining(token: str) -> bytes:
+    """Return the first bytes for a python3 that runs CODE and hands its streams over to the stage of `token`."""
+    text = _without_docstrings(Path(hand_over.__file__).read_text(encoding="utf-8"))
+    return _line(f"{text}\nmain({address_of(token)!r}, {token!r}, {MARK!r})\n")
 
 
 @functools.cache

@@ -29,7 +29,6 @@ from blockcopy.errors import (
     TruncatedStreamError,
 )
 from blockcopy.protocol import digests, wire
-from blockcopy.protocol.compression import NO_COMPRESSION, CompressionSpec
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.digests import Digest
 from blockcopy.protocol.handshake import Handshake
@@ -50,9 +49,6 @@ AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 _STDERR_BYTES = 64 * 1024
 
-_FIRST_FOREIGN_STATUS = 126
-"""Exit statuses from 126 on are those of shells, of signals, and of ssh (255), not of a stage."""
-
 _END_SECONDS = 2
 """Seconds from a request to end, or from the end of the output, until a process is killed."""
 
@@ -66,26 +62,22 @@ class Client:
     def __init__(
         self,
         command: Command,
+        handshake: Handshake | None,
         *,
-        original: bool = False,
         timeout: float = math.inf,
-        digest: Digest | None = None,
-        compression: CompressionSpec = NO_COMPRESSION,
-        connections: int = 1,
         started: Process | None = None,
         budget: LineBudget | None = None,
     ) -> None:
         """Prepare a client of the process that `command` starts.
 
-        `original`: use the dialect of the original program. `timeout`: seconds after which a process is killed if
-        it owes an answer and makes no progress. `digest`: the only Digest to offer, or None for all.
-        `compression`: the CompressionSpec to ask the source for. `connections`: how many share the source's CPUs.
-        `started`: the Process, if it was started before. `budget`: the LineBudget of its log lines.
+        `handshake`: this end's Handshake, or None for the dialect of the original program. `timeout`: seconds after
+        which a process is killed if it owes an answer and makes no progress. `started`: the Process, if it was
+        started before. `budget`: the LineBudget of its log lines.
         """
         self._command = command
         self._started = started
-        self._dialect = (OriginalDialect if original else NegotiatedDialect)(str(command.location))
-        self.digest = digests.named(digests.ORIGINAL) if original else digest
+        self._dialect = (NegotiatedDialect if handshake else OriginalDialect)(str(command.location))
+        self.digest: Digest | None = None if handshake else digests.named(digests.ORIGINAL)
         """The digest of all signatures. None until the greeting is answered."""
         # Needs no limit: each asking task has one request here.
         self._send, self._outgoing = trio.open_memory_channel[bytes](math.inf)
@@ -109,17 +101,23 @@ class Client:
         self._quiet = True  # log its standard error for developers only, until `begin_serving`
         self.sent_bytes = 0
         self.received_bytes = 0
-        name = self.digest.name if self.digest else None
-        self._handshake = Handshake(compression, digest=name, connections=connections)
-        if original:
+        self.join_token: str | None = None
+        """The token with which further connections can join this one. None if the source has told none."""
+        self._handshake = handshake
+        if handshake:  # at once, before any task asks
+            self._send.send_nowait(command.opening + handshake.greeting)
+        else:
             self._greeted.set()  # the original program knows no greeting
-        else:  # at once, before any task asks
-            self._send.send_nowait(command.opening + self._handshake.greeting)
 
     @property
     def answered_at(self) -> float | None:
         """The time of the last whole answer since `begin_serving`, by trio's clock. None if there was none."""
         return self._progress_clock.answered_at
+
+    @property
+    def has_refused(self) -> bool:
+        """Whether the process has exited with an error of its own instead of a greeting."""
+        return self._hello is None and self._process is not None and self._process.has_failed
 
     def begin_serving(self) -> None:
         """Begin to serve requests: log standard error from now on, and forget earlier answers."""
@@ -133,13 +131,13 @@ class Client:
         another reason, or if its answer is not acceptable.
         """
         await self._greeted.wait()
-        if self._hello is None:
+        if self._hello is None or self._handshake is None:
             failure = self.failure or self._closed_error()
             if any("helo" in line for line in self._stderr.last):
                 raise OriginalProgramError(str(failure))
             raise copy(failure)
         try:
-            identity, name = self._handshake.read(self._hello)
+            identity, name, self.join_token = self._handshake.read(self._hello)
         except StreamError as error:
             raise SourceError(f"{self._command.location}: {error}") from error
         self.digest = digests.named(name)
@@ -148,8 +146,9 @@ class Client:
     async def greet_again(self) -> Identity:
         """Send the greeting once more. Returns the identity that the source has now. Raises as `greet` does."""
         self._check_open()
-        self._hello, self._greeted = None, trio.Event()
-        self._send.send_nowait(self._handshake.greeting)
+        if self._handshake is not None:
+            self._hello, self._greeted = None, trio.Event()
+            self._send.send_nowait(self._handshake.greeting)
         return await self.greet()
 
     async def ask(self, signatures: Sequence[Signatures], sink: Sink) -> Delta:
@@ -286,7 +285,7 @@ class Client:
         if self._fault is not None:
             return ProtocolViolationError(f"{location}: internal error: {self._fault!r}")
         asked = self._dialect.asked
-        if asked is not None and (self._stalled or 0 < (status or 0) < _FIRST_FOREIGN_STATUS):
+        if asked is not None and (self._stalled or process.has_failed):
             self.unanswered = asked.signatures
         if self._stalled:
             return SourceError(f"no answer from {location} for {self._progress_clock.timeout:g} seconds")

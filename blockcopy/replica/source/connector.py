@@ -21,6 +21,7 @@ from blockcopy.block.buffers import Buffer
 from blockcopy.block.identity import Identity, differences, sample_extents, sample_of
 from blockcopy.errors import OriginalProgramError, SourceChangedError, SourceError
 from blockcopy.protocol.digests import Digest
+from blockcopy.protocol.handshake import Handshake
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.source.batches import Sink, unconditional
 from blockcopy.replica.source.client import Client
@@ -80,14 +81,15 @@ class Connector:
         """Whether the original program runs at the source."""
         self._opening_original = trio.Lock()
 
-    async def open(self, nursery: trio.Nursery, connections: int = 1) -> Client:
+    async def open(self, nursery: trio.Nursery, connections: int = 1, token: str | None = None) -> Client:
         """Open a connection, whose tasks run in `nursery`. Returns its client, which can be asked.
 
-        `connections`: how many there will be that are as busy, and share the CPUs of the source.
+        `connections`: how many there will be that are as busy, and share the CPUs of the source. `token`: of a
+        connection whose process shall serve this one too. If that process refuses, this one gets its own.
         Raises SourceError if that fails, and SourceChangedError if the source is another than before.
         """
         while not self.is_original:
-            client = await self._start(nursery, original=False, connections=connections)
+            client = await self._start(nursery, self._handshake(connections), token)
             async with _closed_on_failure(client):
                 try:
                     self._compare(await self._first_greeting(client))
@@ -95,18 +97,29 @@ class Connector:
                         return self._accept(client)
                 except OriginalProgramError:
                     self.is_original = True
+                except SourceError:
+                    if token is None or not client.has_refused:
+                        raise
+                    token = None
             await client.close()  # also one that chose another digest than a connection opened at the same time
         async with self._opening_original:  # one search for the size
             return await self._open_original(nursery)
 
-    async def _start(self, nursery: trio.Nursery, *, original: bool, connections: int = 1) -> Client:
-        client = Client(
-            self.command,
-            original=original,
-            timeout=self._plan.timeout,
-            digest=self.digest,
-            compression=self._plan.compression,
+    def _handshake(self, connections: int) -> Handshake:
+        return Handshake(
+            self._plan.compression,
+            digest=self.digest.name if self.digest else None,
             connections=connections,
+            join=connections == 1 and self._plan.connections != 1 and self.command.location.host is not None,
+        )
+
+    async def _start(
+        self, nursery: trio.Nursery, handshake: Handshake | None = None, token: str | None = None
+    ) -> Client:
+        client = Client(
+            self.command.joining(token) if token else self.command,
+            handshake,
+            timeout=self._plan.timeout,
             started=Process(self._plan.started.pop()) if self._plan.started else None,
             budget=self._budget,
         )
@@ -155,7 +168,7 @@ class Connector:
         raise SourceError(start_timeout.not_started(self.command, seconds, client.said()))
 
     async def _open_original(self, nursery: trio.Nursery) -> Client:
-        start = partial(self._start, nursery, original=True)
+        start = partial(self._start, nursery)
         search = SizeSearch(await start(), start)
         async with _closed_on_failure(search):
             size = self.identity["size"] if self.identity else await search.find(self._size_guess)

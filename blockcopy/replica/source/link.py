@@ -111,11 +111,16 @@ class Link:
         """The blocks in flight as a share of the window. The link with the least load is asked next."""
         return self.in_flight / self.window.blocks
 
-    async def open(self, connections: int = 1) -> None:
-        """Open a connection. Raises SourceError if that fails. `connections`: as for `Connector.open`."""
+    @property
+    def join_token(self) -> str | None:
+        """The token with which other links can join the process of this connection. None if there is none."""
+        return self._client.join_token if self._client is not None else None
+
+    async def open(self, connections: int = 1, token: str | None = None) -> None:
+        """Open a connection. Raises SourceError if that fails. `connections`, `token`: as for `Connector.open`."""
         self.failures += 1
         try:
-            self._client = await self._connector.open(self._nursery, connections)
+            self._client = await self._connector.open(self._nursery, connections, token)
         except SourceError as error:
             self.last_error = error
             self._connector.waiting.unpark_all()  # who waits may turn to another pool now

@@ -200,7 +200,7 @@ class Pool:
         """
         link = Link(self.connector, self._nursery, self._new_window())
         try:
-            await link.open(wanted)
+            await link.open(wanted, self._first.join_token)
         except SourceError as error:
             logger.info("no further connection to %s: %s", self.connector.command.location, error)
             return False

@@ -19,6 +19,10 @@ from blockcopy.transport.hints import explain_failed_start
 logger = logging.getLogger(__name__)
 
 
+_FIRST_FOREIGN_STATUS = 126
+"""Exit statuses from 126 on are those of shells, of signals, and of ssh (255), not of a stage."""
+
+
 class Process:
     """A child process. Its attributes `stdin` and `stderr` are streams for tasks.
 
@@ -40,6 +44,11 @@ class Process:
     def returncode(self) -> int | None:
         """The exit status in the form of `subprocess`. None until `wait` has returned."""
         return self._popen.returncode
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the process has exited with the status of an error of its own."""
+        return 0 < (self.returncode or 0) < _FIRST_FOREIGN_STATUS
 
     def kill(self) -> None:
         """Kill the process if it has not exited. Call from trio's thread only."""
