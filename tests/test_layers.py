@@ -292,5 +292,6 @@ def test_the_top_level_has_nothing_but_the_layout() -> None:
     """A program that a test starts in the checkout may leave files there."""
     layout = {"blockcopy", "fuse", "tests", "tools", "pyproject.toml"}
     layout |= {"README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "build", "dist"}
+    layout |= {"PKG-INFO"}  # of an unpacked sdist
     names = {path.name for path in CHECKOUT.iterdir() if path.name[0] != "." and path.suffix != ".egg-info"}
     assert names <= layout
