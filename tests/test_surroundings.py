@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support import BLOCKCOPY, PATIENCE, PYTHON, STANDINS, failed, noise, require_fuse, require_root, written
+from support import BLOCKCOPY, PATIENCE, PYTHON, STANDINS, failed, noise, require_fuse, require_root, start, written
 
 from blockcopy.errors import BlockcopyError, InternalError, OperatingSystemError, as_user_error
 
@@ -138,3 +139,21 @@ def test_a_fault_is_in_the_log_with_all_there_is_to_see(tmp_path: Path) -> None:
     failed(done, 1, b"ERROR (sync): internal error: AttributeError")
     assert b"Traceback" not in done.stderr
     assert "Traceback" in log.read_text()
+
+
+@pytest.mark.parametrize("module", ["argparse", "trio"])
+def test_ctrl_c_while_modules_are_loaded_is_silent(module: str, tmp_path: Path) -> None:
+    """Send SIGINT from a module that is loaded early, and from one that a command loads."""
+    (tmp_path / "traps").mkdir()
+    trap = b"""import os, signal
+class Killing:
+    def __set_name__(self, *_):  # Python 3.11 wraps what this raises
+        os.kill(os.getpid(), signal.SIGINT)
+class Trap:
+    it = Killing()
+os.read(os.pipe()[0], 1)
+"""
+    written(tmp_path / "traps" / f"{module}.py", trap)
+    source = written(tmp_path / "source", b"data")
+    done = start("sync", source, tmp_path / "copy", env={**os.environ, "PYTHONPATH": str(tmp_path / "traps")})
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
