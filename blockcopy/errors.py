@@ -155,11 +155,13 @@ class ProtocolViolationError(SourceError):
 class SourceChangedError(SourceError):
     """A source that differs from the source of the blocks copied before. The two must not be mixed."""
 
+    BEGINNING = "source changed: "
+
     @classmethod
     def found(cls, source: str, changes: str) -> SourceChangedError:
         """Return the error for a changed source. `source`: its name in messages. `changes`: what differs."""
         return cls(
-            f"source changed: {source} is not what it was ({changes}). "
+            f"{cls.BEGINNING}{source} is not what it was ({changes}). "
             "Start again; copy a snapshot if the source is in use"
         )
 

@@ -517,7 +517,22 @@ def test_a_destination_that_fails_to_sync_is_not_complete(
     assert (status["state"], status["source_needed"]) == ("failed", True)
     survey(mounted)
     told = run("umount", mounted.point)
-    failed(told, 75, b"before the copy was complete")
+    failed(told, 75, b"unmounted; the copy has failed: cannot sync")
+
+
+def test_umount_tells_that_a_changed_source_needs_a_new_start(
+    mount: Mounter, source: Path, destination: Path
+) -> None:
+    mounted = mount(source, destination, "--no-background")
+    pids = mounted.retrievers()
+    written(source, DATA[:-1])
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: mounted.status()["state"] == "failed", "the end of the copy")
+    told = run("umount", mounted.point)
+    failed(told, 75, b"unmounted; the copy has failed: source changed: ")
+    assert b"checks every block" in told.stderr
+    assert b"progress is recorded" not in told.stderr
 
 
 # Its end while reads are waiting
@@ -654,7 +669,7 @@ def test_a_dead_mount_is_told_with_its_cure(dead: Mount, source: Path, tmp_path:
     assert told.value.errno == errno.ENOTCONN
     for command in (["status", dead.point], ["wait", dead.point], ["mount", source, tmp_path / "copy", dead.point]):
         done = run(*command)
-        failed(done, 4, f"fusermount3 -uz {dead.point}")
+        failed(done, 4, f"blockcopy umount {dead.point}")
     assert not (tmp_path / "copy").exists()
 
 

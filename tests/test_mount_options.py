@@ -73,7 +73,7 @@ def test_options_are_parted_as_others_do(text: str, parts: list[str]) -> None:
         ("subtype=a,subtype=b c", "one word"),
         ("allow_other,allow_root", "exclude each other"),
         ("ServerAliveInterval=15", "-e 'ssh -o …'"),
-        ("kernel_cache", "there are allow_other,"),
+        ("kernel_cache", "-o has allow_other,"),
         ("remount", "mount it again"),
     ],
 )
@@ -157,7 +157,7 @@ def test_replace_clears_a_dead_mount(mount: Mounter, source: Path, destination: 
     killed(mounted)
     ends = [source, destination, mounted.point]
     told = run("mount", "-o", "subtype=disk", *ends)
-    failed(told, 4, b"fusermount3 -uz")
+    failed(told, 4, b"blockcopy umount")
     failed(run("mount", "--replace", *ends), 4)  # not of a type of ours: whose is it?
     done = run("mount", "--replace", "-o", "subtype=disk", *ends)
     succeeded(done)
@@ -272,7 +272,7 @@ def test_a_file_whose_program_died(on_file: Callable[..., FileMount], source: Pa
     killed(mounted)
     for words in (["status"], ["pause"], ["mount", source, destination]):
         done = run(*words, mounted.point)
-        failed(done, 4, f"fusermount3 -uz {mounted.point}")
+        failed(done, 4, f"blockcopy umount {mounted.point}")
     again = on_file(source, destination, "--replace")
     again.wait()
     done = run("mount", "--replace", source, destination, mounted.point)

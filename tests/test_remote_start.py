@@ -190,6 +190,21 @@ def test_a_login_that_runs_something_else(rsh: Transport, source: Path, tmp_path
     assert not destination.exists()
 
 
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("kill -9 $$", "was killed by SIGKILL – something on this host ended it"),
+        ("exit 137", "`python3` on host ended with exit status 137 – something on host ended it"),
+    ],
+)
+def test_what_was_killed_is_not_said_to_be_missing(
+    rsh: Transport, source: Path, tmp_path: Path, script: str, told: str
+) -> None:
+    done = sync(source, tmp_path / "copy", "-e", rsh(script))
+    refused(done, told)
+    assert b"--blockcopy-path" not in done.stderr
+
+
 @pytest.mark.parametrize("reads", ["read answer", "head -c 300 >/dev/null", "cat >/dev/null", "read -n 3 answer"])
 @pytest.mark.parametrize("script", [SHELL, NO_SHELL], ids=["shell", "no shell"])
 def test_a_start_up_file_that_reads_standard_input(

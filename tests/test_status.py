@@ -391,7 +391,7 @@ def test_list_tells_of_all_and_waits_for_none(mount: Mounter, tmp_path: Path) ->
     finally:
         os.kill(pid, signal.SIGCONT)
     assert found[str(living.point)]["state"] == "complete"
-    assert "fusermount3 -uz" in found[str(dead.point)]["error"]
+    assert "blockcopy umount" in found[str(dead.point)]["error"]
     assert found[str(stopped.point)]["error"] == "no answer within 1 s"
     assert table[0].split() == ["MOUNTPOINT", "SOURCE", "STATE", "PRESENT", "RATE", "TO", "GO", "SOURCE", "IS"]
     [line] = [line for line in table if str(living.point) in line]

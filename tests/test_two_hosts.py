@@ -233,13 +233,13 @@ def test_a_port_where_nobody_listens_is_told(sshd: Sshd, source: Path, destinati
     with socket.socket() as taken:  # bound and not listening: nobody else can
         taken.bind((sshd.host, 0))
         rsh = sshd.rsh.replace(f"-p {sshd.port}", f"-p {taken.getsockname()[1]}")
-        refused(sshd, rsh, source, destination, told="exit status 255.*Connection refused")
+        refused(sshd, rsh, source, destination, told="ssh to 127.0.0.1 failed: connect to .*Connection refused")
 
 
 def test_a_refused_key_is_told(sshd: Sshd, source: Path, destination: Path, tmp_path: Path) -> None:
     output("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "stranger")
     rsh = re.sub(r"-i \S+", f"-i {tmp_path}/stranger -o IdentitiesOnly=yes -o IdentityAgent=none", sshd.rsh)
-    refused(sshd, rsh, source, destination, told="exit status 255.*Permission denied")
+    refused(sshd, rsh, source, destination, told="ssh to 127.0.0.1 failed: .*Permission denied")
 
 
 def test_a_program_that_is_not_there_is_told(sshd: Sshd, source: Path, destination: Path) -> None:

@@ -16,7 +16,7 @@ from blockcopy.errors import DeviceError, RemoteError
 from blockcopy.paths.runtime_dir import make_runtime_dir
 from blockcopy.transport import start_timeout
 from blockcopy.transport.command import NO_CONTROL, Command
-from blockcopy.transport.hints import explain_failed_start, with_hint
+from blockcopy.transport.hints import explain_end, explain_failed_start
 from blockcopy.transport.stderr_lines import StderrLines
 from blockcopy.untrusted_text import LineBudget
 
@@ -60,8 +60,7 @@ def log_in(command: Command) -> Command:
         raise RemoteError(explain_failed_start(command, error)) from error
     lines = _wait(ssh, command)
     if ssh.returncode:
-        text = f"{command.location.host_shown}: login failed; ssh said: {' | '.join(lines)}"
-        raise RemoteError(with_hint(text, command, ssh.returncode, lines, begun=False))
+        raise RemoteError(explain_end(command, ssh.returncode, lines, begun=False))
     return command._replace(own_session=True)  # never asks at a terminal
 
 

@@ -10,6 +10,7 @@ import re
 import shlex
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 
 from blockcopy.errors import BlockcopyError, describe_exit
 from blockcopy.transport import payload
@@ -21,6 +22,9 @@ SSH_FAILED = 255
 _BUS_ERRORS = (-signal.SIGBUS, 128 + signal.SIGBUS)
 """Statuses of a process that died of SIGBUS, and of a shell that ran one. A stage dies so in `Device.view`."""
 
+
+_KILLED = (128 + signal.SIGKILL, 128 + signal.SIGTERM)
+"""Statuses of a shell whose program was killed."""
 
 # Known failures: a regular expression for the last lines of stderr → the hint for the user.
 _LOGIN = {
@@ -71,10 +75,34 @@ def explain_end(
     `status`: exit status, negative for a signal, None if the stage only closed its output. `lines`: the last lines
     of its stderr. `begun`: whether the stage itself ran. `error`: a local error, shown if there are no lines.
     """
-    how = "closed its output" if status is None else describe_exit(status)
-    said = f"; it said: {' | '.join(lines)}" if lines else f": {error}" if error else ""
-    text = f"the {command.stage} process of {command.location} {how}{said}"
+    said = " | ".join(lines)
+    if _is_ssh_failure(command, status):
+        host = command.location.host_shown
+        reason = said.removeprefix("ssh: ") or str(error or "")
+        text = f"ssh to {host} failed"
+        if begun and (command.mark or not reason):  # ssh ends so as well if the stage was killed there
+            text = f"the ssh connection for {command.location} was lost"
+        text += f": {reason}" if reason else ""
+    else:
+        how = "closed its output" if status is None else describe_exit(status)
+        said = f"; it said: {said}" if said else f": {error}" if error else ""
+        text = f"{_culprit(command, status, begun=begun)} {how}{said}"
     return with_hint(text, command, status, lines, begun=begun)
+
+
+def _is_ssh_failure(command: Command, status: int | None) -> bool:
+    """Return whether ssh itself failed with `status`, and not the stage of `command` on the host."""
+    return status == SSH_FAILED and any(Path(word).name == "ssh" for word in command.route.by_hand)
+
+
+def _culprit(command: Command, status: int | None, *, begun: bool) -> str:
+    """Return which program of `command` ended with `status`, in words. `begun`: whether the stage itself ran."""
+    host = command.location.host_shown
+    if host and status is not None and status < 0:
+        return f"`{Path(command.argv[0]).name}` to {host}"  # the process on this host
+    if host and command.mark and not begun:
+        return f"`{command.program}` on {host}"
+    return f"the {command.stage} process of {command.location}"
 
 
 def with_hint(text: str, command: Command, status: int | None, lines: Sequence[str], *, begun: bool) -> str:
@@ -145,6 +173,10 @@ def _hint_by_status(status: int | None, said: str, *, sent: bool) -> str | None:
         return "there is no `{program}` on {host}: name it with --blockcopy-path, or leave out that option"
     if status == SSH_FAILED and not said:
         return "the connection failed without a word; try it by hand: {login}"
+    if status is not None and status < 0:
+        return "something on this host ended it: if that was the kernel, its log tells of too little memory"
+    if status in _KILLED:
+        return "something on {host} ended it: if that was the kernel, its log there tells of too little memory"
     if status == 126:
         return "`{program}` cannot be run there by that user"
     if sent and status != SSH_FAILED:

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from blockcopy.block.claim import check_destination
 from blockcopy.cli import console, log_sinks
-from blockcopy.errors import IncompleteError, MissingRequirementError, RemoteError, UsageError
+from blockcopy.errors import IncompleteError, MissingRequirementError, RemoteError, SourceChangedError, UsageError
 from blockcopy.paths.places import absolute
+from blockcopy.progress.rate import human_size
 from blockcopy.progress.reporter import Progress
 from blockcopy.replica.commands import discard
 from blockcopy.replica.monitor.status import Status, summary
@@ -101,9 +102,15 @@ def _is_writable(args: argparse.Namespace, fuse_options: options.MountOptions) -
 
 def _raise_if_incomplete(event: str, status: Status) -> None:
     """Raise IncompleteError if `status` says that the copy is not complete. `event`: "ended" or "unmounted"."""
-    if status.source_needed:
-        kept = f"the progress is recorded in {status.state_file}" if status.state_file else "no state is kept"
+    if not status.source_needed:
+        return
+    kept = f"the progress is recorded in {status.state_file}" if status.state_file else "no state is kept"
+    if status.error is None:
         raise IncompleteError(f"{event} before the copy was complete; {kept} ({summary(status)})")
+    if status.error.startswith(SourceChangedError.BEGINNING):
+        kept = "the next mount or sync checks every block"
+    present = f"{status.percent:.2f} % of {human_size(status.size)} were present"
+    raise IncompleteError(f"{event}; the copy has failed: {status.error}; {kept} ({present})")
 
 
 def _logged_in_now(plan: Plan) -> Plan:

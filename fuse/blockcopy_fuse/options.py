@@ -12,7 +12,9 @@ import pwd
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 
+from blockcopy.cli.parser import long_options
 from blockcopy.errors import UsageError
 from blockcopy_fuse import fuse_support
 
@@ -118,7 +120,17 @@ def _why_not(name: str) -> str:
         return "it takes no value"
     if name[:1].isupper():  # sshfs has these
         return "options of ssh go into -e 'ssh -o …'"
-    return f"a mount has no such option; there are {', '.join(sorted({*FLAGS, *VALUES}))}"
+    own = long_options("mount")
+    option = name.replace("_", "-")
+    if option in own:
+        ways = ("=VALUE", "with a value") if own[option] else ("", "without a value")
+        return f"write --{option}{ways[0]}, or in fstab {name}{ways[0]}, {ways[1]}"
+    nearest = get_close_matches(option, [*own, *FLAGS, *VALUES], 1)
+    guess = f" (did you mean {nearest[0]}?)" if nearest else ""
+    return (
+        f"there is no such option{guess}; -o has {', '.join(sorted({*FLAGS, *VALUES}))}; fstab also has those of "
+        "`blockcopy mount`, see `blockcopy help mount.blockcopy`"
+    )
 
 
 def _check_sharing(flags: set[str]) -> None:

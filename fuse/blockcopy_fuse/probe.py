@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import select
+import shlex
 import signal
 import socket
 import stat
@@ -227,7 +228,7 @@ def invalid_reply(mount: Mount, reason: ValueError) -> MountError:
 
 def dead_mount_message(mountpoint: str) -> str:
     """Return the message for a dead mount on `mountpoint`, with the command that removes the mount."""
-    return f"{mountpoint} is a mount whose program died; clear it with: fusermount3 -uz {mountpoint}"
+    return f"{mountpoint} is a mount whose program died; clear it with: blockcopy umount {shlex.quote(mountpoint)}"
 
 
 # In the child

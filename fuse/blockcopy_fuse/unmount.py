@@ -42,8 +42,11 @@ def umount(mountpoint: str) -> Status | None:
     Raises MountError if nothing is mounted there, if it cannot be unmounted, or if its program does not end.
     """
     mount = mount_on(mountpoint)
+    if is_dead(mount):
+        _unmount(mount.mountpoint, "-z")  # a program or a loop device that has a file open there gets nothing more
+        return None
     try:
-        status = None if is_dead(mount) else _settled_status(mount)
+        status: Status | None = _settled_status(mount)
     except MountUnresponsiveError as error:
         raise MountError(
             f"{error}. To remove it all the same: fusermount3 -uz {mount.mountpoint}; if programs still wait "

@@ -147,7 +147,8 @@ class Connector:
         found, self.identity = self.identity, identity
         if found is not None and (differing := differences(identity, found)):
             self.changed = SourceChangedError(
-                f"source changed: {self.command.location} is not the source of this copy ({'; '.join(differing)}). "
+                f"{SourceChangedError.BEGINNING}{self.command.location} is not the source of this copy "
+                f"({'; '.join(differing)}). "
                 "Nothing of it is taken: what is missing cannot be read without the earlier source"
             )
 

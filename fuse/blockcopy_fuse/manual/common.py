@@ -23,11 +23,15 @@ _WITH_DEFAULTS = {
 
 
 class Row(NamedTuple):
-    """A `term` and its meaning, `text` in Markdown, for the pages of `commands`. None means all commands."""
+    """A `term` and its meaning, `text` in Markdown, for the pages of `commands`. None means all commands.
+
+    `short`: the meaning on those pages, if it is not `text`.
+    """
 
     term: str
     text: str
     commands: Collection[str] | None = None
+    short: str = ""
 
 
 EXIT_STATUSES = (
@@ -37,6 +41,7 @@ EXIT_STATUSES = (
         "A stream is cut short or invalid. The system refuses files, memory or processes. A device or file cannot "
         "be opened, read, written or synced. The destination is refused. The state file is in use. Or this is a "
         "bug in blockcopy.",
+        short="A local device, file or stream failed or was refused.",
     ),
     Row("2", "The command line is invalid."),
     Row(
@@ -44,14 +49,21 @@ EXIT_STATUSES = (
         "The other end cannot be reached, refused, died, sent something that was not requested, or has changed. Or "
         "it cannot read some blocks.",
         _REMOTE,
+        "The other end failed, refused or has changed.",
     ),
     Row("4", "A mount cannot be made, found, reached or unmounted.", _MOUNTS),
-    Row("5", "The destination is not a copy of the source (`verify`, `--verify`).", {*_COPIES, "verify"}),
+    Row(
+        "5",
+        "The destination is not a copy of the source (`verify`, `--verify`).",
+        {*_COPIES, "verify"},
+        "The two ends differ.",
+    ),
     Row(
         "75",
         "`wait`: the copy cannot be completed. `umount`, `mount -f`: the copy is not complete yet, and present "
         "blocks are recorded.",
         {"mount", "wait", "umount"},
+        "The copy is not complete.",
     ),
     Row("129, 130, 143", "Ended by SIGHUP, SIGINT, SIGTERM."),
 )
@@ -120,5 +132,11 @@ SIGNALS = (
 
 
 def rows(table: tuple[Row, ...], command: str | None) -> list[Row]:
-    """Return the rows of `table` that belong to `command`. Returns all rows if `command` is None."""
-    return [row for row in table if command is None or row.commands is None or command in row.commands]
+    """Return the rows of `table` that belong to `command`, with their short texts.
+
+    Returns all rows as they are if `command` is None.
+    """
+    if command is None:
+        return list(table)
+    found = [row for row in table if row.commands is None or command in row.commands]
+    return [row._replace(text=row.short or row.text) for row in found]

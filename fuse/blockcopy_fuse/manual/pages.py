@@ -152,7 +152,10 @@ def _command_page(name: str, command: argparse.ArgumentParser, more: list[Block]
     example = str(command.epilog).removeprefix("example: ")
     common_sections: dict[str, list[Block]] = {
         "EXAMPLES": [Code(example)],
-        "EXIT STATUS": generated.common_rows(common.EXIT_STATUSES, name),
+        "EXIT STATUS": [
+            *generated.common_rows(common.EXIT_STATUSES, name),
+            Paragraph(markup.line("**blockcopy**(1) tells more about each.")),
+        ],
         "FILES": generated.common_rows(common.FILES, name),
         "ENVIRONMENT": generated.common_rows(common.ENVIRONMENT, name),
         "SIGNALS": generated.common_rows(common.SIGNALS, name),
