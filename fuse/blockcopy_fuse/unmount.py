@@ -42,11 +42,13 @@ def umount(mountpoint: str) -> Status | None:
     Raises MountError if nothing is mounted there, if it cannot be unmounted, or if its program does not end.
     """
     mount = mount_on(mountpoint)
-    if is_dead(mount):
-        _unmount(mount.mountpoint, "-z")  # a program or a loop device that has a file open there gets nothing more
-        return None
+    options = []
     try:
-        status: Status | None = _settled_status(mount)
+        status = None
+        if is_dead(mount):
+            options.append("-z")  # a program that has a file open there gets nothing more
+        else:
+            status = _settled_status(mount)
     except MountUnresponsiveError as error:
         raise MountError(
             f"{error}. To remove it all the same: fusermount3 -uz {mount.mountpoint}; if programs still wait "
@@ -59,7 +61,7 @@ def umount(mountpoint: str) -> Status | None:
         status = None
     with contextlib.ExitStack() as stack:
         process = _process_of(status, mount, stack) if status else None
-        _unmount(mount.mountpoint)
+        _unmount(mount.mountpoint, *options)
         if status and process is not None:
             _await_end(process, mount, status.pid)
     return status
