@@ -653,14 +653,17 @@ def test_a_reader_killed_while_waiting_harms_nobody(mount: Mounter, source: Path
 
 
 @pytest.fixture
-def dead(mount: Mounter, source: Path, destination: Path) -> Mount:
-    """A mount whose process was killed."""
+def dead(mount: Mounter, source: Path, destination: Path) -> Iterator[Mount]:
+    """A mount whose process was killed while a file in it was open."""
     mounted = mount(source, destination, "--no-background")
     assert is_right(7, read(mounted.file, 7))
     processes = [mounted.status()["pid"], *mounted.retrievers()]
+    held = os.open(mounted.file, os.O_RDONLY)
     os.kill(processes[0], signal.SIGKILL)
     until(lambda: not any(support.alive(pid) for pid in processes), "the end of it and of its source's")
-    return mounted
+    yield mounted
+    with contextlib.suppress(OSError):  # its file system is dead
+        os.close(held)
 
 
 def test_a_dead_mount_is_told_with_its_cure(dead: Mount, source: Path, tmp_path: Path) -> None:
