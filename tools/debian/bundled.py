@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Print the copyright notices and licences of the Python packages in a folder, for debian/copyright.
 
-    bundled SITE-PACKAGES
+    bundled.py SITE-PACKAGES
 
 A licence that Debian has in /usr/share/common-licenses is named. All others are printed.
 """
