@@ -41,6 +41,8 @@ MENTIONED = {
     "blockcopy verify --json": "test_verify",
     "blockcopy mount --discard-writes": "test_mount_helper",
     "docker exec -i": "test_readme",
+    "apt-get purge blockcopy": "tools/try-package",
+    "pipx uninstall blockcopy": "tools/try-package",
     "mount -o ro,noload": "test_readme",
     "mount -o ro,norecovery,nouuid": "test_readme",
     "mount -t blockcopy": "test_mount_helper",
@@ -50,8 +52,11 @@ MENTIONED = {
 BY_HAND = ("blockcopy mount --writable --force ",)
 """Beginnings of blocks that need device-mapper, which is tried in a virtual machine."""
 
-BY_FRESH = ("tools/demo ", "apt-get install ")
-"""Beginnings of blocks that change the machine. `tools/fresh` runs these blocks; `test_install` is the second."""
+BY_FRESH = ("tools/demo ", "apt-get install -y pipx ", 'apt-get install -y "$(tools/deb)"')
+"""Beginnings of blocks that change the machine. `tools/fresh` runs these blocks.
+
+`test_install` runs the second, and `tools/try-package` all that install.
+"""
 
 MOUNT = "blockcopy mount --limit 8M root@host:/dev/vg/disk /dev/vg/copy /mnt/disk"
 EQUAL = "cmp /dev/vg/disk /dev/vg/copy"
@@ -386,7 +391,7 @@ def test_the_move_of_a_machine_is_shown() -> None:
 @pytest.mark.skipif(os.environ.get("BLOCKCOPY_FRESH") != "1", reason="installs packages: run by tools/fresh")
 @pytest.mark.timeout(900)
 def test_install(tmp_path: Path) -> None:
-    [text] = [block.text for block in blocks() if block.text.startswith("apt-get install ")]
+    [text] = [block.text for block in blocks() if block.text.startswith("apt-get install -y pipx ")]
     script = f"cd {shlex.quote(str(CHECKOUT))}\napt-get update\n{text}\n/usr/local/bin/blockcopy doctor\n"
     done = subprocess.run(["sh", "-ec", script], input="y\n", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
