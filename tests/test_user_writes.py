@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import sqlite3
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import support
 import trio
-from support import BLOCK_SIZE, failed, run
+from support import BLOCK_SIZE, failed, run, succeeded
 
 from blockcopy.block import identity, user_writes
 from blockcopy.block.claim import check_destination, existing_destination, open_destination
@@ -616,6 +617,19 @@ def test_discarded_writes_are_gone(spoil: Callable[[Path], None] | None, source:
         assert discard_user_writes(device, None) == ""
     assert_serves(plan_of(source, destination))
     assert_serves(plan_of(source, destination, writable=False, hydrate=True))
+
+
+def test_programs_are_told_whether_there_are_writes(source: Path, destination: Path) -> None:
+    """With --json, as often as they ask; a dry run changes nothing."""
+    write(source, destination, AT)
+    told = []
+    for option in (["--dry-run"], ["--dry-run"], [], ["--dry-run"], []):
+        done = run("discard-writes", "--json", *option, destination)
+        succeeded(done)
+        found = json.loads(done.stdout)
+        told.append((found["dry_run"], found["has_writes"]))
+    assert told == [(True, True), (True, True), (False, True), (True, False), (False, False)]
+    failed(run("discard-writes", "--dry-run", destination), 1, b"holds no writes of a user")
 
 
 def test_writes_to_a_destination_in_use_are_not_discarded(destination: Path) -> None:

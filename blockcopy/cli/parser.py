@@ -175,6 +175,8 @@ def _add_discard_writes(commands: Any) -> None:
         "discard-writes /dev/vg/copy",
     )
     discard.add_argument("destination", metavar="DESTINATION", help="device or file that was mounted writable")
+    discard.add_argument("-n", "--dry-run", action="store_true", help="only tell whether there are such writes")
+    discard.add_argument("--json", action="store_true", help="print JSON; nothing to throw away is no error then")
     _add_file(discard, "--state", "the state is in FILE (default: see the manual)")
 
 

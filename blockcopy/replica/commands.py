@@ -9,6 +9,7 @@ import argparse
 import array
 import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -263,10 +264,20 @@ def discard_writes(args: argparse.Namespace) -> None:
 
     Raises DeviceError or StateError if the destination is in use, or holds no writes of a user.
     """
-    found = discard(absolute(args.destination), absolute(args.state) if args.state else None)
+    state = absolute(args.state) if args.state else None
+    found = discard(absolute(args.destination), state, dry_run=args.dry_run)
+    if args.json:
+        from blockcopy.replica.monitor.status import SCHEMA_VERSION
+
+        fields = {"command": "discard-writes", "destination": args.destination, "dry_run": args.dry_run}
+        console.write(json.dumps({"schema_version": SCHEMA_VERSION, **fields, "has_writes": bool(found)}))
+        return
     if not found:
         raise StateError(f"{args.destination} holds no writes of a user: there is nothing to throw away")
-    console.write_line(f"threw away {found} in {args.destination}; the next mount or sync checks every block")
+    if args.dry_run:
+        console.write_line(f"would throw away {found} in {args.destination}")
+    else:
+        console.write_line(f"threw away {found} in {args.destination}; the next mount or sync checks every block")
 
 
 def state(args: argparse.Namespace) -> None:
@@ -285,16 +296,17 @@ def state(args: argparse.Namespace) -> None:
         console.write_line(state_command.forget(absolute(path)))
 
 
-def discard(path: str, state: str | None) -> str:
+def discard(path: str, state: str | None, *, dry_run: bool = False) -> str:
     """Throw away what the user wrote to the destination at `path`. Returns in words how much that is, or "".
 
-    `state`: the path of the state file, or None. Raises DeviceError or StateError if that is not possible.
+    `state`: the path of the state file, or None. `dry_run`: changes nothing.
+    Raises DeviceError or StateError if that is not possible.
     """
     from blockcopy.replica.state.recovery import discard_user_writes
 
     try:
         with open_destination(path, with_user_writes=True) as device:
-            return discard_user_writes(device, state)
+            return discard_user_writes(device, state, dry_run=dry_run)
     except DestinationRefusedError as error:
         if not says_in_use(str(error)):
             raise

@@ -289,11 +289,11 @@ def recorded_user_pages(destination: Device, geometry: Geometry) -> UserPages | 
         state_file.close()
 
 
-def discard_user_writes(destination: Device, path: str | None) -> str:
+def discard_user_writes(destination: Device, path: str | None, *, dry_run: bool = False) -> str:
     """Throw away what the user wrote to `destination`: the next run checks every block, and fetches what differs.
 
-    `path`: of the state file, or None for the one that the note names. Returns in words how much that is, or "" if
-    there are no such writes.
+    `path`: of the state file, or None for the one that the note names. `dry_run`: changes nothing. Returns in words
+    how much that is, or "" if there are no such writes.
     Raises StateError if the state file is in use, is about another destination, or cannot be removed.
     """
     note = user_writes.find(destination)
@@ -311,9 +311,10 @@ def discard_user_writes(destination: Device, path: str | None) -> str:
     if note is None and (record is None or not record.has_user_writes):
         return ""
     amount = _amount_written(record)
-    invalidate(wanted)
-    invalidate_records(destination)
-    user_writes.remove(destination)
+    if not dry_run:
+        invalidate(wanted)
+        invalidate_records(destination)
+        user_writes.remove(destination)
     return amount
 
 
