@@ -36,12 +36,14 @@ NEXT = {
     "released": {"restarting"},
     "restarting": {"done"},
     "done": set(),
-    "aborting": {"aborted"},
+    "aborting": {"starting", "undoing"},
+    "undoing": {"aborted"},
     "aborted": {"new"},
 }
 """The stages, and those that may follow each. An abort is apart: see `may_abort`."""
 
 STAGES = list(NEXT)
+_FIXED = ("source", "destination", "rounds")
 _UNSTARTED = STAGES[: STAGES.index("mounted") + 1]
 _STARTED = ["starting", "started", "complete"]
 
@@ -53,8 +55,8 @@ class StateRefusedError(Exception):
 def may_abort(stage, *, without_writes):
     """Return whether a move at `stage` may be aborted.
 
-    `without_writes`: whether it is known that the destination holds no writes. This is needed as soon as the
-    destination may have been started: the source would lose them.
+    `without_writes`: whether it is known that the destination holds no writes, or that they may be lost. This is
+    needed as soon as the destination may have been started: the source lacks these writes.
     """
     return stage in _UNSTARTED or stage == "aborting" or (stage in _STARTED and without_writes)
 
@@ -75,21 +77,28 @@ def is_open(window, now):
 
 
 class MoveState:
-    """The state of the move `name`, in the file `path`. Use as a context: it locks the folder."""
+    """The state of the move `name`, in the file `path`. Use as a context: it locks the folder.
 
-    def __init__(self, path, name):
-        self._path, self._name = path, name
+    `read_only`: the folder is neither created nor locked.
+    """
+
+    def __init__(self, path, name, *, read_only=False):
+        self._path, self._name, self._read_only = path, name, read_only
+        self._folder = None
         self.fields = None
         self.is_new = False
 
     def __enter__(self):
+        if self._read_only:
+            return self
         os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
         self._folder = os.open(os.path.dirname(self._path), os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(self._folder, fcntl.LOCK_EX)
         return self
 
     def __exit__(self, *exc):
-        os.close(self._folder)
+        if self._folder is not None:
+            os.close(self._folder)
 
     def load(self, source_host, disks):
         """Read the file, or begin a new state.
@@ -141,7 +150,7 @@ class MoveState:
             return False
         if stage == "aborting" and may_abort(now, without_writes=without_writes):
             self.fields["aborted_from"] = now
-        elif stage not in NEXT[now]:
+        elif stage not in NEXT[now] or (now == "aborting" and not self._may_follow_abort(stage)):
             raise StateRefusedError(f"the move {self._name} is {now}: it cannot become {stage}")
         if stage == "new":
             self._begin({"source_host": self.fields["source_host"], "disks": self._bare_disks()})
@@ -150,18 +159,36 @@ class MoveState:
             self._note({"stage": stage})
         return True
 
+    def _may_follow_abort(self, stage):
+        """Return whether `stage` may follow an abort. An abort that meets writes goes back, to the start."""
+        return stage == "undoing" or self.fields["aborted_from"] in _STARTED
+
     def _bare_disks(self):
         return {name: {key: each[key] for key in ("source", "destination")} for name, each in self._disks()}
 
-    def set_disk(self, name, fields, added_round):
-        """Merge `fields` into the disk `name`, and append `added_round` to its rounds, if that is not None."""
-        disk = self.fields["disks"].get(name)
-        if disk is None:
+    def set_field(self, name, field, value):
+        """Set `field` of the disk `name` to `value`. Returns whether it changed.
+
+        Raises StateRefusedError if there is no such disk, or if the field is the state's own.
+        """
+        if field in _FIXED:
+            raise StateRefusedError(f"{field} of a disk cannot be set")
+        changed = self._disk(name).get(field) != value
+        self._disk(name)[field] = value
+        if changed:
+            self._note({"disk": name, field: value})
+        return changed
+
+    def add_round(self, name, figures):
+        """Append `figures`, a dict, to the rounds of the disk `name`. Raises StateRefusedError if there is none."""
+        rounds = self._disk(name)["rounds"]
+        rounds.append(figures)
+        self._note({"disk": name, "round": len(rounds)})
+
+    def _disk(self, name):
+        if name not in self.fields["disks"]:
             raise StateRefusedError(f"the move {self._name} has no disk {name}")
-        disk.update(fields)
-        if added_round is not None:
-            disk["rounds"].append(added_round)
-        self._note({"disk": name, **({"round": len(disk["rounds"])} if added_round is not None else fields)})
+        return self.fields["disks"][name]
 
     def _note(self, event):
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")

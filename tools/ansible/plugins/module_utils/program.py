@@ -135,6 +135,11 @@ class Program:
             reason = told or (words.splitlines()[-1] if words else f"exit status {status}")
         self._module.fail_json(msg=f"blockcopy {command}: {reason}", rc=status, stderr=words, **(found or {}))
 
+    def has_writes(self, destination, *, discard=False):
+        """Return whether `destination`, which is not in use, holds writes of a user. `discard`: throw them away."""
+        dry_run = [] if discard else ["--dry-run"]
+        return self.json("discard-writes", "--json", *dry_run, "--", destination)[1]["has_writes"]
+
     def mounts(self):
         """Return the status of each mount of this host, as `blockcopy list --json` prints them."""
         found = self.json("list", "--json")[1]

@@ -10,7 +10,7 @@ short_description: Mount a remote device or file while it is being copied
 version_added: "0.0.2"
 description:
   - Runs C(blockcopy mount), which goes on in the background after the module has ended.
-  - A mount of the same source and destination stays as it is. Only its limit is set.
+  - A mount of the same source and destination stays as it is. Only its limit is set, if O(limit) is given.
   - A mount of another source or destination at O(mountpoint) is an error.
   - The mount of a killed blockcopy is cleared, and made again. It resumes.
 author: the authors of blockcopy (@blockcopy)
@@ -44,6 +44,12 @@ options:
     type: str
     choices: [mounted, unmounted, absent]
     default: mounted
+  discard_writes:
+    description:
+      - For V(state=unmounted) and V(state=absent), throw away what was written to the mount or to earlier ones.
+      - O(destination) is needed. It can become a copy again.
+    type: bool
+    default: false
   writable:
     description: Whether the mount accepts writes. The source is still only read.
     type: bool
@@ -143,8 +149,8 @@ def mount(module, program, found):
         if wrong := differences(found, params):
             module.fail_json(msg=f"{point} is another mount: {', '.join(wrong)}", status=found)
         changed = False
-        if not module.check_mode:
-            program.run("limit", "--", point, params["limit"] or "none")
+        if params["limit"] is not None and not module.check_mode:
+            program.run("limit", "--", point, params["limit"])
             now = program.mount_at(point) or {}
             changed = now.get("limit_bytes_per_s") != found.get("limit_bytes_per_s")
             found = now
@@ -171,6 +177,8 @@ def unmount(module, program, found):
     if changed and not module.check_mode:
         status, _out, words = program.run("umount", "--", point, accept=(0, INCOMPLETE))
         complete = status == 0
+    if module.params["discard_writes"] and not (module.check_mode and found):
+        changed |= program.has_writes(module.params["destination"], discard=not module.check_mode)
     if module.params["state"] == "absent" and os.path.isdir(point) and not os.path.islink(point):
         if module.check_mode:
             changed = True
@@ -187,6 +195,7 @@ def main():
         "source": {"type": "str"},
         "destination": {"type": "path"},
         "state": {"type": "str", "choices": ["mounted", "unmounted", "absent"], "default": "mounted"},
+        "discard_writes": {"type": "bool", "default": False},
         "writable": {"type": "bool", "default": False},
         "name": {"type": "str"},
         "background": {"type": "bool", "default": True},
@@ -195,7 +204,7 @@ def main():
     module = AnsibleModule(
         {**PROGRAM, **CONNECTION, **COPY, **own},
         supports_check_mode=True,
-        required_if=[("state", "mounted", ("source", "destination"))],
+        required_if=[("state", "mounted", ("source", "destination")), ("discard_writes", True, ("destination",))],
     )
     program = Program(module)
     point = module.params["mountpoint"] = os.path.abspath(module.params["mountpoint"])

@@ -41,24 +41,26 @@ options:
     description: The revision that the change is based on. Another one is refused.
     type: int
   stage:
-    description: The stage to set.
-    type: str
+    description: The stage to set, or several that follow each other.
+    type: list
+    elements: str
+    default: []
     choices: [new, copying, stopping, stopped, snapshotted, mounted, starting, started, complete, releasing,
-              released, restarting, done, aborting, aborted]
+              released, restarting, done, aborting, undoing, aborted]
   without_writes:
-    description: For V(stage=aborting), whether it is known that nothing was written to the destination.
+    description:
+      - For V(stage=aborting), whether the source may start again although the destination was started.
+      - It may if nothing was written to the destination, or if its writes are to be thrown away.
     type: bool
     default: false
-  disk:
-    description: The disk that O(disk_fields) and O(added_round) are about.
-    type: str
   disk_fields:
-    description: Fields to set for O(disk).
+    description: Fields of disks to set. For each field, the value by name of disk.
     type: dict
     default: {}
-  added_round:
-    description: The figures of a round of copying, to be kept for O(disk).
+  added_rounds:
+    description: The figures of a round of copying, to be kept, by name of disk.
     type: dict
+    default: {}
   window:
     description: The time of day when new work may begin, such as V(22:00-05:00), by the clock of the managed host.
     type: str
@@ -130,11 +132,14 @@ def change(state, params):
     state.load(params["source_host"], params["disks"])
     state.check(params["revision"])
     changed = state.is_new
-    if params["disk"] is not None:
-        state.set_disk(params["disk"], params["disk_fields"], params["added_round"])
+    for field, values in params["disk_fields"].items():
+        for name, value in values.items():
+            changed |= state.set_field(name, field, value)
+    for name, figures in params["added_rounds"].items():
+        state.add_round(name, figures)
         changed = True
-    if params["stage"] is not None and state.advance(params["stage"], without_writes=params["without_writes"]):
-        changed = True
+    for stage in params["stage"]:
+        changed |= state.advance(stage, without_writes=params["without_writes"])
     return changed
 
 
@@ -147,11 +152,10 @@ def main():
             "source_host": {"type": "str", "required": True},
             "disks": {"type": "dict", "required": True},
             "revision": {"type": "int"},
-            "stage": {"type": "str", "choices": STAGES},
+            "stage": {"type": "list", "elements": "str", "default": [], "choices": STAGES},
             "without_writes": {"type": "bool", "default": False},
-            "disk": {"type": "str"},
             "disk_fields": {"type": "dict", "default": {}},
-            "added_round": {"type": "dict"},
+            "added_rounds": {"type": "dict", "default": {}},
             "window": {"type": "str", "default": ""},
         },
         supports_check_mode=True,
@@ -161,7 +165,8 @@ def main():
         module.fail_json(msg=f"{params['name']!r} cannot be the name of a move: letters, digits, _ and - only")
     try:
         is_window_open = is_open(params["window"], datetime.datetime.now())
-        with MoveState(os.path.join(params["folder"], params["name"] + ".json"), params["name"]) as state:
+        path = os.path.join(params["folder"], params["name"] + ".json")
+        with MoveState(path, params["name"], read_only=module.check_mode) as state:
             changed = change(state, params)
             if changed and not module.check_mode:
                 state.save()

@@ -24,8 +24,9 @@ options:
   mountpoint:
     description: The mount to tell about. Without it, all mounts are told.
     type: path
-  state_file:
-    description: A state file, to tell what C(state list) has of it.
+  destination:
+    description:
+      - The destination of the mount at O(mountpoint). With it, the module tells RV(has_writes).
     type: path
 seealso:
   - module: blockcopy.move.blockcopy_mount
@@ -59,11 +60,12 @@ status:
   returned: if O(mountpoint) is given
   type: dict
   sample: {state: complete, source_needed: false, hydrated_percent: 100.0, written_bytes: 0}
-record:
-  description: What C(state list --json) tells of O(state_file). Empty if there is no such record.
-  returned: if O(state_file) is given
-  type: dict
-  sample: {hydrated_bytes: 1073741824, written_bytes: 0}
+has_writes:
+  description:
+    - Whether the destination holds writes of a user. Null if a mount that does not answer may know.
+    - While it is mounted, writes of an earlier mount that was killed before it recorded them are not told.
+  returned: if O(mountpoint) and O(destination) are given
+  type: bool
 mounts:
   description: The status of each mount, see blockcopy-json(5).
   returned: if O(mountpoint) is not given
@@ -77,17 +79,20 @@ from ansible_collections.blockcopy.move.plugins.module_utils.program import PROG
 
 def main():
     """Run the module."""
-    own = {"mountpoint": {"type": "path"}, "state_file": {"type": "path"}}
-    module = AnsibleModule({**PROGRAM, **own}, supports_check_mode=True)
-    program, mountpoint, state_file = Program(module), module.params["mountpoint"], module.params["state_file"]
-    found = {"changed": False}
-    if state_file is not None:
-        records = program.json("state", "list", "--json")[1]
-        found["record"] = next((each for each in records if each.get("state_file") == state_file), {})
+    own = {"mountpoint": {"type": "path"}, "destination": {"type": "path"}}
+    module = AnsibleModule(
+        {**PROGRAM, **own}, supports_check_mode=True, required_by={"destination": ["mountpoint"]}
+    )
+    program, mountpoint, destination = Program(module), module.params["mountpoint"], module.params["destination"]
     if mountpoint is None:
-        module.exit_json(mounts=program.mounts(), **found)
+        module.exit_json(changed=False, mounts=program.mounts())
     status = program.mount_at(mountpoint)
-    module.exit_json(mounted=status is not None, answers=answers(status), status=status or {}, **found)
+    found = {"mounted": status is not None, "answers": answers(status), "status": status or {}}
+    if destination is not None and status is None:
+        found["has_writes"] = program.has_writes(destination)
+    elif destination is not None:
+        found["has_writes"] = status["written_bytes"] > 0 if answers(status) else None
+    module.exit_json(changed=False, **found)
 
 
 if __name__ == "__main__":
