@@ -5,14 +5,23 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import json
+import re
+import subprocess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import support
+from support import PYTHON, noise, output, run, succeeded, written
+
+from blockcopy.replica.monitor.prometheus import exposition
+from blockcopy.replica.monitor.status import ReadStatus, State, Status
+from moving import environment, prometheus
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 COLLECTION = CHECKOUT / "tools" / "ansible"
+METRICS = CHECKOUT / "tools" / "metrics"
 DISKS = {"data": {"source": "/dev/vg/data", "destination": "/dev/vg/copy"}}
 
 
@@ -73,6 +82,15 @@ def test_an_abort_is_refused_as_soon_as_it_may_lose_writes(tmp_path: Path, stage
         return
     assert changed(path, "aborting", without_writes=stage in ("starting", "complete"))["aborted_from"] == stage
     assert changed(path, "aborting")["aborted_from"] == stage  # once more, after an interruption
+    if stage in ("starting", "complete"):
+        assert changed(path, "starting")["stage"] == "starting"  # there were writes after all
+        changed(path, "aborting", without_writes=True)
+    else:
+        with pytest.raises(move_state.StateRefusedError, match="cannot become starting"):
+            changed(path, "starting")
+    changed(path, "undoing")
+    with pytest.raises(move_state.StateRefusedError, match="cannot become starting"):
+        changed(path, "starting")
     changed(path, "aborted")
     again = changed(path, "new")
     assert again["id"] != first["id"]  # the names of its snapshots are others
@@ -110,3 +128,62 @@ def test_a_window_may_go_over_midnight() -> None:
     assert all(move_state.is_open("", now) for now in at)
     with pytest.raises(move_state.StateRefusedError, match="is not a window"):
         move_state.is_open("9-11", at[0])
+
+
+# Metrics of all hosts in one place
+
+
+def expressions() -> list[str]:
+    """Return the expressions of the dashboard, for all hosts."""
+    dashboard = json.loads((METRICS / "blockcopy-dashboard.json").read_text())
+    found = [each["expr"] for panel in dashboard["panels"] for each in panel["targets"]]
+    return [each.replace("$instance", ".*") for each in found]
+
+
+def test_the_dashboard_and_the_alerts_use_metrics_that_there_are() -> None:
+    waits = ReadStatus(latency_p50_seconds=1, latency_p99_seconds=1, latency_max_seconds=1)
+    known = exposition(Status(state=State.FAILED, size=1, source_needed=True, eta_seconds=1, demand=waits))
+    names = set(re.findall(r"^# TYPE (\w+)", known, re.MULTILINE))
+    texts = [*expressions(), (METRICS / "alerts.yml").read_text(), (METRICS / "alerts_test.yml").read_text()]
+    used = {name for text in texts for name in re.findall(r"blockcopy_\w+", text)}
+    assert len(used) > 10
+    assert used <= names
+    states = {
+        name for text in texts for each in re.findall(r'state!?=~?"([^"]+)"', text) for name in each.split("|")
+    }
+    assert states <= set(State)
+
+
+def test_promtool_accepts_the_configuration_the_alerts_and_real_metrics(tmp_path: Path) -> None:
+    programs = prometheus.found()
+    if programs is None:
+        pytest.skip("no promtool: tools/fleet --set-up fetches it")
+    promtool = str(programs / "promtool")
+    output(promtool, "check", "config", METRICS / "prometheus.yml")
+    output(promtool, "test", "rules", METRICS / "alerts_test.yml")
+    rules = [{"record": f"panel:{number}", "expr": each} for number, each in enumerate(expressions())]
+    written(tmp_path / "rules.yml", json.dumps({"groups": [{"name": "panels", "rules": rules}]}).encode())
+    output(promtool, "check", "rules", tmp_path / "rules.yml")
+    source, metrics = written(tmp_path / "source", noise(1 << 20)), tmp_path / "copy.prom"
+    succeeded(run("sync", "--metrics", metrics, source, tmp_path / "copy"))
+    with metrics.open("rb") as file:
+        done = subprocess.run([promtool, "check", "metrics"], stdin=file, capture_output=True, check=False)
+    succeeded(done, stdout=b"")
+
+
+# Real hosts
+
+
+@pytest.mark.timeout(600)
+def test_three_disks_move_while_things_are_killed_and_a_move_is_aborted(tmp_path: Path) -> None:
+    """The short form of `tools/fleet`: half a minute on an idle machine."""
+    support.require_root()
+    support.require_fuse()
+    support.require_sshd()
+    if environment.installed() is None:
+        pytest.skip("no Ansible: tools/fleet --set-up installs it")
+    words = [PYTHON, CHECKOUT / "tools" / "fleet", "--short", "--folder", tmp_path]
+    done = subprocess.run([str(each) for each in words], capture_output=True, text=True, timeout=580, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in ("3 disks compared", "passed"):
+        assert line in done.stdout

@@ -41,10 +41,11 @@ def free_port() -> int:
         return port
 
 
-def prepare(folder: Path, port: int, *settings: str) -> list[str]:
-    """Write the files of an sshd on `port` into `folder`: host key, user key, configuration.
+def prepare(folder: Path, port: int, *settings: str, host: str = HOST) -> list[str]:
+    """Write the files of an sshd on `port` of the address `host` into `folder`: host key, user key, configuration.
 
-    `settings`: further lines of the configuration. Returns the command that starts the server. The command logs to
+    Keys that are there stay. `settings`: further lines of the configuration.
+    Returns the command that starts the server. The command logs to
     standard error. Raises SshdError if a program is missing.
     """
     missing = [each for each in ("sshd", "ssh", "ssh-keygen") if find(each) is None]
@@ -53,10 +54,12 @@ def prepare(folder: Path, port: int, *settings: str) -> list[str]:
             f"{' and '.join(missing)} not found: as root, run apt-get install openssh-server openssh-client"
         )
     for key in ("host", "user"):
+        if (folder / key).exists():
+            continue
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
     shutil.copy(folder / "user.pub", folder / "authorized")
     lines = [
-        *(f"ListenAddress {HOST}", f"Port {port}", f"HostKey {folder}/host", "PidFile none"),
+        *(f"ListenAddress {host}", f"Port {port}", f"HostKey {folder}/host", "PidFile none"),
         *(f"AuthorizedKeysFile {folder}/authorized", "StrictModes no", "UsePAM no", "PermitRootLogin yes"),
         *("PasswordAuthentication no", "KbdInteractiveAuthentication no", *settings),
     ]

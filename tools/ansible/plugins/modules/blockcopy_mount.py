@@ -7,7 +7,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: blockcopy_mount
 short_description: Mount a remote device or file while it is being copied
-version_added: "0.0.2"
+version_added: "1.0.0"
 description:
   - Runs C(blockcopy mount), which goes on in the background after the module has ended.
   - A mount of the same source and destination stays as it is. Only its limit is set, if O(limit) is given.

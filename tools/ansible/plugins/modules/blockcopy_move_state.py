@@ -7,7 +7,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: blockcopy_move_state
 short_description: Read and advance the state of a move
-version_added: "0.0.2"
+version_added: "1.0.0"
 description:
   - The role P(blockcopy.move.move#role) keeps the stage of a move on the destination's host, by this module.
   - The state is one JSON file, which is replaced as a whole and durably.

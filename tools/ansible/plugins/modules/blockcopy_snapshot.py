@@ -7,7 +7,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: blockcopy_snapshot
 short_description: Make or remove a snapshot to copy from
-version_added: "0.0.2"
+version_added: "1.0.0"
 description:
   - Makes a read-only snapshot of a disk, by LVM, btrfs, ZFS or commands of yours, or removes it.
   - A snapshot of O(name) that exists stays as it is.

@@ -7,7 +7,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: blockcopy_status
 short_description: Tell the status of blockcopy's mounts
-version_added: "0.0.2"
+version_added: "1.0.0"
 description:
   - Runs C(blockcopy list --json). A mount that does not answer is told as such, and delays nothing.
 author: the authors of blockcopy (@blockcopy)

@@ -7,7 +7,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: blockcopy_sync
 short_description: Make a device or file a copy of a remote one
-version_added: "0.0.2"
+version_added: "1.0.0"
 description:
   - Runs C(blockcopy sync). Only blocks that differ cross the network.
   - An interrupted copy resumes. Run it again with the same parameters.

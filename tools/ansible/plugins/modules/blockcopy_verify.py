@@ -7,7 +7,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: blockcopy_verify
 short_description: Compare a device or file with a remote one
-version_added: "0.0.2"
+version_added: "1.0.0"
 description:
   - Runs C(blockcopy verify), which hashes both ends and writes nothing.
 author: the authors of blockcopy (@blockcopy)

@@ -1,0 +1,1 @@
+"""The parts of tools/fleet: its machines and disks, services that write, runs of Ansible, and the verdict."""
