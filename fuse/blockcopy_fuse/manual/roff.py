@@ -72,7 +72,7 @@ def _table(rows: Sequence[tuple[Line, ...]]) -> str:
     formats = " ".join(f"lw({width}n)" for width in widths)
     heading = " ".join(f"lbw({width}n)" for width in widths)
     lines = ["\t".join(f"T{{\n{_filled(cell)}\nT}}" if cell else "" for cell in row) for row in rows]
-    return "\n".join([".TS", f"{heading}", f"{formats}.", *lines, ".TE"])
+    return "\n".join([".na", ".TS", f"{heading}", f"{formats}.", *lines, ".TE", ".ad"])  # narrow cells stay ragged
 
 
 def column_widths(lengths: Sequence[Sequence[int]], width: int) -> list[int]:
