@@ -1,6 +1,6 @@
 """The golden files of a version: what it wrote, and the stages that it sent. See golden/README.md.
 
-    PYTHONPATH=. python tests/record_golden.py       write golden/VERSION, of the version in this checkout
+    PYTHONPATH=.:tools python tests/record_golden.py       write golden/VERSION, of the version in this checkout
 
 `test_golden` reads the files with the program of today.
 """

@@ -83,7 +83,7 @@ SCENES = {
     ),
     "blockcopy sync root@old:/dev/vg/disk ": Scene(
         "mount /dev/vg/disk /srv",
-        "echo words >/srv/new; umount -d /srv; blockcopy umount /mnt/disk; blockcopy discard-writes /dev/vg/copy",
+        "echo words >/srv/new; umount /srv; blockcopy discard-writes /dev/vg/copy",
     ),
     "mkdir -p /mnt/disk /mnt/files\nblockcopy mount root@host:/dev/vg/snap": Scene(
         SNAPSHOT, "cmp /dev/vg/snap /dev/vg/copy"
@@ -101,6 +101,11 @@ SCENES = {
     "blockcopy verify ": Scene("cp /dev/vg/disk /dev/vg/copy"),
     "ssh root@old lvcreate ": Scene("lvremove -y vg/copy", EQUAL),
     "mount -o ro,noload ": Scene(MOUNT, "umount /mnt/files"),
+    "debugfs -R ": Scene(
+        MOUNT,
+        "mount -o ro,noload,loop /dev/vg/disk /mnt/files; cmp /mnt/files/shop.db shop.db; umount /mnt/files; "
+        "blockcopy umount /mnt/disk || [ $? = 75 ]",
+    ),
     "qemu-img create ": Scene(MOUNT, "qemu-img compare vm.qcow2 -F raw /dev/vg/disk"),
     "blockcopy sync root@host:/dev/vg/snap ": Scene(SNAPSHOT, "cmp /dev/vg/snap /backup/disk.raw"),
     "blockcopy sync /dev/vg/snap ": Scene(SNAPSHOT, "cmp /dev/vg/snap /backup/disk.raw"),

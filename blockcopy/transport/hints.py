@@ -76,7 +76,11 @@ def explain_end(
     of its stderr. `begun`: whether the stage itself ran. `error`: a local error, shown if there are no lines.
     """
     said = " | ".join(lines)
-    if _is_ssh_failure(command, status):
+    prefix = f"ERROR ({command.stage}): "
+    own = next((line[len(prefix) :] for line in lines if line.startswith(prefix)), None)
+    if own is not None and status != SSH_FAILED:
+        text = f"{command.location.host_shown}: {own}" if command.location.host_shown else own
+    elif _is_ssh_failure(command, status):
         host = command.location.host_shown
         reason = said.removeprefix("ssh: ") or str(error or "")
         text = f"ssh to {host} failed"

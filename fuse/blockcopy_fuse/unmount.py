@@ -150,5 +150,9 @@ def _unmount(mountpoint: str, *options: str) -> None:
         reason = " | ".join(ended.stderr.strip().splitlines()) or f"fusermount3 ended with {ended.returncode}"
         raise MountError(
             f"cannot unmount {mountpoint}: {reason}"
-            + (" (a program or a loop device has a file open there: lsof, losetup -l)" if "busy" in reason else "")
+            + (
+                " (a program, a loop device or a container still uses it: lsof, losetup -l)"
+                if "busy" in reason
+                else ""
+            )
         )
