@@ -274,9 +274,9 @@ def unit_line(name: str, key: str) -> str:
 
 
 def as_systemd_runs(line: str, variables: dict[str, str]) -> list[str]:
-    """systemd.service(5): ${NAME} is one word whatever is in it, $NAME is as many as there are."""
+    """systemd.service(5): ${NAME} is one word whatever is in it, $NAME is as many as there are. `-`: may fail."""
     words: list[str] = []
-    for word in line.split():
+    for word in line.removeprefix("-").split():
         if re.fullmatch(r"\$\w+", word):
             words += shlex.split(variables[word[1:]])
         else:

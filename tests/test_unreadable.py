@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,6 +91,14 @@ def test_a_sync_copies_all_else_and_asks_only_for_these_the_next_time(bad_disk: 
     lines = [json.loads(line) for line in again.stderr.splitlines() if line.startswith(b"{")]
     assert lines[-1]["resumed_bytes"] == len(DATA) - len(BAD) * BLOCK_SIZE
     assert (lines[-1]["state"], lines[-1]["fetched_bytes"], lines[-1]["same_bytes"]) == ("failed", 0, 0)
+
+
+def test_a_guard_that_cannot_compare_says_why(tmp_path: Path) -> None:
+    support.require(shutil.which("mkfs.ext4") is not None, "mkfs.ext4 is not installed")
+    destination = written(tmp_path / "destination", bytes(len(DATA)))
+    support.output("mkfs.ext4", "-q", "-F", destination)
+    with disk_of(tmp_path, 50_000) as disk:
+        failed(run("sync", disk, destination), 1, b"as far as it can be read: its beginning cannot")
 
 
 @pytest.mark.parametrize(

@@ -101,15 +101,19 @@ def head_of(device: Device) -> bytes:
         return b""
 
 
-def refuse_foreign(path: str, held: list[Superblock], source: str, others: list[Superblock]) -> None:
+def refuse_foreign(
+    path: str, held: list[Superblock], source: str, others: list[Superblock], *, is_whole: bool = True
+) -> None:
     """Raise ForeignContentError if the destination at `path` holds a superblock that the source lacks.
 
     `held`, `others`: those of the destination and the source. `source`: its name in the message.
+    `is_whole`: whether the source could read its first bytes.
     """
     if foreign := [each for each in held if each not in others]:
         raise ForeignContentError(
             f"{path} holds {_words(foreign)}, which {source} does not hold"
             + (f": that holds {_words(others)}" if others else "")
+            + ("" if is_whole else ", as far as it can be read: its beginning cannot")
         )
 
 

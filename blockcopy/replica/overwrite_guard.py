@@ -33,8 +33,9 @@ async def refuse_foreign_content(device: Device, pool: Pool, record: Record | No
     identity = pool.connector.identity
     if not held or (record and identity and recovery.is_copy_of_same(record, device, identity)):
         return
-    others = superblocks(await _source_head(device, head, pool))
-    refuse_foreign(device.path, held, str(pool.connector.command.location), others)
+    source_head, is_whole = await _source_head(device, head, pool)
+    source = str(pool.connector.command.location)
+    refuse_foreign(device.path, held, source, superblocks(source_head), is_whole=is_whole)
 
 
 class _Head:
@@ -52,11 +53,13 @@ class _Head:
         self.bytes[position : position + length] = bytes(length)
 
 
-async def _source_head(device: Device, head: bytes, pool: Pool) -> bytes:
+async def _source_head(device: Device, head: bytes, pool: Pool) -> tuple[bytes, bool]:
     """Return the first bytes of the source of `pool`, by its differences from `head`, the first of `device`.
 
-    Bytes that the source cannot read are zeros. Raises SourceError if the source does not answer.
+    Bytes that the source cannot read are zeros. Returns also whether it could read all of them.
+    Raises SourceError if the source does not answer.
     """
+    is_whole = True
     identity = pool.connector.identity
     geometry = Geometry(min(len(head), identity["size"] if identity else 0))
     sink = _Head(head[: geometry.size])
@@ -68,4 +71,5 @@ async def _source_head(device: Device, head: bytes, pool: Pool) -> bytes:
         answer = await pool.ask(await trio.to_thread.run_sync(read), sink, since)
         for each in answer.unreadable:
             sink.zeros(*each.extent)
-    return bytes(sink.bytes)
+            is_whole = False
+    return bytes(sink.bytes), is_whole
