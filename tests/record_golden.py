@@ -199,6 +199,7 @@ def _results() -> dict[str, Any]:
             "sync": json.loads(_run("sync", "-q", "--json", "source", "destination")),
             "verify": json.loads(_run("verify", "-q", "--json", "source", "destination")),
             "states": json.loads(_run("state", "list", "--json")),
+            "discard": json.loads(_run("discard-writes", "--dry-run", "--json", "destination")),
         }
 
 

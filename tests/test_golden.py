@@ -121,6 +121,14 @@ def test_a_sync_speaks_with_an_old_source(source: Path, destination: Path, old_s
     assert json.loads(done.stdout)["same_bytes"] == len(DATA) - 3 * BLOCK_SIZE - 1000  # the rest did not travel
 
 
+def test_a_sync_over_several_connections_speaks_with_an_old_source(
+    source: Path, destination: Path, old_stages: str
+) -> None:
+    succeeded(run("sync", "-q", "-e", LINK, "--connections", 3, "--blockcopy-path", old_stages,
+                  f"host:{source}", destination))  # fmt: skip
+    assert destination.read_bytes() == DATA
+
+
 @pytest.mark.parametrize("connections", ["1", "3"])
 def test_a_push_speaks_with_an_old_destination(
     source: Path, destination: Path, old_stages: str, connections: str
@@ -205,6 +213,7 @@ def test_json_keeps_its_fields_and_their_types(
         "sync": json.loads(run("sync", "-q", "--json", source, destination).stdout),
         "verify": json.loads(run("verify", "-q", "--json", source, destination).stdout),
         "states": json.loads(run("state", "list", "--json").stdout),
+        "discard": json.loads(run("discard-writes", "--dry-run", "--json", destination).stdout),
     }
     mount.umount()
     for name, value in today.items():
