@@ -12,6 +12,7 @@ import random
 import shutil
 import sqlite3
 import stat
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -486,6 +487,18 @@ def test_a_newer_format_is_not_believed(path: Path) -> None:
     with contextlib.closing(sqlite3.connect(path)) as database:
         database.execute("PRAGMA user_version = 4")
     assert is_set_aside(path, path.read_bytes())
+
+
+def test_a_file_whose_making_was_cut_off_is_made_again(path: Path) -> None:
+    """SQLite rolls such a file back to nothing: its journal says that the database had no page before."""
+    begun(path)
+    header = bytes.fromhex("d9d505f920a163d7") + struct.pack(">5I", 0, 1, 0, 512, 4096)
+    journal = path.with_name("state-journal")
+    journal.write_bytes(header.ljust(512, b"\0"))
+    journal.chmod(0o600)
+    assert load(path) is None
+    assert begun(path).rows.chunks == CHUNKS
+    assert [each.name for each in path.parent.iterdir()] == ["state"]
 
 
 def test_an_empty_file_becomes_one(path: Path) -> None:

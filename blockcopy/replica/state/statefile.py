@@ -182,6 +182,9 @@ class StateFile:
         """
         for pragma in ("locking_mode = EXCLUSIVE", "synchronous = EXTRA"):
             db.execute(f"PRAGMA {pragma}")
+        if not is_new:
+            (pages,) = db.execute("PRAGMA page_count").fetchone()
+            is_new = not pages  # SQLite has rolled it back: the run that created the file was cut off in between
         if is_new:
             db.executescript(f"BEGIN EXCLUSIVE; {_SCHEMA} COMMIT;")
             return None
