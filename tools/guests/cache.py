@@ -1,27 +1,32 @@
-"""Folders that take long to make: made once, kept in a cache, removed once nobody uses their recipe any more."""
+"""Folders that take long to make: made once, kept in a cache, removed when nobody uses their recipe any more."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import hashlib
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 CACHE = Path("/var/cache/blockcopy-vm")
+UNUSED_SECONDS = 24 * 60 * 60
+"""How long a folder is kept that nobody uses: two checkouts in turn may have two recipes."""
 
 
 @contextlib.contextmanager
 def kept(kind: str, recipe: str, make: Callable[[Path], None], *, again: bool = False) -> Iterator[Path]:
     """Yield the folder of the kind `kind` that was made by `recipe`. The cache keeps it meanwhile.
 
-    If there is none, or if `again`, calls `make` with a new folder to fill, and removes those of other recipes.
+    If there is none, or if `again`, calls `make` with a new folder to fill. Then it removes those of other recipes
+    that nobody uses.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
     folder = CACHE / f"{kind}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
-    with Path(f"{folder}.lock").open("w") as lock:
+    with Path(f"{folder}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)  # waits for whoever makes it, not for who uses it
         if again or not folder.exists():
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -29,6 +34,7 @@ def kept(kind: str, recipe: str, make: Callable[[Path], None], *, again: bool = 
                 _make(folder, make)
                 _remove_unused(kind)
             fcntl.flock(lock, fcntl.LOCK_SH)
+        os.utime(lock.fileno())
         yield folder
 
 
@@ -42,9 +48,11 @@ def _make(folder: Path, make: Callable[[Path], None]) -> None:
 
 
 def _remove_unused(kind: str) -> None:
-    """Remove the folders of other recipes and of killed runs, unless somebody uses them."""
+    """Remove the folders of other recipes and of killed runs that nobody has used for UNUSED_SECONDS."""
     for path in CACHE.glob(f"{kind}-*.lock"):
-        with path.open("w") as lock, contextlib.suppress(BlockingIOError):
+        if time.time() - path.stat().st_mtime < UNUSED_SECONDS:
+            continue
+        with path.open("a") as lock, contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for each in (path.with_suffix(""), *CACHE.glob(f"{path.stem}.made.*")):
                 shutil.rmtree(each, ignore_errors=True)

@@ -7,6 +7,7 @@ import fcntl
 import random
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -39,11 +40,12 @@ class Lab:
         self._image = image
         self._program = program
         self._stack = contextlib.ExitStack()
+        self._began = time.monotonic()
 
     def say(self, text: str) -> None:
-        """Print a line about the scenario's progress, if verbose."""
+        """Print a line about the scenario's progress, with its time, if verbose."""
         if self.options.verbose:
-            print(f"    {text}", flush=True)
+            print(f"    {time.monotonic() - self._began:6.1f} s  {text}", flush=True)
 
     def machine(
         self,

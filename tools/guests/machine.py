@@ -11,6 +11,7 @@ An event that was read was written by the guest before any later cut. So events 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ import subprocess
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from debian import ToolError
 from guests.image import Image
@@ -86,7 +87,7 @@ class Machine:
         _qemu("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(image.root), str(root))
         initrd.write_bytes(b"".join(each.read_bytes() for each in (image.initrd, *archives)))
         line = f"console=ttyS0 loglevel=4 panic=-1 mitigations=off audit=0 {f'ro init={init}' if init else 'rw'}"
-        kind = ("kvm", "host") if accel == "kvm" else ("tcg,thread=multi", "max")
+        kind = ("kvm", "host") if accel == "kvm" else ("tcg,thread=multi", "qemu64")  # AVX is slow there
         self._command: list[object] = ["qemu-system-x86_64", "-accel", kind[0], "-cpu", kind[1], "-m", memory]
         self._command += ["-smp", cpus, "-nodefaults", "-display", "none", "-no-reboot"]
         self._command += [
@@ -99,9 +100,11 @@ class Machine:
             "-append",
             line,
         ]
-        self._command += ["-device", "virtio-rng-pci", "-device", "virtio-net-pci,netdev=net"]
+        # The serial ports come first, so that they are vport0 of the guest.
         self._command += ["-device", "virtio-serial-pci", "-device", "virtserialport,chardev=events,name=events"]
+        self._command += ["-device", "virtio-rng-pci", "-device", "virtio-net-pci,netdev=net"]
         self._command += ["-chardev", f"socket,id=events,path={folder}/events"]
+        self._command += ["-qmp", f"unix:{folder}/qmp,server=on,wait=off"]
         self._command += ["-virtfs", f"local,path={self.share},mount_tag=share,security_model=none"]
         self._add_disk(0, Disk("root", f"file:{root}"), "qcow2")
         for number, disk in enumerate(disks, 1):
@@ -122,8 +125,11 @@ class Machine:
         """Whether the guest is powered on."""
         return self._process is not None and self._process.poll() is None
 
-    def boot(self) -> None:
-        """Power on. Returns when QEMU runs; `wait_for_ssh` and `next_event` wait for the guest."""
+    def boot(self, saved: Path | None = None) -> None:
+        """Power on. Returns when QEMU runs; `wait_for_ssh` and `next_event` wait for the guest.
+
+        `saved`: what `save` has made. The guest goes on there. Its disks may hold something else by now.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -134,7 +140,8 @@ class Machine:
             listener.bind(str(path))
             listener.listen(1)
             listener.settimeout(60)
-            self._process = _start([*self._command, "-netdev", network], self.folder / "qemu.log")
+            incoming = ["-incoming", f"exec:cat {saved}"] if saved else []
+            self._process = _start([*self._command, "-netdev", network, *incoming], self.folder / "qemu.log")
             try:
                 self._events, _ = listener.accept()
             except TimeoutError:
@@ -192,6 +199,35 @@ class Machine:
             self._unread += data
         line, _, self._unread = self._unread.partition(b"\n")
         return line.decode(errors="replace")
+
+    def tell(self, line: str) -> None:
+        """Write `line` to the guest's EVENTS, where it can be read."""
+        if self._events is None:
+            raise RuntimeError("never booted")
+        self._events.sendall(f"{line}\n".encode())
+
+    def save(self, path: Path) -> None:
+        """Save the memory of the guest in `path`, and end the guest. The guest has nothing of its disks in use."""
+        with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rw") as stream:
+            connection.connect(f"{self.folder}/qmp")
+            stream.readline()
+
+            def execute(command: str, **arguments: object) -> dict[str, Any]:
+                stream.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+                stream.flush()
+                while "event" in (reply := json.loads(stream.readline())):
+                    pass
+                if "return" not in reply:
+                    raise ToolError(f"QEMU: {command}: {reply}")
+                return dict(reply["return"])
+
+            execute("qmp_capabilities")
+            execute("migrate", uri=f"exec:cat >{path}")
+            while (status := execute("query-migrate")["status"]) not in ("completed", "failed"):
+                time.sleep(0.1)
+        if status == "failed":
+            raise ToolError(f"QEMU cannot save the guest: {(self.folder / 'qemu.log').read_text()}")
+        self.cut()
 
     def power_off(self) -> None:
         """Shut down by ssh, and wait for the end. Raises WrongError if the guest does not end."""
