@@ -82,7 +82,7 @@ def test_of_two_that_exclude_each_other_one_is_left(
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("limit = '1M'\n\nlimits = '1M'\n", "config.toml, line 3: unknown key 'limits'"),
+        ("limit = '1M'\n\nlimits = '1M'\n", "config.toml, line 3: unknown key 'limits' (did you mean limit?)"),
         ("\n[host.'a.*']\nrsh = 'x'\nforce = true", "config.toml, line 4: unknown key 'force'"),
         ("limit = 'fast'", "config.toml, line 1: limit: 'fast' is not a number"),
         ("connections = true", "connections: True is no text or number"),

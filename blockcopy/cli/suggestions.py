@@ -60,7 +60,7 @@ class Parser(ConsoleParser):
         unknown = re.search(r"invalid choice: '([^']*)'", message)
         if unknown:
             known = [choice for action in self._actions for choice in action.choices or ()]
-            nearest = _nearest(unknown[1], known)
+            nearest = nearest_to(unknown[1], known)
             message += f"; did you mean {nearest[0]}?" if nearest else ""
         super().error(message)
 
@@ -88,11 +88,12 @@ def _similar_options(unknown: Iterable[str], command: argparse.ArgumentParser) -
     """
     known = [name for action in command._actions for name in action.option_strings]
     options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
-    nearest = [found for word in options for found in _nearest(word, known)]
+    nearest = [found for word in options for found in nearest_to(word, known)]
     return f"; did you mean {', '.join(nearest)}?" if nearest else ""
 
 
-def _nearest(word: str, known: Iterable[str]) -> list[str]:
+def nearest_to(word: str, known: Iterable[str]) -> list[str]:
+    """Return a list of the one word in `known` that is most similar to `word`. Returns [] if none is similar."""
     from difflib import get_close_matches  # seldom needed, and slow to load
 
     return get_close_matches(word, list(known), 1)

@@ -22,7 +22,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from blockcopy.cli.suggestions import Parser, commands_of
+from blockcopy.cli.suggestions import Parser, commands_of, nearest_to
 from blockcopy.errors import UsageError
 from blockcopy.transport.location import parse_location
 
@@ -108,7 +108,7 @@ def _of_file(path: Path, hosts: Sequence[str]) -> Iterator[_Default]:
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path} is no TOML: {error}") from error
+        raise UsageError(f'{path} is no TOML: {error}. Texts need quotes, as in limit = "20M"') from error
     sections = tables.pop("host", {})
     if not (isinstance(sections, dict) and all(isinstance(each, dict) for each in sections.values())):
         raise UsageError(f'{path}, line {_line(text, "host")}: write tables such as [host."*.example.org"]')
@@ -116,8 +116,10 @@ def _of_file(path: Path, hosts: Sequence[str]) -> Iterator[_Default]:
         for option, value in table.items():
             place = f"{path}, line {_line(text, option, pattern)}"
             if option not in OPTIONS:
+                nearest = nearest_to(option, OPTIONS)
+                guess = f" (did you mean {nearest[0]}?)" if nearest else ""
                 raise UsageError(
-                    f"{place}: unknown key {option!r}; there are {', '.join(OPTIONS)}, and [host.PATTERN]"
+                    f"{place}: unknown key {option!r}{guess}; there are {', '.join(OPTIONS)}, and [host.PATTERN]"
                 )
             if pattern is None or any(fnmatchcase(host, pattern) for host in hosts):
                 yield _Default(option, value, place)

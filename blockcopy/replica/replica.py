@@ -252,7 +252,9 @@ class Replica:
         If each sync fails, background hydration would fetch all blocks again and again.
         """
         self._background.cancel()
-        logger.error("the copy cannot be completed: %s", error)
+        # `sync` ends with its first failure, which is then the error of the command.
+        level = logging.ERROR if self._plan.demand or self._failure else logging.DEBUG
+        logger.log(level, "the copy cannot be completed: %s", error)
         self._failure = self._failure or error
         self.settled.set()
         if self._hydrator.writer.failure is not None:

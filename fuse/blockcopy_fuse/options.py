@@ -12,9 +12,9 @@ import pwd
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from blockcopy.cli.parser import long_options
+from blockcopy.cli.suggestions import nearest_to
 from blockcopy.errors import UsageError
 from blockcopy_fuse import fuse_support
 
@@ -125,7 +125,7 @@ def _why_not(name: str) -> str:
     if option in own:
         ways = ("=VALUE", "with a value") if own[option] else ("", "without a value")
         return f"write --{option}{ways[0]}, or in fstab {name}{ways[0]}, {ways[1]}"
-    nearest = get_close_matches(option, [*own, *FLAGS, *VALUES], 1)
+    nearest = nearest_to(option, [*own, *FLAGS, *VALUES])
     guess = f" (did you mean {nearest[0]}?)" if nearest else ""
     return (
         f"there is no such option{guess}; -o has {', '.join(sorted({*FLAGS, *VALUES}))}; fstab also has those of "
