@@ -175,8 +175,8 @@ def test_promtool_accepts_the_configuration_the_alerts_and_real_metrics(tmp_path
 
 
 @pytest.mark.timeout(600)
-def test_three_disks_move_while_things_are_killed_and_a_move_is_aborted(tmp_path: Path) -> None:
-    """The short form of `tools/fleet`: half a minute on an idle machine."""
+def test_a_small_fleet(tmp_path: Path) -> None:
+    """Three disks move, while the controller is killed and a move is aborted: half a minute on an idle machine."""
     support.require_root()
     support.require_fuse()
     support.require_sshd()

@@ -113,7 +113,7 @@ class Fleet:
             "ansible_port": 22,
             "ansible_python_interpreter": sys.executable,
             "ansible_ssh_args": shlex.join([*self.ssh, "-o", "ControlMaster=auto", "-o", "ControlPersist=30"]),
-            "ansible_ssh_control_path_dir": str(self.folder / "cp"),
+            "ansible_control_path_dir": str(self.folder / "cp"),
         }
         rsh = shlex.join(["ssh", *self.ssh])
         sources = {each.source.name: {"ansible_host": each.source.address} for each in self.moves}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
@@ -78,13 +77,13 @@ class Story:
         self,
         action: str = "move",
         moves: list[Move] | None = None,
-        kills: Sequence[tuple[float, str]] = (),
+        kills: Sequence[tuple[float | str, str]] = (),
         **extra: object,
     ) -> int | None:
         """Run Ansible. Returns its exit status.
 
-        `moves`: None for all. `kills`: what is killed, and how many seconds after the start: `controller`,
-        `host NAME` or `processes NAME`. `extra`: variables, as JSON.
+        `moves`: None for all. `kills`: when something is killed, and what: `controller`, `host NAME` or
+        `processes NAME`. When is seconds after the start, or a stage that a move reaches. `extra`: variables.
         """
         moves = self._fleet.moves if moves is None else moves
         began = time.monotonic()
@@ -92,10 +91,8 @@ class Story:
         told = []
         try:
             for at, what in kills:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=max(0, began + at - time.monotonic()))
-                if process.poll() is None:
-                    told.append(f"{what} at {at:.0f} s")
+                if self._await(at, moves, process, began):
+                    told.append(f"{what} at {at if isinstance(at, str) else f'{at:.0f} s'}")
                     self._kill(what, process)
             status = process.wait(timeout=RUN_SECONDS)
         finally:
@@ -110,6 +107,21 @@ class Story:
         self._say(f"{log.stem}: {action} {len(moves)}, {seconds:.0f} s, status {status}{killed}; now {words}")
         return status
 
+    def _await(self, at: float | str, moves: list[Move], process: subprocess.Popen[bytes], began: float) -> bool:
+        """Wait for the time `at` of a run that `began` at a monotonic time. `moves`: whose stages count.
+
+        Returns False if `process`, the run, ended before.
+        """
+        reached = {each.name for each in moves if each.stage == at}  # before the run
+        while process.poll() is None:
+            if isinstance(at, str):
+                if any(each.stage == at for each in moves if each.name not in reached):
+                    return True
+            elif time.monotonic() >= began + at:
+                return True
+            time.sleep(0.05)
+        return False
+
     def _kill(self, what: str, process: subprocess.Popen[bytes]) -> None:
         kind, _space, name = what.partition(" ")
         self.counts[f"kills of {kind}"] += 1
@@ -123,18 +135,17 @@ class Story:
             ended = self._fleet.machines[name].kill_processes("blockcopy (sync|mount)", "sshd: root")
             self.counts["processes killed"] += ended
 
-    def kill_plan(self, count: int, longest: float) -> list[tuple[float, str]]:
-        """Choose `count` kills within `longest` seconds of a run. The last one may be of the controller.
+    def kill_plan(self, count: int, longest: float) -> list[tuple[float | str, str]]:
+        """Choose `count` kills within `longest` seconds of a run. The last one is of the controller.
 
-        Returns what is killed and when, as `run` wants it.
+        Returns when what is killed, as `run` wants it.
         """
         names = sorted(self._fleet.machines)
-        plan = []
-        for at in sorted(self._choose.uniform(4, longest) for _ in range(count)):
+        times = sorted(self._choose.uniform(4, longest) for _ in range(count))
+        plan: list[tuple[float | str, str]] = []
+        for at in times[:-1]:
             plan.append((at, f"{self._choose.choice(['host', 'processes'])} {self._choose.choice(names)}"))
-        if count > 1 or self._choose.random() < 0.5:
-            plan[-1] = (plan[-1][0], "controller")
-        return plan
+        return [*plan, (times[-1], "controller")]
 
     def check(self, condition: object, fault: str) -> None:
         """Note `fault` unless `condition` holds."""
