@@ -176,7 +176,7 @@ def test_promtool_accepts_the_configuration_the_alerts_and_real_metrics(tmp_path
 
 @pytest.mark.timeout(600)
 def test_a_small_fleet(tmp_path: Path) -> None:
-    """Three disks move, while the controller is killed and a move is aborted: half a minute on an idle machine."""
+    """The controller is killed, one move is aborted, and the other one goes on to its end."""
     support.require_root()
     support.require_fuse()
     support.require_sshd()
@@ -185,5 +185,5 @@ def test_a_small_fleet(tmp_path: Path) -> None:
     words = [PYTHON, CHECKOUT / "tools" / "fleet", "--short", "--folder", tmp_path]
     done = subprocess.run([str(each) for each in words], capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    for line in ("3 disks compared", "passed"):
+    for line in ("1 aborts at", "2 disks compared", "passed"):
         assert line in done.stdout

@@ -6,7 +6,7 @@ import json
 import random
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,9 +179,9 @@ def make_sources(stack: ExitStack, machine: Machine, *, with_btrfs: bool) -> Pat
 
 @contextmanager
 def fleet(
-    folder: Path, *, sources: int, moves: int, disks: int, size: int, seed: int, btrfs: bool
+    folder: Path, *, sources: int, disks: Sequence[int], size: int, seed: int, btrfs: bool
 ) -> Iterator[Fleet]:
-    """Make a fleet in `folder`: as many `sources` as destinations, and `moves` services with `disks` each.
+    """Make a fleet in `folder`: as many `sources` as destinations, and a service for each of `disks`, its disks.
 
     `size`: MiB of the largest disk. `seed`: of all choices. `btrfs`: whether sources are on btrfs. The machines
     run, and the services write. All is removed when the context ends.
@@ -195,14 +195,14 @@ def fleet(
         for name in names[sources:]:
             boot_script(made[name], None)
         found = Fleet(folder, switch, made, [])
-        for number in range(moves):
+        for number, count in enumerate(disks):
             old, new = made[f"old{number % sources}"], made[f"new{(number + number // sources) % sources}"]
             name = f"shop{number:02}"
             place = data[old.name] / name
             run(["btrfs", "subvolume", "create", place] if btrfs else ["mkdir", place])
             method = ["btrfs", "command"][number % 2] if btrfs else "command"
             own = []
-            for at in range(disks):
+            for at in range(count):
                 disk = Disk(
                     name=f"disk{at}",
                     number=at,
