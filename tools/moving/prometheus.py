@@ -95,6 +95,8 @@ class Server:
                 self._address = f"127.0.0.1:{free.getsockname()[1]}"
             options = {"config.file": folder / "config.yml", "storage.tsdb.path": folder / "data"}
             options |= {"web.listen-address": self._address, "storage.tsdb.retention.time": "10y"}
+            # A real scrape marks what has vanished. These samples do not, so they count for a moment only.
+            options["query.lookback-delta"] = "12s"
             words = [self._programs / "prometheus", *(f"--{name}={value}" for name, value in options.items())]
             log = self._stack.enter_context((folder / "log").open("wb"))
             process = subprocess.Popen(words, stdout=log, stderr=log)
