@@ -114,6 +114,9 @@ def test_a_push_refuses_too(size: int, tmp_path: Path) -> None:
     )
     assert done.stderr.endswith(b". Nothing was written; --force overwrites it\n")
     assert destination.read_bytes() == before
+    if size == len(DATA):  # of a shorter source, the dry run looks at as many bytes
+        succeeded(run(*PUSH, "-n", source, f"host:{destination}"), "A sync asks before it overwrites that")
+    succeeded(run(*PUSH, "-n", "--force", source, f"host:{destination}"))
     succeeded(run(*PUSH, "--force", source, f"host:{destination}"), None)
     assert destination.read_bytes() == DATA[:size] + before[size:]
 

@@ -67,11 +67,12 @@ def ends_of(args: argparse.Namespace) -> Ends:
 def compare(
     args: argparse.Namespace, ends: Ends, progress: Progress, report: Callable[[Extent], None] = lambda _: None
 ) -> Verdict:
-    """Compare `ends` with the parsed options `args`. Returns the verdict.
+    """Compare `ends` with the parsed options `args`. Returns the verdict. The dry run of a push warns as it would.
 
     `progress`: gets the bytes compared. `report`: called with each Extent that differs, ascending.
     """
     with needs_extra():
+        from blockcopy.replica.overwrite_guard import warn_of_foreign_remote
         from blockcopy.replica.plan import Plan
         from blockcopy.replica.tasks import runner
         from blockcopy.replica.verify import verify
@@ -84,8 +85,10 @@ def compare(
         prompts=prompts(ends.command.location),
         extents=extents_of(args),
     )
+    warns = getattr(args, "dry_run", False) and not args.force
+    examine = warn_of_foreign_remote if warns else None
     with logging_out(ends.command):
-        verify_ends = functools.partial(verify, plan, report, progress, ends.source_size)
+        verify_ends = functools.partial(verify, plan, report, progress, ends.source_size, examine)
         return run(lambda: runner.run_interruptible(verify_ends))
 
 

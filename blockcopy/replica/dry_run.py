@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import trio
@@ -12,13 +11,11 @@ from blockcopy.block.destination import Destination
 from blockcopy.block.geometry import BLOCK_SIZE, Extent, Geometry
 from blockcopy.errors import ForeignContentError
 from blockcopy.progress.reporter import Counts, Progress
-from blockcopy.replica.overwrite_guard import refuse_foreign_content
+from blockcopy.replica.overwrite_guard import refuse_foreign_content, warn
 from blockcopy.replica.plan import Plan
 from blockcopy.replica.source.connector import Connector
 from blockcopy.replica.source.pool import Pool
 from blockcopy.replica.verify import Verdict, compare, missing_extents
-
-logger = logging.getLogger(__name__)
 
 _HOLES_BYTES = 64 << 30
 """Bytes of the source whose holes are requested at once. This bounds the memory of an answer."""
@@ -64,7 +61,7 @@ async def _warn_of_foreign_content(device: Destination, pool: Pool) -> None:
     try:
         await refuse_foreign_content(device, pool)
     except ForeignContentError as error:
-        logger.warning("%s. A sync asks before it overwrites that, or needs --force", error.held)
+        warn(error)
 
 
 async def _hole_bytes(pool: Pool, extents: Sequence[Extent]) -> int:

@@ -7,6 +7,7 @@ source onto one destination is never refused. Zeros and plain data have no super
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 import trio
@@ -16,10 +17,13 @@ from blockcopy.block.device import Device
 from blockcopy.block.geometry import Geometry
 from blockcopy.block.superblocks import head_of, refuse_foreign, superblocks
 from blockcopy.block.unreadable_ranges import UnreadableRanges
+from blockcopy.errors import ForeignContentError
 from blockcopy.replica.hydration.signatures import read_signatures
 from blockcopy.replica.source.pool import Pool
 from blockcopy.replica.state import recovery
 from blockcopy.replica.state.statefile import Record
+
+logger = logging.getLogger(__name__)
 
 
 async def refuse_foreign_content(device: Device, pool: Pool, record: Record | None = None) -> None:
@@ -36,6 +40,25 @@ async def refuse_foreign_content(device: Device, pool: Pool, record: Record | No
     source_head, is_whole = await _source_head(device, head, pool)
     source = str(pool.connector.command.location)
     refuse_foreign(device.path, held, source, superblocks(source_head), is_whole=is_whole)
+
+
+async def warn_of_foreign_remote(device: Device, pool: Pool) -> None:
+    """Warn if the destination, at the other end of `pool`, holds what the source `device` does not hold.
+
+    Raises SourceError if the destination does not answer.
+    """
+    head = await trio.to_thread.run_sync(head_of, device)
+    remote, _ = await _source_head(device, head, pool)
+    held = superblocks(remote)
+    try:
+        refuse_foreign(str(pool.connector.command.location), held, device.path, superblocks(head))
+    except ForeignContentError as error:
+        warn(error)
+
+
+def warn(error: ForeignContentError) -> None:
+    """Log what a sync would do about the `error`."""
+    logger.warning("%s. A sync asks before it overwrites that, or needs --force", error.held)
 
 
 class _Head:

@@ -6,7 +6,7 @@ It sends the same signatures as a copy does, counts the answers, and discards th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -60,7 +60,11 @@ class Verdict:
 
 
 async def verify(
-    plan: Plan, report: Callable[[Extent], None], progress: Progress, source_size: int | None = None
+    plan: Plan,
+    report: Callable[[Extent], None],
+    progress: Progress,
+    source_size: int | None = None,
+    examine: Callable[[Device, Pool], Awaitable[None]] | None = None,
 ) -> Verdict:
     """Compare the blocks that `plan` wants of the device at `plan.destination` with the other end.
 
@@ -71,6 +75,7 @@ async def verify(
     `report`: called with each Extent that differs, ascending. Adjacent ones are joined.
     `progress`: gets the counts of bytes compared so far.
     `source_size`: None if the other end is the source. Else `plan.destination` is a source of so many bytes.
+    `examine`: called first, with the device here and the pool of connections to the other end.
     Raises SourceError or DeviceError, in exception groups.
     Raises SourceChangedError or DeviceError if one of two equal ends changed meanwhile.
     """
@@ -82,6 +87,8 @@ async def verify(
             pool = Pool(connector, nursery, give_up_after=plan.reconnect_timeout)
             await pool.open()
             nursery.start_soon(pool.run)
+            if examine is not None:
+                await examine(device, pool)
             remote_size = connector.identity["size"] if connector.identity else 0
             total = remote_size if source_size is None else source_size
             copy_size = local_size if source_size is None else remote_size

@@ -113,7 +113,7 @@ def _refuse_foreign_content(
     held = superblocks(head)
     if not held:
         return
-    others = bytearray(head[:size])
+    others, is_whole = bytearray(head[:size]), True
     if others:
         blocks = [others[at : at + BLOCK_SIZE] for at in range(0, len(others), BLOCK_SIZE)]
         asks = wire.Asks(0, BLOCK_SIZE, len(others), b"".join(map(digest, blocks)))
@@ -121,8 +121,9 @@ def _refuse_foreign_content(
         for message in messages:
             if message == wire.Fence(_HEAD_FENCE):
                 break
+            is_whole = is_whole and not isinstance(message, wire.Failure)
             _take_head(others, message)
-    refuse_foreign(destination.path, held, "the source", superblocks(bytes(others)))
+    refuse_foreign(destination.path, held, "the source", superblocks(bytes(others)), is_whole=is_whole)
 
 
 def _take_head(head: bytearray, message: wire.Message | None) -> None:
