@@ -11,7 +11,7 @@ version_added: "1.0.0"
 description:
   - Makes a read-only snapshot of a disk, by LVM, btrfs, ZFS or commands of yours, or removes it.
   - A snapshot of O(name) that exists stays as it is.
-  - Removes only what is a snapshot of O(disk) and has the name O(name).
+  - With LVM and ZFS, something else of the name O(name), which is no snapshot of O(disk), is an error.
 author: the authors of blockcopy (@blockcopy)
 attributes:
   check_mode:
