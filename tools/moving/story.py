@@ -28,6 +28,8 @@ PLAY = """---
 ALONE = ["unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
 """Words that run the controller as a tree of processes which ends at once: Ansible's workers leave its group."""
 
+MODULES = Path(__file__).with_name("modules.yml")
+
 RUN_SECONDS = 1800
 STAGES_AFTER_START = ("starting", "started", "complete", "releasing", "released", "restarting", "done")
 
@@ -49,15 +51,10 @@ class Story:
         inventory = self._fleet.write_inventory()
         self.counts["runs"] += 1
         log = self._fleet.folder / f"run-{self.counts['runs']:02}.log"
-        words = [
-            *self._fleet.switch.enter,
-            *ALONE,
-            self._programs / "ansible-playbook",
-            "-i",
-            inventory,
-            self._play,
-        ]
-        words += ["--forks", self._forks, "-e", f"move_action={action}"]
+        play = MODULES if action == "modules" else self._play
+        words = [*self._fleet.switch.enter, *ALONE, self._programs / "ansible-playbook", "-i", inventory, play]
+        words += ["--forks", self._forks]
+        words += ["-e", f"move_action={action}"] if play == self._play else []
         words += ["--limit", ":".join(each.name for each in moves)]
         for name, value in extra.items():
             words += ["-e", f'{{"{name}": {value}}}']
@@ -80,7 +77,7 @@ class Story:
         kills: Sequence[tuple[float | str, str]] = (),
         **extra: object,
     ) -> int | None:
-        """Run Ansible. Returns its exit status.
+        """Run Ansible: `action` is `move`, `abort` or `modules`, which tries the modules. Returns its exit status.
 
         `moves`: None for all. `kills`: when something is killed, and what: `controller`, `host NAME` or
         `processes NAME`. When is seconds after the start, or a stage that a move reaches. `extra`: variables.
