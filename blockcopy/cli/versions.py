@@ -16,7 +16,8 @@ ORIGINAL = "0.0.2"
 RELEASED = "2026-11-26"
 """The date of this version, as CHANGELOG.md has it."""
 
-_LIBFUSE = "libfuse3.so.3"
+_LIBFUSE = ("libfuse3.so.4", "libfuse3.so.3")
+"""The names of the library: since libfuse 3.17, and before."""
 
 
 def text() -> str:
@@ -38,10 +39,11 @@ def _package(name: str) -> str | None:
 
 
 def _libfuse() -> str | None:
-    """Return the version of the library that pyfuse3 uses. Returns None if it is not installed."""
-    with contextlib.suppress(OSError, AttributeError):
-        function = ctypes.CDLL(_LIBFUSE).fuse_pkgversion
-        function.restype = ctypes.c_char_p
-        found: bytes = function()
-        return found.decode()
+    """Return the version of the newest libfuse. Returns None if none is installed."""
+    for name in _LIBFUSE:
+        with contextlib.suppress(OSError, AttributeError):
+            function = ctypes.CDLL(name).fuse_pkgversion
+            function.restype = ctypes.c_char_p
+            found: bytes = function()
+            return found.decode()
     return None
