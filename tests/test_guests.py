@@ -62,6 +62,21 @@ def test_a_cut_may_leave_the_first_of_two_versions(disk: ForgetfulDisk) -> None:
     assert set(disk.image.read_bytes()) == {0, 1, 2}
 
 
+def test_a_disk_that_halts_in_a_flush_answers_again_after_the_cut(disk: ForgetfulDisk) -> None:
+    """Half of the cuts come before the flush is done, half after it."""
+    support.require(shutil.which("qemu-io") is not None, "qemu-io is not installed")
+    unflushed = set()
+    for _ in range(8):
+        disk.halt_at(2)
+        words = ["qemu-io", "-f", "raw", "-t", "writeback", "-c", "flush", "-c", "write 0 64k", "-c", "flush"]
+        with subprocess.Popen([*words, disk.url], stdout=subprocess.DEVNULL) as guest:
+            assert disk.halted.wait(20)
+            guest.kill()
+        unflushed.add(disk.cut().unflushed)
+    assert unflushed == {0, 65536 // SECTOR}
+    write(disk, "flush")
+
+
 def test_the_command_line_is_told(tmp_path: Path) -> None:
     scenarios = output(PYTHON, str(VM), "list")
     assert "hello  " in scenarios

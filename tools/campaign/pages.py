@@ -66,6 +66,12 @@ class Pages:
                     return page
             return None
 
+    @property
+    def doubtful(self) -> set[int]:
+        """The pages in doubt after a crash."""
+        with self._lock:
+            return set(self._crashed)
+
     def begin_write(self, offset: int, data: bytes) -> int | None:
         """Note that `data` is being written at `offset`. Returns a number, or None if another write is there."""
         with self._lock:

@@ -53,19 +53,29 @@ class ForgetfulDisk:
         self.image = image
         self.url = f"nbd+unix:///?socket={path}"
         """Where QEMU finds the disk."""
-        self.flushes = 0
-        """The number of flushes so far."""
+        self.halted = threading.Event()
+        """Set while the disk answers nothing any more: see `halt_at`."""
         self._choose = choose
         self._file = os.open(image, os.O_RDWR)
         self._size = os.fstat(self._file).st_size
         self._before: dict[int, bytes] = {}  # by sector: what the platter has of an unflushed sector
         self._lock = threading.Lock()
         self._clients: list[threading.Thread] = []
+        self._flushes_left = -1  # until the disk halts
+        self._is_over = threading.Event()
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen()
         self._accepting = threading.Thread(target=self._accept, daemon=True)
         self._accepting.start()
+
+    def halt_at(self, flush: int) -> None:
+        """Answer nothing any more from a flush on: `flush` is 1 for the next. It may be done or not.
+
+        So a cut that waits for `halted` is in the middle of it. The cut ends this.
+        """
+        with self._lock:
+            self._flushes_left = flush
 
     def cut(self) -> Loss:
         """Lose a random part of what was not flushed. The guest is off. Returns how much was lost."""
@@ -88,10 +98,14 @@ class ForgetfulDisk:
         os.close(self._file)
 
     def _await_clients(self) -> None:
-        """Wait until all that the guest sent before its end has been done."""
+        """Wait until all that the guest sent before its end has been done, or until where the disk halted."""
+        self._is_over.set()
         for each in self._clients:
             each.join()
         self._clients.clear()
+        self._is_over.clear()
+        self.halted.clear()
+        self._flushes_left = -1
 
     def _accept(self) -> None:
         while True:
@@ -106,7 +120,7 @@ class ForgetfulDisk:
     def _serve(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(EOFError, ConnectionError):
             if self._greet(connection):
-                while self._answer(connection):
+                while not self.halted.is_set() and self._answer(connection):
                     pass
 
     def _greet(self, connection: socket.socket) -> bool:
@@ -146,15 +160,23 @@ class ForgetfulDisk:
         elif kind in (_TRIM, _ZEROES):
             self._write(offset, bytes(length), durable=bool(flags & _FUA))
         elif kind == _FLUSH:
-            with self._lock:
-                self._before.clear()
-                self.flushes += 1
+            self._flush()
         elif kind == _DISCONNECT:
             return False
         else:
             error = _ERROR_IO
         connection.sendall(struct.pack(">IIQ", _SIMPLE_REPLY, error, handle) + data)
         return True
+
+    def _flush(self) -> None:
+        with self._lock:
+            self._flushes_left -= 1
+            halts = self._flushes_left == 0
+            if not halts or self._choose.random() < 0.5:
+                self._before.clear()
+        if halts:
+            self.halted.set()
+            self._is_over.wait()
 
     def _write(self, offset: int, data: bytes | bytearray, *, durable: bool) -> None:
         sectors = range(offset // SECTOR, -(-(offset + len(data)) // SECTOR))
