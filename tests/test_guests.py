@@ -7,12 +7,15 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import support
 from support import PYTHON, failed, output
 
 from guests.disks import SECTOR, ForgetfulDisk
+from guests.machine import WrongError
+from guests.play import INSIDE, play
 
 VM = Path(__file__).resolve().parent.parent / "tools" / "vm"
 SIZE = 1 << 20
@@ -75,6 +78,45 @@ def test_a_disk_that_halts_in_a_flush_answers_again_after_the_cut(disk: Forgetfu
         unflushed.add(disk.cut().unflushed)
     assert unflushed == {0, 65536 // SECTOR}
     write(disk, "flush")
+
+
+class Script:
+    """A lab and a guest, whose script prints `lines`."""
+
+    def __init__(self, *lines: str) -> None:
+        self.lines = list(lines)
+        self.done: list[str] = []
+
+    def next_event(self, _: float) -> str | None:
+        return self.lines.pop(0) if self.lines else None
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: self.done.append(name)
+
+    def figures(self) -> dict[str, object]:
+        return play(self, self, 60)  # type: ignore[arg-type]
+
+
+def test_a_script_reports_figures_and_broken_promises() -> None:
+    script = Script("hello", "@figure 1.5 seconds of it", "@figure 253:4 number", "@end 0", "later")
+    assert script.figures() == {"seconds of it": 1.5, "number": "253:4"}
+    assert script.done == ["boot", "say", "say", "say", "say", "wait_until_off"]
+    with pytest.raises(WrongError, match=r"lost; it printed\n +hello"):
+        Script("hello", "@wrong a write is lost", "@end 1").figures()
+    with pytest.raises(WrongError, match="ended with 2"):
+        Script("@end 2").figures()
+    with pytest.raises(WrongError, match="did not end in time"):
+        Script("hello").figures()
+    cut = Script("@figure 1 step", "@cut", "@figure 2 after")
+    assert cut.figures() == {"step": 1, "after": 2}
+    assert "cut" in cut.done
+
+
+def test_the_scripts_are_sound() -> None:
+    scripts = [each for each in INSIDE.iterdir() if each.is_file() and not each.suffix]
+    assert scripts
+    for each in scripts:
+        assert output("bash", "-n", str(each)) == ""
 
 
 def test_the_command_line_is_told(tmp_path: Path) -> None:
