@@ -218,7 +218,9 @@ def fleet(
                     disk.destination_file.write_bytes(bytes(disk.size))
                     disk.destination = attach(stack, disk.destination_file)
                 own.append(disk)
-            found.moves.append(Move(name, old, new, own, method))
+            # After the first round the hot pages are left: 3 MiB at most.
+            small = {"move_small_bytes": 4 * MIB} if len(disks) > 2 else {}
+            found.moves.append(Move(name, old, new, own, method, small))
         for each in made.values():
             each.start()
         found.start_services()
