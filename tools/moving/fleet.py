@@ -114,6 +114,7 @@ class Fleet:
             "ansible_python_interpreter": sys.executable,
             "ansible_ssh_args": shlex.join([*self.ssh, "-o", "ControlMaster=auto", "-o", "ControlPersist=30"]),
             "ansible_control_path_dir": str(self.folder / "cp"),
+            "ansible_remote_tmp": "/srv/ansible",  # not in the home of this machine's root
         }
         rsh = shlex.join(["ssh", *self.ssh])
         sources = {each.source.name: {"ansible_host": each.source.address} for each in self.moves}
