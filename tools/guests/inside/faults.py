@@ -34,9 +34,9 @@ SECONDS = 300
 
 CASES = """
     bad_sector_of_the_source source_fails_for_a_while destination_that_errs destination_that_errs_now_and_then
-    writes_to_a_destination_that_fails destination_that_drops_writes slow_ends destination_that_does_not_answer
+    destination_that_drops_writes slow_ends destination_that_does_not_answer writes_to_a_destination_that_fails
 """
-"""The cases: methods of Faults, in this order."""
+"""The cases: methods of Faults, in this order. The last one leaves a destination that holds writes of a user."""
 
 POINT = Path("/run/guest/mnt")
 FILE = POINT / "copy"

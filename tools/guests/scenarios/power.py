@@ -49,6 +49,9 @@ def run(lab: Lab) -> dict[str, object]:
             this.run(min(lab.choose.randint(1, longest), lab.options.cuts - totals["cuts"]))
         except WrongError as error:
             raise WrongError(f"round {number}, {this}: {error}; so far {dict(totals)}") from error
+        except SystemExit:
+            print(f"power: ended in round {number}; so far {dict(totals)}", flush=True)
+            raise
     totals["seconds a cut"] = round((time.monotonic() - began) / totals["cuts"])
     return dict(totals)
 
@@ -241,7 +244,7 @@ class Round:
         disk = {"state": self._rig.disks["state"], "destination": self._disk}.get(way)
         self._until("started", BOOT_SECONDS)
         if disk is not None:
-            disk.halt_at(choose.randint(1, 14))
+            disk.halt_at(choose.randint(1, 24))
         end = time.monotonic() + LIFE_SECONDS
         cut_at = end
         while (now := time.monotonic()) < cut_at:
