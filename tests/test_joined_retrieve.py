@@ -154,7 +154,7 @@ def test_the_death_of_the_server_ends_all(
     assert other.answers(1)
     first.process.kill()
     status, said = other.ended()
-    assert (status, "the process that served this connection has ended" in said) == (255, True)
+    assert (status, "the process that served this connection has ended" in said) == (137, True)
 
 
 def test_a_signal_to_the_server_ends_all(

@@ -18,8 +18,8 @@ from typing import NoReturn
 MAX_REPORT = 4096
 """Bytes of a report: an exit status in one byte, then a message in UTF-8."""
 
-_LOST = 255, "the process that served this connection has ended"
-"""The report if there is none. A stage exits with other statuses."""
+_LOST = 137, "the process that served this connection has ended"
+"""The report if there is none: the status of a shell whose program was killed."""
 
 
 def hand_over(address: str, token: str, mark: bytes = b"") -> tuple[int, str]:
