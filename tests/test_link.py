@@ -604,7 +604,7 @@ class FakeConnector:
         self.attempts: list[float] = []
         """When they were, in trio's time."""
 
-    async def open(self, nursery: trio.Nursery, connections: int) -> FakeRetriever:
+    async def open(self, nursery: trio.Nursery, connections: int, token: str | None = None) -> FakeRetriever:
         await trio.lowlevel.checkpoint()
         self.attempts.append(trio.current_time())
         found = self.plan.pop(0) if self.plan else SourceError("nobody is there")

@@ -682,7 +682,7 @@ def test_a_busy_mount_is_told_and_stays(mount: Mounter, source: Path, destinatio
     with opened(mounted.file) as fd:
         refused = run("umount", mounted.point)
         failed(refused, 4, "busy")
-        assert "has a file open there: lsof, losetup" in refused.stderr.decode()
+        assert "still uses it: lsof, losetup" in refused.stderr.decode()
         assert os.pread(fd, 100, BLOCK_SIZE) == DATA[BLOCK_SIZE:][:100]
     mounted.umount()
 

@@ -266,7 +266,7 @@ def test_nobody_who_looks_away_ends_or_blocks_a_mount(tmp_path: Path, how: str) 
 
 # What is told, and how much of it
 
-FORGED = "no such\n2026-01-01 00:00:00 blockcopy[1] ERROR: forged\x1b[2J\x9b\u202e"
+FORGED = "no such\n2026-01-01 blockcopy[1] ERROR forged\x1b[2J\x9b\u202e:/disk"
 
 
 def test_no_name_forges_a_line_or_commands_a_terminal(tmp_path: Path) -> None:

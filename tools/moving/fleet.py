@@ -6,6 +6,7 @@ import json
 import random
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -90,9 +91,10 @@ class Move:
 
 @dataclass
 class Fleet:
-    """All machines and moves. `keys`: the folder of the key that reaches all machines."""
+    """All machines and moves, with all files in `folder`. `sockets`: a folder with a short path, for ssh's."""
 
     folder: Path
+    sockets: Path
     switch: Switch
     machines: dict[str, Machine]
     moves: list[Move]
@@ -113,7 +115,7 @@ class Fleet:
             "ansible_port": 22,
             "ansible_python_interpreter": sys.executable,
             "ansible_ssh_args": shlex.join([*self.ssh, "-o", "ControlMaster=auto", "-o", "ControlPersist=30"]),
-            "ansible_control_path_dir": str(self.folder / "cp"),
+            "ansible_control_path_dir": str(self.sockets),
             "ansible_remote_tmp": "/srv/ansible",  # not in the home of this machine's root
         }
         rsh = shlex.join(["ssh", *self.ssh])
@@ -195,7 +197,8 @@ def fleet(
         data = {name: make_sources(stack, made[name], with_btrfs=btrfs) for name in names[:sources]}
         for name in names[sources:]:
             boot_script(made[name], None)
-        found = Fleet(folder, switch, made, [])
+        sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-")))
+        found = Fleet(folder, sockets, switch, made, [])
         for number, count in enumerate(disks):
             old, new = made[f"old{number % sources}"], made[f"new{(number + number // sources) % sources}"]
             name = f"shop{number:02}"
