@@ -28,7 +28,7 @@ def until(guest: Machine, condition: str, seconds: int, what: str) -> None:
 
     Raises WrongError if that takes longer than `seconds`.
     """
-    loop = f"until {condition}; do sleep 0.2; done"
+    loop = f"until {condition}; do sleep 1; done"
     done = guest.try_ssh(f"timeout {seconds} bash -c {shlex.quote(loop)}", seconds=seconds + 60)
     if done.returncode:
         raise WrongError(f"{what}: not within {seconds} s: {done.stdout[-1000:]}{done.stderr[-1000:]}")
