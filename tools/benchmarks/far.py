@@ -79,7 +79,8 @@ class Server:
         folder.mkdir(mode=0o700)
         self.port = sshd.free_port()
         try:
-            words = sshd.prepare(folder, self.port)
+            # A session does not run this user's start-up files, which take more than a stage on some machines.
+            words = sshd.prepare(folder, self.port, f"SetEnv HOME={folder}")
         except sshd.SshdError as error:
             raise BenchError(str(error)) from error
         (folder / "known").write_text(f"far {(folder / 'host.pub').read_text()}")
