@@ -37,7 +37,8 @@ class Lab:
         self.options = options
         self.choose = random.Random(f"{name} {options.seed}")
         """All choices of the scenario come from here."""
-        self._image = image
+        self.image = image
+        """The image of the guests."""
         self._program = program
         self._stack = contextlib.ExitStack()
         self._began = time.monotonic()
@@ -66,7 +67,7 @@ class Lab:
         pack_files(files or {}, folder / "files", folder / "files.cpio")
         archives = [self._program, folder / "files.cpio"]
         how = {"init": init, "memory": memory, "cpus": cpus, "accel": self.options.accel}
-        made = Machine(self._image, folder, archives, disks, **how)
+        made = Machine(self.image, folder, archives, disks, **how)
         self._stack.callback(made.close)
         return made
 
