@@ -103,6 +103,13 @@ def further(request: pytest.FixtureRequest, connect: Connect, source: Path) -> C
     return make
 
 
+@pytest.fixture
+def pair(connect: Connect, source: Path, further: Callable[[str], Connection]) -> tuple[Connection, Connection]:
+    """Return the first connection of a `retrieve`, and one that has joined it."""
+    first = connect(*BLOCKCOPY, "retrieve", source, join=True)
+    return first, further(str(first.token))
+
+
 def test_only_who_asks_gets_a_token(connect: Connect, source: Path) -> None:
     assert connect(*BLOCKCOPY, "retrieve", source).token is None
     first = connect(*BLOCKCOPY, "retrieve", source, join=True)
@@ -122,9 +129,8 @@ def test_each_connection_is_answered(connect: Connect, source: Path, further: Ca
     assert first.end(wire.Done()) == (0, "")
 
 
-def test_the_others_outlive_the_first(connect: Connect, source: Path, further: Callable[[str], Connection]) -> None:
-    first = connect(*BLOCKCOPY, "retrieve", source, join=True)
-    other = further(str(first.token))
+def test_the_others_outlive_the_first(pair: tuple[Connection, Connection]) -> None:
+    first, other = pair
     assert other.answers(1)
     assert first.process.stdin is not None
     first.process.stdin.close()
@@ -135,33 +141,24 @@ def test_the_others_outlive_the_first(connect: Connect, source: Path, further: C
     assert (status, "ended without `done`" in said) == (1, True)
 
 
-def test_a_fault_of_one_is_told_there_and_ends_no_other(
-    connect: Connect, source: Path, further: Callable[[str], Connection]
-) -> None:
-    first = connect(*BLOCKCOPY, "retrieve", source, join=True)
-    other = further(str(first.token))
+def test_a_fault_of_one_is_told_there_and_ends_no_other(pair: tuple[Connection, Connection]) -> None:
+    first, other = pair
     status, said = other.end(wire.Asks(0, BLOCK_SIZE, BLOCK_SIZE, memoryview(b"short")))
     assert (status, "other digests than sha256" in said) == (1, True)
     assert first.answers(1)
     assert first.end(wire.Done()) == (0, "")
 
 
-def test_the_death_of_the_server_ends_all(
-    connect: Connect, source: Path, further: Callable[[str], Connection]
-) -> None:
-    first = connect(*BLOCKCOPY, "retrieve", source, join=True)
-    other = further(str(first.token))
+def test_the_death_of_the_server_ends_all(pair: tuple[Connection, Connection]) -> None:
+    first, other = pair
     assert other.answers(1)
     first.process.kill()
     status, said = other.ended()
     assert (status, "the process that served this connection has ended" in said) == (137, True)
 
 
-def test_a_signal_to_the_server_ends_all(
-    connect: Connect, source: Path, further: Callable[[str], Connection]
-) -> None:
-    first = connect(*BLOCKCOPY, "retrieve", source, join=True)
-    other = further(str(first.token))
+def test_a_signal_to_the_server_ends_all(pair: tuple[Connection, Connection]) -> None:
+    first, other = pair
     assert other.answers(1)
     first.process.terminate()
     first.ended()

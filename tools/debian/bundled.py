@@ -40,7 +40,7 @@ def notice(distribution: Distribution, licences: list[str]) -> str:
     """Return the part of debian/copyright about `distribution`, which has the texts `licences`."""
     about = distribution.metadata
     author = about.get("Author") or about.get("Author-email") or "see the licence"
-    title = f"{about['Name']} {distribution.version}, https://pypi.org/project/{about['Name']}/"
+    title = f"{about['Name']} {distribution.version}, from the Python Package Index"
     named = about.get("License-Expression") or about.get("License") or ""
     head = [title, f"Author: {author}"] + ([f"License: {named}"] if named and "\n" not in named else [])
     return "\n".join([*head, "", *(textwrap.indent(text.strip(), "    ") + "\n" for text in licences)])
