@@ -61,7 +61,8 @@ def prepare(folder: Path, port: int, *settings: str, host: str = HOST) -> list[s
     lines = [
         *(f"ListenAddress {host}", f"Port {port}", f"HostKey {folder}/host", "PidFile none"),
         *(f"AuthorizedKeysFile {folder}/authorized", "StrictModes no", "UsePAM no", "PermitRootLogin yes"),
-        *("PasswordAuthentication no", "KbdInteractiveAuthentication no", *settings),
+        *("PasswordAuthentication no", "KbdInteractiveAuthentication no"),
+        *(f"SetEnv HOME={folder}", *settings),  # start-up files of this user's shell may take more than a stage
     ]
     (folder / "config").write_text("".join(f"{line}\n" for line in lines))
     if os.geteuid() == 0:

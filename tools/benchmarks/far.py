@@ -79,8 +79,7 @@ class Server:
         folder.mkdir(mode=0o700)
         self.port = sshd.free_port()
         try:
-            # A session does not run this user's start-up files, which take more than a stage on some machines.
-            words = sshd.prepare(folder, self.port, f"SetEnv HOME={folder}")
+            words = sshd.prepare(folder, self.port)
         except sshd.SshdError as error:
             raise BenchError(str(error)) from error
         (folder / "known").write_text(f"far {(folder / 'host.pub').read_text()}")
