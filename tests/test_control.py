@@ -19,6 +19,7 @@ import support
 import trio
 from support import BLOCK_SIZE, Mount, failed, noise, run, succeeded, until, with_changes
 
+from blockcopy.paths import runtime_dir
 from blockcopy_fuse.control_server import ControlServer
 
 Mounter = Callable[..., Mount]
@@ -34,6 +35,26 @@ SLOW = ("--limit", "64K")
 
 def at(block: int) -> int:
     return block * BLOCK_SIZE
+
+
+def test_sockets_of_killed_programs_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A young socket may be one on which nobody listens yet."""
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setattr(runtime_dir, "runtime_dir_candidates", lambda _: [folder])
+    with contextlib.ExitStack() as stack:
+        for name in ("left", "young", "served"):
+            made = stack.enter_context(socket.socket(socket.AF_UNIX))
+            made.bind(str(folder / name))
+            if name == "served":
+                made.listen(0)
+            if name != "young":
+                os.utime(folder / name, (1, 1))
+        (folder / "file").touch()
+        full = stack.enter_context(socket.socket(socket.AF_UNIX))
+        full.connect(str(folder / "served"))
+        assert runtime_dir.make_runtime_dir() == folder
+    assert {each.name for each in folder.iterdir()} == {"young", "served", "file"}
 
 
 def obeyed(*command: object) -> None:

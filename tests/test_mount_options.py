@@ -167,6 +167,17 @@ def test_replace_clears_a_dead_mount(mount: Mounter, source: Path, destination: 
     assert destination.read_bytes() == DATA
 
 
+def test_replace_tells_of_a_loop_device_on_the_dead_mount(
+    mount: Mounter, source: Path, destination: Path, loop_device: Callable[[Path], str]
+) -> None:
+    mounted = mount(source, destination, *SLOW)
+    device = loop_device(mounted.file, "--read-only")
+    killed(mounted)
+    done = run("mount", "--replace", source, destination, mounted.point)
+    succeeded(done, f"losetup -d {device}")
+    mounted.umount()
+
+
 def test_replace_spares_a_living_mount(mount: Mounter, source: Path, destination: Path, tmp_path: Path) -> None:
     mounted = mount(source, destination, *SLOW)
     done = run("mount", "--replace", source, tmp_path / "second", mounted.point)

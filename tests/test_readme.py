@@ -36,6 +36,7 @@ MENTIONED = {
     "mount -t blockcopy SOURCE MOUNTPOINT -o dest=DESTINATION": "test_mount_helper",
     'blockcopy umount "$BLOCKCOPY_MOUNTPOINT" && …': "test_boot",
     "blockcopy list --json": "test_status",
+    "blockcopy state list": "test_state_command",
     "blockcopy status --json": "test_status",
     "blockcopy sync --json": "test_results",
     "blockcopy verify --json": "test_verify",
@@ -49,8 +50,8 @@ MENTIONED = {
 }
 """Command lines in running text, and the tests that run them with values for the words in capitals."""
 
-BY_HAND = ("blockcopy mount --writable --force ",)
-"""Beginnings of blocks that need device-mapper, which is tried in a virtual machine."""
+BY_HAND = ("blockcopy mount --writable --force ", "loop=$(losetup -rP ")
+"""Beginnings of blocks that need device-mapper, which a virtual machine has, or partitions, which udev makes."""
 
 BY_FRESH = ("tools/demo ", "apt-get install -y pipx ", 'apt-get install -y "$(tools/deb)"')
 """Beginnings of blocks that change the machine. `tools/fresh` runs these blocks.
@@ -92,7 +93,7 @@ SCENES = {
     "mkdir -p /mnt/disk\n": Scene(after=EQUAL),
     "blockcopy mount root@host:/dev/vg/disk ": Scene(after=EQUAL),
     "blockcopy pause ": Scene(MOUNT, "blockcopy umount /mnt/disk || [ $? = 75 ]"),
-    "ln -s ": Scene(after="cmp /dev/vg/disk /mnt/disk/copy; umount /mnt/disk"),
+    "echo 'root@host:/dev/vg/disk /mnt/disk": Scene(after="cmp /dev/vg/disk /mnt/disk/copy; umount /mnt/disk"),
     "cp tools/systemd/": Scene(after="cmp /dev/vg/disk /mnt/disk/copy; blockcopy umount /mnt/disk || [ $? = 75 ]"),
     "blockcopy state list": Scene("blockcopy sync root@host:/dev/vg/disk /dev/vg/copy"),
     "blockcopy status /mnt/disk ": Scene(MOUNT, "blockcopy umount /mnt/disk || [ $? = 75 ]"),

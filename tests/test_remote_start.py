@@ -258,6 +258,7 @@ def test_no_permission(rsh: Transport, source: Path, tmp_path: Path) -> None:
     [
         ("ssh: Could not resolve hostname host: Name or service not known", "host is not known here"),
         ("Host key verification failed.", "log in once by hand"),
+        ("Host key for host has changed and you have requested strict checking.", "fingerprint: compare it"),
         ("me@host: Permission denied (publickey,password).", "does not let this user in"),
         ("ssh: connect to host host port 22: Connection refused", "is it up, and does sshd listen there?"),
         ("ssh: connect to host host port 22: No route to host", "cannot be reached"),
@@ -330,6 +331,16 @@ def test_a_host_key_that_is_not_known(sshd: Sshd, source: Path, tmp_path: Path) 
     rsh += f"-o UserKnownHostsFile={tmp_path}/known"
     done = run("sync", "-e", rsh, f"{sshd.host}:{source}", tmp_path / "copy")
     refused(done, "Host key verification failed", "log in once by hand")
+
+
+def test_a_host_key_that_has_changed(sshd: Sshd, source: Path, tmp_path: Path) -> None:
+    """The last words of ssh are those for a host that is not known."""
+    output("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "other"))
+    key = " ".join((tmp_path / "other.pub").read_text().split()[:2])
+    written(tmp_path / "known", f"[{sshd.host}]:{sshd.port} {key}\n".encode())
+    rsh = f"ssh -F none -p {sshd.port} -o BatchMode=yes -o UserKnownHostsFile={tmp_path}/known"
+    done = run("sync", "-e", rsh, f"{sshd.host}:{source}", tmp_path / "copy")
+    refused(done, "Host key verification failed", "has another key than at the last login", "ssh-keygen -lf")
 
 
 def test_a_port_where_nobody_listens(source: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,44 @@ def test_writes_of_a_user_are_not_forgotten(
     for path in (destination, found["state_file"]):
         failed(run("state", "forget", path), 1, "discard-writes")
     assert listed() == [found]
+    assert "128.0 KiB" in run("state", "list").stdout.decode()
+    failed(run("discard-writes", found["state_file"]), 1, f"is the state file of {destination}")
+
+
+def test_writes_to_a_destination_that_is_gone_are_discarded_by_the_state_file(
+    source: Path, destination: Path, mount: Callable[..., support.Mount]
+) -> None:
+    mounted = mount(source, destination, "--writable", "--no-background")
+    with mounted.file.open("r+b") as file:
+        file.write(DATA[:4096])
+    mounted.umount()
+    destination.unlink()
+    [found] = listed()
+    assert f"{destination} (missing)" in run("state", "list").stdout.decode()
+    failed(run("state", "forget", found["state_file"]), 1, f"discard-writes {found['state_file']}")
+    failed(run("discard-writes", destination), 1, "name its state file")
+    done = run("discard-writes", "-n", found["state_file"])
+    succeeded(done)
+    assert f"{BLOCK_SIZE} bytes of blocks that a user wrote to in {destination}, which" in done.stdout.decode()
+    assert listed() == [found]
+    succeeded(run("discard-writes", found["state_file"]))
+    assert os.listdir(os.environ["STATE_DIRECTORY"]) == []
+
+
+def test_a_look_at_a_killed_copy_changes_no_time(tmp_path: Path, mount: Callable[..., support.Mount]) -> None:
+    """Kill a mount whose last commits are in the log only."""
+    source = written(tmp_path / "large", noise(32 * BLOCK_SIZE))
+    mounted = mount(source, tmp_path / "copy", "--no-background")
+    with mounted.file.open("rb", buffering=0) as file:
+        file.read(4096)
+        os.fsync(file.fileno())
+    support.killed(mounted)
+    [state] = Path(os.environ["STATE_DIRECTORY"]).glob("*.state")
+    latest = state.with_name(f"{state.name}-wal").stat().st_mtime
+    os.utime(state, (1, 1))
+    first = listed()
+    assert datetime.fromisoformat(first[0]["written_at"]).timestamp() == int(latest)
+    assert listed() == first
 
 
 @pytest.mark.parametrize("arguments", [["list", "copy"], ["forget"], ["remove", "copy"]])

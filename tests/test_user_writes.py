@@ -680,6 +680,10 @@ def test_a_new_file_with_the_inode_of_the_old_one_refuses(source: Path, destinat
     restore(files)
     os.removexattr(destination, "user.blockcopy.writes")
     assert_refuses(plan_of(source, destination), "is about an earlier file")
+    failed(run("sync", source, destination), 1, "an earlier file. Nothing was changed. To go on, bring back the")
+    done = run("discard-writes", destination)
+    succeeded(done)
+    assert b"threw away a note of writes to an earlier file" in done.stdout
 
 
 def test_a_state_folder_that_was_brought_back_refuses(source: Path, destination: Path) -> None:

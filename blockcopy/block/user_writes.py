@@ -53,7 +53,12 @@ class Note(NamedTuple):
 
 def note_path(device: Device) -> Path:
     """Return the Path of the note of the destination `device`."""
-    return default_path(device).with_suffix(".writes")
+    return beside(default_path(device))
+
+
+def beside(state_path: Path) -> Path:
+    """Return the Path of the note of the destination whose state file has the default place `state_path`."""
+    return state_path.with_suffix(".writes")
 
 
 def find(device: Device) -> Note | None:
@@ -100,7 +105,18 @@ def refuse(device: Device) -> None:
     """Raise UserWritesError if the destination `device` holds writes of a user."""
     note = find(device)
     if note is not None:
+        check_is_of_this_file(device, note)
         raise error_for(device.path, "holds what was written to a writable mount", note.source)
+
+
+def check_is_of_this_file(device: Device, note: Note) -> None:
+    """Raise UserWritesError if `note`, which was found for `device`, belongs to an earlier file.
+
+    The file may be a backup with the user's writes, so it is not believed to hold none.
+    """
+    if note.is_of_another:
+        reason = "is a new file, or was brought back from a backup: the note of writes is about an earlier file"
+        raise error_for(device.path, reason, note.source, first="bring back the earlier file")
 
 
 def error_for(path: str, reason: str, source: str = "", *, first: str = "") -> UserWritesError:

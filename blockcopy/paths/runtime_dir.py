@@ -6,14 +6,19 @@ import contextlib
 import os
 import socket
 import stat
+import time
 from pathlib import Path
 
 from blockcopy.errors import DeviceError
+
+_YOUNG_SECONDS = 60
+"""A socket is kept for so long in any case: its owner may not listen yet."""
 
 
 def make_runtime_dir() -> Path:
     """Return the Path of this user's runtime directory. Creates the directory with mode 0700 if it is missing.
 
+    Removes the sockets there that killed programs have left.
     Raises DeviceError if the directory cannot be created or hold a socket, or if other users may enter it.
     """
     folder = runtime_dir_candidates(os.geteuid())[0]
@@ -23,7 +28,24 @@ def make_runtime_dir() -> Path:
         raise DeviceError(f"{folder} is not a folder of this user alone")
     with DeviceError.on_os_error("make a socket in", str(folder)):
         _try_socket(folder / f"try-{os.urandom(4).hex()}")
+    _remove_left_sockets(folder)
     return folder
+
+
+def _remove_left_sockets(folder: Path) -> None:
+    """Remove the sockets in `folder` on which nobody listens any more."""
+    with contextlib.suppress(OSError):  # others may remove the same
+        for path in folder.iterdir():
+            status = path.lstat()
+            if stat.S_ISSOCK(status.st_mode) and time.time() - status.st_mtime > _YOUNG_SECONDS:
+                with socket.socket(socket.AF_UNIX) as probe:
+                    probe.setblocking(False)
+                    try:
+                        probe.connect(str(path))
+                    except ConnectionRefusedError:
+                        path.unlink()
+                    except BlockingIOError:
+                        pass  # its owner is busy
 
 
 def _try_socket(path: Path) -> None:

@@ -264,8 +264,17 @@ def discard_writes(args: argparse.Namespace) -> None:
 
     Raises DeviceError or StateError if the destination is in use, or holds no writes of a user.
     """
+    from blockcopy.replica import state_command
+
     state = absolute(args.state) if args.state else None
-    found = discard(absolute(args.destination), state, dry_run=args.dry_run)
+    path = absolute(args.destination)
+    if state_command.is_state_file(path):
+        found = state_command.discard(path, dry_run=args.dry_run)
+        where = ""
+    else:
+        state_command.check_exists(path)
+        found = discard(path, state, dry_run=args.dry_run)
+        where = f" in {args.destination}"
     if args.json:
         from blockcopy.replica.monitor.status import SCHEMA_VERSION
 
@@ -275,9 +284,9 @@ def discard_writes(args: argparse.Namespace) -> None:
     if not found:
         raise StateError(f"{args.destination} holds no writes of a user: there is nothing to throw away")
     if args.dry_run:
-        console.write_line(f"would throw away {found} in {args.destination}")
+        console.write_line(f"would throw away {found}{where}")
     else:
-        console.write_line(f"threw away {found} in {args.destination}; the next mount or sync checks every block")
+        console.write_line(f"threw away {found}{where}; the next mount or sync checks every block")
 
 
 def state(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -9,19 +10,22 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from blockcopy.block import user_writes
 from blockcopy.block.claim import open_destination
 from blockcopy.block.geometry import Geometry
 from blockcopy.block.records import default_folder, default_path, invalidate_records
-from blockcopy.errors import StateBusyError, StateError, UserWritesError
+from blockcopy.errors import StateBusyError, StateError, StateUnusableError, UserWritesError
 from blockcopy.paths import durable
 from blockcopy.progress.rate import floored_percent, human_size
 from blockcopy.replica.state.blockmap import BlockMap
+from blockcopy.replica.state.recovery import amount_written
+from blockcopy.replica.state.sqlite_files import log_of
 from blockcopy.replica.state.statefile import Record, StateFile
 from blockcopy.untrusted_text import printable
 
 _SUFFIX = ".state"
 
-_HEADINGS = ("DESTINATION", "SOURCE", "SIZE", "PRESENT", "LAST WRITTEN", "STATE FILE")
+_HEADINGS = ("DESTINATION", "SOURCE", "SIZE", "PRESENT", "A USER'S", "LAST WRITTEN", "STATE FILE")
 
 
 def _field(default: Any, help: str) -> Any:
@@ -41,17 +45,21 @@ class ListedState:
     size: int | None = _field(None, "Size of the source in bytes; null if unknown.")
     hydrated_bytes: int | None = _field(None, "Bytes that are on record as present; null if unknown.")
     written_bytes: int | None = _field(None, "Bytes of the blocks that a user has written to; null if unknown.")
-    written_at: str = _field("", "When the state file was last written, in ISO 8601.")
+    written_at: str = _field("", "When the state file, or its log, was last written, in ISO 8601.")
     error: str | None = _field(None, "Why the state file cannot be read now, or null.")
 
     def cells(self) -> list[str]:
         """Return the texts of the table's row, by `_HEADINGS`."""
-        size, present = self.size or 0, self.hydrated_bytes or 0
-        known = (
-            [human_size(size), f"{floored_percent(present, size):.2f} %"] if self.size is not None else ["?", "?"]
-        )
+        amounts = ["?", "?", "?"]
+        if self.size is not None:
+            present, users = self.hydrated_bytes or 0, self.written_bytes or 0
+            percent = f"{floored_percent(present, self.size):.2f} %"
+            amounts = [human_size(self.size), percent, human_size(users) if users else "-"]
         place = f"{self.state_file} ({self.error})" if self.error else self.state_file
-        return [self.destination or "?", self.source or "?", *known, self.written_at, place]
+        destination = self.destination or "?"
+        if os.path.isabs(destination) and not os.path.exists(destination):
+            destination += " (missing)"
+        return [destination, self.source or "?", *amounts, self.written_at, place]
 
 
 def states() -> list[ListedState]:
@@ -60,12 +68,22 @@ def states() -> list[ListedState]:
     Each is locked for a moment while it is read.
     """
     folder = default_folder()
-    paths = sorted(folder.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return [_listed(path) for path in paths]
+    times = {path: _written_at(path) for path in folder.glob(f"*{_SUFFIX}")}
+    return [_listed(path, times[path]) for path in sorted(times, key=times.__getitem__, reverse=True)]
 
 
-def _listed(path: Path) -> ListedState:
-    written_at = datetime.fromtimestamp(path.stat().st_mtime).isoformat(" ", "seconds")
+def _written_at(path: Path) -> float:
+    """Return when the state file `path`, or its log, was last written. Returns 0 if it was removed a moment ago."""
+    found = 0.0
+    for each in (path, log_of(path)):
+        with contextlib.suppress(FileNotFoundError):
+            found = max(found, each.stat().st_mtime)
+    return found
+
+
+def _listed(path: Path, seconds: float) -> ListedState:
+    """Return what is in the state file `path`, which was last written at the time `seconds`."""
+    written_at = datetime.fromtimestamp(seconds).isoformat(" ", "seconds")
     try:
         state_file = StateFile(path, must_be_usable=True)
     except StateBusyError:
@@ -74,6 +92,8 @@ def _listed(path: Path) -> ListedState:
         return ListedState(state_file=str(path), written_at=written_at, error=str(error))
     record = state_file.record
     state_file.close()
+    with contextlib.suppress(OSError):  # the close has moved the log into the file: nothing new was written
+        os.utime(path, (seconds, seconds))
     if record is None:
         return ListedState(state_file=str(path), written_at=written_at, error="empty")
     source, destination = record.names
@@ -122,11 +142,52 @@ def forget(path: str) -> str:
     if path.endswith(_SUFFIX) and os.path.isfile(path):
         _forget_file(Path(path))
         return f"removed {path}; the next mount or sync checks every block"
+    check_exists(path)
     with open_destination(path) as device:  # no other process writes to it, and no user has
         if not any(default_path(device).with_suffix(suffix).exists() for suffix in (_SUFFIX, ".elsewhere")):
             raise StateError(f"there is no state file of {path}")
         invalidate_records(device)
     return f"forgot what was present in {path}; the next mount or sync checks every block"
+
+
+def check_exists(path: str) -> None:
+    """Raise StateError if there is no destination at `path`."""
+    if not os.path.exists(path):
+        raise StateError(
+            f"there is no {path}. If the destination is gone, name its state file instead: see blockcopy state list"
+        )
+
+
+def discard(path: str, *, dry_run: bool = False) -> str:
+    """Throw away what is on record of a user's writes to a destination that is gone. `path`: of its state file.
+
+    `dry_run`: changes nothing. Returns in words how much that is, or "" if there are no such writes.
+    Raises StateError if the state file is in use or cannot be removed, or if the destination is still there.
+    """
+    file = Path(path)
+    note = user_writes.beside(file)
+    record = None
+    try:
+        state_file = StateFile(file, must_be_usable=True)
+    except StateUnusableError:
+        pass  # it is of no use, and the note may be
+    else:
+        record = state_file.record
+        state_file.close()
+    destination = record.names[1] if record is not None else ""
+    if destination and os.path.exists(destination):
+        raise StateError(f"{path} is the state file of {destination}, which is still there: name that instead")
+    if not note.exists() and (record is None or not record.has_user_writes):
+        return ""
+    amount = amount_written(record)
+    if not dry_run:
+        _remove(file, note)
+    return f"{amount} in {destination or 'a destination'}, which is gone"
+
+
+def is_state_file(path: str) -> bool:
+    """Return whether `path` is that of an existing state file at a default place, by its name."""
+    return path.endswith(_SUFFIX) and Path(path).parent == default_folder() and os.path.isfile(path)
 
 
 def _forget_file(path: Path) -> None:
@@ -143,12 +204,17 @@ def _forget_file(path: Path) -> None:
     else:
         has_user_writes = state_file.record is not None and state_file.record.has_user_writes
         state_file.close()
-    if has_user_writes or path.with_suffix(".writes").exists():
+    if has_user_writes or user_writes.beside(path).exists():
         raise UserWritesError(
             f"{path} says what a user wrote to its destination. To throw that away, use: blockcopy discard-writes "
-            "DESTINATION"
+            f"DESTINATION. If the destination is gone, use: blockcopy discard-writes {path}"
         )
-    for each in (path, *(path.with_name(f"{path.name}-{kind}") for kind in ("journal", "wal", "shm"))):
+    _remove(path)
+
+
+def _remove(path: Path, *more: Path) -> None:
+    """Remove the state file `path`, the files of SQLite beside it, and `more`. Raises StateError if that fails."""
+    for each in (path, *(path.with_name(f"{path.name}-{kind}") for kind in ("journal", "wal", "shm")), *more):
         try:
             durable.remove(each)
         except OSError as error:

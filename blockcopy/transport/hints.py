@@ -31,6 +31,10 @@ _LOGIN = {
     "Could not resolve hostname|Name or service not known": (
         "{host} is not known here: check its spelling, ~/.ssh/config and DNS"
     ),
+    "[Hh]ost key .*has changed|HOST IDENTIFICATION HAS CHANGED": (
+        "{host} has another key than at the last login: it was installed anew, or another host answers. {login} "
+        "prints the new key's fingerprint: compare it there, by ssh-keygen -lf, before you remove the old key"
+    ),
     "Host key verification failed": "log in once by hand, and check that it is the right host: {login}",
     r"Permission denied \(|Too many authentication failures": (
         "{host} does not let this user in: check the user's name, and that the key is known there. "

@@ -208,7 +208,7 @@ def _limits() -> Iterator[CheckResult]:
     """Check the kernel's limits. Yields results only for limits that matter here."""
     if not os.path.ismount(fuse_support.CONNECTIONS):  # else MAX_BACKGROUND cannot be set
         fix = f"mount -t fusectl none {fuse_support.CONNECTIONS}"
-        yield CheckResult("note", f"12 reads that wait for the source block all others: {fix}")
+        yield CheckResult("note", f"only 12 reads can wait for the source at once, 256 after this: {fix}")
     for name, seconds in fuse_support.request_timeouts().items():
         yield CheckResult("note", f"the kernel ends a mount if a read takes {seconds} s ({name})")
     size = fuse_support.max_pipe_size()

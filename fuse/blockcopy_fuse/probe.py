@@ -228,7 +228,8 @@ def invalid_reply(mount: Mount, reason: ValueError) -> MountError:
 
 def dead_mount_message(mountpoint: str) -> str:
     """Return the message for a dead mount on `mountpoint`, with the command that removes the mount."""
-    return f"{mountpoint} is a mount whose program died; clear it with: blockcopy umount {shlex.quote(mountpoint)}"
+    clear = f"blockcopy umount {shlex.quote(mountpoint)}"
+    return f"{mountpoint} is a mount whose program died; clear it with: {clear} (or mount again with --replace)"
 
 
 # In the child

@@ -8,6 +8,7 @@ import os
 import select
 import subprocess
 import time
+from pathlib import Path
 
 from blockcopy.errors import MountError
 from blockcopy.replica.monitor.status import State, Status
@@ -133,7 +134,24 @@ def clear_dead_mount(mountpoint: str, *, replace: bool, kind: str = KIND) -> Non
         return
     if not replace or mount.kind not in (KIND, kind):
         raise MountError(dead_mount_message(mountpoint))
+    for device in _loop_devices_on(mount.mountpoint):
+        logger.warning(
+            "%s uses the file of the mount whose program died, and gets errors only: unmount what is on it, then "
+            "losetup -d %s",
+            device,
+            device,
+        )
     _unmount(mount.mountpoint, "-z")
+
+
+def _loop_devices_on(mountpoint: str) -> list[str]:
+    """Return the paths of the loop devices that use a file of the mount on `mountpoint`."""
+    found = []
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):  # it was detached a moment ago
+            if path.read_bytes().startswith(os.fsencode(f"{mountpoint}/")):
+                found.append(f"/dev/{path.parts[3]}")
+    return found
 
 
 def _unmount(mountpoint: str, *options: str) -> None:

@@ -86,6 +86,7 @@ def _state_file_of_writes(path: Path | None, destination: Device, note: user_wri
     """
     if path is None:
         raise user_writes.error_for(destination.path, "holds writes of a user, so its state is needed", note.source)
+    user_writes.check_is_of_this_file(destination, note)
     try:
         state_file = StateFile(path, must_be_usable=True)
     except StateBusyError as error:
@@ -100,10 +101,7 @@ def _state_file_of_writes(path: Path | None, destination: Device, note: user_wri
         raise user_writes.error_for(destination.path, reason, note.source, first=first) from error
     record, commits = state_file.record, state_file.commits
     first = "bring back the state file of these writes"
-    if note.is_of_another:
-        why = f"is about an earlier file: {destination.path} is a new one, or was brought back from a backup"
-        first = "bring back the earlier file"
-    elif record is None or commits < note.commits:
+    if record is None or commits < note.commits:
         why = f"is an older one: it has {commits} commits, and {note.commits} were acknowledged"
     elif not record.has_user_writes and commits != note.commits:  # equal: a crash came just after the note
         why = "knows nothing of them"
@@ -310,7 +308,7 @@ def discard_user_writes(destination: Device, path: str | None, *, dry_run: bool 
         raise StateError(f"the state file {wanted} is about another destination than {destination.path}")
     if note is None and (record is None or not record.has_user_writes):
         return ""
-    amount = _amount_written(record)
+    amount = _amount_noted(note, record)
     if not dry_run:
         invalidate(wanted)
         invalidate_records(destination)
@@ -318,7 +316,12 @@ def discard_user_writes(destination: Device, path: str | None, *, dry_run: bool 
     return amount
 
 
-def _amount_written(record: Record | None) -> str:
+def _amount_noted(note: user_writes.Note | None, record: Record | None) -> str:
+    """Return in words how much a user wrote, as `note` and `record` say."""
+    return "a note of writes to an earlier file" if note and note.is_of_another else amount_written(record)
+
+
+def amount_written(record: Record | None) -> str:
     """Return in words how much the user wrote, as `record` says, if there is one."""
     if record is not None and record.has_user_writes:
         user = BlockMap(Geometry(record.binding.source["size"])).user

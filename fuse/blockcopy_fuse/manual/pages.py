@@ -151,7 +151,7 @@ def _command_page(name: str, command: argparse.ArgumentParser, more: list[Block]
         del sections["DESCRIPTION"]
     example = str(command.epilog).removeprefix("example: ")
     common_sections: dict[str, list[Block]] = {
-        "EXAMPLES": [Code(example)],
+        "EXAMPLES": [] if "EXAMPLES" in own else [Code(example)],
         "EXIT STATUS": [
             *generated.common_rows(common.EXIT_STATUSES, name),
             Paragraph(markup.line("**blockcopy**(1) tells more about each.")),
