@@ -204,8 +204,7 @@ def test_a_wrong_copy_fails_loudly(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_signal_takes_everything_down_and_keeps_what_was_measured(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_takes_everything_down_and_keeps_what_was_measured(tmp_path: Path) -> None:
     """Send the signal in the middle of a mount."""
     support.require_fuse()
     folder, found = tmp_path / "folder", tmp_path / "found"
@@ -216,9 +215,9 @@ def test_a_signal_takes_everything_down_and_keeps_what_was_measured(tmp_path: Pa
         for line in bench.stderr:
             if "in order: blockcopy" in line:
                 break
-        bench.send_signal(number)
+        bench.send_signal(signal.SIGHUP)
         said, _ = bench.communicate()
-    assert bench.returncode == 128 + number
+    assert bench.returncode == 128 + signal.SIGHUP
     assert list(folder.iterdir()) == []
     measured = json.loads(found.read_text())
     assert any(group["rows"] for group in measured["groups"])

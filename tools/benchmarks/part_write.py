@@ -154,7 +154,7 @@ def at_random(bench: Bench, source: Path) -> None:
         bench.say(f"write, random: {who}")
         with make() as file:
             seed = f"{bench.args.seed} {run}"
-            group.add(who, **written(bench, file, "random", seed, 1 if bench.args.quick else 4))
+            group.add(who, **written(bench, file, "random", seed, 0.3 if bench.args.quick else 4))
 
 
 def syncs(bench: Bench, source: Path) -> None:

@@ -1,8 +1,9 @@
 """Units and lines of fstab, as the manual has them: status, watchdog, shutdown in mid-copy, and the next boot.
 
 A unit and a line of fstab copy from the host `source`, the guest itself, through its sshd. A file system on
-the unit's mount has a line of its own. At the second boot, the sshd of the line begins once the line is mounted.
-So the mount must begin without its source. The line's time limit is longer than systemd's 90 s: emulation is slow.
+each of the two mounts has a line of its own. At the second boot, the sshd of the line begins once the line is
+mounted. So the mount must begin without its source. The line's time limit is longer than systemd's 90 s:
+emulation is slow.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ OFF_SECONDS = 60
 
 UNIT = "blockcopy-mount@disk"
 LINE = "line.mount"
+FILE_SYSTEMS = ("files.mount", "more.mount")
 
 SET_UP = f"""
 {LOG_IN}
 echo 'timeout = 300' >/etc/blockcopy.toml # an emulated guest on a busy machine is slow
 cp {FILES}/systemd/* /etc/systemd/system/
-mkdir -p /etc/blockcopy /disk /line /files
+mkdir -p /etc/blockcopy /disk /line /files /more
 cat >/etc/blockcopy/disk.conf <<END
 SOURCE=root@source:/dev/disk/by-id/virtio-source
 DESTINATION=/dev/disk/by-id/virtio-copy1
@@ -41,6 +43,7 @@ cat >>/etc/fstab <<END
 ssh://root@source:2222/dev/disk/by-id/virtio-source /line blockcopy \
 dest=/dev/disk/by-id/virtio-copy2,_netdev,nofail,x-systemd.mount-timeout=5min,replace,limit=64K 0 0
 /disk/virtio-copy1 /files ext4 loop,ro,noload,nofail,x-systemd.requires={UNIT}.service 0 0
+/line/virtio-copy2 /more ext4 loop,ro,noload,nofail 0 0
 END
 findmnt --verify
 mkdir -p /etc/systemd/system/{UNIT}.service.d
@@ -63,7 +66,7 @@ ls /var/log/journal/*/system.journal
 systemctl enable --now late-sshd
 until ssh -p 2222 -o StrictHostKeyChecking=accept-new root@source true; do sleep 0.2; done
 systemctl enable --now {UNIT}
-systemctl start line.mount files.mount
+systemctl start line.mount files.mount more.mount
 """
 
 LATE = """
@@ -98,7 +101,7 @@ def run(lab: Lab) -> dict[str, object]:
     guest.wait_for_ssh()
     figures["seconds to ssh"] = round(time.monotonic() - began)
     _must_have_ended_well(guest)
-    until(guest, _active(UNIT, LINE, "files.mount", "late-sshd"), 240, "the mounts after the boot")
+    until(guest, _active(UNIT, LINE, *FILE_SYSTEMS, "late-sshd"), 240, "the mounts after the boot")
     figures["seconds to the mounts"] = round(time.monotonic() - began)
     after = [status(guest, each) for each in ("/disk", "/line")]
     figures["percent resumed"] = [round(100 * each["resumed_bytes"] / SIZE, 1) for each in after]
@@ -106,7 +109,8 @@ def run(lab: Lab) -> dict[str, object]:
         if then["resumed_bytes"] < first["hydrated_bytes"]:
             raise WrongError(f"blocks are checked again after an orderly shutdown: {first}, then {then}")
     _must_be_in_order(guest)
-    guest.ssh("test -f /files/etc/hello && blockcopy limit /disk none && blockcopy limit /line none")
+    guest.ssh("test -f /files/etc/hello && test -f /more/etc/hello")
+    guest.ssh("blockcopy limit /disk none && blockcopy limit /line none")
     guest.ssh("blockcopy wait /disk && blockcopy wait /line", seconds=600)
     figures["seconds to the complete copies"] = round(time.monotonic() - began)
     figures["seconds to power off, complete"] = _power_off(guest)
@@ -159,7 +163,7 @@ def _power_off(guest: Machine) -> float:
 
 def _must_have_ended_well(guest: Machine) -> None:
     """Look for complaints of systemd in the journal of the boot before."""
-    ends = {UNIT: "Stopping", LINE: "Unmounting", "files.mount": "Unmounting"}
+    ends = {UNIT: "Stopping", LINE: "Unmounting", **dict.fromkeys(FILE_SYSTEMS, "Unmounting")}
     journals = guest.ssh("; echo @; ".join(f"journalctl -q -b -1 -o cat -u {unit}" for unit in ends)).split("@\n")
     for (unit, word), journal in zip(ends.items(), journals, strict=True):
         end = journal[max(0, journal.rfind(word)) :]
@@ -169,7 +173,7 @@ def _must_have_ended_well(guest: Machine) -> None:
 
 def _must_be_in_order(guest: Machine) -> None:
     """Compare when systemd began what, at this boot. All times are in microseconds."""
-    units = ("network-online.target", UNIT, LINE, "files.mount", "late-sshd.service")
+    units = ("network-online.target", UNIT, LINE, *FILE_SYSTEMS, "late-sshd.service")
     show = "systemctl show --value -p {}TimestampMonotonic " + " ".join(units)
     began, ended = (
         dict(zip(units, map(int, guest.ssh(show.format(what)).split()), strict=True))
@@ -177,7 +181,8 @@ def _must_be_in_order(guest: Machine) -> None:
     )
     if min(began[UNIT], began[LINE]) < ended["network-online.target"]:
         raise WrongError(f"a mount began before the network was up: {began}, {ended}")
-    if began["files.mount"] < ended[UNIT]:
-        raise WrongError(f"the file system was mounted before the mount below it was there: {began}, {ended}")
+    for each, below in zip(FILE_SYSTEMS, (UNIT, LINE), strict=True):
+        if began[each] < ended[below]:
+            raise WrongError(f"{each} began before the mount below it was there: {began}, {ended}")
     if ended["late-sshd.service"] < began[LINE]:
         raise WrongError(f"the late sshd was not late, so the test shows nothing: {began}, {ended}")
