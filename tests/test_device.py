@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from support import PATIENCE, held_by_another_process, mounted, needs_views, noise, output, until
+import support
+from support import PATIENCE, PYTHON, held_by_another_process, mounted, needs_views, noise, output, until
 
 from blockcopy.block import syscalls
 from blockcopy.block.claim import open_destination
@@ -166,6 +167,29 @@ def test_the_mapping_ends_with_the_last_view(file: Path) -> None:
     assert view == noise(MIB)
     del view
     assert not is_mapped()
+
+
+@needs_views
+def test_locked_memory_leaves_out_the_mapping(file: Path) -> None:
+    """A process that locks its memory must not keep all of a device in it."""
+    support.require_root()
+    script = f"""
+import re, sys
+from pathlib import Path
+from blockcopy.block import syscalls
+syscalls.lock_memory()
+kept = bytearray(10 << 20)
+with open(sys.argv[1], "rb") as file:
+    address, view = syscalls.map_to_read(file.fileno(), {MIB})
+    syscalls.populate(address, {MIB})
+    for mapping in re.split(r"\\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+        flags = re.search("VmFlags: (.*)", mapping)[1].split()
+        if sys.argv[1] in mapping:
+            print("device", "lo" in flags)
+        elif "[heap]" in mapping:
+            print("heap", "lo" in flags)
+"""
+    assert sorted(output(PYTHON, "-c", script, str(file)).splitlines()) == ["device False", "heap True"]
 
 
 @needs_views

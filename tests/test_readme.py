@@ -50,8 +50,15 @@ MENTIONED = {
 }
 """Command lines in running text, and the tests that run them with values for the words in capitals."""
 
-BY_HAND = ("blockcopy mount --writable --force ", "loop=$(losetup -rP ")
-"""Beginnings of blocks that need device-mapper, which a virtual machine has, or partitions, which udev makes."""
+BY_HAND = (
+    "blockcopy mount --writable --force ",
+    "blockcopy mount --writable --pid-file ",
+    "loop=$(losetup -rP ",
+)
+"""Beginnings of blocks for a machine of their own: device-mapper, partitions by udev, swap.
+
+`tools/vm run hand_off swap` runs what the first two say.
+"""
 
 BY_FRESH = ("tools/demo ", "apt-get install -y pipx ", 'apt-get install -y "$(tools/deb)"')
 """Beginnings of blocks that change the machine. `tools/fresh` runs these blocks.

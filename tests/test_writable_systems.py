@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -11,7 +13,20 @@ from pathlib import Path
 
 import pytest
 import support
-from support import BLOCK_SIZE, PYTHON, Mount, children, failed, noise, output, run, succeeded, until, written
+from support import (
+    BLOCK_SIZE,
+    BLOCKCOPY,
+    PYTHON,
+    Mount,
+    children,
+    failed,
+    noise,
+    output,
+    run,
+    succeeded,
+    until,
+    written,
+)
 
 Mounter = Callable[..., Mount]
 
@@ -86,7 +101,7 @@ def test_a_file_system_is_written_while_it_hydrates(mount: Mounter, tmp_path: Pa
 
 
 def test_swap(mount: Mounter, tmp_path: Path) -> None:
-    """It is switched on and off; no test can know what the kernel swaps out."""
+    """It is switched on and off. What the kernel swaps out is `tools/vm run swap`'s."""
     source = source_with(tmp_path, "true", 16 * MIB)
     mounted = mount(source, tmp_path / "copy", "--writable", "--limit", "10M")
     with attached(mounted.file) as device:
@@ -96,6 +111,29 @@ def test_swap(mount: Mounter, tmp_path: Path) -> None:
             assert device in Path("/proc/swaps").read_text()
         finally:
             output("swapoff", device)
+
+
+def locked_memory(pid: int) -> int:
+    """Return how many KiB of memory the process `pid` has locked."""
+    found = re.search(r"^VmLck:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1])
+
+
+def test_a_writable_mount_locks_its_memory_if_it_may(mount: Mounter, source: Path, destination: Path) -> None:
+    support.require_root()
+    assert locked_memory(mount(source, destination).status()["pid"]) == 0
+    second = mount(source, destination.with_name("second"), "--writable")
+    assert locked_memory(second.status()["pid"]) > 10_000
+    point, third = source.parent / "point", destination.with_name("third")
+    point.mkdir()
+    without = ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", *BLOCKCOPY]
+    output(*without, "mount", "--writable", source, third, point)
+    pid = json.loads((point / "status.json").read_text())["pid"]
+    try:
+        assert locked_memory(pid) == 0
+    finally:
+        output(*BLOCKCOPY, "umount", point)
 
 
 CACHES = ["none", "writeback", "writethrough", "directsync", "unsafe"]

@@ -32,7 +32,7 @@ import trio
 
 import blockcopy
 from blockcopy.block.records import default_folder
-from blockcopy.block.syscalls import become_io_flusher
+from blockcopy.block.syscalls import become_io_flusher, lock_memory
 from blockcopy.errors import Interrupted, MountError, UsageError
 from blockcopy.paths import safe_write
 from blockcopy.paths.runtime_dir import runtime_dir_candidates
@@ -199,11 +199,15 @@ async def serve(mount_plan: MountPlan, ready: Callable[[], None], progress: Prog
 
 
 def _prepare_for_writes() -> None:
-    """Make sure that this process cannot wait for the write-back of its own mount. Call before threads start."""
-    try:
-        become_io_flusher()
-    except OSError as error:  # an ordinary user may not
-        logger.debug("a lack of memory may delay this mount: %s", error.strerror)
+    """Make sure that this process cannot wait for its own mount, short of memory. Call before threads start.
+
+    It waits neither for the write-back of the mount, nor for memory that the kernel has swapped to the mount.
+    """
+    for prepare in (become_io_flusher, lock_memory):
+        try:
+            prepare()
+        except OSError as error:  # an ordinary user may not
+            logger.debug("a lack of memory may delay this mount: %s: %s", prepare.__name__, error.strerror)
 
 
 def _device_of(mountpoint: str) -> str:
