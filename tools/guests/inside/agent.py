@@ -76,7 +76,9 @@ def mount_disk(serial: str, system: str, point: Path, *, make: bool) -> None:
     """Mount the disk with the file `system` on `point`. `make`: make the file system first."""
     run("modprobe", system)
     if make:
-        run(f"mkfs.{system}", "-q", "-F" if system == "ext4" else "-f", device(serial))
+        # By default a small ext4 has blocks of 1 KiB. Then a cut may tear a page, which the model holds for whole.
+        options = ["-F", "-b", "4096"] if system == "ext4" else ["-f"]
+        run(f"mkfs.{system}", "-q", *options, device(serial))
     point.mkdir(parents=True, exist_ok=True)
     run("mount", "-t", system, device(serial), point)
 
