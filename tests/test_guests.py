@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from support import PYTHON, failed, output
 from guests.disks import SECTOR, ForgetfulDisk
 from guests.machine import WrongError
 from guests.play import INSIDE, play
+from guests.scenarios import role
 
 VM = Path(__file__).resolve().parent.parent / "tools" / "vm"
 SIZE = 1 << 20
@@ -117,6 +119,15 @@ def test_the_scripts_are_sound() -> None:
     assert scripts
     for each in scripts:
         assert output("bash", "-n", str(each)) == ""
+
+
+def test_the_role_knows_the_variables_of_its_scenario() -> None:
+    lab: Any = SimpleNamespace(image=SimpleNamespace(key="key"))
+    shop = role.inventory(lab, SimpleNamespace(port=1))["all"]["children"]["moves"]["hosts"]["shop"]  # type: ignore[arg-type]
+    known = (VM.parent / "ansible/roles/move/meta/argument_specs.yml").read_text()
+    assert [name for name in shop if name not in known] == []
+    recap = "PLAY RECAP ***\nshop                       : ok=47   changed=19   unreachable=0    failed=0\n"
+    assert role.RECAP.findall(recap) == [("47", "19")]
 
 
 def test_the_command_line_is_told(tmp_path: Path) -> None:
