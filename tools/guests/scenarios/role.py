@@ -21,7 +21,7 @@ from moving.story import ALONE, PLAY
 
 SIZE = 160 << 20
 SECONDS = 2400
-"""Time limit. On an idle machine it takes five minutes."""
+"""Time limit. On an idle machine it takes six minutes."""
 
 RECAP = re.compile(r"^shop +: ok=(\d+) +changed=(\d+) ", re.MULTILINE)
 

@@ -12,7 +12,7 @@ MEMORY = 384
 """MiB of the guest."""
 
 SECONDS = 1200
-"""Time limit. On an idle machine it takes five minutes."""
+"""Time limit. On an idle machine it takes six minutes."""
 
 
 def run(lab: Lab) -> dict[str, object]:
