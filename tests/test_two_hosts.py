@@ -113,7 +113,7 @@ def test_a_sync(sshd: Sshd, source: Path, destination: Path) -> None:
 
 def test_a_url_names_the_port_and_a_home(sshd: Sshd, source: Path, destination: Path) -> None:
     rsh = sshd.rsh.replace(f"-p {sshd.port} ", "")
-    for path in (source, f"/~/{os.path.relpath(source, Path.home())}"):
+    for path in (source, f"/~/{os.path.relpath(source, sshd.home)}"):
         url = f"ssh://{sshd.user}@{sshd.host}:{sshd.port}{path}"
         done = run("sync", "--no-state", "-e", rsh, "--python", PYTHON, url, destination)
         succeeded(done, stdout=b"")

@@ -77,7 +77,8 @@ class Sshd:
 
     def __init__(self, folder: Path, *settings: str) -> None:
         """Choose a port for a server with its files in `folder`. `settings`: further lines of its configuration."""
-        self._folder = folder
+        self._folder = self.home = folder
+        """The files of the server, and the home of each session."""
         self._settings = settings
         self.port = free_port()
         self.user = getpass.getuser()
