@@ -25,7 +25,7 @@ from blockcopy.untrusted_text import printable
 
 _SUFFIX = ".state"
 
-_HEADINGS = ("DESTINATION", "SOURCE", "SIZE", "PRESENT", "A USER'S", "LAST WRITTEN", "STATE FILE")
+_HEADINGS = ("DESTINATION", "SOURCE", "SIZE", "PRESENT", "USER WROTE", "LAST WRITTEN", "STATE FILE")
 
 
 def _field(default: Any, help: str) -> Any:
