@@ -101,7 +101,7 @@ def test_a_file_system_is_written_while_it_hydrates(mount: Mounter, tmp_path: Pa
 
 
 def test_swap(mount: Mounter, tmp_path: Path) -> None:
-    """It is switched on and off. What the kernel swaps out is `tools/vm run swap`'s."""
+    """The swap is switched on and off. What the kernel swaps out is `tools/vm run swap`'s."""
     source = source_with(tmp_path, "true", 16 * MIB)
     mounted = mount(source, tmp_path / "copy", "--writable", "--limit", "10M")
     with attached(mounted.file) as device:

@@ -72,7 +72,7 @@ def lock_memory() -> None:
     Raises OSError if that is not possible.
     """
     limit, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    # Where a limit applies, later allocations would fail. Then a limit of 0 lets the call itself fail.
+    # Without CAP_IPC_LOCK, memory above the limit could not be allocated later. A limit of 0 lets mlockall fail.
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, hard))
     try:
         _call("mlockall", _MCL_ALL_ON_FAULT)
