@@ -157,6 +157,7 @@ def test_the_relay_delays_each_byte_and_all_connections_share_the_rate() -> None
                 server.shutdown()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_copies_are_measured_and_nothing_is_left(tmp_path: Path) -> None:
     target = tmp_path / "figures.json"
@@ -176,6 +177,7 @@ def test_copies_are_measured_and_nothing_is_left(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_writes_are_measured_and_nothing_is_left(tmp_path: Path) -> None:
     support.require_fuse()
@@ -192,6 +194,7 @@ def test_writes_are_measured_and_nothing_is_left(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_a_wrong_copy_fails_loudly(tmp_path: Path) -> None:
     """Measure an original that copies nothing, and ends with status 0."""
@@ -203,6 +206,7 @@ def test_a_wrong_copy_fails_loudly(tmp_path: Path) -> None:
     failed(done, 1, "original, 3 pipes: the destination differs from the source")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_a_signal_takes_everything_down_and_keeps_what_was_measured(tmp_path: Path) -> None:
     """Send the signal in the middle of a mount."""

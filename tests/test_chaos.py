@@ -14,6 +14,7 @@ SEED = 2024
 WRITABLE_SEED = 7
 
 
+@pytest.mark.long
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("number", [1, 2])
 def test_rounds(tmp_path: Path, number: int) -> None:
@@ -24,6 +25,7 @@ def test_rounds(tmp_path: Path, number: int) -> None:
     _pass([*words.split(), tmp_path], 1)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(200)
 def test_rounds_of_a_writable_mount(tmp_path: Path) -> None:
     """The second round has a disk that loses a part of what was not synced."""

@@ -57,6 +57,7 @@ def complete(mounted: Mount, destination: Path) -> None:
     assert destination.read_bytes() == DATA
 
 
+@pytest.mark.long
 def test_a_window_that_binds_gets_more_connections(
     mount: Mounter, source: Path, destination: Path, narrow: str
 ) -> None:
@@ -67,6 +68,7 @@ def test_a_window_that_binds_gets_more_connections(
     complete(mounted, destination)
 
 
+@pytest.mark.long
 def test_a_cut_of_all_connections_is_seen_by_no_reader(
     mount: Mounter, source: Path, destination: Path, narrow: str, cut: Path
 ) -> None:
@@ -79,6 +81,7 @@ def test_a_cut_of_all_connections_is_seen_by_no_reader(
     complete(mounted, destination)
 
 
+@pytest.mark.long
 def test_extra_connections_that_are_killed_are_no_error(
     mount: Mounter, source: Path, destination: Path, narrow: str
 ) -> None:
@@ -92,6 +95,7 @@ def test_extra_connections_that_are_killed_are_no_error(
     complete(mounted, destination)
 
 
+@pytest.mark.long
 def test_a_reader_in_order_gets_more_connections(mount: Mounter, tmp_path: Path) -> None:
     """The window is that of ssh: at a round trip of 200 ms, a channel carries 10 MB/s."""
     copies = 4

@@ -84,6 +84,9 @@ def old_content() -> bytes:
 
 OLD = old_content()
 
+WAYS = ["killed", "some lost", *(pytest.param(way, marks=pytest.mark.long) for way in ("all lost", "all kept"))]
+"""The ends of a first run, of which a second run goes on."""
+
 
 @pytest.fixture(autouse=True)
 def small_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +190,7 @@ def test_a_commit_that_is_cancelled_at_any_step_is_made_up_for(
     assert disk.recorded.blocks() >= {*DIFFERING[:24:3], *EQUAL[:8]}
 
 
-@pytest.mark.parametrize("way", ["killed", "all lost", "all kept", "some lost"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_second_run_from_any_cut_is_not_mistaken_either(
     way: str, source: Path, destination: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -433,7 +436,7 @@ def test_no_flush_is_lost_and_nothing_of_the_source_lands_on_a_page_of_the_user(
     assert {"user wrote", "flushed", "synced", "committed"} <= {each.kind for each in recorder.events}
 
 
-@pytest.mark.parametrize("way", ["killed", "all lost", "all kept", "some lost"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_second_run_keeps_what_the_user_wrote(
     way: str, source: Path, destination: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -397,6 +397,7 @@ WAYS: dict[str, Callable[[Path, Path], int]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_after_a_failed_sync_the_next_run_does_not_believe_the_cache(
     way: str, failing: Path, tmp_path: Path

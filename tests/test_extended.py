@@ -505,13 +505,13 @@ def test_a_digest_that_this_host_has_not_is_told(tmp_path: Path, source: Callabl
 
 
 def test_the_original_form_is_not_hashed_where_it_is_zeros(tmp_path: Path) -> None:
-    """8 GiB of hole take no time, although each block has its message."""
-    path = sparse(tmp_path / "file", 2**33)
+    """2 GiB of hole take no time, although each block has its message."""
+    path = sparse(tmp_path / "file", 2**31)
     done = run("checksum", path)
     zeros = hashlib.sha3_512(bytes(B)).digest()
     assert done.returncode == 0
-    assert len(done.stdout) == 2**33 // B * 80 + 16
-    assert done.stdout.count(zeros) == 2**33 // B
+    assert len(done.stdout) == 2**31 // B * 80 + 16
+    assert done.stdout.count(zeros) == 2**31 // B
     assert run("retrieve", path, input=done.stdout).stdout == b"done"
 
 

@@ -154,6 +154,7 @@ def test_the_dashboard_and_the_alerts_use_metrics_that_there_are() -> None:
     assert states <= set(State)
 
 
+@pytest.mark.long
 def test_promtool_accepts_the_configuration_the_alerts_and_real_metrics(tmp_path: Path) -> None:
     programs = prometheus.found()
     if programs is None:
@@ -174,6 +175,7 @@ def test_promtool_accepts_the_configuration_the_alerts_and_real_metrics(tmp_path
 # Real hosts
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_small_fleet(tmp_path: Path) -> None:
     """The controller is killed, one move is aborted, and the other one goes on to its end."""

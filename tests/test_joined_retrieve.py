@@ -193,6 +193,7 @@ def narrow() -> str:
     return shlex.join(map(str, [PYTHON, STANDINS / "link", "--delay", 20, "--window", "128K"]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("program", [None, f"{PYTHON} -P -m blockcopy"], ids=["sent", "installed"])
 def test_one_process_serves_all_connections_of_a_lane(
     mount: Mounter, source: Path, tmp_path: Path, narrow: str, program: str | None, monkeypatch: pytest.MonkeyPatch

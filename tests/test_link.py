@@ -172,6 +172,7 @@ def complete(mounted: Mount, destination: Path) -> None:
 # Broken, and reconnected
 
 
+@pytest.mark.long
 def test_a_cut_in_mid_pass_is_seen_by_no_reader(
     mount: Mounter, source: Path, destination: Path, tmp_path: Path
 ) -> None:
@@ -196,6 +197,7 @@ def test_a_cut_in_mid_pass_is_seen_by_no_reader(
     complete(mounted, destination)
 
 
+@pytest.mark.long
 def test_a_link_that_is_frozen_for_too_long_is_made_again(
     far: Callable[..., Mount], source: Path, destination: Path, way: Route
 ) -> None:
@@ -333,6 +335,7 @@ def test_a_signal_while_the_link_is_down_ends_a_sync(source: Path, destination: 
     assert stored(destination)
 
 
+@pytest.mark.long
 def test_a_mount_begins_without_its_source_where_a_state_is_kept(
     far: Callable[..., Mount], destination: Path, way: Route
 ) -> None:
@@ -387,6 +390,7 @@ def test_a_mount_that_began_without_its_source_takes_no_other_one(
     assert stored(destination) == {5}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("program", [OURS, QUEUEING], ids=["ours", "original"])
 def test_a_source_that_changed_is_not_mixed_in(
     far: Callable[..., Mount], source: Path, destination: Path, way: Route, program: str
@@ -443,6 +447,7 @@ def test_a_paused_mount_tells_of_a_changed_source(
     stored(destination)
 
 
+@pytest.mark.long
 def test_a_source_that_changes_while_it_is_verified(
     mount: Mounter, source: Path, destination: Path, tmp_path: Path
 ) -> None:
@@ -461,6 +466,7 @@ def test_a_source_that_changes_while_it_is_verified(
     assert destination.read_bytes() == DATA
 
 
+@pytest.mark.long
 def test_an_umount_while_it_is_verified_is_in_order(source: Path, tmp_path: Path) -> None:
     support.require_fuse()
     copy, point, slow = written(tmp_path / "copy", DATA), tmp_path / "point", Route(tmp_path, "--delay", 200)
@@ -543,6 +549,7 @@ def test_a_source_that_always_garbles_ends_a_sync(small: tuple[Path, Path]) -> N
     assert small[1].read_bytes() == OLD[: 8 * BLOCK_SIZE]
 
 
+@pytest.mark.long
 def test_a_source_that_always_garbles_ends_the_pass_of_a_mount(mount: Mounter, small: tuple[Path, Path]) -> None:
     mounted = mount(*small, program=faulty("--garble-at", 1))
     waiting = run("wait", mounted.point)
@@ -790,6 +797,7 @@ def test_what_ends_connection_after_connection_is_found_out_block_by_block() -> 
     with_link(scenario, [MortalRetriever() for _ in range(20)])
 
 
+@pytest.mark.long
 def test_a_source_that_ends_at_everything_is_given_up() -> None:
     async def scenario(link: Pool, connector: FakeConnector) -> None:
         with pytest.raises(SourceError, match="ended at more than 64 blocks"):

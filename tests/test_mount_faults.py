@@ -346,6 +346,7 @@ def unfinished(request: pytest.FixtureRequest, mount: Mounter, tmp_path: Path) -
     return mounted
 
 
+@pytest.mark.long
 def test_killed_processes_in_mid_pass(unfinished: Mount, tmp_path: Path) -> None:
     """Started again, and asked again for what they had not answered."""
     big, copy = tmp_path / "big", tmp_path / "big copy"

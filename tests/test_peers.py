@@ -330,6 +330,7 @@ The peak of a child is at least the size of its parent, so the parent must be sm
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flood", ["head -c 300M /dev/zero", "yes 'a word' | head -n 10000000"])
 @pytest.mark.parametrize("direction", ["pull", "push"])
 def test_a_flood_of_words_is_neither_kept_nor_logged(tmp_path: Path, flood: str, direction: str) -> None:

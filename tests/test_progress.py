@@ -216,6 +216,7 @@ def on_a_terminal(*arguments: object, **environment: str) -> str:
     return shown.decode()
 
 
+@pytest.mark.long
 def test_each_command_draws_a_bar_without_an_option(
     source: Path, destination: Path, mount: Callable[..., Mount]
 ) -> None:

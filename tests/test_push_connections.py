@@ -422,6 +422,7 @@ class Running:
         return self.process.returncode, rest
 
 
+@pytest.mark.long
 def test_a_further_connection_that_is_killed_is_no_error(source: Path, destination: Path) -> None:
     running = Running(source, destination)
     running.wait_for_all()
@@ -431,6 +432,7 @@ def test_a_further_connection_that_is_killed_is_no_error(source: Path, destinati
     assert destination.read_bytes() == DATA
 
 
+@pytest.mark.long
 def test_all_further_connections_are_killed(source: Path, destination: Path) -> None:
     running = Running(source, destination)
     running.wait_for_all()
@@ -441,6 +443,7 @@ def test_all_further_connections_are_killed(source: Path, destination: Path) -> 
     assert destination.read_bytes() == DATA
 
 
+@pytest.mark.long
 def test_a_further_connection_that_freezes_is_given_up(source: Path, destination: Path) -> None:
     running = Running(source, destination, "--timeout", "1")
     running.wait_for_all()
@@ -451,6 +454,7 @@ def test_a_further_connection_that_freezes_is_given_up(source: Path, destination
     assert destination.read_bytes() == DATA
 
 
+@pytest.mark.long
 def test_the_first_connection_that_is_killed_is_made_again(source: Path, destination: Path) -> None:
     running = Running(source, destination)
     running.wait_for_all()
@@ -460,6 +464,7 @@ def test_the_first_connection_that_is_killed_is_made_again(source: Path, destina
     assert destination.read_bytes() == DATA
 
 
+@pytest.mark.long
 def test_a_source_that_changes_near_the_end_is_noticed(source: Path, destination: Path) -> None:
     """All signatures have been sent by then. The last bytes of the copy are younger than the first ones."""
     running = Running(source, destination)
@@ -473,6 +478,7 @@ def test_a_source_that_changes_near_the_end_is_noticed(source: Path, destination
     assert (status, "source changed" in said) == (3, True), said
 
 
+@pytest.mark.long
 def test_a_destination_that_the_lost_connection_still_holds_is_waited_for(source: Path, destination: Path) -> None:
     """Its `receive` may wait for a disk. Here the test holds the lock in its place."""
     running = Running(source, destination)
@@ -488,6 +494,7 @@ def test_a_destination_that_the_lost_connection_still_holds_is_waited_for(source
     assert destination.read_bytes() == DATA
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_connections(source: Path, destination: Path, signum: signal.Signals) -> None:
     """What is left behind, the fixtures find."""

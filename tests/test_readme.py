@@ -325,6 +325,7 @@ def world(folder: Path) -> Iterator[World]:
             holder.communicate()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("document", "section"), sorted({block[:2] for block in RUN_HERE}))
 def test_blocks_do_as_they_are_written(tmp_path: Path, document: str, section: str) -> None:
@@ -334,6 +335,7 @@ def test_blocks_do_as_they_are_written(tmp_path: Path, document: str, section: s
             machine.run(f"{scene.before}\n{text}\n{scene.after}\n{TIDY.format(folders='/mnt/disk')}")
 
 
+@pytest.mark.long
 def test_the_options_for_xfs_mount_a_snapshot_of_one_in_use(tmp_path: Path) -> None:
     support.require(shutil.which("mkfs.xfs", path="/usr/sbin") is not None, "mkfs.xfs is not installed")
     [options] = {found for text in DOCUMENTS.values() for found in re.findall(r"for XFS:? -o (\S+)", text)}
@@ -341,6 +343,7 @@ def test_the_options_for_xfs_mount_a_snapshot_of_one_in_use(tmp_path: Path) -> N
         machine.run(XFS.format(options=options))
 
 
+@pytest.mark.long
 def test_the_quick_start_prints_what_it_says(tmp_path: Path) -> None:
     support.require_fuse()
     [block] = [block.text for block in blocks() if block.text.startswith("mkdir -p /tmp/try/")]
@@ -387,6 +390,7 @@ def test_command_lines_in_running_text_are_run_as_well() -> None:
     assert MENTIONED.keys() <= lines
 
 
+@pytest.mark.long
 @pytest.mark.timeout(200)
 def test_the_move_of_a_machine_is_shown() -> None:
     support.require_root()

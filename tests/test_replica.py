@@ -275,6 +275,7 @@ def test_a_device_that_is_too_small_is_refused_and_untouched(
     assert backing.read_bytes() == OLD[:BLOCK_SIZE]
 
 
+@pytest.mark.long
 def test_a_loop_device_becomes_the_copy_and_keeps_its_tail(
     tmp_path: Path, loop_device: Callable[[Path], str], program: str | None
 ) -> None:
@@ -757,6 +758,7 @@ def test_a_fault_gives_errors_and_never_wrong_bytes(fault: str, answer: int, hyd
         assert destination.read_bytes() == old
 
 
+@pytest.mark.long
 def test_garbled_answers_on_three_connections_are_the_sources_fault(tmp_path: Path) -> None:
     """Errors of the reader who gets them, and of background hydration."""
 

@@ -114,6 +114,7 @@ def test_size_of_a_block_device(
     assert find(loop_device(image), [GUESSES[guess](size)], program) == [size]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("guess", ["right", "one too small", "one too large", "far too large"])
 def test_size_of_a_block_device_that_the_process_dies_at_the_end_of(
     guess: str, tmp_path: Path, loop_device: Callable[[Path], str]
@@ -124,6 +125,7 @@ def test_size_of_a_block_device_that_the_process_dies_at_the_end_of(
     assert find(loop_device(image), [GUESSES[guess](size)], support.QUEUEING) == [size]
 
 
+@pytest.mark.long
 def test_size_of_a_huge_block_device(tmp_path: Path, loop_device: Callable[[Path], str]) -> None:
     image = tmp_path / "image"
     image.touch()

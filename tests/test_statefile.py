@@ -593,6 +593,7 @@ def test_a_file_that_has_lost_its_tables_is_set_aside(damaged: Damaged) -> None:
     assert damaged.verdict(bytes(data)) == ""
 
 
+@pytest.mark.long
 def test_no_flipped_bit_is_believed(damaged: Damaged) -> None:
     """Flip a bit of every seventh byte in use, and each bit where the file and its pages describe themselves."""
     used = [at for at, byte in enumerate(damaged.data) if byte or at % 31 == 0][::7]

@@ -47,6 +47,7 @@ KINDS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_command_names_the_cause_or_works(tmp_path: Path, kind: str) -> None:
     require_fuse()

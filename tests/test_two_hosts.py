@@ -192,6 +192,7 @@ def test_no_setting_of_ssh_changes_what_a_connection_is(
     assert destination.read_bytes() == DATA
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [(), ("--no-control-master",)], ids=["shared", "not shared"])
 def test_nor_do_all_of_them_with_any_command(
     sshd: Sshd, mount: Mounter, source: Path, destination: Path, tmp_path: Path, options: tuple[str, ...]

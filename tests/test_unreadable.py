@@ -101,6 +101,7 @@ def test_a_guard_that_cannot_compare_says_why(tmp_path: Path) -> None:
         failed(run("sync", disk, destination), 1, b"as far as it can be read: its beginning cannot")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "program", [QUEUEING, f"{FAULTY} --exit-for {BAD[0] * BLOCK_SIZE}"], ids=["original", "ours"]
 )
@@ -126,6 +127,7 @@ def test_a_program_that_ends_at_a_bad_block_is_started_again_for_all_else(
         assert destination.read_bytes()[here] == (bytes(BLOCK_SIZE) if block in bad else DATA[here])
 
 
+@pytest.mark.long
 def test_the_original_may_end_at_the_sample(
     destination: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +148,7 @@ def test_the_original_may_end_at_the_sample(
     assert len(DATA) - destination.read_bytes().count(b"\0") > (BLOCKS - 2) * BLOCK_SIZE * 0.99
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("block", [0, BLOCKS - 1], ids=["first", "last"])
 @pytest.mark.parametrize("is_size_known", [True, False])
 def test_the_original_may_end_at_the_search_for_the_size(

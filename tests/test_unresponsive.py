@@ -60,6 +60,7 @@ def stopped(tmp_path: Path, mount: Mounter) -> Iterator[Mount]:
         looking.communicate()
 
 
+@pytest.mark.long
 def test_whoever_asks_each_second_gathers_no_processes() -> None:
     def children() -> set[str]:  # zombies too
         return {pid for each in Path("/proc/self/task").glob("*/children") for pid in each.read_text().split()}
