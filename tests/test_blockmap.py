@@ -447,15 +447,12 @@ class Model:
         self.since, self.since_taken = set(), set()
 
 
-ENDS = ["take", "take without chunks", "settle", "settle, not recorded", "roll back"]
-"""Steps of a commit, and of a flush, which records no chunks."""
-
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("mark"), st.integers(0, 5), st.integers(1, 3)),
         st.tuples(st.sampled_from(["write", "write"]), st.integers(0, 21), st.integers(1, 9)),
         st.tuples(st.just("cut"), st.integers(0, 21), st.integers(1, 4)),
-        st.tuples(st.sampled_from(ENDS), st.just(0), st.just(0)),
+        st.tuples(st.sampled_from(["take", "settle", "settle, not recorded", "roll back"]), st.just(0), st.just(0)),
     ),
     max_size=30,
 )
@@ -468,7 +465,6 @@ def test_marks_writes_and_failed_syncs_mean_what_they_mean_for_each_page(steps: 
     blockmap, model = BlockMap(WRITTEN), Model()
     record, on_record = Changes({}, {}, {}), Content()
     changes: Changes | None = None
-    is_flush = False
     for step, start, length in steps:
         if step == "mark":
             blockmap.mark(range(start, min(6, start + length)), "fetched")
@@ -482,17 +478,15 @@ def test_marks_writes_and_failed_syncs_mean_what_they_mean_for_each_page(steps: 
                 extent = Extent(extent.offset + 10, extent.length - 20)
             blockmap.note_write(extent)
             model.write(pages)
-        elif step.startswith("take") and changes is None:
-            is_flush = step != "take"
-            changes = blockmap.take_changes(chunks=not is_flush)
+        elif step == "take" and changes is None:
+            changes = blockmap.take_changes()
             model.take()
         elif step.startswith("settle") and changes is not None:
             blockmap.settle()
             model.settle()
             if step == "settle":
                 record = Changes(*({**old, **new} for old, new in zip(record, changes, strict=True)))
-                blockmap.note_recorded(changes)
-                on_record = model.durable._replace(blocks=on_record.blocks) if is_flush else model.durable
+                on_record = model.durable
             else:
                 blockmap.restore_changes(changes)
             changes = None
@@ -501,9 +495,7 @@ def test_marks_writes_and_failed_syncs_mean_what_they_mean_for_each_page(steps: 
             blockmap.roll_back()
             assert blockmap.generation > generation
             model.roll_back()
-            changes = blockmap.take_changes()
-            record = Changes(*({**old, **new} for old, new in zip(record, changes, strict=True)))
-            blockmap.note_recorded(changes)
+            record = Changes(*({**old, **new} for old, new in zip(record, blockmap.take_changes(), strict=True)))
             blockmap.settle()
             model.take()
             model.settle()
@@ -531,23 +523,6 @@ def test_a_block_that_the_user_filled_counts_as_written() -> None:
     blockmap.take_changes()
     blockmap.roll_back()
     assert (blockmap.overwritten_bytes, blockmap.present_bytes, blockmap.user.lost_bytes) == (0, 0, PAGES * PAGE)
-
-
-def test_a_flush_records_each_page_in_a_block_that_is_present_but_not_on_record() -> None:
-    blockmap = BlockMap(WRITTEN)
-    blockmap.note_write(Extent(0, PAGE))
-    blockmap.mark(range(1), "fetched")
-    blockmap.note_write(Extent(PAGE, PAGE))
-    flushed = blockmap.take_changes(chunks=False)
-    blockmap.settle()
-    blockmap.note_recorded(flushed)
-    resumed = BlockMap(WRITTEN)
-    resumed.resume(flushed)
-    assert resumed.room(Extent(0, PAGES * PAGE)) == [Extent(2 * PAGE, 2 * PAGE)]
-    blockmap.note_recorded(blockmap.take_changes())
-    blockmap.settle()
-    blockmap.note_write(Extent(2 * PAGE, PAGE))
-    assert not any(blockmap.take_changes()), "the block is on record as present, and as the user's"
 
 
 def test_a_failed_write_is_another_generation_and_makes_present_blocks_the_users() -> None:

@@ -547,12 +547,7 @@ def write_without_a_note(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Committer, "begin_user_writes", begin)
 
 
-def rely_on_blocks_that_are_not_on_record(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(BlockMap, "_is_recorded", lambda *_: True)
-
-
 BREAKS = [
-    rely_on_blocks_that_are_not_on_record,
     record_before_sync,
     take_changes_after_sync,
     land_on_pages_of_the_user,
@@ -673,7 +668,7 @@ def test_what_a_killed_run_has_left_is_not_taken_for_the_write_of_another_progra
         async with replica_of(source, destination, hydrate=False, writable=True) as replica:
             await replica.volume.read(*sample)
             await user.write_at(replica, Extent(20 * BLOCK_SIZE, PIECE))
-            await replica.commit()  # the sample is on record as present
+            await user.flush(replica)
             await user.write_at(replica, sample)
 
     async def read() -> None:

@@ -242,7 +242,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
-        """Sync the destination, and record what was written so far. Without writes, record the present blocks.
+        """Sync the destination, and record what was written, and what was read and therefore stored, so far.
 
         The open file `fh` and `datasync` make no difference.
         """

@@ -204,7 +204,7 @@ class Committer:
         async with self._one_commit:
             if self._commits_ended < wanted:
                 with trio.CancelScope(shield=True):
-                    await self._commit(for_flush=True)
+                    await self._commit()
         if self._hydrator.writer.failure is not None:
             raise copy(self._hydrator.writer.failure)
         # Once the record is whole, it needs no more rows. But without it, a later command may copy the source anew.
@@ -212,18 +212,12 @@ class Committer:
         if self._has_user_writes and self._trouble is not None and is_needed:
             raise copy(self._trouble)
 
-    async def _commit(self, *, for_flush: bool = False) -> None:
-        """Commit. `for_flush`: record only what the user wrote, because a later commit records present blocks.
-
-        Most flushes then have nothing to record while the background copies.
-        """
+    async def _commit(self) -> None:
         self._commits_begun += 1
         number = self._commits_begun
         await self._extend_lease()
         times = times_of(self._device)
-        chunks = not (for_flush and self._has_user_writes and self._trouble is None)
-        changes = self._blockmap.take_changes(chunks=chunks)
-        is_whole = chunks and self._blockmap.complete
+        changes, is_whole = self._blockmap.take_changes(), self._blockmap.complete
 
         async def sync_and_record(sync: Callable[[], None]) -> None:
             def sync_first() -> None:
@@ -254,9 +248,7 @@ class Committer:
         if state_file is not None and any(changes):
             if not await self._record(partial(state_file.write_changes, changes), after=after):
                 self._blockmap.restore_changes(changes)
-                return
-            self._blockmap.note_recorded(changes)
-            if is_whole:
+            elif is_whole:
                 self._is_recorded_whole = True
         elif state_file is not None and self._has_user_writes:
             await self._write(state_file.check_in_place, after=after)

@@ -9,8 +9,7 @@ hydrator knows which blocks are being fetched.
        │                                                      │ a write of the user
        └─ a write ─► partial ─ the rest fetched or written ─► present, the user's
 
-Changes are handed out for the state file. If the sync fails that should make them durable, they are undone. What is on
-record is kept as well: a write of the user to a present block relies on it.
+Changes are handed out for the state file. If the sync fails that should make them durable, they are undone.
 """
 
 from __future__ import annotations
@@ -76,7 +75,6 @@ class BlockMap:
             raise RuntimeError("the destination holds writes of a user")
         self.generation += 1
         self._bits = bytearray(-(-self.geometry.block_count // 8))
-        self._recorded: dict[int, bytes] = {}  # chunks as they are on record
         self._unreadable = bytearray()  # bits of the unreadable blocks, if there are any
         self._fill_padding()
         self._changed: set[int] = set()
@@ -178,7 +176,6 @@ class BlockMap:
                 raise ValueError(f"chunk {number} of {len(bits)} bytes")
             self._bits[start : start + len(bits)] = bits
         self._fill_padding()
-        self._recorded = dict(rows.chunks)
         blocks = range(self.geometry.block_count)
         missing = len(self._bits) * 8 - int.from_bytes(self._bits, "little").bit_count()
         self.resumed_bytes = self._length(len(blocks) - missing, with_last=not self.any_missing(blocks[-1:]))
@@ -211,30 +208,23 @@ class BlockMap:
         )
 
     def note_write(self, extent: Extent) -> None:
-        """Note that the user wrote `extent`. Its edges lie in pages that are available. Call after the write.
-
-        Until a block is present on record, each page counts. A flush records these, and may not record the block.
-        """
+        """Note that the user wrote `extent`. Its edges lie in pages that are available. Call after the write."""
         self.user.note_write(extent)
         for block in self.geometry.span(*extent):
             is_present = self._bits[block >> 3] & 1 << (block & 7)
-            if is_present and self.user.has_block(block) and self._is_recorded(block):
+            if is_present and self.user.has_block(block):
                 continue
             whole = self.geometry.extent(block)
             self.user.add(_intersection(extent, whole))
             if not is_present and self.user.has(whole):
                 self.mark(range(block, block + 1), "written")
 
-    def take_changes(self, *, chunks: bool = True) -> Changes:
-        """Return what changed since the last call. A sync begins now; `settle` or `roll_back` must follow it.
-
-        `chunks`: return changed chunks as well. Otherwise they stay for a later call.
-        """
-        changed = sorted(self._changed) if chunks else []
+    def take_changes(self) -> Changes:
+        """Return what changed since the last call. A sync begins now; `settle` or `roll_back` must follow it."""
         changes = self._taken = Changes(
-            {number: self._chunk(number) for number in changed}, *self.user.take_changes()
+            {number: self._chunk(number) for number in sorted(self._changed)}, *self.user.take_changes()
         )
-        self._changed.difference_update(changed)
+        self._changed.clear()
         self._undo_syncing, self._undo = {**self._undo, **self._undo_syncing}, {}
         self._durable_next = self._counters()
         self.user.begin_sync()
@@ -319,15 +309,6 @@ class BlockMap:
         """Count `changes` as changed again, because they could not be recorded."""
         self._changed.update(changes.chunks)
         self.user.restore_changes(changes.pages, changes.lost)
-
-    def note_recorded(self, changes: Changes) -> None:
-        """Note that `changes`, which were taken, are on record."""
-        self._recorded.update(changes.chunks)
-
-    def _is_recorded(self, block: int) -> bool:
-        """Return whether `block` is present on record."""
-        number, at = divmod(block, CHUNK_BLOCKS)
-        return number in self._recorded and bool(self._recorded[number][at >> 3] & 1 << (at & 7))
 
     def _chunk(self, number: int) -> bytes:
         return bytes(self._bits[number * _CHUNK_BYTES : (number + 1) * _CHUNK_BYTES])

@@ -1,8 +1,8 @@
 """The pages that the user wrote, those that a failed sync lost, and those that are not synced yet. No I/O.
 
 A page is 4 KiB of the device. Of a missing block, the set of the user's pages is exact: the source's bytes may
-fill only the rest. Of a block that is present on record, one page says that the block is the user's. Further writes
-to such a block change nothing, so there is nothing to record.
+fill only the rest. Of a present block, one page says that the block is the user's. Further writes to such a block
+change nothing, so there is nothing to record.
 """
 
 from __future__ import annotations
