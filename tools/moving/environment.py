@@ -17,38 +17,42 @@ CACHE = Path("/var/cache/blockcopy-fleet")
 COLLECTION = CHECKOUT / "tools" / "ansible"
 
 
-def requirements() -> list[str]:
-    """Return what the extra `fleet` of the checkout's package requires."""
+def requirements(version: str | None = None) -> list[str]:
+    """Return what the extra `fleet` of the checkout's package requires, or a `version` of Ansible, such as 2.14."""
+    if version is not None:
+        return [f"ansible-core=={version}.*"]
     with (CHECKOUT / "pyproject.toml").open("rb") as file:
         found: list[str] = tomllib.load(file)["project"]["optional-dependencies"]["fleet"]
     return found
 
 
-def _folder(cache: Path) -> Path:
-    wanted = "\n".join([sys.version, *requirements()])
+def _folder(cache: Path, version: str | None) -> Path:
+    wanted = "\n".join([sys.version, *requirements(version)])
     return cache / hashlib.sha256(wanted.encode()).hexdigest()[:16]
 
 
-def installed(cache: Path = CACHE) -> Path | None:
+def installed(cache: Path = CACHE, version: str | None = None) -> Path | None:
     """Return the folder of the programs of Ansible. Returns None if they are not installed in `cache`."""
-    folder = _folder(cache)
+    folder = _folder(cache, version)
     return folder / "bin" if (folder / "complete").exists() else None
 
 
-def install(cache: Path = CACHE) -> Path:
+def install(cache: Path = CACHE, version: str | None = None) -> Path:
     """Install Ansible into `cache`, unless that was done. Returns the folder of its programs.
 
-    Raises CalledProcessError if pip fails.
+    `version`: as for `requirements`. Raises CalledProcessError if pip fails.
     """
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        found = installed(cache)
+        found = installed(cache, version)
         if found is not None:
             return found
-        folder = _folder(cache)
+        folder = _folder(cache, version)
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", *requirements()], check=True)
+        subprocess.run(
+            [folder / "bin" / "python", "-m", "pip", "install", "--quiet", *requirements(version)], check=True
+        )
         (folder / "complete").touch()
         return folder / "bin"
 
