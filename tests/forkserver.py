@@ -34,6 +34,7 @@ MODULES = (
     ),
     *("blockcopy.stage.checksum", "blockcopy.stage.retrieve", "blockcopy.stage.save"),
     *("blockcopy.progress.bar", "blockcopy.progress.lines"),
+    *("blockcopy.replica.defaults", "logging.handlers", "tomllib", "blake3", "encodings.unicode_escape"),
 )
 """The modules that are imported before a fork."""
 

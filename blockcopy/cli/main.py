@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _named(argv: Sequence[str]) -> str | None:
     """Return the name of the command in `argv`. Returns None if options other than `-v` come before a name."""
     word = next((each for each in argv if not re.fullmatch("-v+|--verbose", each)), None)
-    return word if any(word in commands for commands in _LAYERS.values()) else None
+    return None if word is None or word.startswith("-") else word
 
 
 def _find(name: str) -> Callable[[argparse.Namespace], None]:

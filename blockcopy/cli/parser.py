@@ -56,7 +56,8 @@ class _Ignored:
 def parser(only: str | None = None) -> Parser:
     """Return the parser of the whole command line. Parsed arguments have the command's name as `command`.
 
-    `only`: name of the one command that will be parsed, if it is known. That takes a tenth of the time.
+    `only`: name of the one command that will be parsed, if it is known. That takes a tenth of the time. If no
+    command has the name, all are made, and the parser says what is wrong.
     """
     top = Parser(
         prog="blockcopy",
@@ -78,6 +79,8 @@ def parser(only: str | None = None) -> Parser:
         _add_about,
     ):
         add(commands if only is None else _Only(commands, only))
+    if only is not None and not commands.choices:
+        return parser()
     for command in commands.choices.values():
         _add_verbose(command, VERBOSE_AFTER)
     return top

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import tomllib
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -105,6 +104,10 @@ def _defaults(hosts: Sequence[str]) -> Iterator[_Default]:
 def _of_file(path: Path, hosts: Sequence[str]) -> Iterator[_Default]:
     """Yield the defaults of the file at `path` for `hosts`. Raises UsageError if the file is invalid."""
     text = _read(path)
+    if not text:
+        return
+    import tomllib  # slow to load
+
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
