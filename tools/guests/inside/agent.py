@@ -9,10 +9,12 @@ Events are lines of JSON. Two are told by this module:
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -112,6 +114,11 @@ class Program:
         os.close(theirs)
         threading.Thread(target=self._read, args=(ours,), daemon=True).start()
 
+    def show_where(self) -> None:
+        """Have the program print where its threads are."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGUSR1)
+
     @property
     def is_running(self) -> bool:
         """Whether the program has not ended."""
@@ -137,6 +144,7 @@ def _run_program(words: list[str]) -> NoReturn:
     from blockcopy.cli.main import main
 
     sys.argv = ["blockcopy", *words]
+    faulthandler.register(signal.SIGUSR1)
     status = 1
     try:
         status = main() or 0

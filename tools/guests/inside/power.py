@@ -34,6 +34,9 @@ from agent import SHARE, STATE, Program, as_process_one, await_line, device, mou
 BLOCK = 128 * 1024
 PAGE = 4096
 DESTINATION, POINT = Path("/run/guest/destination"), Path("/run/guest/mnt")
+STALL_SECONDS = 100
+"""Seconds after which a program that does not go on shows where it is."""
+
 LENGTHS = (1, 700, PAGE, PAGE, 3 * PAGE, 40_000, BLOCK)
 
 RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207
@@ -63,6 +66,7 @@ class Life:
         self.file = POINT / "copy"
         self.program: Program | None = None
         self.complete = threading.Event()
+        self.progress: dict[str, Any] = {}
 
     def prepare(self) -> None:
         """Mount the disks, and hand the host what the last cut left."""
@@ -92,11 +96,12 @@ class Life:
             POINT.mkdir(parents=True, exist_ok=True)
             words += ["-f", "--name", "copy", str(POINT)]
         self.program = Program(*words, on_line=self._relay)
-        threading.Thread(target=self._await_end, args=(self.program,), daemon=True).start()
+        for each in (self._await_end, self._watch):
+            threading.Thread(target=each, args=(self.program,), daemon=True).start()
 
     def _relay(self, line: str) -> None:
         if line.startswith("{"):
-            progress = json.loads(line)
+            progress = self.progress = json.loads(line)
             tell("progress", progress)
             if progress["state"] == "complete":
                 self.complete.set()
@@ -107,6 +112,15 @@ class Life:
         status = program.wait()
         self.complete.set()
         tell("ended", status)
+
+    def _watch(self, program: Program) -> None:
+        """Have the program show where it is, if it does not go on."""
+        while program.is_running and not self.complete.is_set():
+            before = self.progress
+            time.sleep(STALL_SECONDS)
+            if before.get("done_bytes") == self.progress.get("done_bytes"):
+                tell("say", f"stalled: {self.progress}")
+                program.show_where()
 
     def is_running(self) -> bool:
         """Whether the program runs."""
@@ -143,7 +157,13 @@ class Life:
         while self.is_running():
             for word in ("pause", "resume"):
                 time.sleep(self.choose.uniform(0.2, 1.5))
-                Program(word, POINT).wait()
+                program = Program(word, POINT, on_line=lambda line: tell("say", line))
+                try:
+                    program.wait(STALL_SECONDS)
+                except TimeoutError as error:
+                    program.show_where()
+                    tell("say", str(error))
+                    program.wait()
 
     def _read(self) -> None:
         """Read random blocks through the mount, and compare them with the source."""
