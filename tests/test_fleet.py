@@ -7,8 +7,10 @@ import importlib.util
 import json
 import re
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,9 +27,9 @@ METRICS = CHECKOUT / "tools" / "metrics"
 DISKS = {"data": {"source": "/dev/vg/data", "destination": "/dev/vg/copy"}}
 
 
-def module_util(name: str) -> ModuleType:
+def loaded(name: str) -> ModuleType:
     """Load `name`, a module of the collection that runs on managed hosts, without Ansible."""
-    spec = importlib.util.spec_from_file_location(name, COLLECTION / f"plugins/module_utils/{name}.py")
+    spec = importlib.util.spec_from_file_location(Path(name).name, COLLECTION / f"plugins/{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -35,7 +37,7 @@ def module_util(name: str) -> ModuleType:
     return module
 
 
-move_state = module_util("move_state")
+move_state = loaded("module_utils/move_state")
 
 
 def changed(path: Path, stage: str | None = None, *, revision: int | None = None, **about: Any) -> dict[str, Any]:
@@ -128,6 +130,113 @@ def test_a_window_may_go_over_midnight() -> None:
     assert all(move_state.is_open("", now) for now in at)
     with pytest.raises(move_state.StateRefusedError, match="is not a window"):
         move_state.is_open("9-11", at[0])
+
+
+# Snapshots of zvols, by a stand-in for zfs; `tools/vm run role_zfs` has the real one
+
+
+class ModuleEndedError(Exception):
+    """The end of a module: `args` has its results."""
+
+
+class Pool:
+    """A stand-in for AnsibleModule, zfs and udev. It has the zvol `tank/disk`.
+
+    `looks`: how often the module must look for a device until there is one. `listed`: whether `zfs list` works.
+    """
+
+    def __init__(self, *, looks: int = 0, listed: bool = True) -> None:
+        self.origins = {"tank/disk": "-"}
+        self.done: list[str] = []
+        self.params: dict[str, Any] = {}
+        self.check_mode = False
+        self._looks, self._listed = looks, listed
+
+    def run_command(self, words: list[str], check_rc: bool = False) -> tuple[int, str, str]:
+        name = words[-1]
+        match words[:2]:
+            case ["zfs", "list"]:
+                if name not in self.origins or not self._listed:
+                    return 1, "", f"cannot open '{name}'\n"
+                kind = "snapshot" if "@" in name else "volume"
+                return 0, {"type": kind, "name": name, "origin": self.origins[name]}[words[-3]] + "\n", ""
+            case ["zfs", "snapshot"]:
+                self.origins[name] = "-"
+            case ["zfs", "clone"]:
+                self.origins[name] = words[-2]
+            case ["zfs", "destroy"]:
+                for each in [each for each in self.origins if each == name or ("-r" in words and name in each)]:
+                    del self.origins[each]
+        self.done.append(" ".join(words))
+        return 0, "", ""
+
+    def has_device(self, path: str) -> bool:
+        if path.removeprefix("/dev/zvol/") not in self.origins:
+            return False
+        self._looks -= 1
+        return self._looks < 0
+
+    def fail_json(self, **results: Any) -> None:
+        raise ModuleEndedError({"failed": True, **results})
+
+    def exit_json(self, **results: Any) -> None:
+        raise ModuleEndedError(results)
+
+
+@pytest.fixture
+def snapshot_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Return a function that runs the module `blockcopy_snapshot` on a Pool, and returns its results."""
+    basic = ModuleType("ansible.module_utils.basic")
+    basic.AnsibleModule = None  # type: ignore[attr-defined]
+    for name in ("ansible", "ansible.module_utils", "ansible.module_utils.basic"):
+        monkeypatch.setitem(sys.modules, name, basic)
+    module = loaded("modules/blockcopy_snapshot")
+
+    def snapshot(pool: Pool, state: str = "present", disk: str = "/dev/zvol/tank/disk") -> dict[str, Any]:
+        pool.params = {"disk": disk, "name": "snap", "method": "zfs", "state": state}
+        system = SimpleNamespace(
+            sync=lambda: pool.done.append("sync"), path=SimpleNamespace(exists=pool.has_device)
+        )
+        monkeypatch.setattr(module, "os", system)
+        monkeypatch.setattr(module, "AnsibleModule", lambda *_, **__: pool)
+        with pytest.raises(ModuleEndedError) as ended:
+            module.main()
+        found: dict[str, Any] = ended.value.args[0]
+        return found
+
+    monkeypatch.setattr(module, "DEVICE_SECONDS", 1)
+    return snapshot
+
+
+def test_a_snapshot_of_a_zvol_has_what_was_in_memory_and_a_device(
+    snapshot_of: Callable[..., dict[str, Any]],
+) -> None:
+    """ZFS makes the device in its own time: the first looks of the module do not find it."""
+    pool = Pool(looks=3)
+    pool.check_mode = True
+    assert snapshot_of(pool)["changed"]
+    assert pool.done == []
+    pool.check_mode = False
+    path = "/dev/zvol/tank/disk-snap"
+    assert snapshot_of(pool) == {"changed": True, "path": path}
+    made = ["sync", "zfs snapshot tank/disk@snap", "zfs clone -o readonly=on tank/disk@snap tank/disk-snap"]
+    assert pool.done == [*made, "udevadm settle"]
+    assert snapshot_of(pool) == {"changed": False, "path": path}
+    pool.origins["tank/disk-snap@daily"] = "-"  # by a program that snapshots all volumes
+    assert snapshot_of(pool, "absent")["changed"]
+    assert pool.origins == {"tank/disk": "-"}
+    assert not snapshot_of(pool, "absent")["changed"]
+
+
+def test_a_snapshot_of_a_zvol_is_absent_only_if_zfs_answers(snapshot_of: Callable[..., dict[str, Any]]) -> None:
+    found = snapshot_of(Pool(listed=False), "absent")
+    assert found["failed"]
+    assert found["msg"] == "/dev/zvol/tank/disk is not a zvol: cannot open 'tank/disk'"
+    assert snapshot_of(Pool(), disk="/dev/zd0")["failed"]
+    other = Pool()
+    other.origins["tank/disk-snap"] = "tank/else@snap"
+    assert "is not a clone of tank/disk@snap" in snapshot_of(other, "absent")["msg"]
+    assert "has no device" in snapshot_of(Pool(looks=1000))["msg"]
 
 
 # Metrics of all hosts in one place

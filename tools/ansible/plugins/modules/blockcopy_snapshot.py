@@ -34,6 +34,7 @@ options:
   method:
     description:
       - V(lvm) is C(lvcreate --snapshot). V(zfs) is C(zfs snapshot) and a clone of it, which has a device.
+      - With V(zfs), a zvol that was not made sparse needs as much free room in its pool as it has data.
       - V(btrfs) snapshots O(subvolume), which has the file O(disk).
       - V(command) runs O(create) and O(remove).
       - V(none) makes none. O(disk) itself is the path, and must not change meanwhile.
@@ -108,8 +109,13 @@ path:
 import json
 import os
 import re
+import time
 
 from ansible.module_utils.basic import AnsibleModule
+
+ZVOLS = "/dev/zvol"
+DEVICE_SECONDS = 60
+"""How long the device of a clone may take to appear."""
 
 
 class Lvm:
@@ -165,12 +171,18 @@ class Zfs:
 
     def __init__(self, module):
         self._module = module
-        found = re.fullmatch(r"(?:/dev/zvol/)?([^/@]+(?:/[^/@]+)+)", module.params["disk"])
+        disk = module.params["disk"]
+        found = re.fullmatch(r"(?:/dev/zvol/)?([^/@]+(?:/[^/@]+)+)", disk)
         if found is None:
-            module.fail_json(msg=f"{module.params['disk']} is not a zvol such as /dev/zvol/pool/disk")
+            module.fail_json(msg=f"{disk} is not a zvol such as /dev/zvol/pool/disk")
+        # Below, a failure of `zfs list` means that a name is not there. So the disk must be there.
+        words = ["zfs", "list", "-H", "-o", "type", "--", found[1]]
+        status, out, err = module.run_command(words)
+        if status != 0 or out.strip() != "volume":
+            module.fail_json(msg=f"{disk} is not a zvol: {err.strip() or out.strip()}", rc=status)
         self._snapshot = f"{found[1]}@{module.params['name']}"
         self._clone = f"{found[1]}-{module.params['name']}"
-        self.path = f"/dev/zvol/{self._clone}"
+        self.path = f"{ZVOLS}/{self._clone}"
 
     def _origin(self, name, field):
         status, out, _err = self._module.run_command(["zfs", "list", "-H", "-p", "-o", field, "--", name])
@@ -186,19 +198,34 @@ class Zfs:
         return origin is not None and os.path.exists(self.path)
 
     def make(self):
-        """Make what is missing of the snapshot, the clone and its device."""
+        """Make what is missing of the snapshot, the clone and its device.
+
+        Memory is written back first: a file system on the disk may be mounted. LVM does so by itself, ZFS does not.
+        """
         if self._origin(self._snapshot, "name") is None:
+            os.sync()
             self._module.run_command(["zfs", "snapshot", self._snapshot], check_rc=True)
         if self._origin(self._clone, "name") is None:
             words = ["zfs", "clone", "-o", "readonly=on", self._snapshot, self._clone]
             self._module.run_command(words, check_rc=True)
-        self._module.run_command(["udevadm", "settle", f"--exit-if-exists={self.path}"], check_rc=True)
+        # The device may appear later than the clone. With volmode=none there is none.
+        end = time.monotonic() + DEVICE_SECONDS
+        while not os.path.exists(self.path):
+            if time.monotonic() > end:
+                self._module.fail_json(msg=f"{self._clone} has no device {self.path} after {DEVICE_SECONDS} s")
+            time.sleep(0.05)
+        self._settle()
 
     def remove(self):
-        """Remove the clone and the snapshot."""
-        for name in (self._clone, self._snapshot):
+        """Remove the clone and the snapshot. A snapshot of the clone by others goes with it."""
+        self._settle()
+        for name, also in ((self._clone, ["-r"]), (self._snapshot, [])):
             if self._origin(name, "name") is not None:
-                self._module.run_command(["zfs", "destroy", name], check_rc=True)
+                self._module.run_command(["zfs", "destroy", *also, name], check_rc=True)
+
+    def _settle(self):
+        """Wait until udev has closed new devices, which it looks at."""
+        self._module.run_command(["udevadm", "settle"], check_rc=True)
 
 
 class Btrfs:
