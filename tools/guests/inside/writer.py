@@ -1,12 +1,9 @@
 """Write files, each with fsync, until SIGTERM; or check them.
 
-writer.py FOLDER              print `@wrote NUMBER` for each file that is durable; at the end, the longest wait.
-                              After each one, FOLDER.unsynced is overwritten, directly and without fsync: a power
-                              cut finds sectors in the disk's cache
+writer.py FOLDER              print `@wrote NUMBER` for each file that is durable; at the end, the longest wait
 writer.py --check FOLDER FILE check those whose numbers are in FILE, one a line
 """
 
-import mmap
 import os
 import random
 import signal
@@ -27,8 +24,6 @@ def write(folder: str) -> None:
     longest = 0.0
     number = len(os.listdir(folder))
     top = os.open(folder, os.O_RDONLY)
-    unsynced = os.open(f"{folder}.unsynced", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
-    page = mmap.mmap(-1, mmap.PAGESIZE)
     while not stopped:
         began = time.monotonic()
         with open(f"{folder}/{number}", "wb") as file:
@@ -39,8 +34,6 @@ def write(folder: str) -> None:
         print(f"@wrote {number}", flush=True)
         longest = max(longest, time.monotonic() - began)
         number += 1
-        page[:] = os.urandom(len(page))
-        os.pwrite(unsynced, page, 0)
         time.sleep(0.02)
     print(f"@figure {longest:.1f} seconds of the longest wait of the writer", flush=True)
 
