@@ -168,3 +168,36 @@ def test_what_is_in_flight_beyond_the_window_holds_up_the_next_batch() -> None:
         assert await ground.admitted() == 0
 
     in_no_time(scenario)
+
+
+class TickingClock(trio.abc.Clock):
+    """A clock of which each look takes a millisecond. It jumps over sleeps."""
+
+    def __init__(self, now: float) -> None:
+        self._now = now
+
+    def start_clock(self) -> None:
+        pass
+
+    def current_time(self) -> float:
+        self._now += 0.001
+        return self._now
+
+    def deadline_to_sleep_time(self, deadline: float) -> float:
+        if math.isfinite(deadline):
+            self._now = max(self._now, deadline)
+        return 0
+
+
+@pytest.mark.parametrize("limit", [None, 64 * BLOCK_SIZE])
+def test_what_ends_between_two_looks_at_the_clock_holds_nothing_up_for_ever(limit: int | None) -> None:
+    """The time of the readers ends, or that of the limit, while `admit` looks."""
+
+    async def main() -> bool:
+        ground = Ground(limit)
+        ground.demanded_at = 0 if limit is None else -math.inf
+        ground.throttle._free_at = -math.inf if limit is None else YIELDING_SECONDS
+        return await ground.is_held_up()
+
+    for looks in range(40):
+        assert not trio.run(main, clock=TickingClock(YIELDING_SECONDS - (looks + 0.5) / 1000)), looks

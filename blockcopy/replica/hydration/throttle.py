@@ -83,7 +83,10 @@ class Throttle:
     @property
     def batch_blocks(self) -> int:
         """The most blocks that the next batch may have, at least 1."""
-        blocks = self._yielding[1] if self.yields else min(BATCH_BLOCKS, self._window.blocks_per_link // 4)
+        return self._batch_blocks(yields=self.yields)
+
+    def _batch_blocks(self, *, yields: bool) -> int:
+        blocks = self._yielding[1] if yields else min(BATCH_BLOCKS, self._window.blocks_per_link // 4)
         if self._limit is not None:
             blocks = min(blocks, int(self._limit * _LIMITED_SECONDS / BLOCK_SIZE))
         return max(1, blocks)
@@ -96,7 +99,11 @@ class Throttle:
     @property
     def yields(self) -> bool:
         """Whether readers wait, or did a moment ago. Then little is admitted."""
-        return trio.current_time() - self._demanded_at() < _YIELDING_SECONDS
+        return trio.current_time() < self._yields_until
+
+    @property
+    def _yields_until(self) -> float:
+        return self._demanded_at() + _YIELDING_SECONDS
 
     @property
     def _yielding(self) -> tuple[int, int]:
@@ -110,21 +117,25 @@ class Throttle:
 
         The caller calls `take` next.
         """
-        while self._paused or trio.current_time() < self._free_at or not self._has_room():
-            with trio.move_on_at(self._recheck_at()):
+        while (until := self._kept_back_until()) is not None:
+            with trio.move_on_at(until):
                 await self._waiting.park()
 
-    def _has_room(self) -> bool:
-        max_blocks = self._yielding[0] if self.yields else self._window.blocks
-        return self._in_flight + self.batch_blocks <= max_blocks
+    def _kept_back_until(self) -> float | None:
+        """Return None if a batch may be requested now, or else when time alone can change that, in trio's time.
 
-    def _recheck_at(self) -> float:
-        """Return when time alone can change the answer of `admit`, in trio's time."""
+        The clock is read once. Between two looks the readers' time may end, and no answer would be right.
+        """
         if self._paused:
             return math.inf
-        if self._free_at > trio.current_time():
+        now, yields_until = trio.current_time(), self._yields_until
+        if now < self._free_at:
             return self._free_at
-        return self._demanded_at() + _YIELDING_SECONDS if self.yields else math.inf
+        yields = now < yields_until
+        max_blocks = self._yielding[0] if yields else self._window.blocks
+        if self._in_flight + self._batch_blocks(yields=yields) <= max_blocks:
+            return None
+        return yields_until if yields else math.inf
 
     def take(self, blocks: int) -> None:
         """Count a number of `blocks` as in flight, until `give_back`. The rate limit counts them too."""
