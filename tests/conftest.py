@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import uuid
@@ -12,6 +13,18 @@ from pathlib import Path
 import pytest
 import support
 from forkserver import ForkServer
+from libc import CLONE_NEWNS, call
+
+
+def pytest_sessionstart() -> None:
+    """Give each process of tests a mount namespace of its own, if this is root.
+
+    Many tests make namespaces. Those would hold copies of the mounts of other tests, and keep their disks busy.
+    """
+    if os.geteuid() == 0:
+        with contextlib.suppress(PermissionError):  # a container without that right
+            call("unshare", CLONE_NEWNS)
+            support.output("mount", "--make-rprivate", "/")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,7 @@ import signal
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SET_PDEATHSIG = 1
+CLONE_NEWNS = 0x00020000
 
 
 def call(function: str, *arguments: object) -> None:
