@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import support
 from forkserver import ForkServer
+
 from libc import CLONE_NEWNS, call
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib
 import itertools
 import re
@@ -109,13 +110,11 @@ SOURCES = dict(_sources())
 PACKAGES = {module for module, path in SOURCES.items() if path.name == "__init__.py"}
 
 
+@functools.cache
 def read(module: str) -> Visitor:
     visitor = Visitor()
     visitor.visit(ast.parse(SOURCES[module].read_text()))
     return visitor
-
-
-READ = {module: read(module) for module in SOURCES}
 
 
 def is_in(module: str, rooms: Iterable[str]) -> bool:
@@ -137,14 +136,14 @@ def test_the_sources_are_found() -> None:
 def test_each_package_has_a_docstring_and_imports_nothing() -> None:
     for package in PACKAGES:
         assert ast.get_docstring(ast.parse(SOURCES[package].read_text())), package
-        assert {each.module for each in READ[package].imports} <= {"__future__"}, package
+        assert {each.module for each in read(package).imports} <= {"__future__"}, package
 
 
 def test_travelling_modules_import_only_each_other_and_the_standard_library() -> None:
     foreign = {
         f"{module} imports {each.module}"
         for module in TRAVELLING
-        for each in READ[module].imports
+        for each in read(module).imports
         if top(each.module) not in sys.stdlib_module_names
         and each.module not in TRAVELLING
         and not ((each.lazy or each.typing_only) and top(each.module) == OPTIONAL.get(module))
@@ -167,7 +166,7 @@ def test_the_payload_consists_of_the_travelling_modules() -> None:
 
 
 def importers(of: str) -> set[str]:
-    names = {module: [f"{each.module}." for each in seen.imports] for module, seen in READ.items()}
+    names = {module: [f"{each.module}." for each in read(module).imports] for module in SOURCES}
     return {module for module, imported in names.items() if any(name.startswith(f"{of}.") for name in imported)}
 
 
@@ -180,7 +179,7 @@ def test_only_the_programs_import_the_main_function() -> None:
 
 
 def test_one_place_prints_and_one_exits() -> None:
-    calls = {module: seen.calls.intersection(LEAVES) for module, seen in READ.items()}
+    calls = {module: read(module).calls.intersection(LEAVES) for module in SOURCES}
     assert {module: found for module, found in calls.items() if found} == {
         "blockcopy.cli.console": {"print"},
         "blockcopy.cli.program": {"os._exit"},
@@ -197,7 +196,7 @@ def test_each_command_is_in_the_module_of_its_layer() -> None:
     listed = {command: module for module, commands in main._LAYERS.items() for command in commands}
     assert set(listed) <= set(named.choices)
     for command in named.choices:
-        assert command.replace("-", "_") in READ[listed.get(command, main._MOUNT)].functions
+        assert command.replace("-", "_") in read(listed.get(command, main._MOUNT)).functions
 
 
 def _module_map() -> Iterator[str]:
@@ -218,7 +217,7 @@ def test_imports_point_upwards_in_the_module_map() -> None:
     wrong = [
         f"{module} imports {each.module}"
         for place, module in enumerate(order)
-        for each in READ[module].imports
+        for each in read(module).imports
         if each.module in order[place:] and not each.typing_only
     ]
     assert wrong == []
@@ -266,7 +265,7 @@ def exists(module: str, name: str) -> bool:
 
 def test_product_code_does_not_assert() -> None:
     """`python -O` removes assertions, so product code must not depend on them."""
-    assert not [module for module in SOURCES if READ[module].asserts]
+    assert not [module for module in SOURCES if read(module).asserts]
 
 
 def test_the_map_of_the_tests_has_each_file_once() -> None:
