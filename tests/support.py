@@ -14,11 +14,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from forkserver import ForkServer
 
 from blockcopy.block import syscalls
@@ -27,6 +28,9 @@ from blockcopy.block.geometry import BLOCK_SIZE
 from blockcopy.block.identity import sample_extents
 from blockcopy.protocol.decoder import Decoder
 from blockcopy.protocol.wire import Done, Message
+from blockcopy.replica.engine import open_replica
+from blockcopy.replica.plan import Plan
+from blockcopy.replica.replica import Replica
 from sshd import Sshd as Sshd
 
 for name in ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):
@@ -289,6 +293,23 @@ def mounted(device: str, point: Path) -> Iterator[None]:
         yield
     finally:
         output("umount", point)
+
+
+# Replicas in this process
+
+
+@contextlib.asynccontextmanager
+async def replica_of(plan: Plan) -> AsyncIterator[Replica]:
+    """Open the replica of `plan`, with a time limit. A single error comes out of its groups."""
+    with trio.fail_after(40):
+        try:
+            async with open_replica(plan) as replica:
+                yield replica
+        except ExceptionGroup as group:
+            error: BaseException = group
+            while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+                error = error.exceptions[0]
+            raise error from None
 
 
 # Requirements: if one is missing, the test is skipped. With BLOCKCOPY_REQUIRE_FUSE=1, as in CI, it fails

@@ -28,10 +28,11 @@ def test_rounds(tmp_path: Path, number: int) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(200)
 def test_rounds_of_a_writable_mount(tmp_path: Path) -> None:
-    """The second round has a disk that loses a part of what was not synced."""
+    """The second round of this seed. It has a disk that loses a part of what was not synced."""
     support.require_fuse()
     support.require_root()
-    _pass(["--writable", "--seed", WRITABLE_SEED, "--rounds", 2, "--size", 4, "--folder", tmp_path], 2)
+    words = f"--writable --seed {WRITABLE_SEED} --first 2 --rounds 1 --size 4 --folder"
+    _pass([*words.split(), tmp_path], 1)
 
 
 def _pass(options: list[object], rounds: int) -> None:

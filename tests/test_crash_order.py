@@ -47,7 +47,7 @@ from blockcopy.block.geometry import BLOCK_SIZE, Extent, Geometry
 from blockcopy.block.identity import sample_extents
 from blockcopy.block.records import make_authoritative
 from blockcopy.errors import BlockcopyError, DeviceError
-from blockcopy.replica.engine import Plan, Replica, open_replica
+from blockcopy.replica.engine import Plan, Replica
 from blockcopy.replica.hydration.committer import Committer
 from blockcopy.replica.hydration.hydrator import Hydrator
 from blockcopy.replica.hydration.writer import Writer
@@ -103,9 +103,8 @@ async def replica_of(
     command = stage_command(Location(None, str(source)))
     state = str(destination.with_name("state"))
     plan = Plan(command, str(destination), hydrate=hydrate, state=state, writable=writable, verify=verify)
-    with trio.fail_after(30):
-        async with open_replica(plan) as replica:
-            yield replica
+    async with support.replica_of(plan) as replica:
+        yield replica
 
 
 async def use(replica: Replica, chance: random.Random, reads: int) -> None:

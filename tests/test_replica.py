@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +31,6 @@ from blockcopy.errors import (
     SourceError,
 )
 from blockcopy.progress.rate import floored_percent
-from blockcopy.replica.engine import open_replica
 from blockcopy.replica.hydration import committer, source_faults
 from blockcopy.replica.hydration.background import BackgroundHydration
 from blockcopy.replica.monitor import typed_json
@@ -98,20 +97,6 @@ def plan_of(
 ) -> Plan:
     command = stage_command(Location(None, str(source)), program=program)
     return Plan(command, str(destination), hydrate=hydrate, **more)
-
-
-@contextlib.asynccontextmanager
-async def replica_of(plan: Plan) -> AsyncIterator[Replica]:
-    """`open_replica` with a time limit; a single error comes out of its groups."""
-    with trio.fail_after(40):
-        try:
-            async with open_replica(plan) as replica:
-                yield replica
-        except ExceptionGroup as group:
-            error: BaseException = group
-            while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
-                error = error.exceptions[0]
-            raise error from None
 
 
 SLOW = BLOCK_SIZE // 10
@@ -208,7 +193,7 @@ def test_reads_are_the_source_before_during_and_after(
 
     async def main() -> None:
         path = file_of(tmp_path, "source", source)
-        async with replica_of(plan_of(path, destination, program, hydrate=hydrate)) as replica:
+        async with support.replica_of(plan_of(path, destination, program, hydrate=hydrate)) as replica:
             assert replica.volume.size == len(source)
             assert replica.status().hydrated_bytes == 0
             await read_at_random(replica, source, seed=0, count=1)
@@ -234,7 +219,7 @@ def test_only_what_differs_is_fetched(tmp_path: Path, program: str | None) -> No
 
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
-        async with replica_of(plan_of(source, destination, program)) as replica:
+        async with support.replica_of(plan_of(source, destination, program)) as replica:
             await replica.wait_complete()
             status = replica.status()
             assert status.fetched_bytes == differing
@@ -250,7 +235,7 @@ def test_one_byte_that_is_equal_is_not_fetched(tmp_path: Path, program: str | No
     async def main() -> None:
         data = DATA[: BLOCK_SIZE + 1]
         source, destination = file_of(tmp_path, "source", data), file_of(tmp_path, "destination", data)
-        async with replica_of(plan_of(source, destination, program)) as replica:
+        async with support.replica_of(plan_of(source, destination, program)) as replica:
             await replica.wait_complete()
             assert replica.status().fetched_bytes == 0
 
@@ -268,7 +253,7 @@ def test_a_device_that_is_too_small_is_refused_and_untouched(
 
     async def main() -> None:
         with pytest.raises(DestinationRefusedError, match=f"too small.*{BLOCK_SIZE} bytes.*{BLOCK_SIZE + 512}"):
-            async with replica_of(plan_of(source, loop_device(backing), program)):
+            async with support.replica_of(plan_of(source, loop_device(backing), program)):
                 raise AssertionError("it was opened")
 
     trio.run(main)
@@ -285,7 +270,7 @@ def test_a_loop_device_becomes_the_copy_and_keeps_its_tail(
     device = loop_device(backing)
 
     async def main() -> None:
-        async with replica_of(plan_of(loop_device(source), device, program)) as replica:
+        async with support.replica_of(plan_of(loop_device(source), device, program)) as replica:
             await replica.wait_complete()
 
     trio.run(main)
@@ -305,7 +290,7 @@ def test_the_source_itself_is_refused(way: str, tmp_path: Path) -> None:
 
     async def main() -> None:
         with pytest.raises(DestinationRefusedError, match="is the source itself"):
-            async with replica_of(plan_of(source, destination)):
+            async with support.replica_of(plan_of(source, destination)):
                 raise AssertionError("it was opened")
 
     trio.run(main)
@@ -320,7 +305,7 @@ def test_a_source_that_is_the_device_under_another_name_is_refused(
 
     async def main() -> None:
         with pytest.raises(DestinationRefusedError, match="is the source itself"):
-            async with replica_of(plan_of(device, tmp_path / "name")):
+            async with support.replica_of(plan_of(device, tmp_path / "name")):
                 raise AssertionError("it was opened")
 
     trio.run(main)
@@ -332,7 +317,7 @@ def test_without_a_source_no_destination_is_made(program: str, tmp_path: Path) -
 
     async def main() -> None:
         with pytest.raises(SourceError):
-            async with replica_of(plan_of(source, tmp_path / "destination", program)):
+            async with support.replica_of(plan_of(source, tmp_path / "destination", program)):
                 raise AssertionError("it was opened")
 
     trio.run(main)
@@ -354,7 +339,7 @@ def cost_of(questions: int, program: str | None) -> int:
 def test_many_readers_of_a_block_cause_one_fetch(tmp_path: Path, program: str | None) -> None:
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", b"")
-        async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
+        async with support.replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
             await measured(replica)
             before = replica.status()
             async with trio.open_nursery() as nursery:
@@ -371,7 +356,7 @@ def test_many_readers_of_a_block_cause_one_fetch(tmp_path: Path, program: str | 
 def test_one_request_of_nine_blocks_is_one_batch(tmp_path: Path, program: str | None) -> None:
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
-        async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
+        async with support.replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
             await measured(replica)
             before = replica.status().sent_bytes
             offset = 10 * BLOCK_SIZE + 4096
@@ -385,7 +370,7 @@ def test_one_request_of_nine_blocks_is_one_batch(tmp_path: Path, program: str | 
 def test_a_reader_in_order_is_read_ahead_for(tmp_path: Path, program: str | None) -> None:
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
-        async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
+        async with support.replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
             for block in range(8):
                 assert await read_block(replica, block)
             with trio.move_on_after(10):
@@ -401,7 +386,7 @@ def test_background_hydration_goes_on_behind_the_latest_read(tmp_path: Path, pro
 
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
-        async with replica_of(plan_of(source, destination, program, limit=SLOW)) as replica:
+        async with support.replica_of(plan_of(source, destination, program, limit=SLOW)) as replica:
             await both_processes(replica)
             before = present(replica)
             assert await read_block(replica, 20)
@@ -419,7 +404,7 @@ def test_background_hydration_goes_on_behind_the_latest_read(tmp_path: Path, pro
 def test_without_background_hydration_only_what_is_read_is_copied(tmp_path: Path, program: str | None) -> None:
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
-        async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
+        async with support.replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
             for block in (30, 3, 21, 12):
                 assert await read_block(replica, block)
             assert present(replica) == {3, 12, 21, 30}
@@ -435,7 +420,7 @@ def test_without_background_hydration_it_is_complete_once_everything_was_read(
 ) -> None:
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
-        async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
+        async with support.replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
             for block in random.Random(3).sample(range(BLOCKS), BLOCKS):
                 assert await read_block(replica, block)
             await replica.wait_complete()
@@ -451,7 +436,7 @@ def test_a_reader_that_goes_away_strands_nobody(tmp_path: Path, program: str | N
 
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
-        async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
+        async with support.replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
             (process,) = retrieve_processes()
             os.kill(process, signal.SIGSTOP)
             async with trio.open_nursery() as nursery:
@@ -482,7 +467,7 @@ def test_a_reader_that_goes_away_strands_nobody(tmp_path: Path, program: str | N
 def test_a_fetch_that_all_readers_left_is_still_stored(tmp_path: Path) -> None:
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
-        async with replica_of(plan_of(source, destination, hydrate=False)) as replica:
+        async with support.replica_of(plan_of(source, destination, hydrate=False)) as replica:
             with trio.CancelScope() as scope:
                 scope.cancel()
                 await replica.volume.read(0, 10)
@@ -507,7 +492,7 @@ def test_a_read_that_joined_a_fetch_of_background_hydration_does_not_wait_for_it
 
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
-        async with replica_of(plan_of(source, destination, program, limit=SLOW)) as replica:
+        async with support.replica_of(plan_of(source, destination, program, limit=SLOW)) as replica:
             _, bulk = await both_processes(replica)
             os.kill(bulk, signal.SIGSTOP)
             replica.throttle.limit = None
@@ -539,7 +524,7 @@ def test_background_hydration_brings_what_a_dead_demand_process_was_asked(
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
         plan = plan_of(source, destination, program, reconnect_timeout=0, limit=SLOW)
-        async with replica_of(plan) as replica:
+        async with support.replica_of(plan) as replica:
             demand, _ = await both_processes(replica)
             os.kill(demand, signal.SIGSTOP)
             async with trio.open_nursery() as nursery:
@@ -562,7 +547,7 @@ def test_a_reader_does_not_wait_for_a_stalled_demand_process(tmp_path: Path, pro
 
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
-        async with replica_of(plan_of(source, destination, program, limit=SLOW)) as replica:
+        async with support.replica_of(plan_of(source, destination, program, limit=SLOW)) as replica:
             demand, _ = await both_processes(replica)
             os.kill(demand, signal.SIGSTOP)
             async with trio.open_nursery() as nursery:
@@ -589,7 +574,7 @@ def test_killed_processes_are_started_again_and_what_they_were_asked_is_asked_ag
 
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
-        async with replica_of(plan_of(source, destination, program, limit=SLOW)) as replica:
+        async with support.replica_of(plan_of(source, destination, program, limit=SLOW)) as replica:
             for pid in await both_processes(replica):
                 os.kill(pid, signal.SIGSTOP)
             replica.throttle.limit = None
@@ -617,7 +602,7 @@ def test_a_read_of_a_source_that_trickles_ends(tmp_path: Path) -> None:
     plan = plan_of(source, destination, program, timeout=2, reconnect_timeout=1)
 
     async def main() -> None:
-        async with replica_of(plan) as replica:
+        async with support.replica_of(plan) as replica:
             with trio.fail_after(15):
                 assert not await read_block(replica, 0)
 
@@ -658,7 +643,7 @@ def test_present_blocks_are_read_without_any_process(tmp_path: Path, program: st
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
         plan = plan_of(source, destination, program, hydrate=False, reconnect_timeout=0)
-        async with replica_of(plan) as replica:
+        async with support.replica_of(plan) as replica:
             assert await read_block(replica, 6)
             for pid in retrieve_processes():
                 os.kill(pid, signal.SIGKILL)
@@ -683,7 +668,7 @@ def test_leaving_in_the_middle_gives_waiting_readers_an_error(tmp_path: Path) ->
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
         plan = plan_of(source, destination, f"{support.FAULTY} --stall-at 1")
-        async with trio.open_nursery() as nursery, replica_of(plan) as replica:
+        async with trio.open_nursery() as nursery, support.replica_of(plan) as replica:
             nursery.start_soon(read, replica)
             await trio.testing.wait_all_tasks_blocked(0.1)
         assert not retrieve_processes()
@@ -705,7 +690,7 @@ def test_a_fault_is_made_good_by_another_connection(fault: str, answer: int, hyd
     program = f"{support.FAULTY} --{fault}-at {answer} --once {tmp_path}/it-happened"
 
     async def main() -> None:
-        async with replica_of(plan_of(source, destination, program, hydrate=hydrate)) as replica:
+        async with support.replica_of(plan_of(source, destination, program, hydrate=hydrate)) as replica:
             for block in range(BLOCKS):
                 assert await read_block(replica, block)
             await replica.wait_complete()
@@ -738,7 +723,7 @@ def test_a_fault_gives_errors_and_never_wrong_bytes(fault: str, answer: int, hyd
 
     async def main() -> None:
         plan = plan_of(source, destination, program, hydrate=hydrate, reconnect_timeout=0)
-        async with replica_of(plan) as replica:
+        async with support.replica_of(plan) as replica:
             replicas.append(replica)
             assert replica.volume.size == len(data)
             async with trio.open_nursery() as nursery:
@@ -766,7 +751,7 @@ def test_garbled_answers_on_three_connections_are_the_sources_fault(tmp_path: Pa
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
         for hydrate in (False, True):
             plan = plan_of(source, destination, f"{support.FAULTY} --garble-at 1", hydrate=hydrate)
-            async with replica_of(plan) as replica:
+            async with support.replica_of(plan) as replica:
                 with pytest.raises(ProtocolViolationError, match="Last login"):
                     await (replica.wait_complete() if hydrate else replica.volume.read(0, 1))
                 status = replica.status()
@@ -783,7 +768,7 @@ def test_a_block_that_the_source_cannot_read_is_no_matter_of_the_link(
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
         program = f"{support.FAULTY} --fail-at 1 --once {tmp_path}/it-happened"
-        async with replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
+        async with support.replica_of(plan_of(source, destination, program, hydrate=False)) as replica:
             assert await read_block(replica, 3) is False
             assert "cannot be read, on request" in replica.status().error
             assert replica.status().unreadable_ranges == (Extent(3 * BLOCK_SIZE, BLOCK_SIZE),)
@@ -803,7 +788,7 @@ def test_a_source_that_is_truncated_gives_errors_and_never_wrong_bytes(
     source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
 
     async def main() -> None:
-        async with replica_of(plan_of(source, destination, program, limit=SLOW)) as replica:
+        async with support.replica_of(plan_of(source, destination, program, limit=SLOW)) as replica:
             await both_processes(replica)
             os.truncate(source, size)
             for block in reversed(range(BLOCKS)):
@@ -833,7 +818,7 @@ def test_a_sync_that_fails_in_the_middle_makes_it_check_again(
 
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
-        async with replica_of(plan_of(source, destination, limit=SLOW)) as replica:
+        async with support.replica_of(plan_of(source, destination, limit=SLOW)) as replica:
             await both_processes(replica)
             for block in range(0, BLOCKS, 3):
                 assert await read_block(replica, block)
@@ -871,7 +856,7 @@ def test_background_hydration_ends_where_the_disk_fails_at_each_sync(
         monkeypatch.setattr(BackgroundHydration, "run", run)
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
         with contextlib.suppress(DeviceError):  # the last sync fails as well
-            async with replica_of(plan_of(source, destination, limit=SLOW)) as replica:
+            async with support.replica_of(plan_of(source, destination, limit=SLOW)) as replica:
                 monkeypatch.setattr(Device, "sync", fail)
                 with pytest.raises(DeviceError, match="write-back"):
                     await replica.wait_complete()
@@ -899,7 +884,7 @@ def test_no_read_gets_what_the_disk_has_while_the_cache_is_dropped(
         go_on.wait(10)
 
     async def main() -> None:
-        async with replica_of(plan_of(source, destination, hydrate=False)) as replica:
+        async with support.replica_of(plan_of(source, destination, hydrate=False)) as replica:
             assert await read_block(replica, 0)
             with monkeypatch.context() as patch:
                 patch.setattr(Device, "sync", fail)
@@ -927,7 +912,7 @@ def test_a_full_destination_fails_background_hydration_and_not_the_reads_of_what
     source, destination = file_of(tmp_path, "source", DATA), file_of(small_tmpfs, "destination", old)
 
     async def main() -> None:
-        async with replica_of(plan_of(source, destination)) as replica:
+        async with support.replica_of(plan_of(source, destination)) as replica:
             assert all([await read_block(replica, block) for block in (3, 1)])
             with pytest.raises(DeviceError, match="No space left on device"):
                 await replica.wait_complete()
@@ -950,7 +935,7 @@ def test_a_read_does_not_fail_of_what_was_read_ahead(tmp_path: Path, loop_device
     device = loop_device(backing, "--read-only")
 
     async def main() -> None:
-        async with replica_of(plan_of(device, destination, hydrate=False)) as replica:
+        async with support.replica_of(plan_of(device, destination, hydrate=False)) as replica:
             os.truncate(backing, 12 * BLOCK_SIZE)
             assert [block for block in range(16) if await read_block(replica, block)] == list(range(12))
 
@@ -961,7 +946,7 @@ def test_a_destination_that_fills_up_while_it_is_read(small_tmpfs: Path, tmp_pat
     source, destination = file_of(tmp_path, "source", DATA), small_tmpfs / "destination"
 
     async def main() -> None:
-        async with replica_of(plan_of(source, destination, hydrate=False)) as replica:
+        async with support.replica_of(plan_of(source, destination, hydrate=False)) as replica:
             order = random.Random(5).sample(range(BLOCKS), BLOCKS)
             good = [block for block in order if await read_block(replica, block)]
             assert 4 <= len(good) <= 8
@@ -985,7 +970,7 @@ def test_what_cannot_be_read_of_a_destination_is_fetched(
     support.output("blockdev", "--flushbufs", device)
 
     async def main() -> None:
-        async with replica_of(plan_of(source, device, hydrate=hydrate)) as replica:
+        async with support.replica_of(plan_of(source, device, hydrate=hydrate)) as replica:
             if hydrate:
                 await replica.wait_complete()
             for block in random.Random(6).sample(range(32), 32):
@@ -1008,7 +993,7 @@ def test_a_final_sync_that_fails_completes_nothing(
 
     async def main() -> None:
         with contextlib.suppress(DeviceError):  # the last sync fails as well
-            async with replica_of(plan_of(source, device)) as replica:
+            async with support.replica_of(plan_of(source, device)) as replica:
                 with pytest.raises(DeviceError, match="cannot sync"):
                     await replica.wait_complete()
                 status = replica.status()
@@ -1032,7 +1017,7 @@ def test_a_last_sync_that_fails_keeps_what_was_committed(tmp_path: Path, monkeyp
         raise DeviceError("the last write-back failed")
 
     async def fails() -> None:
-        async with replica_of(plan) as replica:
+        async with support.replica_of(plan) as replica:
             with pytest.raises(DeviceError, match="last write-back"):
                 await replica.wait_complete()
             status = replica.status()
@@ -1040,7 +1025,7 @@ def test_a_last_sync_that_fails_keeps_what_was_committed(tmp_path: Path, monkeyp
             assert await read_block(replica, 0)
 
     async def again() -> None:
-        async with replica_of(plan) as replica:
+        async with support.replica_of(plan) as replica:
             assert replica.status().resumed_bytes == len(DATA)
             await replica.wait_complete()
 
@@ -1072,7 +1057,7 @@ def test_only_the_writer_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     async def main() -> None:
         source = file_of(tmp_path, "source", DATA[: 20 * BLOCK_SIZE] + bytes(20 * BLOCK_SIZE))
         destination = file_of(tmp_path, "destination", OLD)
-        async with replica_of(plan_of(source, destination, limit=SLOW, verify=True)) as replica:
+        async with support.replica_of(plan_of(source, destination, limit=SLOW, verify=True)) as replica:
             for block in (3, 4, 5, 30):
                 assert await read_block(replica, block, of=source.read_bytes())
             await replica.prefetch([Extent(10 * BLOCK_SIZE, 1)])
@@ -1112,7 +1097,7 @@ def test_the_cache_is_not_dropped_in_the_thread_of_the_reads(
     source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
 
     async def main() -> None:
-        async with replica_of(plan_of(source, destination, verify=True)) as replica:
+        async with support.replica_of(plan_of(source, destination, verify=True)) as replica:
             await replica.wait_complete()
 
     trio.run(main)
@@ -1123,7 +1108,7 @@ def test_the_cache_is_not_dropped_in_the_thread_of_the_reads(
 def test_the_status_tells_the_truth_at_the_start_and_at_the_end(tmp_path: Path) -> None:
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
-        async with replica_of(plan_of(source, destination, demand=False)) as replica:
+        async with support.replica_of(plan_of(source, destination, demand=False)) as replica:
             before = replica.status()
             await replica.wait_complete()
             after = replica.status()
@@ -1150,7 +1135,7 @@ def test_hydrated_percent_is_floored(tmp_path: Path) -> None:
     async def main() -> None:
         data = DATA[: 3 * BLOCK_SIZE]
         source, destination = file_of(tmp_path, "source", data), file_of(tmp_path, "destination", data)
-        async with replica_of(plan_of(source, destination, hydrate=False)) as replica:
+        async with support.replica_of(plan_of(source, destination, hydrate=False)) as replica:
             percents = []
             for block in (2, 0, 1):
                 await replica.volume.read(block * BLOCK_SIZE, 1)
@@ -1171,7 +1156,7 @@ def test_only_the_whole_is_a_hundred_percent(part: int, whole: int, percent: flo
 def test_once_complete_the_source_is_disconnected(tmp_path: Path, program: str | None) -> None:
     async def main() -> None:
         source, destination = file_of(tmp_path, "source", DATA), file_of(tmp_path, "destination", OLD)
-        async with replica_of(plan_of(source, destination, program, limit=SLOW)) as replica:
+        async with support.replica_of(plan_of(source, destination, program, limit=SLOW)) as replica:
             await both_processes(replica)
             replica.throttle.limit = None
             await replica.wait_complete()

@@ -8,14 +8,14 @@ import json
 import os
 import shutil
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import support
 import trio
-from support import BLOCK_SIZE, failed, run, succeeded
+from support import BLOCK_SIZE, failed, replica_of, run, succeeded
 
 from blockcopy.block import identity, user_writes
 from blockcopy.block.claim import check_destination, existing_destination, open_destination
@@ -33,9 +33,7 @@ from blockcopy.errors import (
     StateWriteError,
     UserWritesError,
 )
-from blockcopy.replica.engine import open_replica
 from blockcopy.replica.plan import Plan
-from blockcopy.replica.replica import Replica
 from blockcopy.replica.state.recovery import discard_user_writes, recorded_user_pages
 from blockcopy.replica.state.statefile import StateFile
 from blockcopy.transport.command import stage_command
@@ -161,20 +159,6 @@ def test_a_new_file_has_no_note_of_an_earlier_one(tmp_path: Path, destination: P
 def plan_of(source: object, destination: object, **options: Any) -> Plan:
     options = {"hydrate": False, "writable": True, "resume_offline": True, **options}
     return Plan(stage_command(Location(None, str(source))), str(destination), **options)
-
-
-@contextlib.asynccontextmanager
-async def replica_of(plan: Plan) -> AsyncIterator[Replica]:
-    """`open_replica` with a time limit; a single error comes out of its groups."""
-    with trio.fail_after(40):
-        try:
-            async with open_replica(plan) as replica:
-                yield replica
-        except ExceptionGroup as group:
-            error: BaseException = group
-            while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
-                error = error.exceptions[0]
-            raise error from None
 
 
 def states() -> Path:

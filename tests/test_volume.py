@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import math
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import support
 import trio
-from support import BLOCK_SIZE
+from support import BLOCK_SIZE, replica_of
 
 from blockcopy.block.buffers import Buffer
 from blockcopy.block.claim import open_destination
@@ -22,7 +21,6 @@ from blockcopy.block.destination import Destination
 from blockcopy.block.device import Device
 from blockcopy.block.geometry import Geometry
 from blockcopy.errors import DeviceError, ReadOnlyError, SourceError, StateWriteError
-from blockcopy.replica.engine import open_replica
 from blockcopy.replica.hydration import committer
 from blockcopy.replica.hydration.hydrator import Hydrator
 from blockcopy.replica.hydration.writer import Writer
@@ -187,14 +185,6 @@ def test_a_write_in_a_thread_is_as_one_in_the_event_loop(destination: Path) -> N
 def plan_of(source: Path, destination: Path) -> Plan:
     command = stage_command(Location(None, str(source)))
     return Plan(command, str(destination), hydrate=False, writable=True)
-
-
-@contextlib.asynccontextmanager
-async def replica_of(plan: Plan) -> AsyncIterator[Replica]:
-    """`open_replica` with a time limit."""
-    with trio.fail_after(40):
-        async with open_replica(plan) as replica:
-            yield replica
 
 
 def test_a_write_that_fails_beside_a_landing_leaves_the_sources_bytes(
