@@ -149,6 +149,18 @@ def test_a_kernel_is_asked_for_a_view_only_where_it_fails_at_a_read_error(
     assert bool(calls) == returns
 
 
+@needs_views
+def test_a_refused_view_leaves_no_mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, *_: object) -> None:
+        raise PermissionError(name)
+
+    path = written(tmp_path / "source", bytes(BLOCK_SIZE))
+    monkeypatch.setattr(syscalls, "_call", refuse)
+    with path.open("rb") as file, pytest.raises(PermissionError, match="munlock"):
+        syscalls.map_to_read(file.fileno(), BLOCK_SIZE)
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
 @pytest.mark.parametrize("left", [0, 5000, PIECE_SIZE, PIECE_SIZE + 100, 3 * PIECE_SIZE])
 def test_a_source_that_is_cut_off_while_it_is_looked_at(tmp_path: Path, left: int) -> None:
     """The result is a reported error or death by SIGBUS, and never other bytes than the source's."""

@@ -103,12 +103,12 @@ def map_to_read(fd: int, length: int) -> tuple[int, memoryview]:
     address = _function("mmap")(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
     if address == _MAP_FAILED:
         raise _error()
-    _call("munlock", address, length)  # `lock_memory` would keep all of the device
     import ctypes
 
     mapped = (ctypes.c_char * length).from_address(address)
     # Not at exit: a thread may still read it.
     weakref.finalize(mapped, _function("munmap"), address, length).atexit = False
+    _call("munlock", address, length)  # `lock_memory` would keep all of the device
     return address, memoryview(mapped).cast("B").toreadonly()
 
 
