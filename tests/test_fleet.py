@@ -8,7 +8,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -261,6 +261,41 @@ def test_the_dashboard_and_the_alerts_use_metrics_that_there_are() -> None:
         name for text in texts for each in re.findall(r'state!?=~?"([^"]+)"', text) for name in each.split("|")
     }
     assert states <= set(State)
+
+
+GRAFANA = """
+import json, sys
+from grafana_foundation_sdk.cog import plugins
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import Dashboard
+
+plugins.register_default_plugins()
+print(JSONEncoder().encode(Dashboard.from_json(json.load(sys.stdin))))
+"""
+"""Read a dashboard as the types that Grafana publishes, and print what they have kept."""
+
+
+def losses(given: Any, kept: Any, path: str = "") -> list[str]:
+    """Return the paths of the parts of `given`, read from JSON, that `kept` lacks or has with another value."""
+    if isinstance(given, dict) and isinstance(kept, dict):
+        pairs: Iterable[tuple[object, Any, Any]] = ((key, given[key], kept.get(key)) for key in given)
+    elif isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
+        pairs = ((index, *both) for index, both in enumerate(zip(given, kept, strict=True)))
+    else:
+        return [] if given == kept else [path]
+    return [lost for name, *both in pairs for lost in losses(*both, f"{path}/{name}")]
+
+
+@pytest.mark.long
+def test_grafanas_types_know_every_field_of_the_dashboard() -> None:
+    programs = environment.installed()
+    if programs is None:
+        pytest.skip("no types of Grafana: tools/fleet --set-up installs them")
+    text = (METRICS / "blockcopy-dashboard.json").read_text()
+    command = [programs / "python", "-I", "-c", GRAFANA]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    succeeded(done)
+    assert losses(json.loads(text), json.loads(done.stdout)) == []
 
 
 @pytest.mark.long
