@@ -17,7 +17,7 @@ from support import PYTHON, failed, output
 from guests.disks import SECTOR, ForgetfulDisk
 from guests.machine import WrongError
 from guests.play import INSIDE, play
-from guests.scenarios import role
+from guests.scenarios import role, role_zfs
 
 VM = Path(__file__).resolve().parent.parent / "tools" / "vm"
 SIZE = 1 << 20
@@ -121,11 +121,18 @@ def test_the_scripts_are_sound() -> None:
         assert output("bash", "-n", str(each)) == ""
 
 
-def test_the_role_knows_the_variables_of_its_scenario() -> None:
+@pytest.mark.parametrize("volumes", [role.LVM, role_zfs.ZFS])
+def test_the_role_knows_the_variables_of_its_scenarios(volumes: role.Volumes) -> None:
     lab: Any = SimpleNamespace(image=SimpleNamespace(key="key"))
-    shop = role.inventory(lab, SimpleNamespace(port=1))["all"]["children"]["moves"]["hosts"]["shop"]  # type: ignore[arg-type]
+    guest: Any = SimpleNamespace(port=1)
+    shop = role.inventory(lab, guest, volumes)["all"]["children"]["moves"]["hosts"]["shop"]
     known = (VM.parent / "ansible/roles/move/meta/argument_specs.yml").read_text()
     assert [name for name in shop if name not in known] == []
+    made = (INSIDE / volumes.script).read_text()
+    assert f"old={shop['move_disks'][0]['source']} new={shop['move_disks'][0]['destination']}" in made
+
+
+def test_the_recap_of_a_playbook_is_read() -> None:
     recap = "PLAY RECAP ***\nshop                       : ok=47   changed=19   unreachable=0    failed=0\n"
     assert role.RECAP.findall(recap) == [("47", "19")]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from guests.dm_clone import dm_clone
 from guests.lab import Lab
 from guests.machine import Disk
+from guests.modules import dm_clone
 from guests.play import INSIDE, play, stage
 from guests.steps import empty_file, noise_file
 

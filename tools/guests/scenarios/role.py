@@ -7,8 +7,9 @@ import re
 import shlex
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from checkout import CHECKOUT
 from debian import ToolError
@@ -19,43 +20,69 @@ from guests.steps import FILES, empty_file
 from moving.environment import installed, variables
 from moving.story import ALONE, PLAY
 
-SIZE = 160 << 20
+SIZE = 512 << 20
+"""Bytes of the disk that a volume is on. ZFS keeps much room for itself."""
+
 SECONDS = 2400
-"""Time limit. On an idle machine it takes six minutes."""
+"""Time limit. On an idle machine it takes two minutes."""
 
 RECAP = re.compile(r"^shop +: ok=(\d+) +changed=(\d+) ", re.MULTILINE)
 
 
+class Volumes(NamedTuple):
+    """A kind of volumes to move. `script`: the file of `inside` that makes them. `folder`: of their devices.
+
+    `snapshot`: the role's `move_snapshot`. `memory`: MiB of the guest.
+    """
+
+    script: str
+    folder: str
+    snapshot: Mapping[str, str]
+    memory: int = 1024
+
+
+LVM = Volumes("role_lvm", "/dev", {"method": "lvm", "size": "64M"})
+
+
 def run(lab: Lab) -> dict[str, object]:
     """Move, and run the playbook again. Returns its times, and the rows of the database."""
+    return move(lab, LVM)
+
+
+def move(lab: Lab, volumes: Volumes, files: Mapping[str, Path] | None = None) -> dict[str, object]:
+    """Move a volume of the kind `volumes`, and run the playbook again. `files`: more files for the guest.
+
+    Returns the times of the playbook, and the rows of the database.
+    """
     programs = installed()
     if programs is None:
         raise ToolError("Ansible is not installed here: tools/fleet --set-up")
     disks = [Disk(name, empty_file(lab, name, SIZE)) for name in ("old", "new")]
-    files = {"machine.py": CHECKOUT / "tools/demo.d/machine.py", "service": INSIDE / "service"}
-    guest = stage(lab, "role", disks=disks, files=files)
+    ours = {"machine.py": CHECKOUT / "tools/demo.d/machine.py", "service": INSIDE / "service"}
+    ours["volumes"] = INSIDE / volumes.script
+    guest = stage(lab, "role", disks=disks, files={**ours, **(files or {})}, memory=volumes.memory)
     figures: dict[str, object] = {}
 
-    def move(line: str) -> None:
+    def run_twice(line: str) -> None:
         if line != "@ready":
             return
         for name in ("move", "second run"):
             began = time.monotonic()
-            tasks, changed = _run(lab, guest, programs)
+            tasks, changed = _run(lab, guest, volumes, programs)
             figures[f"seconds of the {name}"] = round(time.monotonic() - began)
             figures[f"tasks of the {name}"] = tasks
         if changed:
             raise WrongError(f"the second run has changed something, in {changed} tasks")
         (guest.share / "moved").touch()
 
-    return play(lab, guest, SECONDS, move) | figures
+    return play(lab, guest, SECONDS, run_twice) | figures
 
 
-def _run(lab: Lab, guest: Machine, programs: Path) -> tuple[int, int]:
+def _run(lab: Lab, guest: Machine, volumes: Volumes, programs: Path) -> tuple[int, int]:
     """Run the playbook. Returns how many tasks were run, and how many changed something."""
     play_file, hosts = lab.folder / "move.yml", lab.folder / "inventory.json"
     play_file.write_text(PLAY)
-    hosts.write_text(json.dumps(inventory(lab, guest)))
+    hosts.write_text(json.dumps(inventory(lab, guest, volumes)))
     environment = {**variables(lab.folder / "ansible"), "ANSIBLE_TIMEOUT": "120"}
     words = [*ALONE, programs / "ansible-playbook", "-i", hosts, play_file]
     with (lab.folder / "ansible.log").open("a+") as log:
@@ -71,10 +98,11 @@ def _run(lab: Lab, guest: Machine, programs: Path) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def inventory(lab: Lab, guest: Machine) -> dict[str, Any]:
+def inventory(lab: Lab, guest: Machine, volumes: Volumes) -> dict[str, Any]:
     """Return the inventory. The host `shop` is the move. Both hosts are the guest."""
     ssh = ["-F", "none", *(f"-o{each}" for each in SSH_OPTIONS)]
     service = f"{FILES}/service"
+    old, new = (f"{volumes.folder}/{each}/shop" for each in ("old", "new"))
     common = {
         "ansible_host": "127.0.0.1",
         "ansible_port": guest.port,
@@ -89,17 +117,17 @@ def inventory(lab: Lab, guest: Machine) -> dict[str, Any]:
         "move_disks": [
             {
                 "name": "data",
-                "source": "/dev/old/shop",
-                "destination": "/dev/new/shop",
+                "source": old,
+                "destination": new,
                 "mountpoint": "/mnt/shop",
             }
         ],
-        "move_snapshot": {"method": "lvm", "size": "64M"},
+        "move_snapshot": dict(volumes.snapshot),
         "move_stop": f"{service} stop /share/stopped",
-        "move_source_start": f"{service} start /dev/old/shop",
+        "move_source_start": f"{service} start {old}",
         "move_start": f"{service} start /mnt/shop/shop",
         "move_release": f"{service} stop",
-        "move_restart": f"{service} start /dev/new/shop",
+        "move_restart": f"{service} start {new}",
         "move_small_bytes": 1 << 20,
         "move_rounds_max": 2,
         "move_timeout": 300,
