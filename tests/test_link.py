@@ -261,6 +261,7 @@ def test_a_silent_link_that_is_asked_nothing_stays(far: Callable[..., Mount], wa
     before, end = mounted.retrievers(), time.monotonic() + 2.5
     while time.monotonic() < end:
         run("status", mounted.point)
+        time.sleep(0.1)  # it is the time that must pass
     assert mounted.retrievers() == before
     assert read(mounted, 9) == right(9)
     link = mounted.status()["link"]
