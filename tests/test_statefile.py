@@ -258,6 +258,17 @@ def test_what_must_be_usable_is_neither_made_nor_set_aside(path: Path) -> None:
         assert journal.record == record
 
 
+def test_the_log_is_overwritten_and_does_not_grow(path: Path) -> None:
+    """The file system then has no new size to record: a flush takes half the time."""
+    log, sizes = path.with_name("state-wal"), []
+    with contextlib.closing(StateFile(path)) as journal:
+        journal.begin_record(binding(), clock(10))
+        for number in range(300):
+            journal.write_changes(changes({number: FULL}), clock(20 + number))
+            sizes.append(log.stat().st_size)
+    assert max(sizes) < 400_000
+
+
 def test_a_crash_leaves_the_log_and_the_next_run_ends_it(path: Path) -> None:
     with contextlib.closing(StateFile(path)) as journal:
         journal.begin_record(binding(), clock(10))

@@ -46,6 +46,13 @@ logger = logging.getLogger(__name__)
 _TABLES = Changes._fields
 """The tables of rows of bits."""
 
+_LOG_PAGES = 64
+"""Pages of the log after which it is written back and overwritten from its start.
+
+A commit that makes the log longer takes twice as long on a disk: the file system has to record the new size, too.
+Source: https://www.sqlite.org/pragma.html#pragma_wal_autocheckpoint
+"""
+
 _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS facts (id INTEGER PRIMARY KEY, text TEXT NOT NULL, seal BLOB NOT NULL);
 {
@@ -200,6 +207,7 @@ class StateFile:
         if not self._is_prepared:
             self._db.executescript(f"BEGIN EXCLUSIVE; {_SCHEMA} COMMIT;")
             self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
             self._is_prepared = True
 
     def _read(self, db: sqlite3.Connection) -> Record | None:
