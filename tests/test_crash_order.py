@@ -571,7 +571,7 @@ def test_a_core_that_is_broken_is_seen(
             try:
                 write_once(source, destination, chance, recorder, User(recorder, chance, DATA))
                 check_every_cut(Disk(OLD, DATA), Promises(DATA), recorder.events)
-            except (pytest.fail.Exception, BaseExceptionGroup) as error:
+            except (pytest.fail.Exception, AssertionError, BaseExceptionGroup) as error:
                 print(f"seed {seed}: {error!r}")
                 return
             with open_source(str(destination)) as device:

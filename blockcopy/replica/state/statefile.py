@@ -49,7 +49,7 @@ _TABLES = Changes._fields
 _LOG_PAGES = 64
 """Pages of the log after which it is written back and overwritten from its start.
 
-A commit that makes the log longer takes twice as long on a disk: the file system has to record the new size, too.
+On a disk, a commit that makes the log longer takes twice as long. The file system then records the new size, too.
 Source: https://www.sqlite.org/pragma.html#pragma_wal_autocheckpoint
 """
 
