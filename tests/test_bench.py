@@ -216,12 +216,14 @@ def test_a_signal_takes_everything_down_and_keeps_what_was_measured(tmp_path: Pa
     words = command(folder, "--parts", "lazy", "--json", found)
     pipe = subprocess.PIPE
     with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True) as bench:
+        steps = []
         for line in bench.stderr:
+            steps.append(line)
             if "in order: blockcopy" in line:
                 break
         bench.send_signal(signal.SIGHUP)
         said, _ = bench.communicate()
-    assert bench.returncode == 128 + signal.SIGHUP
+    assert bench.returncode == 128 + signal.SIGHUP, "".join(steps)
     assert list(folder.iterdir()) == []
     measured = json.loads(found.read_text())
     assert any(group["rows"] for group in measured["groups"])

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -96,29 +97,24 @@ def leave(ground: Ground, mounted: Mounted, user: list[str]) -> None:
 
 @contextmanager
 def nbd_server(ground: Ground, source: Path, delay: float | None) -> Iterator[Path]:
-    """Run nbdkit, which delays each answer by `delay` milliseconds. Yields the path of its socket."""
-    socket = ground.name("socket")
+    """Run nbdkit, which delays each answer by `delay` milliseconds. Yields the path of its socket.
+
+    The path is short, wherever the folder of `ground` is: the kernel allows 107 bytes.
+    """
     delaying = ["--filter=delay", f"rdelay={delay:g}ms"] if delay else []
-    words = [
-        "nbdkit",
-        "--foreground",
-        "--readonly",
-        "--unix",
-        socket,
-        *delaying[:1],
-        "file",
-        f"file={source}",
-        *delaying[1:],
-    ]
-    process = ground.popen(words)
-    try:
-        until(lambda: socket.exists() or process.poll() is not None, "nbdkit's socket")
-        if process.returncode is not None:
-            raise BenchError(ground.failure(words, process.returncode))
-        yield socket
-    finally:
-        process.terminate()
-        process.wait(TIME_LIMIT)
+    with tempfile.TemporaryDirectory(prefix="blockcopy-bench-", dir="/tmp") as folder:
+        socket = Path(folder) / "socket"
+        words = ["nbdkit", "--foreground", "--readonly", "--unix", socket]
+        words += [*delaying[:1], "file", f"file={source}", *delaying[1:]]
+        process = ground.popen(words)
+        try:
+            until(lambda: socket.exists() or process.poll() is not None, "nbdkit's socket")
+            if process.returncode is not None:
+                raise BenchError(ground.failure(words, process.returncode))
+            yield socket
+        finally:
+            process.terminate()
+            process.wait(TIME_LIMIT)
 
 
 @contextmanager
